@@ -33,7 +33,9 @@ def build_model(
     # Given explicitly, because timm's own registry holds another cfg for the names that timm has too.
     cfg = kwargs.pop("pretrained_cfg", None) or module.default_cfgs[variant].default
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    if pretrained and not (any(overlay.get(k) for k in ("file", "url", "state_dict", "hf_hub_id")) or cfg.has_weights):
+    if pretrained and not (
+        any(overlay.get(k) for k in ("file", "url", "state_dict", "hf_hub_id")) or cfg.has_weights
+    ):
         raise UsageError(
             f"no weights are hosted for {variant}: give a checkpoint file, "
             f"lightspine.create_model({variant!r}, checkpoint=PATH)"

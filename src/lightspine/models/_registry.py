@@ -49,6 +49,8 @@ class ModelRecord:
         input_size: (channels, height, width) of the published evaluation.
         published: the authors' numbers.
         checkpoint_filter_fn: maps the published checkpoint layout to ours.
+        infer_kwargs: reads creation arguments that the tensors tell (such as the size of a position table)
+            off a state dict; the module's function of that name, if it has one.
     """
 
     name: str
@@ -58,6 +60,7 @@ class ModelRecord:
     input_size: tuple[int, int, int]
     published: Published
     checkpoint_filter_fn: FilterFn = field(repr=False)
+    infer_kwargs: Callable[[StateDict], dict[str, Any]] | None = field(default=None, repr=False)
 
 
 _RECORDS: dict[str, ModelRecord] = {}
@@ -67,8 +70,8 @@ def register_model(*, params: int, published: Published) -> Callable[[EntryPoint
     """Decorate an entry function of a family's module; the function's name becomes the model's name.
 
     The module must define `default_cfgs` (timm's `generate_default_cfgs`) with an entry of that name, and
-    `checkpoint_filter_fn`, both above the entry function. The model is also registered in timm unless timm has
-    a model of that name: timm's own models are never replaced.
+    `checkpoint_filter_fn`, both above the entry function. The model is also registered in timm unless timm
+    has a model of that name: timm's own models are never replaced.
 
     Raises:
         ValueError: the name is already registered here.
@@ -88,6 +91,7 @@ def register_model(*, params: int, published: Published) -> Callable[[EntryPoint
             input_size=cfg.default.input_size,
             published=published,
             checkpoint_filter_fn=module.checkpoint_filter_fn,
+            infer_kwargs=getattr(module, "infer_kwargs", None),
         )
         if not timm.is_model(name):
             timm.models.register_model(fn)
