@@ -35,7 +35,8 @@ class Identification:
 
     def __str__(self) -> str:
         """The name, with how much of it fits where not all does."""
-        return self.name if self.exact else f"{self.name} ({self.fitting} of {self.expected} tensors fit)"
+        most = max(self.expected, self.received)
+        return self.name if self.exact else f"{self.name} ({self.fitting} of {most} tensors fit)"
 
 
 @cache

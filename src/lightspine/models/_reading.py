@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +119,9 @@ def _read_safetensors(path: Path) -> CheckpointFile:
 
 def _read_torch(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
+            # Of no use to whoever has the file: what the reader does not know, it refuses below.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", str(error))
