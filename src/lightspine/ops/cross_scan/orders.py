@@ -1,5 +1,6 @@
 """Scan orders: in which order each direction visits the pixels of a map."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -13,12 +14,12 @@ _ORDERS: dict[str, OrderFn] = {}
 
 
 def register_scan_order(name: str, order: OrderFn) -> None:
-    """Register a scan order under a name that `cross_scan(order=...)` takes.
+    """Register a scan order under a name that `cross_scan(order=...)` takes, on every backend.
 
     Args:
         name: new name.
-        order: `order(height, width) -> (K, height * width)` integer tensor; row k lists the pixels h * width + w
-            in the order in which direction k visits them, each exactly once.
+        order: `order(height, width) -> (K, height * width)` integer tensor; row k lists the pixels h * width
+            + w in the order in which direction k visits them, each exactly once.
 
     Raises:
         UsageError: the name is taken.
@@ -33,15 +34,31 @@ def list_scan_orders() -> list[str]:
     return list(_ORDERS)
 
 
+@functools.lru_cache(maxsize=64)
 def scan_order(name: str, height: int, width: int) -> Tensor:
-    """Return the (K, height * width) pixel indices of a registered order.
+    """Return the pixel indices of a registered order, (K, height * width) int64 on the CPU, read only.
 
     Raises:
-        UsageError: no order has this name.
+        UsageError: no order has this name, or a row of it does not visit every pixel exactly once.
     """
     if name not in _ORDERS:
         raise UsageError(f"unknown scan order {name!r}: expected one of {', '.join(_ORDERS)}")
-    return _ORDERS[name](height, width)
+    with torch.device("cpu"):  # also while a model is being built on the meta device
+        order = _ORDERS[name](height, width)
+    pixels = height * width
+    if order.dim() != 2 or order.shape[0] == 0 or order.shape[1] != pixels:
+        raise UsageError(
+            f"scan order {name!r}: expected indices of shape (K, {pixels}) for a {height}x{width} map, "
+            f"received {tuple(order.shape)}"
+        )
+    order = order.to("cpu", torch.int64).contiguous()
+    for k, row in enumerate(order.sort(dim=1).values):
+        if not torch.equal(row, torch.arange(pixels, device="cpu")):
+            raise UsageError(
+                f"scan order {name!r}: expected direction {k} to visit each of the {pixels} pixels of a "
+                f"{height}x{width} map exactly once, received a row that does not"
+            )
+    return order
 
 
 def _cross2d(height: int, width: int) -> Tensor:

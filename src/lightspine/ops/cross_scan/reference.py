@@ -18,7 +18,7 @@ def cross_scan_reference(
     delta_softplus: bool = True,
     order: str = "cross2d",
 ) -> Tensor:
-    """Define the operator (VMamba, section 4.2 "2D-Selective-Scan"); every backend is judged against this function.
+    """Define the operator (VMamba, section 4.2); every backend is judged against this function.
 
     Args:
         x: map, (B, H, W, D), shared by the K directions.

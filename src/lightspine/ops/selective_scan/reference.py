@@ -32,7 +32,8 @@ def selective_scan_reference(
         reverse: walk from the last position to the first.
 
     Returns:
-        The output (B, D, L) in the dtype of `u`, and the last state (B, D, N) in float32 (float64 for float64).
+        The output (B, D, L) in the dtype of `u`, and the last state (B, D, N) in float32 (float64 for
+        float64).
     """
     state_dtype = torch.promote_types(u.dtype, torch.float32)
     dim, groups = u.shape[1], B.shape[1]

@@ -1,0 +1,56 @@
+"""Which backend computes a scan: a table over the tensor's device, never over what is installed."""
+
+import importlib.util
+
+import torch
+
+from lightspine.errors import UsageError
+
+BACKENDS = ("reference", "torch", "cpu")
+# Any other device has no kernels of its own and takes the standard operations.
+_KERNELS_BY_DEVICE = {"cpu": "cpu"}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def choose_backend(
+    device_type: str, dtype: torch.dtype, exporting: bool = False, requested: str = "auto"
+) -> str:
+    """Return the name of the backend that computes a scan.
+
+    Args:
+        device_type: `tensor.device.type` of the input.
+        dtype: dtype of the input.
+        exporting: the call is being written into a format that knows no operator of ours, such as ONNX.
+        requested: what the caller asked for; "auto" leaves the choice to this table.
+
+    Raises:
+        UsageError: a dtype that no backend takes, an unknown name, or a backend that cannot run here.
+    """
+    if dtype not in _DTYPES:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
+        raise UsageError(f"a scan takes inputs of dtype {expected}, received {str(dtype).removeprefix('torch.')}")
+    if requested == "auto":
+        return "torch" if exporting else _KERNELS_BY_DEVICE.get(device_type, "torch")
+    if requested not in BACKENDS:
+        raise UsageError(f"unknown scan backend {requested!r}: expected auto, {', '.join(BACKENDS)}")
+    can_run, reason = available_backends()[requested]
+    if not can_run:
+        raise UsageError(f"the scan backend {requested!r} cannot run here: {reason}")
+    if requested in _KERNELS_BY_DEVICE.values():
+        if _KERNELS_BY_DEVICE.get(device_type) != requested:
+            raise UsageError(f"the scan backend {requested!r} cannot run here: its tensors lie on {device_type}")
+        if exporting:
+            raise UsageError(
+                f"the scan backend {requested!r} cannot run here: the exported format knows no compiled kernels"
+            )
+    return requested
+
+
+def available_backends() -> dict[str, tuple[bool, str]]:
+    """Return, for every backend, whether it can run on this machine and on what, or why it cannot."""
+    has_numba = importlib.util.find_spec("numba") is not None
+    return {
+        "reference": (True, "any device; the plain loop that defines the operator"),
+        "torch": (True, "any device; blocked scan in standard PyTorch operations"),
+        "cpu": (has_numba, "CPU tensors; kernels compiled by numba" if has_numba else "numba is not installed"),
+    }

@@ -1,0 +1,15 @@
+"""Memory that an operator asks for is full of NaN, so that an element which it never writes fails a test."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_fresh_memory() -> Iterator[None]:
+    # PyTorch fills what torch.empty and its relatives return only in its deterministic mode.
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

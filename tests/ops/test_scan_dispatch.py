@@ -1,0 +1,51 @@
+"""Which backend runs: a table over the device and the request."""
+
+import pytest
+import torch
+
+from lightspine.errors import UsageError
+from lightspine.ops.cross_scan import cross_scan
+from lightspine.ops.dispatch import BACKENDS, available_backends, choose_backend
+from lightspine.ops.selective_scan import selective_scan
+from support.scans import cross_inputs, scan_inputs
+
+F32 = torch.float32
+
+
+@pytest.mark.parametrize(
+    ("device", "exporting", "requested", "expected"),
+    [
+        ("cpu", False, "auto", "torch"),
+        ("cpu", True, "auto", "torch"),
+        ("cuda", False, "auto", "torch"),
+        ("cuda", True, "auto", "torch"),
+        ("mps", False, "auto", "torch"),
+        ("meta", False, "auto", "torch"),
+        ("cpu", False, "reference", "reference"),
+        ("mps", False, "torch", "torch"),
+        ("cpu", True, "reference", "reference"),
+    ],
+)
+def test_backend_by_device_and_request(device: str, exporting: bool, requested: str, expected: str) -> None:
+    assert choose_backend(device, F32, exporting, requested) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_backend_for_another_dtype_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(UsageError, match="float16, bfloat16, float32, float64, received"):
+        choose_backend("cpu", dtype)
+
+
+def test_available_backends_say_where_they_run_or_why_not() -> None:
+    report = available_backends()
+    assert tuple(report) == BACKENDS
+    assert report["reference"][0]
+    assert report["torch"][0]
+    assert all(reason for _, reason in report.values())
+
+
+def test_automatic_backend_runs_on_meta_tensors() -> None:
+    u, delta, A, B, C, *_ = (t.to("meta") for t in scan_inputs())
+    assert selective_scan(u, delta, A, B, C).shape == u.shape
+    x, delta, A, B, C, *_ = (t.to("meta") for t in cross_inputs())
+    assert cross_scan(x, delta, A, B, C).shape == x.shape

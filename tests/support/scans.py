@@ -1,0 +1,142 @@
+"""Inputs for the scans, the figures of the official code, and how close two results must be."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightspine.ops.cross_scan.checks import CrossScanInputs
+from lightspine.ops.dispatch import BACKENDS, available_backends
+from lightspine.ops.selective_scan import selective_scan
+from lightspine.ops.selective_scan.checks import ScanInputs
+from support.reference import assert_close
+
+# Relative L2 difference from the definition in float64. Reduced-precision results are rounded once, at the
+# end.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+
+CPU_BACKENDS = [name for name in BACKENDS if available_backends()[name][0] and name != "triton"]
+FAST_BACKENDS = [name for name in CPU_BACKENDS if name != "reference"]
+
+
+def scan_inputs(
+    batch: int = 2, dim: int = 8, length: int = 37, state_dim: int = 4, groups: int = 2, *, seed: int = 0
+) -> ScanInputs:
+    """Return float64 inputs with every optional tensor."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+    return ScanInputs(
+        u=normal(batch, dim, length),
+        delta=0.5 * normal(batch, dim, length),
+        A=-torch.exp(0.5 * normal(dim, state_dim)),
+        B=normal(batch, groups, state_dim, length),
+        C=normal(batch, groups, state_dim, length),
+        D=normal(dim),
+        z=normal(batch, dim, length),
+        delta_bias=normal(dim) - 1,
+    )
+
+
+def cross_inputs(
+    batch: int = 2,
+    height: int = 5,
+    width: int = 7,
+    dim: int = 6,
+    state_dim: int = 2,
+    groups: int = 4,
+    *,
+    seed: int = 0,
+) -> CrossScanInputs:
+    """Return float64 inputs with every optional tensor."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+    return CrossScanInputs(
+        x=normal(batch, height, width, dim),
+        delta=0.5 * normal(batch, height, width, groups, dim),
+        A=-torch.exp(0.5 * normal(groups, dim, state_dim)),
+        B=normal(batch, height, width, groups, state_dim),
+        C=normal(batch, height, width, groups, state_dim),
+        D=normal(groups, dim),
+        delta_bias=normal(groups, dim) - 1,
+    )
+
+
+def convert(inputs: Any, dtype: torch.dtype) -> Any:
+    """Return the inputs as a model would hand them over: A, D and delta_bias never below float32."""
+    kept = torch.promote_types(dtype, torch.float32)
+    return type(inputs)(
+        *(
+            None if t is None else t.to(kept if name in ("A", "D", "delta_bias") else dtype)
+            for name, t in zip(inputs._fields, inputs, strict=True)
+        )
+    )
+
+
+def results_and_gradients(operator: Any, inputs: Any, **options: Any) -> dict[str, Tensor]:
+    """Return every output of an operator and the gradient of every input, by name.
+
+    The gradients are those of a fixed random weighting of all outputs.
+    """
+    leaves = type(inputs)(*(None if t is None else t.detach().requires_grad_() for t in inputs))
+    outputs = operator(leaves, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    draw = torch.Generator().manual_seed(1)
+    weights = [torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.dtype) for t in outputs]
+    names = [name for name, t in zip(inputs._fields, inputs, strict=True) if t is not None]
+    grads = torch.autograd.grad(outputs, [t for t in leaves if t is not None], weights)
+    return {f"output {i}": t.detach() for i, t in enumerate(outputs)} | {
+        f"grad {name}": grad for name, grad in zip(names, grads, strict=True)
+    }
+
+
+def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Compare every tensor with the definition, each within the tolerance of its own dtype."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        # What is float32 by contract inherits the rounding of the reduced-precision tensors that it is
+        # computed with.
+        tolerance = max(TOLERANCE[tensor.dtype], TOLERANCE[dtype])
+        assert tensor.shape == expected[name].shape, name
+        if expected[name].any():
+            assert_close(name, tensor, expected[name], tolerance)
+        else:
+            assert not tensor.any(), f"{name} is not zero"
+
+
+def run_scan(inputs: ScanInputs, **options: Any) -> tuple[Tensor, Tensor]:
+    """Call `selective_scan` on a tuple of inputs and return the output and the last state."""
+    u, delta, A, B, C, D, z, delta_bias = inputs
+    out = selective_scan(u, delta, A, B, C, D, z, delta_bias, return_last_state=True, **options)
+    assert isinstance(out, tuple)
+    return out
+
+
+def figure_inputs(case: dict[str, Any]) -> tuple[ScanInputs, Tensor]:
+    """Return the inputs of a case of `ops.json`, by the recipe in the file, and the weights of the output."""
+    draw = np.random.RandomState(case["seed"]).standard_normal
+    batch, dim, state_dim, length, groups = (case[key] for key in ("batch", "d", "n", "L", "K"))
+    u, delta = draw((batch, dim, length)), draw((batch, dim, length))
+    A = -np.exp(np.log(np.arange(1, state_dim + 1)) + 0.1 * draw((dim, state_dim)))
+    B, C = draw((batch, groups, state_dim, length)), draw((batch, groups, state_dim, length))
+    D, delta_bias = 1 + 0.1 * draw((dim,)), -3 + 0.5 * draw((dim,))
+    z, weights = draw((batch, dim, length)), draw((batch, dim, length))
+    arrays = (
+        u,
+        0.5 * delta if case["with_delta_bias_and_softplus"] else 0.01 + 0.1 * np.abs(delta),
+        A,
+        B,
+        C,
+        D if case["with_D"] else None,
+        z if case["with_z"] else None,
+        delta_bias if case["with_delta_bias_and_softplus"] else None,
+    )
+    return ScanInputs(*(None if a is None else torch.from_numpy(a) for a in arrays)), torch.from_numpy(
+        weights
+    )
