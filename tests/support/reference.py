@@ -52,7 +52,9 @@ def relative_l2(actual: Tensor, expected: Tensor) -> float:
 def assert_close(name: str, actual: Tensor, expected: Any, tolerance: float) -> None:
     """Fail with the tensor's name when the relative L2 difference exceeds the tolerance."""
     expected = torch.as_tensor(expected, dtype=torch.float64)
-    assert actual.numel() == expected.numel(), f"{name}: {tuple(actual.shape)} against {tuple(expected.shape)}"
+    assert actual.numel() == expected.numel(), (
+        f"{name}: {tuple(actual.shape)} against {tuple(expected.shape)}"
+    )
     assert torch.isfinite(actual).all(), f"{name} has non-finite values"
     difference = relative_l2(actual, expected)
     assert difference <= tolerance, f"{name}: relative L2 difference {difference:.2e} > {tolerance:.0e}"

@@ -1,10 +1,11 @@
 """The one way in which the entry functions of all families build a model."""
 
+import dataclasses
 import sys
 from typing import Any
 
 import torch.nn as nn
-from timm.models import build_model_with_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg
 
 from lightspine.errors import UsageError
 
@@ -14,7 +15,7 @@ def build_model(
     variant: str,
     pretrained: bool,
     *,
-    out_indices: tuple[int, ...],
+    default_indices: tuple[int, ...],
     **kwargs: Any,
 ) -> nn.Module:
     """Build a variant through timm, so that `features_only` and `pretrained_cfg_overlay` work as in timm.
@@ -23,7 +24,8 @@ def build_model(
         model_cls: the family's model class; its module holds `default_cfgs` and `checkpoint_filter_fn`.
         variant: registered name.
         pretrained: load the weights that `pretrained_cfg` or its overlay names.
-        out_indices: indices into the model's `feature_info` that `features_only` returns by default.
+        default_indices: indices into the model's `feature_info` that `features_only` returns when no
+            `out_indices` are asked for.
         **kwargs: timm's building arguments and the model's own; the model rejects what it does not know.
 
     Raises:
@@ -32,6 +34,10 @@ def build_model(
     module = sys.modules[model_cls.__module__]
     # Given explicitly, because timm's own registry holds another cfg for the names that timm has too.
     cfg = kwargs.pop("pretrained_cfg", None) or module.default_cfgs[variant].default
+    if isinstance(cfg, str):
+        raise UsageError(f"{variant} has no weights by the tag {cfg!r}: none are hosted, give a checkpoint file")
+    if isinstance(cfg, dict):
+        cfg = PretrainedCfg(**cfg)
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     if pretrained and not (
         any(overlay.get(k) for k in ("file", "url", "state_dict", "hf_hub_id")) or cfg.has_weights
@@ -44,9 +50,9 @@ def build_model(
         model_cls,
         variant,
         pretrained,
-        pretrained_cfg=cfg if isinstance(cfg, dict) else cfg.__dict__ | {"architecture": variant},
+        pretrained_cfg=dataclasses.replace(cfg, architecture=variant),
         pretrained_filter_fn=module.checkpoint_filter_fn,
         # The getter calls forward_intermediates, so a position table or a padded map is never skipped.
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        feature_cfg={"out_indices": default_indices, "feature_cls": "getter"},
         **kwargs,
     )

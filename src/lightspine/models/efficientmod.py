@@ -1,0 +1,374 @@
+"""EfficientMod: the modulation of a feature by its context, folded into one MLP block.
+
+Paper: "Efficient Modulation for Vision Networks", Ma et al., ICLR 2024, arXiv:2403.19963.
+Official code: https://github.com/ma-xu/EfficientMod (Apache-2.0).
+
+Different on purpose: the official factories ignore the number of classes and the drop rates, here they count;
+the official `drop_path` of the two larger variants (0.02) is a matter of the recipe, so the default is 0. A
+stage's downsampling stands before its blocks; the official code keeps it behind those of the stage before.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import PretrainedCfg, checkpoint_seq, generate_default_cfgs
+from timm.models._features import feature_take_indices
+from torch import Tensor
+
+from lightspine.errors import UsageError
+from lightspine.models._build import build_model
+from lightspine.models._efficientmod_blocks import (
+    ConvNorm,
+    EfficientModAttentionBlock,
+    EfficientModBlock,
+    Fusion,
+    init_linear,
+)
+from lightspine.models._registry import Published, StateDict, register_model
+
+__all__ = ["EfficientMod", "EfficientModAttentionBlock", "EfficientModBlock"]
+
+
+class Stage(nn.Module):
+    """An optional downsampling, then modulation blocks, then attention blocks."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the stage's map."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class EfficientMod(nn.Module):
+    """EfficientMod backbone and classifier.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: width of the classifier; 0 for none.
+        global_pool: "avg", or "" to leave the last map as it is (then `num_classes` must be 0).
+        embed_dims: channels of each stage.
+        depths: modulation blocks of each stage.
+        expand_ratios: hidden widths of a stage's modulation blocks as multiples of its channels; the pattern
+            starts anew in each stage and repeats within it.
+        attention_depths: attention blocks of each stage, behind its modulation blocks.
+        attention_mlp_ratios: hidden width of the attention blocks' MLP, for each stage.
+        num_heads: heads of the attention blocks.
+        kernel_size: side of the depthwise convolution of the context.
+        context_f: linear map before that convolution; the paper's ablation leaves it out.
+        context_g: linear map behind it; the paper's ablation leaves it out.
+        fusion: "product" of context and values, or "sum", the paper's ablation.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first one. The
+            published recipe has 0.02 for `efficientmod_s` and `efficientmod_s_conv`, 0 for the smaller ones.
+
+    Shape:
+        Input `(B, in_chans, H, W)` with H and W from 32 up; the stages' maps have strides 4, 8, 16, 32.
+
+    Raises:
+        UsageError: lists of different lengths, an unknown `global_pool` or `fusion`, classes without pooling.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (32, 64, 128, 256),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        expand_ratios: Sequence[int] = (1, 6),
+        attention_depths: Sequence[int] = (0, 0, 1, 2),
+        attention_mlp_ratios: Sequence[float] = (4.0, 4.0, 4.0, 4.0),
+        num_heads: int = 8,
+        kernel_size: int = 7,
+        context_f: bool = True,
+        context_g: bool = True,
+        fusion: Fusion = "product",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        lengths = [len(sizes) for sizes in (embed_dims, depths, attention_depths, attention_mlp_ratios)]
+        if len(set(lengths)) > 1:
+            raise UsageError(
+                "embed_dims, depths, attention_depths and attention_mlp_ratios must be equally long, "
+                f"got lengths {', '.join(map(str, lengths))}"
+            )
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+
+        total = sum(depths) + sum(attention_depths)
+        rates = iter([drop_path_rate * i / max(total - 1, 1) for i in range(total)])
+        self.stem = ConvNorm(in_chans, embed_dims[0], kernel_size=7, stride=4)
+        stages = []
+        self.feature_info = []
+        width = embed_dims[0]
+        for i, dim in enumerate(embed_dims):
+            blocks: list[nn.Module] = [
+                EfficientModBlock(
+                    dim,
+                    expand_ratios[j % len(expand_ratios)],
+                    kernel_size,
+                    context_f=context_f,
+                    context_g=context_g,
+                    fusion=fusion,
+                    drop_path=next(rates),
+                )
+                for j in range(depths[i])
+            ]
+            blocks += [
+                EfficientModAttentionBlock(dim, num_heads, attention_mlp_ratios[i], drop_path=next(rates))
+                for _ in range(attention_depths[i])
+            ]
+            downsample = ConvNorm(width, dim, kernel_size=3, stride=2) if i else nn.Identity()
+            stages.append(Stage(downsample, blocks))
+            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+            width = dim
+        self.stages = nn.ModuleList(stages)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features)
+        self.reset_classifier(num_classes, global_pool)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return no name: timm's rule for 1-d parameters and biases already gives the published groups."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the patterns by which timm groups parameters for layer-wise learning rates."""
+        fine = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the linear map to the classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one.
+
+        Args:
+            num_classes: width of the new classifier; 0 for none.
+            global_pool: "avg" or ""; `None` keeps the pooling.
+
+        Raises:
+            UsageError: an unknown pooling, or classes without pooling.
+        """
+        pool = self.global_pool if global_pool is None else global_pool
+        if pool not in ("avg", ""):
+            raise UsageError(f"global_pool must be 'avg' or '', got {pool!r}")
+        if num_classes and not pool:
+            raise UsageError(f"a classifier needs global_pool='avg', got '' with num_classes={num_classes}")
+        self.global_pool = pool
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        init_linear(self.head)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages, norm and head that the given intermediates do not need; return their indices."""
+        take_indices, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the maps of chosen stages, and the normalised last map unless `intermediates_only`.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: stages to take: the last n, a list of indices, or `None` for all.
+            norm: apply the final norm to the last stage's map; no other stage has its width.
+            stop_early: do not compute the stages behind the last one that is taken.
+            output_fmt: "NCHW".
+            intermediates_only: return the list only.
+
+        Raises:
+            UsageError: another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise UsageError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take_indices, last = feature_take_indices(len(self.stages), indices)
+        x = self.stem(x)
+        intermediates = []
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take_indices:
+                is_final = i == len(self.stages) - 1
+                intermediates.append(self._normalise(x) if norm and is_final else x)
+        if intermediates_only:
+            return intermediates
+        complete = last == len(self.stages) - 1 or not stop_early
+        return self._normalise(x) if complete else x, intermediates
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to the normalised last map, of stride 32, rounded up."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self._normalise(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map the last map to logits, or to the pooled features (B, head_hidden_size) if `pre_logits`."""
+        if self.global_pool == "avg":
+            x = x.mean((2, 3))
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to logits."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _cfg() -> PretrainedCfg:
+    return PretrainedCfg(
+        input_size=(3, 224, 224),
+        min_input_size=(3, 32, 32),
+        pool_size=(7, 7),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        num_classes=1000,
+        first_conv="stem.conv",
+        classifier="head",
+        license="apache-2.0",
+        paper_ids="arXiv:2403.19963",
+        paper_name="Efficient Modulation for Vision Networks",
+        origin_url="https://github.com/ma-xu/EfficientMod",
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {f"efficientmod_{size}": _cfg() for size in ("xxs", "xs", "s", "s_conv")}
+)
+
+# No pattern matches a name of ours, so our own files pass unchanged.
+_KEY_RULES = [
+    (re.compile(r"^patch_embed\.proj\."), "stem.conv."),
+    (re.compile(r"^patch_embed\.norm\."), "stem.norm."),
+    (re.compile(r"\.downsample\.proj\."), ".downsample.conv."),
+    (re.compile(r"\.gamma_1$"), ".gamma"),
+    (re.compile(r"\.context_layer\.context_list\.0\."), ".context.conv."),
+    (re.compile(r"\.context_layer\."), ".context."),
+    (re.compile(r"^layers\.(\d+)\.blocks\."), r"stages.\1.blocks."),
+]
+
+
+def _rename(key: str) -> str:
+    """Map an official key to ours; a key of ours stays as it is."""
+    for pattern, replacement in _KEY_RULES:
+        key = pattern.sub(replacement, key)
+    if behind_stage := re.match(r"layers\.(\d+)\.(downsample\..+)", key):
+        key = f"stages.{int(behind_stage[1]) + 1}.{behind_stage[2]}"
+    return key
+
+
+def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """Map a checkpoint in the official layout or ours to ours; a model without classes drops the head."""
+    renamed = {_rename(key): value for key, value in state_dict.items()}
+    if isinstance(model.head, nn.Identity):
+        renamed = {key: value for key, value in renamed.items() if not key.startswith("head.")}
+    return renamed
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build_model(EfficientMod, variant, pretrained, default_indices=(0, 1, 2, 3), **kwargs)
+
+
+_SOURCE = "README of the official code; multiply-adds from the paper"
+_DISTILLED = "distilled with regnety_160"
+
+
+@register_model(
+    params=4_736_264,
+    published=Published(top1=77.1, macs_g=0.6, weights="ema", note=_DISTILLED, source=_SOURCE),
+)
+def efficientmod_xxs(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EfficientMod-xxs."""
+    return _create("efficientmod_xxs", pretrained, **kwargs)
+
+
+@register_model(
+    params=6_627_544,
+    published=Published(top1=79.4, macs_g=0.8, weights="ema", note=_DISTILLED, source=_SOURCE),
+)
+def efficientmod_xs(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EfficientMod-xs."""
+    sizes: dict[str, Any] = {
+        "embed_dims": (32, 64, 144, 288),
+        "depths": (3, 3, 4, 2),
+        "expand_ratios": (1, 4),
+        "attention_depths": (0, 0, 3, 3),
+    }
+    return _create("efficientmod_xs", pretrained, **(sizes | kwargs))
+
+
+@register_model(
+    params=12_897_184,
+    published=Published(top1=81.9, macs_g=1.4, weights="ema", note=_DISTILLED, source=_SOURCE),
+)
+def efficientmod_s(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EfficientMod-s; the published recipe has `drop_path_rate=0.02`."""
+    sizes: dict[str, Any] = {
+        "embed_dims": (32, 64, 144, 312),
+        "depths": (4, 4, 8, 4),
+        "attention_depths": (0, 0, 4, 4),
+        "attention_mlp_ratios": (4.0, 4.0, 4.0, 5.0),
+    }
+    return _create("efficientmod_s", pretrained, **(sizes | kwargs))
+
+
+@register_model(
+    params=12_872_336,
+    published=Published(top1=80.5, macs_g=1.5, weights="ema", source=_SOURCE),
+)
+def efficientmod_s_conv(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EfficientMod-s without attention blocks; the published recipe has `drop_path_rate=0.02`."""
+    sizes: dict[str, Any] = {
+        "embed_dims": (40, 80, 160, 344),
+        "depths": (4, 4, 12, 8),
+        "attention_depths": (0, 0, 0, 0),
+    }
+    return _create("efficientmod_s_conv", pretrained, **(sizes | kwargs))

@@ -1,0 +1,471 @@
+"""EfficientViM: the state space mixer works on a few hidden states instead of on every position.
+
+Paper: "EfficientViM: Efficient Vision Mamba with Hidden State Mixer based State Space Duality" (CVPR 2025,
+arXiv 2411.15241). Official code: https://github.com/mlvlab/EfficientViM (MIT).
+
+What differs on purpose:
+
+- Input of any height and width; the official classifier takes the square root of the number of positions.
+- `forward_features` gives one map: the normalised final map, and beside it the pooled hidden state of every
+  stage, the same at every position. Its mean over positions is the input of the four classifiers.
+- The down-sampling stands in front of its stage, so that a stage ends with the map that is its feature.
+- Drop path exists (the paper trains without).
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import trunc_normal_
+from timm.models import checkpoint, generate_default_cfgs
+from timm.models._features import feature_take_indices
+from torch import Tensor
+
+from lightspine.errors import UsageError
+from lightspine.models._build import build_model
+from lightspine.models._efficientvim_blocks import ChannelNorm, EfficientViMBlock, Mixer, PatchMerging, Stem
+from lightspine.models._registry import Published, StateDict, register_model
+
+__all__ = ["EfficientViM"]
+
+
+class Stage(nn.Module):
+    """Down-sampling where there is any, then the blocks; gives the map and the last block's hidden state."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[EfficientViMBlock]) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.downsample(x)
+        state = x
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+                x, state = checkpoint(block.forward_with_state, x)
+            else:
+                x, state = block.forward_with_state(x)  # type: ignore[operator]
+        return x, state
+
+
+class FusionHead(nn.Module):
+    """One linear classifier per pooled feature vector; the logits are their softmax-weighted sum.
+
+    Args:
+        widths: width of each vector; the input (B, sum of widths) is all of them in a row.
+        num_classes: number of classes.
+    """
+
+    def __init__(self, widths: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.widths = list(widths)
+        self.weights = nn.Parameter(torch.ones(len(widths)))
+        linears = [nn.Linear(width, num_classes) for width in widths]
+        for linear in linears:
+            trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        self.fc = nn.ModuleList(linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.weights.softmax(0)
+        parts = x.split(self.widths, dim=1)
+        logits = [weights[i] * fc(parts[i]) for i, fc in enumerate(self.fc)]
+        return torch.stack(logits).sum(0)
+
+
+def _describe_stage(index: int, dim: int) -> dict[str, Any]:
+    return {"num_chs": dim, "reduction": 16 * 2**index, "module": f"stages.{index}"}
+
+
+class EfficientViM(nn.Module):
+    """EfficientViM (arXiv 2411.15241), a timm model.
+
+    Args:
+        in_chans: input channels.
+        num_classes: classes; 0 leaves the classifier out.
+        global_pool: "avg", or "" to return the map of `forward_features` (with `num_classes=0` only).
+        dims: width of each stage.
+        depths: blocks of each stage.
+        state_dims: hidden states N of each stage's mixers.
+        mlp_ratio: hidden width of the FFNs over the width.
+        expand: inner width of the mixers over the width.
+        mixer: "hsm-ssd", or "nc-ssd" that the paper compares with.
+        distilled: a second classifier for a teacher's labels. In training `forward` returns both logits,
+            (labels, teacher), else their mean.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: drop path of the last block, growing linearly from 0 at the first.
+
+    Raises:
+        UsageError: a value is unknown, or dims, depths and state_dims differ in length.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Literal["avg", ""] = "avg",
+        dims: Sequence[int] = (128, 192, 320),
+        depths: Sequence[int] = (2, 2, 2),
+        state_dims: Sequence[int] = (49, 25, 9),
+        mlp_ratio: float = 4.0,
+        expand: float = 1.0,
+        mixer: Mixer = "hsm-ssd",
+        distilled: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 0 < len(dims) == len(depths) == len(state_dims) or min(depths) < 1:
+            raise UsageError(
+                "dims, depths and state_dims need one positive entry per stage, "
+                f"got dims={dims}, depths={depths}, state_dims={state_dims}"
+            )
+        self.distilled = distilled
+        self.distilled_training = distilled
+        self.global_pool: str = global_pool
+        self.stem = Stem(in_chans, dims[0])
+
+        total = sum(depths)
+        drop_paths = iter([drop_path_rate * i / max(1, total - 1) for i in range(total)])
+        stages = []
+        self.head_widths = []
+        for i, (dim, depth, state_dim) in enumerate(zip(dims, depths, state_dims, strict=True)):
+            blocks = [
+                EfficientViMBlock(dim, state_dim, mlp_ratio, expand, mixer, next(drop_paths))
+                for _ in range(depth)
+            ]
+            self.head_widths.append(blocks[-1].mixer.state_channels)
+            stages.append(Stage(PatchMerging(dims[i - 1], dim) if i else nn.Identity(), blocks))
+        self.stages = nn.ModuleList(stages)
+        self.feature_info = [_describe_stage(i, dim) for i, dim in enumerate(dims)]
+
+        self.head_widths.append(dims[-1])
+        self.num_features = self.head_hidden_size = sum(self.head_widths)
+        axes = [1] * len(stages) + [2]
+        self.norm = nn.ModuleList(ChannelNorm(*args) for args in zip(self.head_widths, axes, strict=True))
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names beyond timm's rule that the paper does not decay: none.
+
+        The rule spares 1-d parameters, such as A, D and the fusion weights, and biases. The published
+        training decays the LayerNorm weights and alpha, which are not 1-d.
+        """
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's parameter groups for layer-wise learning rates: stages, or blocks."""
+        fine = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Choose what a distilled model returns in training: both logits, or as in evaluation their mean.
+
+        Raises:
+            UsageError: the model has one classifier only.
+        """
+        if enable and not self.distilled:
+            raise UsageError(
+                "expected a model with a distillation head (distilled=True), this one has a single head"
+            )
+        self.distilled_training = enable
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """Return the classifier, or of a distilled model both."""
+        return (self.head, self.head_dist) if self.distilled else self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one.
+
+        Args:
+            num_classes: classes; 0 leaves the classifier out.
+            global_pool: "avg" or "", see the class; None keeps what is set.
+
+        Raises:
+            UsageError: unknown pooling, or a classifier without pooling.
+        """
+        global_pool = self.global_pool if global_pool is None else global_pool
+        if global_pool not in ("avg", "") or num_classes < 0 or (num_classes and not global_pool):
+            raise UsageError(
+                "expected global_pool='avg', or '' together with num_classes=0, "
+                f"got global_pool={global_pool!r} and num_classes={num_classes}"
+            )
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.head = self._new_head()
+        self.head_dist = self._new_head() if self.distilled else nn.Identity()
+
+    def _new_head(self) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        like = next(self.parameters())
+        head = FusionHead(self.head_widths, self.num_classes).to(device=like.device, dtype=like.dtype)
+        return head.train(self.training)
+
+    def _fuse(self, states: list[Tensor], x: Tensor) -> Tensor:
+        """Put the pooled states (B, C_i), the same at every position, before the final map (B, C, H, W)."""
+        x = self.norm[-1](x)
+        pooled = torch.cat(states, dim=1)[:, :, None, None]
+        return torch.cat([pooled.expand(-1, -1, x.shape[2], x.shape[3]), x], dim=1)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to (B, num_features, ceil(H/64), ceil(W/64)).
+
+        The last `feature_info[-1]["num_chs"]` channels are the normalised final map; those before hold each
+        stage's normalised, pooled hidden state.
+        """
+        # Channels innermost from the start: convolutions and LayerNorm then copy nothing.
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        states: list[Tensor] = []
+        for stage, norm in zip(self.stages, self.norm):  # noqa: B905 (one norm more: that of the map)
+            x, state = stage(x)
+            states.append(norm(state).mean(-1))
+        return self._fuse(states, x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Map the result of `forward_features` to logits (B, num_classes), or both logits (see `distilled`).
+
+        With `pre_logits` or without a classifier it is the pooled vector (B, num_features), with
+        `global_pool=""` the map itself.
+        """
+        if self.global_pool:
+            x = x.mean((2, 3))
+        x = self.head_drop(x)
+        if pre_logits or self.num_classes == 0:
+            return x
+        if self.distilled:
+            both = self.training and self.distilled_training
+            if both and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+                return self.head(x), self.head_dist(x)
+            return (self.head(x) + self.head_dist(x)) / 2
+        return self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Map images (B, in_chans, H, W) to logits (B, num_classes), or both logits (see `distilled`)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the maps of the stages, strides 16, 32 and 64.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: which stages: the last n if an int, all if None.
+            norm: normalise the last stage's map; the norms of the other stages belong to their hidden states.
+            stop_early: skip the stages after the last one asked for; the final features are then its map.
+            output_fmt: "NCHW".
+            intermediates_only: return the list alone, not (final features, list).
+
+        Raises:
+            UsageError: another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise UsageError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.stages), indices)
+        stages = self.stages[: last + 1] if stop_early or intermediates_only else self.stages
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        maps: list[Tensor] = []
+        states: list[Tensor] = []
+        for i, stage in enumerate(stages):
+            x, state = stage(x)
+            if i in take:
+                maps.append(self.norm[-1](x) if norm and i == len(self.stages) - 1 else x)
+            if not intermediates_only:
+                states.append(self.norm[i](state).mean(-1))
+        if intermediates_only:
+            return maps
+        return (self._fuse(states, x) if len(stages) == len(self.stages) else x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages after the last one in `indices`, the norms and the classifier; return `indices`.
+
+        Raises:
+            UsageError: stages would go and the classifier, which reads all of them, would stay.
+        """
+        take, last = feature_take_indices(len(self.stages), indices)
+        if last + 1 < len(self.stages):
+            if not prune_head:
+                raise UsageError("the classifier reads every stage: removing stages needs prune_head=True")
+            prune_norm = True
+            self.stages = self.stages[: last + 1]
+            self.head_widths = [*self.head_widths[: last + 1], self.feature_info[last]["num_chs"]]
+            self.num_features = self.head_hidden_size = sum(self.head_widths)
+        if prune_head:
+            self.reset_classifier(0)
+        if prune_norm:
+            self.norm = nn.ModuleList(nn.Identity() for _ in range(last + 2))
+        return take
+
+
+_RENAMES = (
+    (r"^patch_embed\.conv\.", "stem."),
+    (r"\.mixer\.BCdt_proj\.conv\.", ".mixer.bcdt_proj."),
+    (r"\.mixer\.dw\.conv\.", ".mixer.dwconv."),
+    (r"\.mixer\.(hz|out)_proj\.conv\.", r".mixer.\1_proj."),
+    (r"^heads(_dist)?\.", r"head\1.fc."),
+    (r"^weights(_dist)?$", r"head\1.weights"),
+)
+
+
+def _our_name(key: str) -> str:
+    for pattern, replacement in _RENAMES:
+        key = re.sub(pattern, replacement, key)
+    # Published, a stage ends with the down-sampling; here the next one begins with it.
+    return re.sub(r"^stages\.(\d+)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample", key)
+
+
+def _has_place(name: str, model: EfficientViM) -> bool:
+    """Tell whether a tensor belongs to a part that this model has, given what it can be made without."""
+    if name.startswith("head_dist.") and not model.distilled:
+        return False
+    if name in ("head.weights", "head_dist.weights"):
+        return model.num_classes > 0
+    numbered = re.match(r"(stages|norm)\.(\d+)\.", name)
+    if not numbered:
+        return True
+    parts = list(getattr(model, numbered[1]))
+    return int(numbered[2]) < len(parts) and not isinstance(parts[int(numbered[2])], nn.Identity)
+
+
+def checkpoint_filter_fn(state_dict: StateDict, model: EfficientViM) -> StateDict:
+    """Map the published layout, timm's (the same names, LayerNorm weights of shape (C,)) or ours to ours.
+
+    Left out: the second classifier in a plain model, the fusion weights in a model without a classifier, and
+    what `features_only` removed.
+    """
+    ours = "stem.0.conv.weight" in state_dict
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    out = {}
+    for key, value in state_dict.items():
+        name = key if ours else _our_name(key)
+        if not _has_place(name, model):
+            continue
+        shape = shapes.get(name, value.shape)
+        # The layouts differ by axes of length one; any other difference is left for the loader to refuse.
+        same = [side for side in shape if side > 1] == [side for side in value.shape if side > 1]
+        out[name] = value.reshape(shape) if same and shape != value.shape else value
+    return out
+
+
+def _cfg(distilled: bool, size: int) -> dict[str, Any]:
+    heads = ("head", "head_dist") if distilled else ("head",)
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "min_input_size": (3, 32, 32),
+        "pool_size": (4, 4),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0.conv",
+        "classifier": tuple(f"{head}.fc.{i}" for head in heads for i in range(4)),
+        "paper_ids": "arXiv:2411.15241",
+        "origin_url": "https://github.com/mlvlab/EfficientViM",
+        "license": "mit",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"efficientvim_{size}{suffix}": _cfg(distilled=bool(suffix), size=256 if size == "m4" else 224)
+        for size in ("m1", "m2", "m3", "m4")
+        for suffix in ("", "_dist")
+    }
+)
+
+
+def _published(top1: float, macs_g: float, note: str) -> Published:
+    return Published(
+        top1=top1, macs_g=macs_g, weights="ema", note=note, source="README of the official repository"
+    )
+
+
+_M1 = {"dims": (128, 192, 320), "depths": (2, 2, 2), "state_dims": (49, 25, 9)}
+_M2 = {"dims": (128, 256, 512), "depths": (2, 2, 2), "state_dims": (49, 25, 9)}
+_M3 = {"dims": (224, 320, 512), "depths": (2, 2, 2), "state_dims": (49, 25, 9)}
+_M4 = {"dims": (224, 320, 512), "depths": (3, 4, 2), "state_dims": (64, 32, 16)}
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build_model(EfficientViM, variant, pretrained, default_indices=(0, 1, 2), **kwargs)
+
+
+@register_model(params=6_679_458, published=_published(72.9, 0.239, "300 epochs; 73.5 after 450"))
+def efficientvim_m1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EfficientViM-M1."""
+    return _create("efficientvim_m1", pretrained, **_M1 | kwargs)
+
+
+@register_model(
+    params=7_643_462, published=_published(74.6, 0.239, "300 epochs, hard distillation from RegNetY-16GF")
+)
+def efficientvim_m1_dist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EfficientViM-M1 with a second classifier for a teacher's labels."""
+    return _create("efficientvim_m1_dist", pretrained, **_M1 | {"distilled": True} | kwargs)
+
+
+@register_model(params=13_903_842, published=_published(75.4, 0.355, "300 epochs; 75.8 after 450"))
+def efficientvim_m2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EfficientViM-M2."""
+    return _create("efficientvim_m2", pretrained, **_M2 | kwargs)
+
+
+@register_model(
+    params=15_315_846, published=_published(76.7, 0.355, "300 epochs, hard distillation from RegNetY-16GF")
+)
+def efficientvim_m2_dist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EfficientViM-M2 with a second classifier for a teacher's labels."""
+    return _create("efficientvim_m2_dist", pretrained, **_M2 | {"distilled": True} | kwargs)
+
+
+@register_model(params=16_604_174, published=_published(77.6, 0.656, "300 epochs; 77.9 after 450"))
+def efficientvim_m3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EfficientViM-M3."""
+    return _create("efficientvim_m3", pretrained, **_M3 | kwargs)
+
+
+@register_model(
+    params=18_176_178, published=_published(79.1, 0.656, "300 epochs, hard distillation from RegNetY-16GF")
+)
+def efficientvim_m3_dist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EfficientViM-M3 with a second classifier for a teacher's labels."""
+    return _create("efficientvim_m3_dist", pretrained, **_M3 | {"distilled": True} | kwargs)
+
+
+@register_model(params=19_606_505, published=_published(79.4, 1.111, "300 epochs; 79.6 after 450"))
+def efficientvim_m4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EfficientViM-M4."""
+    return _create("efficientvim_m4", pretrained, **_M4 | kwargs)
+
+
+@register_model(
+    params=21_178_509, published=_published(80.7, 1.111, "300 epochs, hard distillation from RegNetY-16GF")
+)
+def efficientvim_m4_dist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EfficientViM-M4 with a second classifier for a teacher's labels."""
+    return _create("efficientvim_m4_dist", pretrained, **_M4 | {"distilled": True} | kwargs)

@@ -1,0 +1,412 @@
+"""SHViT: single-head attention on part of the channels, first map at stride 16.
+
+Paper: "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design", Yun and Ro, CVPR 2024,
+arXiv:2401.16456. Official code: https://github.com/ysj9909/SHViT (MIT).
+
+Different on purpose: on a CPU, maps keep their channels innermost (`channels_last`) inside; stochastic depth,
+which the official code defines but never uses, is honoured when asked for.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import trunc_normal_
+from timm.models import PretrainedCfg, checkpoint_seq, generate_default_cfgs
+from timm.models._features import feature_take_indices
+from torch import Tensor
+
+from lightspine.errors import UsageError
+from lightspine.models._build import build_model
+from lightspine.models._registry import Published, StateDict, register_model
+from lightspine.models._shvit_blocks import SHSA, ConvNorm, Downsample, SHViTBlock
+
+__all__ = ["SHSA", "SHViT", "SHViTBlock"]
+
+
+def _arrange(x: Tensor) -> Tensor:
+    """Put the channels innermost on a CPU, whose convolutions are faster so; elsewhere the caller chooses."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
+# It branches on the device, so torch.fx must keep it whole.
+torch.fx.wrap("_arrange")
+
+
+class Classifier(nn.Module):
+    """Batch norm of the pooled features and a linear map."""
+
+    def __init__(self, dim: int, num_classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim)
+        self.fc = nn.Linear(dim, num_classes)
+        trunc_normal_(self.fc.weight, std=0.02)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C) to (B, classes)."""
+        return self.fc(self.norm(x))
+
+
+class Stage(nn.Module):
+    """An optional `Downsample`, then blocks."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the stage's map."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class SHViT(nn.Module):
+    """SHViT backbone and classifier.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: width of the classifier; 0 for none.
+        global_pool: "avg", or "" to leave the last map as it is (then `num_classes` must be 0).
+        embed_dims: channels of each stage; the stem needs a multiple of 8 in the first.
+        depths: blocks of each stage.
+        partial_dims: channels that attend in each stage; `None` for a stage without attention.
+        qk_dim: width of queries and keys.
+        ffn_ratio: hidden width of the feed-forward branches, as a multiple of the stage's channels.
+        distilled: a second classifier for a teacher's decisions; `forward` gives the pair `(logits,
+            logits_dist)` in training and their mean in evaluation.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first one.
+
+    Shape:
+        Input `(B, in_chans, H, W)` with H and W from 32 up; the stages' maps have strides 16, 32, 64, ...
+
+    Raises:
+        UsageError: lists of different lengths, an unknown `global_pool`, classes without pooling, or a first
+            width that the stem cannot divide.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (128, 224, 320),
+        depths: Sequence[int] = (2, 4, 5),
+        partial_dims: Sequence[int | None] = (None, 48, 68),
+        qk_dim: int = 16,
+        ffn_ratio: float = 2.0,
+        distilled: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        if not len(embed_dims) == len(depths) == len(partial_dims):
+            raise UsageError(
+                "embed_dims, depths and partial_dims must be equally long, "
+                f"got lengths {len(embed_dims)}, {len(depths)} and {len(partial_dims)}"
+            )
+        if embed_dims[0] % 8:
+            raise UsageError(f"the first of embed_dims must be a multiple of 8, got {embed_dims[0]}")
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.distilled = distilled
+        self.drop_rate = drop_rate
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+
+        widths = [in_chans, *(embed_dims[0] // k for k in (8, 4, 2, 1))]
+        layers: list[nn.Module] = []
+        for width, next_width in itertools.pairwise(widths):
+            layers += [ConvNorm(width, next_width, 3, stride=2), nn.ReLU(inplace=True)]
+        self.stem = nn.Sequential(*layers[:-1])
+
+        last = max(sum(depths) - 1, 1)
+        rates = iter([drop_path_rate * i / last for i in range(sum(depths))])
+        stages = []
+        self.feature_info = []
+        width = embed_dims[0]
+        for i, (dim, depth, partial_dim) in enumerate(zip(embed_dims, depths, partial_dims, strict=True)):
+            attention = partial_dim is not None
+            blocks = [
+                SHViTBlock(
+                    dim, partial_dim, qk_dim, attention=attention, ffn_ratio=ffn_ratio, drop_path=next(rates)
+                )
+                for _ in range(depth)
+            ]
+            stages.append(Stage(Downsample(width, dim, ffn_ratio) if i else nn.Identity(), blocks))
+            self.feature_info.append({"num_chs": dim, "reduction": 16 * 2**i, "module": f"stages.{i}"})
+            width = dim
+        self.stages = nn.ModuleList(stages)
+        self.reset_classifier(num_classes, global_pool)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return no name: timm's rule for 1-d parameters and biases already gives the published groups."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the patterns by which timm groups parameters for layer-wise learning rates."""
+        fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """Return the linear map to the classes, a pair of them when distilled."""
+        heads = [head.fc if isinstance(head, Classifier) else head for head in (self.head, self.head_dist)]
+        return (heads[0], heads[1]) if self.distilled else heads[0]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one.
+
+        Args:
+            num_classes: width of the new classifier; 0 for none.
+            global_pool: "avg" or ""; `None` keeps the pooling.
+
+        Raises:
+            UsageError: an unknown pooling, or classes without pooling.
+        """
+        pool = self.global_pool if global_pool is None else global_pool
+        if pool not in ("avg", ""):
+            raise UsageError(f"global_pool must be 'avg' or '', got {pool!r}")
+        if num_classes and not pool:
+            raise UsageError(f"a classifier needs global_pool='avg', got '' with num_classes={num_classes}")
+        self.global_pool = pool
+        self.num_classes = num_classes
+        dim = self.head_hidden_size
+        self.head = Classifier(dim, num_classes) if num_classes else nn.Identity()
+        self.head_dist = Classifier(dim, num_classes) if num_classes and self.distilled else nn.Identity()
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages and the head that the given intermediates do not need; return their indices."""
+        take_indices, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or prune_norm or shortened:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the maps of chosen stages, and the last map unless `intermediates_only`.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: stages to take: the last n, a list of indices, or `None` for all.
+            norm: without effect: SHViT has no norm over its last map.
+            stop_early: do not compute the stages behind the last one that is taken.
+            output_fmt: "NCHW".
+            intermediates_only: return the list only.
+
+        Raises:
+            UsageError: another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise UsageError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        del norm
+        take_indices, last = feature_take_indices(len(self.stages), indices)
+        x = self.stem(_arrange(x))
+        intermediates = []
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to the last map (B, num_features, H / 64, W / 64), rounded up."""
+        x = self.stem(_arrange(x))
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def _pool(self, x: Tensor) -> Tensor:
+        if self.global_pool == "avg":
+            x = x.mean((2, 3))
+        return F.dropout(x, self.drop_rate, self.training)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Map the last map to logits, or to the pooled features (B, head_hidden_size) if `pre_logits`."""
+        x = self._pool(x)
+        if pre_logits:
+            return x
+        if not self.distilled or self.num_classes == 0:
+            return self.head(x)
+        logits, logits_dist = self.head(x), self.head_dist(x)
+        if self.training and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return logits, logits_dist
+        return (logits + logits_dist) / 2
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Map images (B, in_chans, H, W) to logits; a distilled model in training gives two of them."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _cfg(size: int, distilled: bool) -> PretrainedCfg:
+    # timm declares one name here, and takes several.
+    classifier: Any = ("head.fc", "head_dist.fc") if distilled else "head.fc"
+    return PretrainedCfg(
+        input_size=(3, size, size),
+        min_input_size=(3, 32, 32),
+        pool_size=(4, 4),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        num_classes=1000,
+        first_conv="stem.0.conv",
+        classifier=classifier,
+        license="mit",
+        paper_ids="arXiv:2401.16456",
+        paper_name="SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design",
+        origin_url="https://github.com/ysj9909/SHViT",
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"shvit_{size}{suffix}": _cfg(256 if size == "s4" else 224, distilled=bool(suffix))
+        for size in ("s1", "s2", "s3", "s4")
+        for suffix in ("", "_dist")
+    }
+)
+
+_MERGING_PARTS = ("pre.0", "pre.1", "merge", "post.0", "post.1")
+_SHARED_RULES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^patch_embed\.", "stem."),
+        (r"\.(pre|post)\.0\.m\.", r".\1.dwconv."),
+        (r"\.(pre|post)\.1\.m\.", r".\1.ffn."),
+        (r"\.conv\.m\.", ".dwconv."),
+        (r"\.mixer\.m\.", ".attn."),
+        (r"\.ffn\.m\.", ".ffn."),
+        (r"\.pre_norm\.", ".norm."),
+        (r"\.proj\.1\.", ".proj."),
+        (r"\.c\.", ".conv."),
+        (r"\.bn\.", ".norm."),
+        (r"^(head|head_dist)\.l\.", r"\1.fc."),
+    )
+]
+
+
+def _rename(key: str) -> str:
+    """Map an official or timm key to ours; a key of ours stays as it is."""
+    if official := re.match(r"blocks(\d)\.(\d+)\.(.+)", key):
+        stage, index, rest = int(official[1]) - 1, int(official[2]), official[3]
+        # The later official stages open with three entries that merge patches: residuals, merging, residuals.
+        if stage > 0 and index < 3:
+            key = f"stages.{stage}.downsample.{('pre', 'merge', 'post')[index]}.{rest}"
+        else:
+            key = f"stages.{stage}.blocks.{index - 3 if stage else index}.{rest}"
+    elif timm_key := re.match(r"(stages\.\d+\.downsample)\.(\d)\.(.+)", key):
+        key = f"{timm_key[1]}.{_MERGING_PARTS[int(timm_key[2])]}.{timm_key[3]}"
+    for pattern, replacement in _SHARED_RULES:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """Map a checkpoint in the official layout, timm's or ours to ours.
+
+    Left out is what the model has no place for by design: the second head in a plain model, both in a model
+    without classes.
+    """
+    renamed = {_rename(key): value for key, value in state_dict.items()}
+    absent = tuple(
+        f"{name}." for name in ("head", "head_dist") if isinstance(getattr(model, name), nn.Identity)
+    )
+    return {key: value for key, value in renamed.items() if not key.startswith(absent)}
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build_model(SHViT, variant, pretrained, default_indices=(0, 1, 2), **kwargs)
+
+
+_S1: dict[str, Any] = {"embed_dims": (128, 224, 320), "depths": (2, 4, 5), "partial_dims": (None, 48, 68)}
+_S2: dict[str, Any] = {"embed_dims": (128, 308, 448), "depths": (2, 4, 5), "partial_dims": (None, 66, 96)}
+_S3: dict[str, Any] = {"embed_dims": (192, 352, 448), "depths": (3, 5, 5), "partial_dims": (None, 75, 96)}
+_S4: dict[str, Any] = {"embed_dims": (224, 336, 448), "depths": (4, 7, 6), "partial_dims": (None, 72, 96)}
+
+
+def _published(top1: float, macs_g: float, *, distilled: bool = False) -> Published:
+    return Published(
+        top1=top1,
+        macs_g=macs_g,
+        note="distilled with regnety_160" if distilled else "",
+        source="paper, table of distilled models" if distilled else "README of the official code",
+    )
+
+
+@register_model(params=6_330_808, published=_published(72.8, 0.241))
+def shvit_s1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SHViT-S1 at 224 px."""
+    return _create("shvit_s1", pretrained, **(_S1 | kwargs))
+
+
+@register_model(params=6_652_448, published=_published(74.0, 0.241, distilled=True))
+def shvit_s1_dist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SHViT-S1 at 224 px with the second head of a distilled model."""
+    return _create("shvit_s1_dist", pretrained, **(_S1 | {"distilled": True} | kwargs))
+
+
+@register_model(params=11_483_072, published=_published(75.2, 0.366))
+def shvit_s2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SHViT-S2 at 224 px."""
+    return _create("shvit_s2", pretrained, **(_S2 | kwargs))
+
+
+@register_model(params=11_932_968, published=_published(76.2, 0.366, distilled=True))
+def shvit_s2_dist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SHViT-S2 at 224 px with the second head of a distilled model."""
+    return _create("shvit_s2_dist", pretrained, **(_S2 | {"distilled": True} | kwargs))
+
+
+@register_model(params=14_245_273, published=_published(77.4, 0.601))
+def shvit_s3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SHViT-S3 at 224 px."""
+    return _create("shvit_s3", pretrained, **(_S3 | kwargs))
+
+
+@register_model(params=14_695_169, published=_published(78.3, 0.601, distilled=True))
+def shvit_s3_dist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SHViT-S3 at 224 px with the second head of a distilled model."""
+    return _create("shvit_s3_dist", pretrained, **(_S3 | {"distilled": True} | kwargs))
+
+
+@register_model(params=16_588_484, published=_published(79.4, 0.986))
+def shvit_s4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SHViT-S4 at 256 px."""
+    return _create("shvit_s4", pretrained, **(_S4 | kwargs))
+
+
+@register_model(params=17_038_380, published=_published(80.2, 0.986, distilled=True))
+def shvit_s4_dist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SHViT-S4 at 256 px with the second head of a distilled model."""
+    return _create("shvit_s4_dist", pretrained, **(_S4 | {"distilled": True} | kwargs))

@@ -1,0 +1,457 @@
+"""Vision Mamba (Vim): a plain column of bidirectional selective-scan blocks over patches and a class token.
+
+Paper: "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model", Zhu et
+al., ICML 2024, arXiv:2401.09417. Official code: https://github.com/hustvl/Vim (Apache-2.0).
+
+What differs from the official code on purpose, without a change of numbers:
+
+- A block adds its own output to the residual stream, where the official block adds the previous block's
+  output before its norm. The published drop-path rule, read this way, is linspace(0, rate, depth).
+- Any input size: the position table is resized inside, the class token's row left out of the resizing.
+- In "layer-pairs" each layer drops its own output, where officially it drops that of the previous pair.
+"""
+
+import math
+import re
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import lecun_normal_, trunc_normal_
+from timm.models import generate_default_cfgs
+from timm.models._features import feature_take_indices
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lightspine.errors import UsageError
+from lightspine.models._build import build_model
+from lightspine.models._registry import Published, StateDict, register_model
+from lightspine.models._vim_blocks import (
+    NORMS,
+    VimBlock,
+    VimLayerPair,
+    VimMixer,
+    at_least_float32,
+    check_choice,
+)
+from lightspine.models._vim_tokens import (
+    CLASS_TOKENS,
+    class_tokens_of,
+    count_class_tokens,
+    join_tokens,
+    patches_of,
+    resize_pos_embed,
+    square_grid,
+)
+
+__all__ = ["Vim", "VimBlock", "VimLayerPair", "VimMixer", "checkpoint_filter_fn", "resize_pos_embed"]
+
+DIRECTIONS = ("v2", "v1", "one-way", "layer-pairs")
+
+
+class Vim(nn.Module):
+    """Vision Mamba.
+
+    Images of any height and width from `patch_size` up. Pixels that do not fill a last patch are not seen, as
+    published; `dynamic_img_pad=True` pads them to a patch with zeros instead. At sizes that leave no
+    remainder, the published ones included, both are the same.
+
+    Args:
+        in_chans: number of input channels.
+        num_classes: number of classes; 0 leaves the head out.
+        global_pool: with class tokens "token" (their mean); without "avg" (mean over tokens), "max" (the head
+            on every token, then the maximum of the logits) or "last" (last token); "" gives every token its
+            own output. `None` is "token" or "avg".
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        pos_drop_rate: dropout of the tokens after the position table is added.
+        img_size: image size, or (height, width), whose grid of patches the position table has.
+        patch_size: side of a patch in pixels.
+        stride: distance between patches in pixels.
+        dim: number of channels C.
+        depth: number of layers.
+        state_dim: see `VimMixer`, as `expand`, `conv_kernel`, `dt_rank` and `divide_out`.
+        expand: see `VimMixer`.
+        conv_kernel: see `VimMixer`.
+        dt_rank: see `VimMixer`.
+        directions: "v2", "v1" or "one-way" as in `VimMixer`, or "layer-pairs": one-way layers, each pair of
+            which is a block (`VimLayerPair`) that doubles the stream: a numerical hazard, for comparison.
+        divide_out: see `VimMixer`.
+        layer_scale: see `VimMixer`.
+        norm: "rms" or "layer".
+        class_token: "middle" (before patch M // 2 of M), "head", "double" (head and tail) or "none".
+        pos_embed: learn a position table, one row per token.
+        dynamic_img_pad: pad images at the right and the bottom to whole patches.
+
+    Raises:
+        UsageError: an unknown choice, or options that do not go together.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        stride: int = 16,
+        dim: int = 192,
+        depth: int = 24,
+        state_dim: int = 16,
+        expand: int = 2,
+        conv_kernel: int = 4,
+        dt_rank: int | None = None,
+        directions: str = "v2",
+        divide_out: bool | None = None,
+        layer_scale: float | None = None,
+        norm: str = "rms",
+        class_token: str = "middle",
+        pos_embed: bool = True,
+        dynamic_img_pad: bool = False,
+    ) -> None:
+        super().__init__()
+        check_choice("directions", directions, DIRECTIONS)
+        check_choice("norm", norm, tuple(NORMS))
+        check_choice("class_token", class_token, CLASS_TOKENS)
+        if directions == "layer-pairs" and depth % 2:
+            raise UsageError(f"directions 'layer-pairs' needs an even depth: received {depth}")
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dim
+        self.class_token = class_token
+        self.directions = directions
+        self.patch_size, self.stride = patch_size, stride
+        self.dynamic_img_pad = dynamic_img_pad
+        self.grad_checkpointing = False
+        self.global_pool = self._checked_pool(global_pool)
+
+        size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if min(size) < patch_size:
+            raise UsageError(
+                f"img_size must be at least patch_size {patch_size}: received {size[0]} x {size[1]}"
+            )
+        self.grid_size = self._grid(size[0]), self._grid(size[1])
+        class_tokens = count_class_tokens(class_token)
+        self.stem = nn.Conv2d(in_chans, dim, patch_size, stride)
+        self.cls_token = nn.Parameter(torch.zeros(1, class_tokens, dim)) if class_tokens else None
+        tokens = self.grid_size[0] * self.grid_size[1] + class_tokens
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim)) if pos_embed else None
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        mixing: dict[str, Any] = {
+            "state_dim": state_dim,
+            "expand": expand,
+            "conv_kernel": conv_kernel,
+            "dt_rank": dt_rank,
+            "layer_scale": layer_scale,
+        }
+        if directions == "layer-pairs":
+            if divide_out is not None:
+                raise UsageError("divide_out belongs to directions 'v2': received it with 'layer-pairs'")
+            pairs = zip(rates[::2], rates[1::2], strict=True)
+            blocks: list[nn.Module] = [
+                VimLayerPair(dim, **mixing, norm=norm, drop_path=pair, layout="NLC") for pair in pairs
+            ]
+        else:
+            mixing |= {"directions": directions, "divide_out": divide_out}
+            blocks = [VimBlock(dim, **mixing, norm=norm, drop_path=rate, layout="NLC") for rate in rates]
+        self.blocks = nn.ModuleList(blocks)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": stride, "module": f"blocks.{i}"} for i in range(len(blocks))
+        ]
+        self.norm = NORMS[norm](dim, eps=1e-5)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self._init_weights(depth)
+
+    @torch.jit.ignore
+    def _init_weights(self, depth: int) -> None:
+        lecun_normal_(self.stem.weight)
+        nn.init.zeros_(self.stem.bias)  # type: ignore[arg-type]
+        for table in (self.cls_token, self.pos_embed):
+            if table is not None:
+                trunc_normal_(table, std=0.02)
+        for module in self.modules():
+            if isinstance(module, VimMixer):
+                with torch.no_grad():
+                    module.out_proj.weight.div_(math.sqrt(depth))
+        self._init_head()
+
+    def _init_head(self) -> None:
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def _checked_pool(self, global_pool: str | None) -> str:
+        choices = ("avg", "max", "last", "") if self.class_token == "none" else ("token", "")
+        pool = choices[0] if global_pool is None else global_pool
+        check_choice(f"global_pool for class_token {self.class_token!r}", pool, choices)
+        return pool
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return the published exceptions to timm's rule: A_log is 2-d and is decayed, as published."""
+        return {"cls_token", "pos_embed"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 (there are no stages)
+        """Return the regular expressions that sort parameters into layers, for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|^pos_embed|^stem",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the head."""
+        return self.head
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head, and the pooling where one is named.
+
+        Raises:
+            UsageError: a pooling that does not go with the class token.
+        """
+        if global_pool is not None:
+            self.global_pool = self._checked_pool(global_pool)
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head.to(self.stem.weight).train(self.training)
+        self._init_head()
+
+    def _grid(self, size: int) -> int:
+        """Return the number of patches along a side of so many pixels."""
+        if self.dynamic_img_pad:
+            size = size + self.stride - 1
+        return (size - self.patch_size) // self.stride + 1
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, int, int]:
+        """Return the residual stream (B, N, C) that enters the first block, and the grid of patches."""
+        if self.dynamic_img_pad:
+            right = (self.patch_size - x.shape[3]) % self.stride
+            bottom = (self.patch_size - x.shape[2]) % self.stride
+            x = F.pad(x, (0, right, 0, bottom))
+        x = at_least_float32(self.stem(x))
+        height, width = x.shape[2], x.shape[3]
+        x = x.flatten(2).transpose(1, 2)
+        if self.cls_token is not None:
+            x = join_tokens(x, self.cls_token.expand(x.shape[0], -1, -1), self.class_token)
+        if self.pos_embed is not None:
+            x = x + resize_pos_embed(self.pos_embed, self.grid_size, (height, width), self.class_token)
+        return self.pos_drop(x), height, width
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return self.norm(x.to(self.stem.weight.dtype))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the normed tokens (B, N, C), class tokens included, for images (B, in_chans, H, W)."""
+        x = self._embed(x)[0]
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return self._normed(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return maps of the residual stream after some blocks, class tokens left out.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: the blocks; a number takes that many of the last ones, `None` all.
+            norm: apply the final norm to each map.
+            stop_early: leave out the blocks after the last one asked for.
+            output_fmt: "NCHW" for maps, "NLC" for patch tokens (B, M, C).
+            intermediates_only: return the maps only.
+
+        Returns:
+            The maps, or the normed tokens (B, N, C) after the last block run and the maps.
+
+        Raises:
+            UsageError: an unknown `output_fmt`.
+        """
+        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        x, height, width = self._embed(x)
+        maps = []
+        for i, block in enumerate(self.blocks):
+            if stop_early and i > last:
+                break
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+            if i in taken:
+                tokens = patches_of(self._normed(x) if norm else x, self.class_token)
+                if output_fmt == "NCHW":
+                    tokens = tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
+                maps.append(tokens)
+        return maps if intermediates_only else (self._normed(x), maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what `forward_intermediates` does not need for these indices, and return them."""
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return list(taken)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool tokens (B, N, C) and classify them: (B, num_classes), or (B, N, num_classes) un-pooled.
+
+        With `pre_logits` it returns what the head takes: (B, C), or all tokens for the pools "max" and "".
+        """
+        if self.global_pool == "token":
+            x = class_tokens_of(x, self.class_token).mean(1)
+        elif self.global_pool == "avg":
+            x = x.mean(1)
+        elif self.global_pool == "last":
+            x = x[:, -1]
+        x = self.head_drop(x)
+        if pre_logits:
+            return x
+        x = self.head(x)
+        return x.amax(1) if self.global_pool == "max" else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify images (B, in_chans, H, W)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _cfg(**overrides: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "min_input_size": (3, 32, 32),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/hustvl/Vim",
+        "paper_ids": "arXiv:2401.09417",
+        **overrides,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {name: _cfg() for name in ("vim_tiny", "vim_tiny_plus", "vim_small", "vim_small_plus", "vim_base")}
+)
+
+_RENAMES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^patch_embed\.proj\.", "stem."),
+        (r"^norm_f\.", "norm."),
+        (r"^layers\.(\d+)\.mixer\.(conv1d|x_proj|dt_proj)\.", r"layers.\1.mixer.ahead.\2."),
+        (r"^layers\.(\d+)\.mixer\.(conv1d|x_proj|dt_proj)_b\.", r"layers.\1.mixer.back.\2."),
+        (r"^layers\.(\d+)\.mixer\.(A_log|D)$", r"layers.\1.mixer.ahead.\2"),
+        (r"^layers\.(\d+)\.mixer\.D_b$", r"layers.\1.mixer.back.D"),
+        (r"^layers\.", "blocks."),
+    )
+)
+
+
+def _rename(key: str, shared_directions: bool, layer_pairs: bool) -> str:
+    """Return our name for a key of the published layout; our own names stay as they are."""
+    published_layer = re.match(r"layers\.(\d+)\.", key)
+    key = re.sub(
+        r"^(layers\.\d+\.mixer)\.A_b_log$", r"\1.A_log_back" if shared_directions else r"\1.back.A_log", key
+    )
+    for pattern, replacement in _RENAMES:
+        key = pattern.sub(replacement, key)
+    if layer_pairs and published_layer:
+        pair, second = divmod(int(published_layer[1]), 2)
+        key = re.sub(r"^blocks\.\d+", f"blocks.{pair}.{'back' if second else 'ahead'}", key)
+    return key
+
+
+def checkpoint_filter_fn(state_dict: StateDict, model: Vim) -> StateDict:
+    """Map the published layout, or ours, to ours; resize the position table to the model's grid.
+
+    Raises:
+        LightspineError: the table has to be resized and is not that of a square image.
+    """
+    # Only "v2" has a skip of its own for the way back; "v1" has nothing of its own but A.
+    shared_directions = not any(key.endswith(".D_b") for key in state_dict)
+    layer_pairs = model.directions == "layer-pairs"
+    out = {_rename(key, shared_directions, layer_pairs): value for key, value in state_dict.items()}
+    if "cls_token_head" in out and "cls_token_tail" in out:
+        out["cls_token"] = torch.cat((out.pop("cls_token_head"), out.pop("cls_token_tail")), dim=1)
+    table = out.get("pos_embed")
+    same_tokens = ("cls_token" in out) == (model.class_token != "none")
+    if (
+        table is not None
+        and model.pos_embed is not None
+        and table.shape[1] != model.pos_embed.shape[1]
+        and same_tokens
+    ):
+        grid = square_grid(table.shape[1], model.class_token)
+        out["pos_embed"] = resize_pos_embed(table, grid, model.grid_size, model.class_token)
+    return out
+
+
+def _create(variant: str, pretrained: bool, sizes: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    settings = sizes | options
+    blocks = settings.get("depth", 24) // (2 if settings.get("directions") == "layer-pairs" else 1)
+    quarters = tuple(blocks * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
+    return build_model(Vim, variant, pretrained, default_indices=quarters, **settings)
+
+
+_SOURCE = "README of hustvl/Vim"
+_FINE_TUNED = "fine-tuned at stride 8 for 30 epochs from the stride-16 weights"
+
+
+@register_model(params=7_148_008, published=Published(top1=76.1, source=_SOURCE))
+def vim_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Vim-Ti: 192 channels, patches of 16 pixels."""
+    return _create("vim_tiny", pretrained, {"dim": 192}, kwargs)
+
+
+@register_model(params=7_250_344, published=Published(top1=78.3, note=_FINE_TUNED, source=_SOURCE))
+def vim_tiny_plus(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Vim-Ti+: as Vim-Ti, with patches that overlap by half."""
+    return _create("vim_tiny_plus", pretrained, {"dim": 192, "stride": 8}, kwargs)
+
+
+@register_model(params=25_796_584, published=Published(top1=80.5, source=_SOURCE))
+def vim_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Vim-S: 384 channels, patches of 16 pixels."""
+    return _create("vim_small", pretrained, {"dim": 384}, kwargs)
+
+
+@register_model(params=26_001_256, published=Published(top1=81.6, note=_FINE_TUNED, source=_SOURCE))
+def vim_small_plus(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Vim-S+: as Vim-S, with patches that overlap by half."""
+    return _create("vim_small_plus", pretrained, {"dim": 384, "stride": 8}, kwargs)
+
+
+@register_model(params=97_598_440, published=Published(top1=81.9, source=_SOURCE))
+def vim_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Vim-B: 768 channels, patches of 16 pixels."""
+    return _create("vim_base", pretrained, {"dim": 768}, kwargs)

@@ -1,0 +1,44 @@
+"""Short runs on the digits with a small network."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lightspine.data.modules import DigitsDataModule
+from lightspine.tasks.classification import ClassificationTask
+from lightspine.tasks.fit import TrainResult, train
+
+# A plain ResNet of timm with 470 thousand parameters: these tests are about the training and not the model.
+SMALL_MODEL = "test_resnet"
+
+
+def make_task(**options: Any) -> ClassificationTask:
+    """Return a task for the digits."""
+    return ClassificationTask(**{"model": SMALL_MODEL, "num_classes": 10, "warmup_epochs": 0.2} | options)
+
+
+def run(
+    folder: Path, *, task: ClassificationTask | None = None, epochs: int = 2, **options: Any
+) -> TrainResult:
+    """Train on six batches of the digits per epoch, validated on two."""
+    return train(
+        task or make_task(),
+        DigitsDataModule(batch_size=32),
+        **{"folder": folder, "epochs": epochs, "accelerator": "cpu", "progress": False}
+        | {"limit_train_batches": 6, "limit_val_batches": 2}
+        | options,
+    )
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    """Compare the tensors of two exported models bit for bit."""
+    one, other = load_file(first), load_file(second)
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the weights of the model inside a `.ckpt` file."""
+    return torch.load(path, weights_only=True)["state_dict"]
