@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from support.reference import fill_checkpoint, read_figure, write_official_file
 
 import lightspine
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models._reading import read_checkpoint
+from support.reference import fill_checkpoint, read_figure, write_official_file
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,27 @@ def test_first_convolution_is_adapted(official, in_chans):
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("channels", [3, 1])
+def test_backbone_gets_the_weights_of_the_whole_model(official, channels):
+    options = {"checkpoint": official, "in_chans": channels}
+    backbone = lightspine.create_model("shvit_s1", features_only=True, out_indices=(0, 1), **options)
+    whole = lightspine.create_model("shvit_s1", **options).eval()
+    images = torch.randn(1, channels, 64, 64)
+    expected = whole.forward_intermediates(images, intermediates_only=True)[:2]
+    for actual, wanted in zip(backbone.eval()(images), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_timm_backbone_gets_the_weights_of_the_whole_model(tmp_path):
+    whole = lightspine.create_model("resnet18").eval()
+    torch.save({"state_dict": whole.state_dict()}, tmp_path / "timm.pth")
+    backbone = lightspine.create_model(
+        "resnet18", checkpoint=tmp_path / "timm.pth", features_only=True
+    ).eval()
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(backbone(images)[-1], whole.forward_features(images))
+
+
 def test_another_variant_is_named(official):
     with pytest.raises(
         LightspineError, match=r"is a checkpoint of shvit_s1, expected shvit_s2: .*; .* and \d+ more"
@@ -171,7 +192,7 @@ def test_convert_writes_a_file_that_gives_equal_predictions(official, tmp_path):
 
 
 def test_save_to_another_suffix_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="ends in .safetensors"):
+    with pytest.raises(UsageError, match=r"ends in \.safetensors"):
         lightspine.save_checkpoint(lightspine.create_model("shvit_s1"), tmp_path / "model.pth")
 
 

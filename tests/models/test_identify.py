@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.reference import FIGURES, read_figure
 
 import lightspine
 from lightspine.models._identify import identify_tensors
+from support.reference import FIGURES, read_figure
 
 PUBLISHED = {
     "efficientmod/efficientMod_xxs": "efficientmod_xxs",

@@ -35,7 +35,7 @@ def build_model(
     # Given explicitly, because timm's own registry holds another cfg for the names that timm has too.
     cfg = kwargs.pop("pretrained_cfg", None) or module.default_cfgs[variant].default
     if isinstance(cfg, str):
-        raise UsageError(f"{variant} has no weights by the tag {cfg!r}: none are hosted, give a checkpoint file")
+        raise UsageError(f"{variant} has no weights by the tag {cfg!r}: give a checkpoint file")
     if isinstance(cfg, dict):
         cfg = PretrainedCfg(**cfg)
     overlay = kwargs.get("pretrained_cfg_overlay") or {}

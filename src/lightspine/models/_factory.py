@@ -6,9 +6,11 @@ from typing import Any, cast
 import timm
 import torch.nn as nn
 
-from lightspine.models._checkpoints import load_checkpoint
-from lightspine.models._reading import Weights
+from lightspine.models._checkpoints import load_checkpoint, load_checkpoint_file
+from lightspine.models._reading import Weights, read_checkpoint
 from lightspine.models._registry import find_record, unknown_model
+
+_FEATURE_OPTIONS = ("features_only", "out_indices", "feature_cls")
 
 
 def create_model(
@@ -44,20 +46,40 @@ def create_model(
         >>> model(torch.zeros(1, 3, 97, 161)).shape
         torch.Size([1, 10])
     """
-    record = find_record(name)
-    if record is None and not timm.is_model(name):
+    if find_record(name) is None and not timm.is_model(name):
         raise unknown_model(name)
-    model: Any = record.create(**kwargs) if record else timm.create_model(name, **kwargs)
+    if checkpoint is not None and kwargs.get("features_only"):
+        model = _create_features(name, checkpoint, weights, kwargs)
+    else:
+        model = _build(name, kwargs)
+        if checkpoint is not None:
+            drop_head = True if "num_classes" in kwargs else None
+            model.load_report = load_checkpoint(model, checkpoint, weights=weights, drop_head=drop_head)
     # What `save_checkpoint` writes, so that a file says how to build its model.
     model.creation = {"name": name, "kwargs": kwargs}
-    if checkpoint is not None:
-        backbone = _unwrap(model)
-        drop_head = True if "num_classes" in kwargs or kwargs.get("features_only") else None
-        model.load_report = load_checkpoint(backbone, checkpoint, weights=weights, drop_head=drop_head)
     return cast(nn.Module, model)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """Return the network inside the wrapper that `features_only=True` gives."""
-    inner = getattr(model, "model", None)
-    return inner if isinstance(inner, nn.Module) else model
+def _build(name: str, kwargs: dict[str, Any]) -> Any:
+    record = find_record(name)
+    return record.create(**kwargs) if record else timm.create_model(name, **kwargs)
+
+
+def _create_features(
+    name: str, checkpoint: str | Path | dict[str, Any], weights: Weights, kwargs: dict[str, Any]
+) -> Any:
+    """Load the whole model first: the wrapper of `features_only` holds only what its maps need."""
+    file = read_checkpoint(checkpoint)
+    whole = _build(name, {key: value for key, value in kwargs.items() if key not in _FEATURE_OPTIONS})
+    report = load_checkpoint_file(whole, file, weights=weights, drop_head=True)
+    wrapper = _build(name, kwargs)
+    inner = getattr(wrapper, "model", None)
+    if isinstance(inner, nn.Module):
+        tensors = whole.state_dict()
+        inner.load_state_dict({key: tensors[key] for key in inner.state_dict()})
+    else:
+        # timm's other wrappers rename the modules: timm itself knows how to fill them.
+        overlay = {"state_dict": dict(file.entries[report.entry])}
+        wrapper = _build(name, kwargs | {"pretrained": True, "pretrained_cfg_overlay": overlay})
+    wrapper.load_report = report
+    return wrapper

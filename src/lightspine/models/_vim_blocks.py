@@ -6,7 +6,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models import register_notrace_function
 from torch import Tensor
 
 from lightspine.errors import UsageError
@@ -24,7 +23,7 @@ def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 # A dtype is unknown while torch.fx traces: it records one call instead of the branch.
-@register_notrace_function
+@torch.fx.wrap
 def at_least_float32(x: Tensor) -> Tensor:
     """Return half-precision tensors in float32 and all others as they are."""
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x

@@ -4,7 +4,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_function
 from torch import Tensor
 
 from lightspine.errors import LightspineError
@@ -56,8 +55,6 @@ def join_tokens(patches: Tensor, tokens: Tensor, class_token: str) -> Tensor:
     return patches
 
 
-# The branch on the sizes would stop torch.fx: it records one call instead.
-@register_notrace_function
 def resize_pos_embed(
     table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], class_token: str
 ) -> Tensor:

@@ -48,6 +48,10 @@ from lightspine.models._vim_tokens import (
 
 __all__ = ["Vim", "VimBlock", "VimLayerPair", "VimMixer", "checkpoint_filter_fn", "resize_pos_embed"]
 
+# Both branch on what torch.fx does not know while it traces: it records one call of each instead.
+torch.fx.wrap("at_least_float32")
+torch.fx.wrap("resize_pos_embed")
+
 DIRECTIONS = ("v2", "v1", "one-way", "layer-pairs")
 
 
