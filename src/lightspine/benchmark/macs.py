@@ -1,0 +1,83 @@
+"""Multiply-adds of one forward pass, counted on shapes alone.
+
+The convention is the papers' own, which call the number FLOPs:
+
+- one multiply-add of a convolution or of a matrix product (linear layers, attention) counts 1;
+- a selective scan over `B` sequences of length `L`, `D` channels and `N` states counts `9 B L D N`, and
+  `B L D` more for its skip and for its gate where it has them (`lightspine.ops.flops`);
+- what touches each element once (norms, activations, pooling, biases, sums) counts nothing.
+
+The counters behind some published numbers also count norms and pooling, so these are up to 2 % larger.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightspine.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Macs:
+    """Multiply-adds of one image, by kind; the module's docstring says what counts.
+
+    Attributes:
+        conv: of the convolutions.
+        matmul: of linear layers, attention and other matrix products.
+        scan: of the selective scans, see `lightspine.ops.flops.scan_flops`.
+    """
+
+    conv: int
+    matmul: int
+    scan: int
+
+    @property
+    def total(self) -> int:
+        """The sum of the three kinds."""
+        return self.conv + self.matmul + self.scan
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> Macs:
+    """Count the multiply-adds of the forward pass in eval mode; no tensor of the model is touched or copied.
+
+    Args:
+        model: any model that takes a `(1, C, H, W)` tensor.
+        input_size: `(C, H, W)` of one image, in pixels.
+
+    Raises:
+        UsageError: `input_size` is not three positive numbers.
+    """
+    if len(input_size) != 3 or min(input_size) < 1:
+        raise UsageError(
+            f"input_size must be (channels, height, width), all positive, got {tuple(input_size)}"
+        )
+    # Shapes are enough: on the meta device nothing is computed, so a large model takes no time and no memory.
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = {name: tensor.detach().to("meta") for name, tensor in named.items()}
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            functional_call(model, tensors, (torch.empty((1, *input_size), device="meta"),))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return _by_kind(counter)
+
+
+def _by_kind(counter: FlopCounterMode) -> Macs:
+    conv = matmul = scan = 0
+    # The counter shows two per multiply-add, for our operators too (see `lightspine.ops.flops`).
+    for operator, flops in counter.get_flop_counts().get("Global", {}).items():
+        name = str(operator)
+        if name.startswith("lightspine"):
+            scan += flops // 2
+        elif "convolution" in name:
+            conv += flops // 2
+        else:
+            matmul += flops // 2
+    return Macs(conv=conv, matmul=matmul, scan=scan)

@@ -1,0 +1,81 @@
+"""What a measurement must say about the machine and the software it ran on."""
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = (
+    "lightspine",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "numba",
+    "triton",
+    "safetensors",
+    "lightning",
+    "jsonargparse",
+    "torchmetrics",
+    "rich",
+    "matplotlib",
+    "scikit-learn",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+)
+
+
+def describe_system() -> dict[str, Any]:
+    """Return the date, processor, threads, devices and versions, as values that JSON can hold.
+
+    Versions come from the installed distributions' records, so no package is imported to be named;
+    a package that is not installed has the version `None`.
+    """
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "platform": platform.platform(),
+        "processor": _processor_name(),
+        "processors_usable": _usable_processors(),
+        "torch_threads": torch.get_num_threads(),
+        "devices": _devices(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _usable_processors() -> int:
+    # A container or taskset may grant fewer processors than the machine has.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _devices() -> list[str]:
+    devices = ["cpu"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(f"cuda:{index} {properties.name}, {properties.total_memory // 2**20} MiB")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return devices

@@ -1,0 +1,155 @@
+"""Train several models on the same images and measure them side by side."""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightspine.benchmark import count_macs, describe_system, measure_latency_ms
+from lightspine.compare.contact_sheet import draw_contact_sheet
+from lightspine.compare.plot import Point, plot_accuracy_against_latency
+from lightspine.compare.results import CompareResult, ModelResult
+from lightspine.compare.runs import CompareData, ModelRun
+from lightspine.data.images import open_image
+from lightspine.errors import LightspineError
+from lightspine.evaluation import evaluate, predict
+from lightspine.models._loading import load_model
+from lightspine.tasks.fit import TrainingInterruptedError, TrainResult, prepare_folder
+
+_SHEET_IMAGES = 10
+
+_log = logging.getLogger(__name__)
+
+
+def compare(
+    runs: Sequence[ModelRun],
+    folder: str | Path,
+    *,
+    data: CompareData,
+    settings: dict[str, Any] | None = None,
+    latency_repeats: int = 50,
+    progress: bool = True,
+) -> CompareResult:
+    """Train each model, then measure all of them; a failure of one model does not stop the others.
+
+    After every model the folder receives `results.json` and `NAME.safetensors` (its curves and metrics are in
+    the sub-folder `NAME`), and at the end `accuracy_latency.png` and `predictions.png`.
+    Ctrl-C ends the training but not the comparison: what was finished is measured and written.
+
+    Args:
+        runs: what to train.
+        folder: is made; a folder that is not empty gets a numbered neighbour.
+        data: what every model is scored on.
+        settings: how the runs were trained, for the results.
+        latency_repeats: timed passes of each model.
+        progress: show live progress.
+
+    Returns:
+        The rows, also of the models that failed.
+    """
+    started = time.perf_counter()
+    folder = prepare_folder(folder)
+    result = CompareResult(
+        folder=folder,
+        data=data.name,
+        system=describe_system(),
+        settings=settings or {},
+        models=[ModelResult(name=run.name) for run in runs],
+    )
+    for number, (run, row) in enumerate(zip(runs, result.models, strict=True), start=1):
+        _log.info("[%d/%d] %s", number, len(runs), run.name)
+        _train_one(run, row, data, folder, progress)
+        _log.info("[%d/%d] %s", number, len(runs), _outcome(row))
+        result.seconds = time.perf_counter() - started
+        result.save()
+        if row.status == "interrupted":
+            break
+    if result.finished:
+        _measure_latency(result, latency_repeats)
+        _draw(result, data)
+    result.seconds = time.perf_counter() - started
+    result.save()
+    return result
+
+
+def _train_one(run: ModelRun, row: ModelResult, data: CompareData, folder: Path, progress: bool) -> None:
+    try:
+        _take_over(run.train(folder / run.name, progress), row, data, folder)
+        row.status = "done"
+    except (TrainingInterruptedError, KeyboardInterrupt) as error:
+        row.status, row.error = "interrupted", str(error) or "interrupted"
+    except LightspineError as error:
+        row.status, row.error = "failed", str(error)
+    except Exception as error:
+        # Any timm model may be asked for: one that cannot take these images must not stop the others.
+        row.status, row.error = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
+        _log.debug("%s failed", run.name, exc_info=True)
+
+
+def _take_over(trained: TrainResult, row: ModelResult, data: CompareData, folder: Path) -> None:
+    checkpoint = folder / f"{row.name}.safetensors"
+    trained.weights.replace(checkpoint)
+    # They are there to resume from, and this run has reached its end; of a large model they are large.
+    for path in {trained.last_checkpoint, trained.best_checkpoint}:
+        path.unlink(missing_ok=True)
+    model, saved = load_model(checkpoint)
+    row.input_size = tuple(saved.preprocessing["input_size"])
+    row.params = sum(parameter.numel() for parameter in model.parameters())
+    row.macs = count_macs(model, row.input_size).total
+    # Scored once more from the file, so that the number belongs to what was saved.
+    report = evaluate(checkpoint, data.source, val_fraction=data.val_fraction, seed=data.seed)
+    row.accuracy = report["top1"]
+    row.train_seconds = trained.seconds
+    row.checkpoint = checkpoint.name
+    row.skipped = trained.skipped | report["skipped"]
+
+
+def _outcome(row: ModelResult) -> str:
+    if row.accuracy is None or row.train_seconds is None:
+        return f"{row.name} {row.status}: {row.error}"
+    return f"{row.name}: {row.accuracy:.2f} % after {row.train_seconds:.0f} s"
+
+
+def _measure_latency(result: CompareResult, repeats: int) -> None:
+    models, inputs = {}, {}
+    for row in result.finished:
+        models[row.name], saved = load_model(result.folder / str(row.checkpoint))
+        inputs[row.name] = torch.randn(1, *saved.preprocessing["input_size"])
+    _log.info("measuring the latency, side by side")
+    for name, latency in measure_latency_ms(models, inputs, repeats=repeats).items():
+        row = next(row for row in result.finished if row.name == name)
+        row.latency_ms, row.latency_p90_ms = latency.median_ms, latency.p90_ms
+
+
+def _draw(result: CompareResult, data: CompareData) -> None:
+    system, rows = result.system, result.finished
+    points = [
+        Point(name=row.name, latency_ms=row.latency_ms, accuracy=row.accuracy, params=row.params)
+        for row in rows
+        if row.latency_ms is not None and row.accuracy is not None and row.params is not None
+    ]
+    plot_accuracy_against_latency(
+        points,
+        result.folder / "accuracy_latency.png",
+        title=f"Accuracy against latency: {data.name}",
+        caption=f"{result.conditions}, torch {system['versions']['torch']}",
+    )
+    images = data.held_out_images(result.folder / "images", count=_SHEET_IMAGES)
+    answers = {
+        row.name: [
+            prediction.classes[0]
+            for prediction in predict(result.folder / str(row.checkpoint), [i.path for i in images], topk=1)
+        ]
+        for row in rows
+    }
+    draw_contact_sheet(
+        [open_image(image.path) for image in images],
+        [image.label for image in images],
+        answers,
+        result.folder / "predictions.png",
+        title=f"Held-out images of {data.name}, and what each model takes them for",
+    )
+    result.files += ["accuracy_latency.png", "predictions.png"]

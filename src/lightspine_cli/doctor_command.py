@@ -1,0 +1,37 @@
+"""Tell versions, devices and threads, and which scan backends can run here and why not."""
+
+import argparse
+
+from lightspine_cli._output import print_facts, print_json, print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `lightspine doctor`."""
+    parser.add_argument("--json", action="store_true", help="print one object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; always status 0: a missing part is a fact, not a failure."""
+    from lightspine.benchmark.system import describe_system
+    from lightspine.ops.dispatch import available_backends
+
+    system = describe_system()
+    backends = {
+        name: {"runs": runs, "reason": reason} for name, (runs, reason) in available_backends().items()
+    }
+    if args.json:
+        print_json(system | {"scan_backends": backends})
+        return 0
+    versions = system.pop("versions")
+    devices = system.pop("devices")
+    print_facts((name, str(value)) for name, value in system.items())
+    print()
+    print_facts((name, version or "not installed") for name, version in versions.items())
+    print()
+    print_facts(("device", device) for device in devices)
+    print()
+    print_table(
+        ("scan backend", "runs", "why"),
+        [(name, "yes" if entry["runs"] else "no", str(entry["reason"])) for name, entry in backends.items()],
+    )
+    return 0

@@ -1,0 +1,169 @@
+"""Tell the facts of a model, ours or timm's, or what a checkpoint file holds and which model it is of."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lightspine_cli._output import print_facts, print_json, print_table, with_thousands
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `lightspine info`."""
+    parser.add_argument("target", metavar="NAME|FILE", help="a model's name, or a checkpoint file")
+    parser.add_argument(
+        "--size", type=int, help="count multiply-adds at SIZE x SIZE pixels, not at the published size"
+    )
+    parser.add_argument("--json", action="store_true", help="print one object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is known about the model or the file."""
+    is_file = (
+        Path(args.target).suffix in {".pth", ".pt", ".ckpt", ".bin", ".safetensors"}
+        or Path(args.target).exists()
+    )
+    facts = _file_facts(Path(args.target)) if is_file else _model_facts(args.target, args.size)
+    if args.json:
+        print_json(facts)
+        return 0
+    stages = facts.pop("stages", None)
+    entries = facts.pop("entries", None)
+    print_facts((name, _as_text(value)) for name, value in facts.items() if value not in (None, ""))
+    if stages:
+        print()
+        print_table(
+            ("stage", ">stride", ">channels", "module"),
+            [(str(i), str(s["stride"]), str(s["channels"]), s["module"]) for i, s in enumerate(stages)],
+        )
+    if entries:
+        print()
+        print_table(
+            ("entry", ">tensors", ">numbers", "model", "fits"),
+            [
+                (
+                    entry["name"] or "(the file itself)",
+                    str(entry["tensors"]),
+                    with_thousands(entry["numbers"]),
+                    entry["model"] or "unknown",
+                    "every tensor" if entry["exact"] else "not all, see below",
+                )
+                for entry in entries
+            ],
+        )
+        for entry in entries:
+            if entry["mismatches"]:
+                print(f"{entry['name'] or 'the file'} differs from {entry['model']}: {entry['mismatches']}")
+    return 0
+
+
+def _model_facts(name: str, size: int | None) -> dict[str, Any]:
+    import lightspine
+    from lightspine.benchmark import count_macs
+    from lightspine.errors import UsageError
+    from lightspine.models import find_record
+
+    if size is not None and size < 32:
+        raise UsageError(f"--size must be at least 32 pixels, got {size}")
+    model: Any = lightspine.create_model(name)
+    record = find_record(name)
+    cfg = model.pretrained_cfg
+    input_size = tuple(cfg["input_size"]) if size is None else (cfg["input_size"][0], size, size)
+    macs = count_macs(model, input_size)
+    published = record.published if record else None
+    return {
+        "name": name,
+        "family": record.family if record else f"{type(model).__name__} (timm)",
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "input_size": list(input_size),
+        "macs": macs.total,
+        "macs_conv": macs.conv,
+        "macs_matmul": macs.matmul,
+        "macs_scan": macs.scan,
+        "published_macs_g": published.macs_g if published else None,
+        "published_top1": published.top1 if published else None,
+        "published_note": published.note if published else "",
+        "published_in": published.source if published else "",
+        "num_features": model.num_features,
+        "num_classes": model.num_classes,
+        "mean": list(cfg["mean"]),
+        "std": list(cfg["std"]),
+        "interpolation": cfg["interpolation"],
+        "crop_pct": cfg["crop_pct"],
+        "stages": _stages(model),
+    }
+
+
+def _stages(model: Any) -> list[dict[str, Any]]:
+    # timm's models without stages have no feature_info, or an empty one.
+    info = getattr(model, "feature_info", None) or []
+    return [{"stride": s["reduction"], "channels": s["num_chs"], "module": s["module"]} for s in info]
+
+
+def _file_facts(path: Path) -> dict[str, Any]:
+    from lightspine.models._identify import identify_tensors
+    from lightspine.models._reading import read_checkpoint
+    from lightspine.models._saving import read_saved_model
+
+    file = read_checkpoint(path)
+    saved = read_saved_model(file)
+    entries = []
+    for name, tensors in file.entries.items():
+        guess = identify_tensors(tensors)
+        entries.append(
+            {
+                "name": name,
+                "tensors": len(tensors),
+                "numbers": sum(tensor.numel() for tensor in tensors.values()),
+                "model": guess.name if guess else None,
+                "family": guess.family if guess else None,
+                "exact": guess.exact if guess else False,
+                "mismatches": "" if guess is None or guess.exact else _mismatches(guess.name, tensors),
+            }
+        )
+    facts: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
+    if saved is not None:
+        facts |= {
+            "saved_as": saved.name,
+            "arguments": saved.kwargs,
+            "classes": saved.class_names,
+            "preprocessing": saved.preprocessing,
+            "metadata": saved.metadata,
+        }
+    return facts | {"entries": entries}
+
+
+def _mismatches(name: str, tensors: dict[str, Any]) -> str:
+    """Return the first few tensors that differ from the published variant, as a refused load names them."""
+    import torch
+
+    from lightspine.models import get_record
+    from lightspine.models._report import LoadReport
+
+    record = get_record(name)
+    with torch.device("meta"):
+        model = record.create()
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    shapes = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
+    found = {key: tuple(tensor.shape) for key, tensor in record.checkpoint_filter_fn(shapes, model).items()}
+    report = LoadReport(
+        source="",
+        entry="",
+        is_ema=False,
+        missing=[key for key in expected if key not in found],
+        unexpected=[key for key in found if key not in expected],
+        mismatched={
+            key: (found[key], shape) for key, shape in expected.items() if found.get(key, shape) != shape
+        },
+    )
+    return report.mismatches()
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, int):
+        return with_thousands(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={item}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        shown = ", ".join(str(item) for item in value[:10])
+        return f"{shown}, ... ({len(value)})" if len(value) > 10 else shown
+    return str(value)

@@ -1,0 +1,176 @@
+"""The entry point: finds the command, runs it and turns every failure into one sentence and an exit status.
+
+Nothing here imports torch or `lightspine`, whose import loads torch; a command does so when it runs.
+"""
+
+import argparse
+import difflib
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+COMMANDS = {
+    "list": "our models: parameters, multiply-adds, resolution, published accuracy",
+    "info": "the facts of one model or of one checkpoint file",
+    "doctor": "versions, devices and which scan backends can run here, and why not",
+    "predict": "classify image files with a checkpoint",
+    "train": "train from a recipe",
+    "evaluate": "score a checkpoint on a folder of images",
+    "compare": "train several models on the same images: one table, one plot, the checkpoints",
+    "convert": "turn an official checkpoint into our safetensors",
+    "demo": "train all five families on handwritten digits and compare them",
+}
+USAGE_STATUS = 2
+INTERRUPT_STATUS = 130
+
+
+class SentenceParser(argparse.ArgumentParser):
+    """An argument parser that reports a mistake as one sentence, without the usage block."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the sentence and leave with the status of a wrong call."""
+        command = self.prog.partition(" ")[2]
+        say(
+            f"{message} (see `lightspine {command} --help`)"
+            if command
+            else f"{message} (see `lightspine --help`)"
+        )
+        raise SystemExit(USAGE_STATUS)
+
+
+def say(sentence: str) -> None:
+    """Print a sentence about a failure to the standard error."""
+    print(f"lightspine: {sentence}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted.
+    """
+    status = _run(list(sys.argv[1:] if argv is None else argv))
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _reader_left()
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    handler = _log_to_stderr(debug)
+    try:
+        return _dispatch(arguments)
+    except SystemExit as exit_:
+        return _status_of(exit_)
+    except BrokenPipeError:
+        return _reader_left()
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPT_STATUS
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _report(error, debug)
+    finally:
+        logging.getLogger("lightspine").removeHandler(handler)
+
+
+def _reader_left() -> int:
+    # Such as `head`. The interpreter flushes the standard output once more at its end: give it a sink.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def _log_to_stderr(debug: bool) -> logging.Handler:
+    """Show what the library reports on its way; the standard output is for the results."""
+    handler = logging.StreamHandler()
+    logger = logging.getLogger("lightspine")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    return handler
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _top_parser()
+    if not arguments:
+        parser.print_help()
+        return USAGE_STATUS
+    if arguments[0].startswith("-"):
+        # `--help` and `--version` leave inside; any other option before a command is a mistake.
+        parser.parse_args(arguments)
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        parser.error(_unknown_command(command))
+    module = importlib.import_module(f"lightspine_cli.{command}_command")
+    if getattr(module, "PASSES_ARGUMENTS_THROUGH", False):
+        return int(module.run(argparse.Namespace(arguments=rest)))
+    command_parser = SentenceParser(
+        prog=f"lightspine {command}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(command_parser)
+    return int(module.run(command_parser.parse_args(rest)))
+
+
+def _top_parser() -> SentenceParser:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    parser = SentenceParser(
+        prog="lightspine",
+        usage="lightspine [--version] [--debug] COMMAND ...",
+        description="Efficient vision backbones: VMamba, Vim, EfficientViM, SHViT, EfficientMod.",
+        epilog=f"commands:\n{commands}\n\n`lightspine COMMAND --help` tells a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"lightspine {_version()}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    return parser
+
+
+def _version() -> str:
+    # The distribution's own record: `import lightspine` would load torch to say one number.
+    from importlib.metadata import version
+
+    return version("lightspine")
+
+
+def _unknown_command(command: str) -> str:
+    close = difflib.get_close_matches(command, COMMANDS, n=3, cutoff=0.5)
+    hint = f"; the closest are {', '.join(close)}" if close else f"; there are {', '.join(COMMANDS)}"
+    return f"unknown command {command!r}{hint}"
+
+
+def _status_of(exit_: SystemExit) -> int:
+    if exit_.code is None or isinstance(exit_.code, int):
+        return exit_.code or 0
+    say(str(exit_.code))
+    return 1
+
+
+def _report(error: Exception, debug: bool) -> int:
+    # Only code of the library raises its errors, so its module is loaded when this is one of them.
+    errors = sys.modules.get("lightspine.errors")
+    if errors is not None and isinstance(error, errors.LightspineError):
+        say(_one_line(error))
+        return int(error.exit_status)
+    hint = "" if debug else " (--debug shows the traceback)"
+    say(f"{type(error).__name__}: {_one_line(error)}{hint}")
+    return 1
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or "no message"
