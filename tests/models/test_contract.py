@@ -156,7 +156,7 @@ def test_model_without_head_and_pooling_gives_the_features(name):
 def test_features_only_gives_the_promised_pyramid(name, options):
     model = lightspine.create_model(name, features_only=True, **options).eval()
     maps = model(images(96, 96))
-    assert len(maps) == len(model.feature_info) >= 3
+    assert len(maps) == len(model.feature_info.channels()) >= 3
     for found, channels, reduction in zip(
         maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
     ):
@@ -185,6 +185,11 @@ def test_features_only_gives_the_levels_asked_for(name, model):
     assert wrapped.feature_info.channels() == [expected[i].shape[1] for i in (0, -2)]
     for found, i in zip(wrapped(x), (0, -2), strict=True):
         torch.testing.assert_close(found, expected[i])
+
+
+def test_level_list_without_features_only_is_an_error(name):
+    with pytest.raises((TypeError, UsageError), match="out_indices"):
+        lightspine.create_model(name, out_indices=(0, 1))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

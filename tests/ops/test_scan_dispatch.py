@@ -15,7 +15,7 @@ F32 = torch.float32
 @pytest.mark.parametrize(
     ("device", "exporting", "requested", "expected"),
     [
-        ("cpu", False, "auto", "torch"),
+        ("cpu", False, "auto", "cpu"),
         ("cpu", True, "auto", "torch"),
         ("cuda", False, "auto", "torch"),
         ("cuda", True, "auto", "torch"),
@@ -24,6 +24,7 @@ F32 = torch.float32
         ("cpu", False, "reference", "reference"),
         ("mps", False, "torch", "torch"),
         ("cpu", True, "reference", "reference"),
+        ("cpu", False, "cpu", "cpu"),
     ],
 )
 def test_backend_by_device_and_request(device: str, exporting: bool, requested: str, expected: str) -> None:
@@ -34,6 +35,23 @@ def test_backend_by_device_and_request(device: str, exporting: bool, requested: 
 def test_backend_for_another_dtype_is_refused(dtype: torch.dtype) -> None:
     with pytest.raises(UsageError, match="float16, bfloat16, float32, float64, received"):
         choose_backend("cpu", dtype)
+
+
+def test_cpu_backend_for_another_device_is_refused() -> None:
+    with pytest.raises(UsageError, match="'cpu' cannot run here: its tensors lie on cuda"):
+        choose_backend("cuda", F32, requested="cpu")
+
+
+def test_cpu_backend_in_an_exported_format_is_refused() -> None:
+    with pytest.raises(UsageError, match="the exported format has no kernels"):
+        choose_backend("cpu", F32, exporting=True, requested="cpu")
+
+
+def test_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert not available_backends()["cpu"][0]
+    with pytest.raises(UsageError, match="'cpu' cannot run here: numba is not installed"):
+        choose_backend("cpu", F32, requested="cpu")
 
 
 def test_available_backends_say_where_they_run_or_why_not() -> None:

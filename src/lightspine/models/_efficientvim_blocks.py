@@ -1,16 +1,18 @@
-"""The blocks of EfficientViM: HSM-SSD and NC-SSD mixers, the gated block, the stem and the down-sampling.
+"""The blocks of EfficientViM: HSM-SSD and NC-SSD mixers, the gated block, stem, stage and classifier.
 
 Every block takes and gives maps (B, C, H, W) of any size. Values do not depend on the memory layout; the
 blocks are fastest with channels innermost (`torch.channels_last`): flattening and transposing is then free.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, SqueezeExcite
+from timm.layers import DropPath, SqueezeExcite, trunc_normal_
+from timm.models import checkpoint
 from torch import Tensor
 
 from lightspine.errors import UsageError
@@ -279,3 +281,48 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x + self.dwconv1(x))
         return x + self.dwconv2(x)
+
+
+class Stage(nn.Module):
+    """Down-sampling where there is any, then the blocks; gives the map and the last block's hidden state."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[EfficientViMBlock]) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.downsample(x)
+        state = x
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+                x, state = checkpoint(block.forward_with_state, x)
+            else:
+                x, state = block.forward_with_state(x)  # type: ignore[operator]
+        return x, state
+
+
+class FusionHead(nn.Module):
+    """One linear classifier per pooled feature vector; the logits are their softmax-weighted sum.
+
+    Args:
+        widths: width of each vector; the input (B, sum of widths) is all of them in a row.
+        num_classes: number of classes.
+    """
+
+    def __init__(self, widths: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.widths = list(widths)
+        self.weights = nn.Parameter(torch.ones(len(widths)))
+        linears = [nn.Linear(width, num_classes) for width in widths]
+        for linear in linears:
+            trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        self.fc = nn.ModuleList(linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.weights.softmax(0)
+        parts = x.split(self.widths, dim=1)
+        logits = [weights[i] * fc(parts[i]) for i, fc in enumerate(self.fc)]
+        return torch.stack(logits).sum(0)

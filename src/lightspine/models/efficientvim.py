@@ -19,62 +19,24 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from lightspine.errors import UsageError
 from lightspine.models._build import build_model
-from lightspine.models._efficientvim_blocks import ChannelNorm, EfficientViMBlock, Mixer, PatchMerging, Stem
+from lightspine.models._efficientvim_blocks import (
+    ChannelNorm,
+    EfficientViMBlock,
+    FusionHead,
+    Mixer,
+    PatchMerging,
+    Stage,
+    Stem,
+)
 from lightspine.models._registry import Published, StateDict, register_model
 
 __all__ = ["EfficientViM"]
-
-
-class Stage(nn.Module):
-    """Down-sampling where there is any, then the blocks; gives the map and the last block's hidden state."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[EfficientViMBlock]) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.downsample(x)
-        state = x
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-                x, state = checkpoint(block.forward_with_state, x)
-            else:
-                x, state = block.forward_with_state(x)  # type: ignore[operator]
-        return x, state
-
-
-class FusionHead(nn.Module):
-    """One linear classifier per pooled feature vector; the logits are their softmax-weighted sum.
-
-    Args:
-        widths: width of each vector; the input (B, sum of widths) is all of them in a row.
-        num_classes: number of classes.
-    """
-
-    def __init__(self, widths: Sequence[int], num_classes: int) -> None:
-        super().__init__()
-        self.widths = list(widths)
-        self.weights = nn.Parameter(torch.ones(len(widths)))
-        linears = [nn.Linear(width, num_classes) for width in widths]
-        for linear in linears:
-            trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
-        self.fc = nn.ModuleList(linears)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights = self.weights.softmax(0)
-        parts = x.split(self.widths, dim=1)
-        logits = [weights[i] * fc(parts[i]) for i, fc in enumerate(self.fc)]
-        return torch.stack(logits).sum(0)
 
 
 def _describe_stage(index: int, dim: int) -> dict[str, Any]:

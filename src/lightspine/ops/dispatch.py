@@ -28,7 +28,9 @@ def choose_backend(
     """
     if dtype not in _DTYPES:
         expected = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
-        raise UsageError(f"a scan takes inputs of dtype {expected}, received {str(dtype).removeprefix('torch.')}")
+        raise UsageError(
+            f"a scan takes inputs of dtype {expected}, received {str(dtype).removeprefix('torch.')}"
+        )
     if requested == "auto":
         return "torch" if exporting else _KERNELS_BY_DEVICE.get(device_type, "torch")
     if requested not in BACKENDS:
@@ -38,10 +40,12 @@ def choose_backend(
         raise UsageError(f"the scan backend {requested!r} cannot run here: {reason}")
     if requested in _KERNELS_BY_DEVICE.values():
         if _KERNELS_BY_DEVICE.get(device_type) != requested:
-            raise UsageError(f"the scan backend {requested!r} cannot run here: its tensors lie on {device_type}")
+            raise UsageError(
+                f"the scan backend {requested!r} cannot run here: its tensors lie on {device_type}"
+            )
         if exporting:
             raise UsageError(
-                f"the scan backend {requested!r} cannot run here: the exported format knows no compiled kernels"
+                f"the scan backend {requested!r} cannot run here: the exported format has no kernels"
             )
     return requested
 
@@ -52,5 +56,8 @@ def available_backends() -> dict[str, tuple[bool, str]]:
     return {
         "reference": (True, "any device; the plain loop that defines the operator"),
         "torch": (True, "any device; blocked scan in standard PyTorch operations"),
-        "cpu": (has_numba, "CPU tensors; kernels compiled by numba" if has_numba else "numba is not installed"),
+        "cpu": (
+            has_numba,
+            "CPU tensors; kernels compiled by numba" if has_numba else "numba is not installed",
+        ),
     }

@@ -1,0 +1,1 @@
+"""Training with Lightning. Importing a module of this package imports Lightning, which costs seconds."""

@@ -66,10 +66,11 @@ def cross_scan(
         >>> cross_scan(x, delta, A, B, C).shape
         torch.Size([1, 5, 7, 8])
     """
-    # A script compiles no block under this condition; the two must not be joined by `and`.
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102
-        if backend == "reference" or torch.onnx.is_in_onnx_export():
-            return _plain(CrossScanInputs(x, delta, A, B, C, D, delta_bias), delta_softplus, order, backend)
+    # A script compiles no alternative of this condition; the two must not be joined by `and`.
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        pass
+    elif backend == "reference" or torch.onnx.is_in_onnx_export():
+        return _plain(CrossScanInputs(x, delta, A, B, C, D, delta_bias), delta_softplus, order, backend)
     out: Tensor = torch.ops.lightspine.cross_scan(
         x, delta, A, B, C, D, delta_bias, delta_softplus, order, backend
     )

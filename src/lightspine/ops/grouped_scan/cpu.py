@@ -1,11 +1,14 @@
 """The grouped scan on a CPU, by the compiled kernels: tensors in, tensors out.
 
-Shapes as in `torch_blocked`: x and delta (B, L, K, D), A (K, D, N), B and C (B, L, K, N). Three things are particular:
+Shapes as in `torch_blocked`: x and delta (B, L, K, D), A (K, D, N), B and C (B, L, K, N). Three things are
+particular:
 
-- Groups may share memory: `x` and `out` may be `expand`ed over K. The outputs of the groups, and their gradients of x,
+- Groups may share memory: `x` and `out` may be `expand`ed over K. The outputs of the groups, and their
+gradients of x,
   are then added up while they are written.
 - `order` says which position each step visits, so that a direction costs no copy.
-- What the kernels can read where it lies is neither copied nor converted: any dtype, any strides but the channels'.
+- What the kernels can read where it lies is neither copied nor converted: any dtype, any strides but the
+channels'.
 """
 
 from typing import Any, NamedTuple
@@ -66,7 +69,9 @@ def grouped_scan(inputs: GroupedInputs, out: Tensor) -> Tensor:
     batch, _, groups, dim = inputs.x.shape
     state = torch.empty(batch, groups, inputs.A.shape[2], dim, dtype=dtype)
     slices, threads = _split(inputs)
-    run_tasks(forward_tasks, batch * slices, threads, slices, *_kernel_arguments(inputs), *_flat(out), _whole(state))
+    run_tasks(
+        forward_tasks, batch * slices, threads, slices, *_kernel_arguments(inputs), *_flat(out), _whole(state)
+    )
     return state.transpose(2, 3)
 
 
@@ -79,11 +84,12 @@ def grouped_scan_backward(
         grad_out: gradient of the output, (B, L, K, D), expanded over K where the groups were added up.
         grad_state: gradient of the last state, (B, K, D, N).
         inputs: as in the forward.
-        grad_x: (B, L, K, D), channels next to each other; where it is expanded over K, the groups are added up.
+        grad_x: (B, L, K, D), channels next to each other; where it is expanded over K, the groups are added
+            up.
 
     Returns:
-        The gradients, those of delta in its own dtype, those of A, B, C, D and delta_bias in the dtype of the state;
-        and the gradient of z in its own dtype.
+        The gradients, those of delta in its own dtype, those of A, B, C, D and delta_bias in the dtype of the
+        state; and the gradient of z in its own dtype.
     """
     dtype = _state_dtype(inputs)
     batch, length, groups, dim = inputs.x.shape
@@ -108,15 +114,14 @@ def grouped_scan_backward(
         _whole(grad_C),
         _whole(parameters),
     )
-    parameters = parameters.sum(0)
     grads = GroupedGradients(
         grad_x,
         grad_delta,
-        parameters[:, :states].transpose(1, 2),
+        parameters[:, :, :states].sum(0).transpose(1, 2),
         grad_B.sum(0),
         grad_C.sum(0),
-        None if inputs.D is None else parameters[:, states],
-        None if inputs.delta_bias is None else parameters[:, states + 1],
+        None if inputs.D is None else parameters[:, :, states].sum(0),
+        None if inputs.delta_bias is None else parameters[:, :, states + 1].sum(0),
     )
     return grads, grad_z
 
@@ -160,7 +165,7 @@ def _kernel_arguments(inputs: GroupedInputs) -> tuple[Any, ...]:
 
 
 def _readable(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `t` itself where the kernels can read it: 64-bit beside 64-bit only, channels next to each other."""
+    """Return `t` itself where the kernels can read it: channels adjacent, 64-bit beside 64-bit only."""
     if (t.dtype == torch.float64) != (dtype == torch.float64):
         t = t.to(dtype)
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
@@ -168,7 +173,11 @@ def _readable(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _flat(t: Tensor, axes: int = 3) -> tuple[np.ndarray, tuple[int, ...]]:
     """Return the memory that `t` spans as a flat array, and the strides of the leading axes in elements."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    span = (
+        1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        if t.numel()
+        else 0
+    )
     return _array(t.detach().as_strided((span,), (1,))), t.stride()[:axes]
 
 

@@ -22,7 +22,7 @@ def backward(
     grad_out: Tensor, grad_state: Tensor, inputs: ScanInputs, delta_softplus: bool, reverse: bool
 ) -> ScanInputs:
     """Return the gradients of all inputs, in their shapes and dtypes."""
-    u, delta, A, B, C, D, _, delta_bias = inputs
+    u, _, A, B, C, D, _, delta_bias = inputs
     groups = B.shape[1]
     grouped = _grouped(inputs, delta_softplus, reverse)
     grad_u = torch.empty(grouped.x.shape, dtype=u.dtype)
@@ -37,7 +37,9 @@ def backward(
         grads.C.permute(0, 2, 3, 1).to(C.dtype),
         None if D is None or grads.D is None else grads.D.flatten().to(D.dtype),
         None if grad_z is None else _sequence(grad_z),
-        None if delta_bias is None or grads.delta_bias is None else grads.delta_bias.flatten().to(delta_bias.dtype),
+        None
+        if delta_bias is None or grads.delta_bias is None
+        else grads.delta_bias.flatten().to(delta_bias.dtype),
     )
 
 

@@ -1,0 +1,145 @@
+"""The 1,797 handwritten digits of 8 x 8 px that ship with scikit-learn: real images that need no download."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightspine.data.image_folder import Batch
+from lightspine.data.images import MIN_SIDE
+from lightspine.data.transforms import Preprocessing
+from lightspine.errors import UsageError
+
+CLASS_NAMES = [str(digit) for digit in range(10)]
+
+# The split belongs to the data set, not to a run: every model and every seed meets the same held-out digits.
+_SPLIT_SEED = 0
+_TEST_FRACTION = 0.2
+
+_MAX_TURN = 12 * torch.pi / 180
+_MAX_ZOOM = 0.1
+_MAX_SHIFT = 0.1
+
+
+def digits_preprocessing(image_size: int) -> Preprocessing:
+    """Return the preprocessing of digits scaled to `image_size` px."""
+    _check_size(image_size)
+    return Preprocessing(
+        input_size=(3, image_size, image_size),
+        mean=(0.305,) * 3,
+        std=(0.324,) * 3,
+        interpolation="bilinear",
+        crop_pct=1.0,
+    )
+
+
+class DigitsDataset(Dataset[tuple[Tensor, Tensor]]):
+    """The digits, scaled up bilinearly and normalised, as three equal channels.
+
+    A data loader fetches a whole batch at once, so it needs `collate_fn=lambda batch: batch`.
+
+    Args:
+        split: "train" (1,438 digits) or "test" (359, every class in proportion, always the same ones).
+        image_size: height and width in pixels, at least 32.
+        augment: turn, scale and shift every digit at random, by at most 12 degrees, 10 % and 10 % of the
+            side; never flipped, because a flipped digit is another sign. Draws from torch's global generator.
+
+    Raises:
+        UsageError: an image size below 32.
+    """
+
+    def __init__(
+        self, split: Literal["train", "test"], *, image_size: int = 32, augment: bool = False
+    ) -> None:
+        preprocessing = digits_preprocessing(image_size)
+        pixels, labels = _load(split)
+        self.pixels = _scale_up(pixels, image_size)
+        self.labels = labels
+        self.augment = augment
+        self.mean, self.std = preprocessing.mean[0], preprocessing.std[0]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return one digit: image (3, S, S) float32 and label ()."""
+        images, labels, _ = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """Return N digits: images (N, 3, S, S) float32 and labels (N,)."""
+        pixels = self.pixels[indices]
+        if self.augment:
+            pixels = _move(pixels)
+        images = ((pixels - self.mean) / self.std).repeat(1, 3, 1, 1)
+        return Batch(images, self.labels[indices], [])
+
+
+def export_digits(folder: str | Path, *, count: int = 10, image_size: int = 32) -> list[tuple[Path, str]]:
+    """Write held-out digits as PNG files, for `predict` to read.
+
+    Args:
+        folder: is made if it does not exist.
+        count: how many, the classes in turn.
+        image_size: height and width in pixels, at least 32.
+
+    Returns:
+        The path and the class name of every file.
+    """
+    _check_size(image_size)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels, labels = _load("test")
+    turns = [(labels == digit).nonzero().flatten().tolist() for digit in range(10)]
+    order = [turn[i] for i in range(max(map(len, turns))) for turn in turns if i < len(turn)]
+    files = []
+    for number, index in enumerate(order[:count]):
+        path = folder / f"{number:03d}_digit_{labels[index]}.png"
+        values = _scale_up(pixels[index : index + 1], image_size)[0, 0] * 255
+        Image.fromarray(values.round().to(torch.uint8).numpy()).save(path)
+        files.append((path, CLASS_NAMES[labels[index]]))
+    return files
+
+
+def _load(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
+    """Return pixels (N, 1, 8, 8) from 0 to 1 and labels (N,) of a split."""
+    # Imported here: scikit-learn costs a second that `import lightspine.data` need not pay.
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    rng = np.random.default_rng(_SPLIT_SEED)
+    test = np.zeros(len(labels), dtype=bool)
+    for digit in range(10):
+        members = np.flatnonzero(labels == digit)
+        test[rng.permutation(members)[: round(len(members) * _TEST_FRACTION)]] = True
+    chosen = test if split == "test" else ~test
+    pixels = torch.from_numpy(images[chosen]).float().reshape(-1, 1, 8, 8) / 16
+    return pixels, torch.from_numpy(labels[chosen]).long()
+
+
+def _scale_up(pixels: Tensor, image_size: int) -> Tensor:
+    return F.interpolate(pixels, size=(image_size, image_size), mode="bilinear", align_corners=False)
+
+
+def _move(pixels: Tensor) -> Tensor:
+    """Turn, scale and shift every image of (N, 1, S, S) by its own random amount; what comes in is black."""
+    turn, zoom, shift_x, shift_y = (torch.rand(4, len(pixels)) * 2 - 1).unbind()
+    angle, scale = turn * _MAX_TURN, 1 + zoom * _MAX_ZOOM
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    # A grid of twice the shift: its coordinates run from -1 to 1, two per side.
+    rows = [
+        torch.stack([cos, -sin, 2 * _MAX_SHIFT * shift_x]),
+        torch.stack([sin, cos, 2 * _MAX_SHIFT * shift_y]),
+    ]
+    grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1), list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _check_size(image_size: int) -> None:
+    if image_size < MIN_SIDE:
+        raise UsageError(f"expected an image size of at least {MIN_SIDE} px, got {image_size}")

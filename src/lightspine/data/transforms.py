@@ -1,0 +1,107 @@
+"""From a PIL image to the tensor that a model takes, with timm's transforms."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor
+
+from lightspine.errors import UsageError
+
+Augmentation = Literal["none", "light", "medium", "strong"]
+AUGMENTATIONS: tuple[Augmentation, ...] = get_args(Augmentation)
+
+_TRAIN_OPTIONS: dict[Augmentation, dict[str, Any]] = {
+    "none": {"no_aug": True},
+    "light": {"scale": (0.6, 1.0), "color_jitter": 0.0},
+    "medium": {"scale": (0.25, 1.0), "color_jitter": 0.3},
+    "strong": {
+        "scale": (0.08, 1.0),
+        "color_jitter": 0.4,
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "re_prob": 0.25,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes the input of a model; travels inside the checkpoint.
+
+    Attributes:
+        input_size: (channels, height, width) in pixels.
+        mean: per channel, of values from 0 to 1.
+        std: per channel, of values from 0 to 1.
+        interpolation: Pillow's name of the resampling filter.
+        crop_pct: side of the central crop as a share of the resized shorter side.
+        crop_mode: timm's name of the way to crop: "center", "squash" (the ratio changes) or "border".
+    """
+
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, image_size: int | None = None) -> "Preprocessing":
+        """Return the preprocessing that a timm pretrained cfg or a saved dictionary describes.
+
+        Args:
+            config: a mapping with any of the attributes' names; other keys are ignored.
+            image_size: height and width in pixels instead of the configured ones.
+        """
+        found = resolve_data_config(pretrained_cfg=asdict(cls()) | dict(config))
+        result = cls(
+            input_size=tuple(found["input_size"]),
+            mean=tuple(found["mean"]),
+            std=tuple(found["std"]),
+            interpolation=found["interpolation"],
+            crop_pct=found["crop_pct"],
+            crop_mode=found["crop_mode"],
+        )
+        if image_size is not None:
+            result = replace(result, input_size=(result.input_size[0], image_size, image_size))
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the attributes as plain values that JSON can hold."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+
+
+def create_eval_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
+    """Return the deterministic transform: resize, central crop, normalise to a float32 (3, H, W) tensor."""
+    return create_transform(is_training=False, **_common_options(preprocessing))
+
+
+def create_train_transform(
+    preprocessing: Preprocessing, augmentation: Augmentation = "medium"
+) -> Callable[[Image.Image], Tensor]:
+    """Return the random transform for training.
+
+    Args:
+        preprocessing: the size and statistics that the model takes.
+        augmentation: "none" (resize and central crop), "light" (crops of at least 60 % of the image, flips),
+            "medium" (at least 25 %, with colour jitter) or "strong" (at least 8 %, RandAugment, erasing).
+
+    Raises:
+        UsageError: an unknown augmentation.
+    """
+    if augmentation not in _TRAIN_OPTIONS:
+        raise UsageError(f"expected an augmentation among {', '.join(AUGMENTATIONS)}, got {augmentation!r}")
+    return create_transform(
+        is_training=True, **_common_options(preprocessing), **_TRAIN_OPTIONS[augmentation]
+    )
+
+
+def _common_options(preprocessing: Preprocessing) -> dict[str, Any]:
+    if preprocessing.input_size[0] != 3:
+        raise UsageError(
+            f"images are read as RGB, 3 channels, but the model takes {preprocessing.input_size[0]}"
+        )
+    return asdict(preprocessing)

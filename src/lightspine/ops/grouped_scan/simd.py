@@ -1,0 +1,293 @@
+"""A vector type for numba: the lanes of one wide register, with arithmetic, memory access and reductions.
+
+Numba's automatic vectoriser gives up on loops over several arrays that might overlap, as those of the scan.
+Here the kernels name their vectors: 16 float32 or 8 float64 (64 bytes), which LLVM maps to the registers of
+the machine: one with AVX-512, two with AVX2, four with NEON. There is no compiler flag and no source per
+instruction set.
+
+Reduced precision exists in memory only: a float16 array is handed over as uint16, a bfloat16 array as int16,
+and `load` and `store` convert on the way.
+"""
+
+# numba gives an intrinsic its typing context and reads the names of its arguments.
+# ruff: noqa: ARG001
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+VECTOR_BYTES = 64
+
+# A multiply and an add may become one instruction; -0 equals 0. Nothing is reordered: the polynomials rely on
+# it.
+_FLAGS = ("contract", "nsz")
+_I1, _I16, _I32 = ir.IntType(1), ir.IntType(16), ir.IntType(32)
+
+
+class VectorType(types.Type):
+    """A register full of float32 or float64."""
+
+    def __init__(self, dtype: types.Float) -> None:
+        self.dtype = dtype
+        self.lanes = VECTOR_BYTES * 8 // dtype.bitwidth
+        super().__init__(name=f"vector({dtype} x {self.lanes})")
+
+    @property
+    def llvm(self) -> ir.VectorType:
+        """The type as LLVM names it."""
+        return ir.VectorType(ir.FloatType() if self.dtype == types.float32 else ir.DoubleType(), self.lanes)
+
+
+@register_model(VectorType)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: VectorType) -> None:
+        super().__init__(dmm, fe_type, fe_type.llvm)
+
+
+def _splat(builder: Any, scalar: Any, llvm: ir.VectorType) -> Any:
+    empty = ir.Constant(llvm, ir.Undefined)
+    first = builder.insert_element(empty, scalar, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(
+        first, empty, ir.Constant(ir.VectorType(_I32, llvm.count), [0] * llvm.count)
+    )
+
+
+def _as_vector(context: Any, builder: Any, value: Any, given: types.Type, vector: VectorType) -> Any:
+    if isinstance(given, VectorType):
+        return value
+    return _splat(builder, context.cast(builder, value, given, vector.dtype), vector.llvm)
+
+
+def _declare_arithmetic(function: Callable, instruction: str) -> None:
+    @infer_global(function)
+    class Template(AbstractTemplate):
+        def generic(self, args: tuple, kws: dict) -> Any:
+            vectors = [a for a in args if isinstance(a, VectorType)]
+            scalars = [a for a in args if isinstance(a, types.Number | types.Literal)]
+            if not kws and len(args) == 2 and vectors and len(vectors) + len(scalars) == 2:
+                return signature(vectors[0], *args)
+            return None
+
+    def lower(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
+        values = [
+            _as_vector(context, builder, v, t, sig.return_type) for v, t in zip(args, sig.args, strict=True)
+        ]
+        return getattr(builder, instruction)(*values, flags=_FLAGS)
+
+    for pair in ((VectorType, VectorType), (VectorType, types.Number), (types.Number, VectorType)):
+        lower_builtin(function, *pair)(lower)
+
+
+_declare_arithmetic(operator.add, "fadd")
+_declare_arithmetic(operator.sub, "fsub")
+_declare_arithmetic(operator.mul, "fmul")
+_declare_arithmetic(operator.truediv, "fdiv")
+
+
+def _memory_vector(dtype: types.Type) -> VectorType:
+    return VectorType(types.float64 if dtype == types.float64 else types.float32)
+
+
+def _memory_element(dtype: types.Type) -> ir.Type:
+    if dtype == types.uint16:
+        return ir.HalfType()
+    if dtype == types.int16:
+        return _I16
+    return _memory_vector(dtype).llvm.element
+
+
+def _pointer(
+    context: Any, builder: Any, array_type: types.Array, array: Any, index: Any
+) -> tuple[Any, ir.VectorType]:
+    memory = ir.VectorType(_memory_element(array_type.dtype), _memory_vector(array_type.dtype).lanes)
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), memory.as_pointer()), memory
+
+
+def _lane_mask(builder: Any, count: Any, lanes: int) -> Any:
+    numbers = ir.Constant(ir.VectorType(_I32, lanes), list(range(lanes)))
+    return builder.icmp_unsigned("<", numbers, _splat(builder, builder.trunc(count, _I32), numbers.type))
+
+
+def _intrinsic_call(builder: Any, name: str, result: ir.Type, arguments: list) -> Any:
+    function_type = ir.FunctionType(result, [a.type for a in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
+
+
+def _masked_name(operation: str, memory: ir.VectorType) -> str:
+    element = {"half": "f16", "float": "f32", "double": "f64"}.get(str(memory.element), str(memory.element))
+    return f"llvm.masked.{operation}.v{memory.count}{element}.p0"
+
+
+def _widen(builder: Any, value: Any, dtype: types.Type, vector: VectorType) -> Any:
+    if dtype == types.uint16:
+        return builder.fpext(value, vector.llvm)
+    if dtype == types.int16:
+        bits = ir.VectorType(_I32, vector.lanes)
+        shift = ir.Constant(bits, [16] * vector.lanes)
+        return builder.bitcast(builder.shl(builder.zext(value, bits), shift), vector.llvm)
+    return value
+
+
+def _narrow(builder: Any, value: Any, dtype: types.Type, memory: ir.VectorType) -> Any:
+    if dtype == types.uint16:
+        return builder.fptrunc(value, memory)
+    if dtype != types.int16:
+        return value
+    lanes = memory.count
+    wide = ir.VectorType(_I32, lanes)
+
+    def constant(number: int) -> Any:
+        return ir.Constant(wide, [number] * lanes)
+
+    # Round to nearest, ties to even; a NaN keeps its upper bits, made quiet so that they do not spell
+    # infinity.
+    bits = builder.bitcast(value, wide)
+    upper = builder.lshr(bits, constant(16))
+    odd = builder.and_(upper, constant(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, constant(0x7FFF))), constant(16))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.select(is_nan, builder.or_(upper, constant(0x40)), rounded), memory)
+
+
+@intrinsic
+def load(typingctx: Any, array: types.Array, index: types.Integer, count: types.Integer) -> Any:
+    """Read `count` elements of a flat array from `index` on; the lanes beyond them are zero."""
+    vector = _memory_vector(array.dtype)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
+        pointer, memory = _pointer(context, builder, sig.args[0], args[0], args[1])
+        align = memory.element.get_abi_size(context.target_data) if memory.element != _I16 else 2
+        whole = builder.icmp_signed(">=", args[2], ir.Constant(args[2].type, vector.lanes))
+        with builder.if_else(whole, likely=True) as (then, otherwise):
+            with then:
+                full = builder.load(pointer, align=align)
+                full_block = builder.block
+            with otherwise:
+                mask = _lane_mask(builder, args[2], vector.lanes)
+                arguments = [pointer, ir.Constant(_I32, align), mask, ir.Constant(memory, None)]
+                part = _intrinsic_call(builder, _masked_name("load", memory), memory, arguments)
+                part_block = builder.block
+        value = builder.phi(memory)
+        value.add_incoming(full, full_block)
+        value.add_incoming(part, part_block)
+        return _widen(builder, value, sig.args[0].dtype, vector)
+
+    return vector(array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def store(
+    typingctx: Any, array: types.Array, index: types.Integer, vector: VectorType, count: types.Integer
+) -> Any:
+    """Write the first `count` lanes to a flat array from `index` on, rounded to its precision."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
+        pointer, memory = _pointer(context, builder, sig.args[0], args[0], args[1])
+        align = memory.element.get_abi_size(context.target_data) if memory.element != _I16 else 2
+        value = _narrow(builder, args[2], sig.args[0].dtype, memory)
+        whole = builder.icmp_signed(">=", args[3], ir.Constant(args[3].type, vector.lanes))
+        with builder.if_else(whole, likely=True) as (then, otherwise):
+            with then:
+                builder.store(value, pointer, align=align)
+            with otherwise:
+                mask = _lane_mask(builder, args[3], vector.lanes)
+                arguments = [value, pointer, ir.Constant(_I32, align), mask]
+                _intrinsic_call(builder, _masked_name("store", memory), ir.VoidType(), arguments)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector, types.intp), codegen
+
+
+@intrinsic
+def broadcast(typingctx: Any, scalar: types.Float) -> Any:
+    """Return a vector whose lanes all hold one float."""
+    vector = VectorType(scalar)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
+        return _splat(builder, args[0], vector.llvm)
+
+    return vector(scalar), codegen
+
+
+@intrinsic
+def total(typingctx: Any, vector: VectorType) -> Any:
+    """Return the sum of all lanes, added pairwise."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
+        value, lanes = args[0], vector.lanes
+        while lanes > 1:
+            lanes //= 2
+            halves = [
+                builder.shuffle_vector(
+                    value, value, ir.Constant(ir.VectorType(_I32, lanes), list(range(start, start + lanes)))
+                )
+                for start in (0, lanes)
+            ]
+            value = builder.fadd(*halves, flags=_FLAGS)
+        return builder.extract_element(value, ir.Constant(_I32, 0))
+
+    return vector.dtype(vector), codegen
+
+
+@intrinsic
+def at_least(typingctx: Any, vector: VectorType, limit: types.Float) -> Any:
+    """Return max(vector, limit) in every lane; a NaN stays a NaN."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
+        limits = _as_vector(context, builder, args[1], sig.args[1], vector)
+        return builder.select(builder.fcmp_ordered("<", args[0], limits), limits, args[0])
+
+    return vector(vector, types.float64), codegen
+
+
+@intrinsic
+def where_negative(typingctx: Any, condition: VectorType, yes: types.Type, no: types.Type) -> Any:
+    """Return `yes` in the lanes where `condition` is below zero, else `no`; each a vector or a number."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
+        negative = builder.fcmp_ordered("<", args[0], ir.Constant(condition.llvm, None))
+        choices = [_as_vector(context, builder, v, t, condition) for v, t in zip(args, sig.args, strict=True)]
+        return builder.select(negative, choices[1], choices[2])
+
+    return condition(condition, yes, no), codegen
+
+
+def _declare_llvm_function(name: str, doc: str) -> Any:
+    def function(typingctx: Any, vector: VectorType) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
+            suffix = f"v{vector.lanes}f{vector.dtype.bitwidth}"
+            return _intrinsic_call(builder, f"llvm.{name}.{suffix}", vector.llvm, [args[0]])
+
+        return vector(vector), codegen
+
+    function.__doc__ = doc
+    return intrinsic(function)
+
+
+nearest = _declare_llvm_function("rint", "Return every lane rounded to the nearest whole number.")
+magnitude = _declare_llvm_function("fabs", "Return the absolute value of every lane.")
+llvm_exp = _declare_llvm_function(
+    "exp", "Return e to the power of every lane, by the C library: one call per lane."
+)
+llvm_log = _declare_llvm_function(
+    "log", "Return the logarithm of every lane, by the C library: one call per lane."
+)
+
+
+@intrinsic
+def power_of_two(typingctx: Any, vector: VectorType) -> Any:
+    """Return 2 to the power of every lane: float32 lanes that hold whole numbers from -126 to 127."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
+        whole = ir.VectorType(_I32, vector.lanes)
+        exponent = builder.add(builder.fptosi(args[0], whole), ir.Constant(whole, [127] * vector.lanes))
+        return builder.bitcast(builder.shl(exponent, ir.Constant(whole, [23] * vector.lanes)), vector.llvm)
+
+    return vector(vector), codegen

@@ -1,0 +1,194 @@
+"""`lightspine train`: LightningCLI reads the recipe and the flags, `run_training` does the rest."""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lightspine.data.modules import ImageDataModule
+from lightspine.errors import LightspineError, UsageError
+from lightspine.models._registry import find_record
+from lightspine.models._saving import default_preprocessing
+from lightspine.recipes import find_recipe
+from lightspine.tasks.classification import ClassificationTask
+from lightspine.tasks.fit import (
+    TRAINER_DEFAULTS,
+    Export,
+    TrainResult,
+    has_terminal,
+    prepare_folder,
+    quiet_lightning,
+    run_callbacks,
+    run_training,
+)
+
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_CLASS = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>")
+_BOILERPLATE = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Problem with given class_path",
+    "Expected a <class 'NoneType'>",
+    "Expected a <class 'collections.abc.Iterable'>",
+    "Given value",
+)
+
+
+def main(args: Sequence[str] | None = None) -> TrainResult:
+    """Train as the command line says: `--config NAME_OR_PATH` and any flag over it.
+
+    Args:
+        args: the arguments after `lightspine train`; those of the process by default.
+
+    Returns:
+        What the run left behind.
+
+    Raises:
+        UsageError: a wrong flag or recipe.
+        LightspineError: what `lightspine.tasks.fit.train` raises.
+        SystemExit: after `--help` or `--print_config`.
+    """
+    arguments = _resolve_recipes(list(sys.argv[1:] if args is None else args))
+    with quiet_lightning():
+        try:
+            cli = TrainCLI(arguments)
+        except ArgumentError as error:
+            raise UsageError(_one_line(str(error))) from error
+        except ValueError as error:
+            # The parser wraps what the constructor of the task or the data raised.
+            raise _find_ours(error) or error from None
+    return cli.train()
+
+
+def train_recipe(
+    recipe: str | Path, *, folder: str | Path, overrides: Sequence[str] = (), progress: bool = True
+) -> TrainResult:
+    """Train a recipe from Python.
+
+    Args:
+        recipe: name of a shipped recipe, or the path of a YAML file.
+        folder: where everything is saved; see `lightspine.tasks.fit.train`.
+        overrides: flags as on the command line, such as "--trainer.max_epochs=3".
+        progress: show the progress.
+
+    Returns:
+        What the run left behind.
+
+    Raises:
+        UsageError: an unknown recipe or a wrong override.
+        LightspineError: what `lightspine.tasks.fit.train` raises.
+    """
+    bar = [] if progress else ["--trainer.enable_progress_bar=false"]
+    return main(["--config", str(recipe), "--folder", str(folder), *bar, *overrides])
+
+
+class TrainCLI(LightningCLI):
+    """The parser of `lightspine train`; making one parses the arguments and builds trainer, task and data."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(
+            ClassificationTask,
+            ImageDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"exit_on_error": False, "prog": "lightspine train"},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=list(args),
+            run=False,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the flags that are about the run, in place of Lightning's `--seed_everything`."""
+        parser.add_argument(
+            "--seed", type=int, default=0, help="initial weights, order of the images, augmentation"
+        )
+        parser.add_argument(
+            "--folder", type=str | None, default=None, help="where the run is saved: runs/MODEL"
+        )
+        parser.add_argument("--resume", type=str | None, default=None, help="a last.ckpt to go on from")
+        parser.add_argument(
+            "--export", type=Export, default="last", help="which epoch's weights are exported"
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let the task know the data's classes, and the data the model's preprocessing."""
+        parser.set_defaults({"model": "ClassificationTask"})
+        parser.link_arguments("seed", "model.init_args.seed")
+        parser.link_arguments("seed", "data.init_args.seed")
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments(
+            "model.init_args.model", "data.init_args.preprocessing", compute_fn=published_preprocessing
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the arguments."""
+        # Lightning's version warns whenever the process has arguments of its own, which is always.
+        self.config = parser.parse_args(cast(Sequence[str], args))
+
+    def _set_seed(self) -> None:
+        # The task and the data seed themselves; the environment is left alone.
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        """Make the folder of the run, and the callbacks that write into it."""
+        config: Namespace = self.config
+        folder = config.folder or Path("runs", config.model.init_args.model)
+        self.folder = prepare_folder(folder, resume=config.resume)
+        config.trainer.default_root_dir = os.fspath(self.folder)
+        progress = config.trainer.enable_progress_bar is not False
+        live = progress and has_terminal()
+        config.trainer.enable_progress_bar = live
+        self.trainer_defaults["callbacks"] = run_callbacks(self.folder, progress=progress, live=live)
+
+    def train(self) -> TrainResult:
+        """Run the training that was asked for."""
+        return run_training(
+            self.trainer, self.model, self.datamodule, resume=self.config.resume, export=self.config.export
+        )
+
+
+def published_preprocessing(model: str) -> dict[str, Any] | None:
+    """Return the preprocessing of a model's published evaluation without building the model."""
+    record = find_record(model)
+    if record is not None:
+        with torch.device("meta"):
+            return default_preprocessing(record.create())
+    cfg = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    return None if cfg is None else cfg.to_dict()
+
+
+def _resolve_recipes(args: list[str]) -> list[str]:
+    """Replace the name behind `--config` by the recipe's path."""
+    resolved = list(args)
+    for i, arg in enumerate(args):
+        if arg in ("--config", "-c") and i + 1 < len(args):
+            resolved[i + 1] = str(find_recipe(args[i + 1]))
+        elif arg.startswith("--config="):
+            resolved[i] = f"--config={find_recipe(arg.removeprefix('--config='))}"
+    return resolved
+
+
+def _one_line(message: str) -> str:
+    """Return what jsonargparse says in one line, without the list of everything that it tried."""
+    key = ".".join(_KEY.findall(message))
+    lines = [_KEY.sub("", line).strip(" -:\n") for line in message.splitlines()]
+    told = [line for line in lines if line and not line.startswith(_BOILERPLATE)]
+    text = _CLASS.sub(r"\1", "; ".join(told[:2])).replace("typing.", "")
+    return f"wrong argument {key}: {text}" if key else text
+
+
+def _find_ours(error: BaseException | None) -> LightspineError | None:
+    while error is not None and not isinstance(error, LightspineError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -1,0 +1,107 @@
+"""`lightspine train` as it is typed: recipes, flags over them, wrong ones."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightspine.errors import UsageError
+from lightspine.models._loading import load_model
+from lightspine.recipes import find_recipe, list_recipes
+from lightspine.tasks.cli import TrainCLI, main, train_recipe
+from lightspine.tasks.fit import quiet_lightning
+from support.images import write_folder
+from support.training import SMALL_MODEL, same_weights
+
+QUICK = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", f"--model.model={SMALL_MODEL}"]
+ONE_BATCH = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
+
+
+def test_image_folder_is_trained_from_flags_alone(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "images", count=10)
+    flags = [
+        "--data=ImageFolderDataModule",
+        f"--data.root={root}",
+        "--data.image_size=32",
+        "--data.batch_size=8",
+    ]
+    run = ["--data.num_workers=0", "--data.augmentation=light", "--model.lr=5e-3", "--trainer.max_epochs=4"]
+    result = main([*QUICK, *flags, *run, "--folder", str(tmp_path / "run")])
+    assert result.accuracy >= 90
+    assert load_model(result.weights)[1].class_names == ["blue", "green", "red"]
+
+
+def test_recipe_with_overrides_is_trained_and_recorded(tmp_path: Path) -> None:
+    result = train_recipe(
+        "digits_shvit_s1",
+        folder=tmp_path / "run",
+        progress=False,
+        overrides=[*ONE_BATCH, "--model.lr=1e-4", "--data.batch_size=8"],
+    )
+    record = yaml.safe_load((result.folder / "config.yaml").read_text())
+    assert record["model"]["init_args"]["lr"] == 1e-4
+    assert record["data"]["init_args"]["batch_size"] == 8
+    assert result.model == "shvit_s1"
+
+
+def test_recorded_config_trains_the_same_run(tmp_path: Path) -> None:
+    flags = [*QUICK, *ONE_BATCH, "--data=DigitsDataModule", "--seed=5"]
+    first = main([*flags, "--folder", str(tmp_path / "a")])
+    again = main(["--config", str(first.folder / "config.yaml"), "--folder", str(tmp_path / "b")])
+    assert same_weights(first.weights, again.weights)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_shipped_recipe_is_complete(name: str, tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "images", count=2)
+    data = [f"--data.root={root}"] if name == "image_folder" else []
+    with quiet_lightning():
+        cli = TrainCLI(["--config", str(find_recipe(name)), "--folder", str(tmp_path / "run"), *data])
+    assert cli.model.top1.num_classes == cli.datamodule.num_classes
+    images, labels, _ = next(iter(cli.datamodule.val_dataloader()))
+    assert len(images) == len(labels)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_shipped_recipe_says_what_it_costs_and_how_it_is_run(name: str) -> None:
+    head = [line for line in find_recipe(name).read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(head)
+    assert f"lightspine train --config {name}" in text
+    for word in ("Hardware:", "Time:", "Score:"):
+        assert word in text
+
+
+def test_data_takes_the_preprocessing_of_the_model(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "images", count=2)
+    flags = ["--data=ImageFolderDataModule", f"--data.root={root}", "--model.model=vit_tiny_patch16_224"]
+    with quiet_lightning():
+        cli = TrainCLI([*flags, "--folder", str(tmp_path / "run")])
+    assert cli.datamodule.preprocessing.mean == (0.5, 0.5, 0.5)
+
+
+def test_unknown_recipe_lists_the_shipped_ones() -> None:
+    with pytest.raises(UsageError, match=r"one of the recipes digits_.*, got 'digits_vimm'"):
+        main(["--config", "digits_vimm"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--model.learning_rate=1", "learning_rate"),
+        ("--model.optimizer=adamm", "adamm"),
+        ("--model.lr=fast", "fast"),
+        ("--data=NoSuchData", "NoSuchData"),
+        ("--nonsense=1", "nonsense"),
+    ],
+)
+def test_wrong_flag_is_named_in_one_line(flag: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        main(["--config", "digits_shvit_s1", "--folder", str(tmp_path / "run"), flag])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_missing_data_folder_is_named(tmp_path: Path) -> None:
+    flags = ["--data=ImageFolderDataModule", f"--data.root={tmp_path / 'gone'}"]
+    with pytest.raises(UsageError, match="gone is missing"):
+        main([*QUICK, *flags, "--folder", str(tmp_path / "run")])
