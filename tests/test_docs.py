@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from support.docs_tables import model_table, written_table
 from support.reference import fill_checkpoint, read_figure, write_official_file
 
@@ -24,7 +25,7 @@ def test_readme_code_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys)
     )
     namespace: dict[str, object] = {}
     for block in _code_blocks(ROOT / "README.md"):
-        exec(compile(block, "README.md", "exec"), namespace)  # noqa: S102 (our own page)
+        exec(compile(block, "README.md", "exec"), namespace)
         printed = capsys.readouterr().out.splitlines()
         promised = re.findall(r"^print\(.*\)  # (.+)$", block, flags=re.MULTILINE)
         assert len(printed) == len(promised)

@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 import torch
 from numba import njit
+
+from lightspine.ops.cross_scan import cross_scan
+from lightspine.ops.grouped_scan.cpu_backward import SCRATCH_BYTES, chunk_length
+from lightspine.ops.grouped_scan.cpu_math import exp, sigmoid, softplus
+from lightspine.ops.grouped_scan.simd import VECTOR_BYTES, load, store
 from support.scans import (
     assert_all_close,
     convert,
@@ -17,11 +22,6 @@ from support.scans import (
     run_scan,
     scan_inputs,
 )
-
-from lightspine.ops.cross_scan import cross_scan
-from lightspine.ops.grouped_scan.cpu_backward import SCRATCH_BYTES, chunk_length
-from lightspine.ops.grouped_scan.cpu_math import exp, sigmoid, softplus
-from lightspine.ops.grouped_scan.simd import VECTOR_BYTES, load, store
 
 
 @njit
@@ -140,21 +140,28 @@ def test_eight_python_threads_at_once_get_their_own_results(threads: Any) -> Non
                 assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-def _send_sum(queue: Any) -> None:
-    torch.set_num_threads(2)
-    queue.put(float(run_map(large_map()).sum()))
+def _send_result(queue: Any, inputs: Any) -> None:
+    queue.put(run_map(inputs).numpy().tobytes())
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 def test_scan_runs_in_a_forked_child(threads: Any) -> None:
+    # The parent's helper thread does not exist in the child. The child runs nothing but the scan, because
+    # PyTorch's
+    # own parallel loops do not survive a fork.
+    torch.use_deterministic_algorithms(False)  # or torch.empty would fill its memory by such a loop
     threads(2)
-    expected = float(run_map(large_map()).sum())
+    inputs = large_map()
+    expected = run_map(inputs).numpy().tobytes()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=_send_sum, args=(queue,))
+    child = context.Process(target=_send_result, args=(queue, inputs), daemon=True)
     child.start()
-    received = queue.get(timeout=120)
-    child.join()
+    try:
+        received = queue.get(timeout=60)
+    finally:
+        child.kill()
+        child.join()
     assert received == expected
 
 

@@ -21,9 +21,9 @@ CLASS_NAMES = [str(digit) for digit in range(10)]
 _SPLIT_SEED = 0
 _TEST_FRACTION = 0.2
 
-_MAX_TURN = 12 * torch.pi / 180
+_MAX_TURN = 10 * torch.pi / 180
 _MAX_ZOOM = 0.1
-_MAX_SHIFT = 0.1
+_MAX_SHIFT = 0.05
 
 
 def digits_preprocessing(image_size: int) -> Preprocessing:
@@ -46,7 +46,7 @@ class DigitsDataset(Dataset[tuple[Tensor, Tensor]]):
     Args:
         split: "train" (1,438 digits) or "test" (359, every class in proportion, always the same ones).
         image_size: height and width in pixels, at least 32.
-        augment: turn, scale and shift every digit at random, by at most 12 degrees, 10 % and 10 % of the
+        augment: turn, scale and shift every digit at random, by at most 10 degrees, 10 % and 5 % of the
             side; never flipped, because a flipped digit is another sign. Draws from torch's global generator.
 
     Raises:

@@ -160,9 +160,15 @@ class ClassificationTask(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimiser and its rate per step: a linear warm-up, then a cosine."""
-        # timm asks the model for its no_weight_decay() only if it is given the model itself.
+        # One pass over the weights instead of ten: on a CPU a plain AdamW step costs half a forward pass.
+        fused = self.optimizer_name == "adamw" and self.device.type == "cpu"
+        options: dict[str, Any] = {"fused": True} if fused else {}
         optimizer = create_optimizer_v2(
-            self.model, opt=self.optimizer_name, lr=self.lr, weight_decay=self.weight_decay
+            self.model,  # itself and not its parameters, so that timm asks for its no_weight_decay()
+            opt=self.optimizer_name,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            **options,
         )
         total = int(self.trainer.estimated_stepping_batches)
         warmup = round(total * self.warmup_epochs / (self.trainer.max_epochs or 1))
