@@ -1,4 +1,4 @@
-"""The documentation is true: its code runs and prints what it says, its table is the counted one, its links exist."""
+"""The documentation is true: its code prints what it says, its table is the counted one, its links exist."""
 
 import re
 from pathlib import Path

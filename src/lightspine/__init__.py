@@ -1,5 +1,7 @@
 """The efficient vision backbones VMamba, Vim, EfficientViM, SHViT and EfficientMod in one library."""
 
+from lightspine import blocks as blocks
+from lightspine import ops as ops
 from lightspine._version import __version__ as __version__
 from lightspine.models import list_models as list_models
 from lightspine.models._checkpoints import load_checkpoint as load_checkpoint
@@ -7,15 +9,17 @@ from lightspine.models._factory import create_model as create_model
 from lightspine.models._loading import convert_checkpoint as convert_checkpoint
 from lightspine.models._loading import load_model as load_model
 from lightspine.models._saving import save_checkpoint as save_checkpoint
-from lightspine.ops.selective_scan import selective_scan as selective_scan
+from lightspine.ops import selective_scan as selective_scan
 
 __all__ = [
     "__version__",
+    "blocks",
     "convert_checkpoint",
     "create_model",
     "list_models",
     "load_checkpoint",
     "load_model",
+    "ops",
     "save_checkpoint",
     "selective_scan",
 ]

@@ -2,7 +2,7 @@
 
 
 class LightspineError(Exception):
-    """Something failed that a correct call may meet: an unreadable file, a diverged training (exit status 1)."""
+    """A correct call met something that failed: an unreadable file, a diverged training (exit status 1)."""
 
     exit_status = 1
 

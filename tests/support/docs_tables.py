@@ -15,7 +15,7 @@ START, END = "docs_tables.py`, checked by tests/test_docs.py -->\n", "<!-- end -
 def model_table() -> str:
     """Return the table in Markdown, counted on shapes alone."""
     rows = [
-        "| model | parameters | GMACs counted | GMACs published | top-1 published | input | maps (stride: channels) |",
+        "| model | parameters | GMACs counted | published | top-1 published | input | maps (stride: channels) |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for name in lightspine.list_models():
@@ -25,10 +25,11 @@ def model_table() -> str:
         macs = count_macs(model, record.input_size).total / 1e9
         published = record.published
         note = f" ({published.note})" if published.note else ""
-        maps = sorted({info["reduction"]: info["num_chs"] for info in model.feature_info}.items())
+        widths = {info["reduction"]: info["num_chs"] for info in model.feature_info}
+        maps = ", ".join(f"{stride}: {channels}" for stride, channels in sorted(widths.items()))
         rows.append(
-            f"| {name} | {record.params:,} | {macs:.3f} | {published.macs_g or '-'} | {published.top1 or '-'}{note} "
-            f"| {record.input_size[1]} | {', '.join(f'{stride}: {channels}' for stride, channels in maps)} |"
+            f"| {name} | {record.params:,} | {macs:.3f} | {published.macs_g or '-'} "
+            f"| {published.top1 or '-'}{note} | {record.input_size[1]} | {maps} |"
         )
     return "\n".join(rows) + "\n"
 

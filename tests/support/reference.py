@@ -30,7 +30,7 @@ def write_official_file(path: Path, state_dict: dict[str, Tensor], entry: str = 
 
 
 def load_figure_model(name: str, figure: dict[str, Any], folder: Path, **options: Any) -> nn.Module:
-    """Create a model from the figure's checkpoint as a user would: from an official file, through the public API."""
+    """Create a model from the figure's checkpoint as a user would: from an official file."""
     state_dict = fill_checkpoint(figure["checkpoint"], figure["gain"])
     path = write_official_file(folder / "official.pth", state_dict)
     return lightspine.create_model(name, checkpoint=path, **options).eval()

@@ -1,0 +1,21 @@
+"""The operators: pure functions on tensors, each with a reference that defines it.
+
+The functions stand here under the names of their folders; a folder's parts are imported from the folder, as
+in `from lightspine.ops.selective_scan.reference import selective_scan_reference`.
+"""
+
+from lightspine.ops.cross_scan import cross_scan as cross_scan
+from lightspine.ops.cross_scan.orders import list_scan_orders as list_scan_orders
+from lightspine.ops.cross_scan.orders import register_scan_order as register_scan_order
+from lightspine.ops.cross_scan.orders import scan_order as scan_order
+from lightspine.ops.dispatch import available_backends as available_backends
+from lightspine.ops.selective_scan import selective_scan as selective_scan
+
+__all__ = [
+    "available_backends",
+    "cross_scan",
+    "list_scan_orders",
+    "register_scan_order",
+    "scan_order",
+    "selective_scan",
+]
