@@ -27,7 +27,8 @@ def test_readme_code_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys)
     for block in _code_blocks(ROOT / "README.md"):
         exec(compile(block, "README.md", "exec"), namespace)
         printed = capsys.readouterr().out.splitlines()
-        promised = re.findall(r"^print\(.*\)  # (.+)$", block, flags=re.MULTILINE)
+        # A promised output stands behind its line, or below it.
+        promised = re.findall(r"^print\(.*\)(?:  |\n)# (.+)$", block, flags=re.MULTILINE)
         assert len(printed) == len(promised)
         for line, promise in zip(printed, promised, strict=True):
             assert promise.startswith(line) or not promise.startswith(("torch.Size", "["))

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import random
 import sys
 import types
 from pathlib import Path
@@ -302,3 +303,24 @@ def test_unknown_name_gives_the_closest():
 def test_report_is_plain_json(official):
     report = lightspine.load_checkpoint(lightspine.create_model("shvit_s1"), official)
     assert json.loads(json.dumps(report.as_dict()))["loaded"] == len(official)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_no_damage_escapes_as_another_error(tmp_path, legacy):
+    """Cut or altered anywhere, a file is read or refused in one sentence."""
+    path = tmp_path / "damaged.pth"
+    content = {"model": {f"w{i}": torch.ones(5, 7) for i in range(4)}, "args": argparse.Namespace(lr=1.0)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    whole, rng = path.read_bytes(), random.Random(0)
+    for trial in range(200):
+        damaged = bytearray(whole)
+        if trial % 2:
+            del damaged[rng.randrange(1, len(whole)) :]
+        else:
+            for _ in range(rng.randrange(1, 6)):
+                damaged[rng.randrange(len(whole))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read_checkpoint(path)
+        except LightspineError as error:
+            assert "\n" not in str(error)

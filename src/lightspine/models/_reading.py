@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 import re
+import struct
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -131,18 +132,21 @@ def _read_torch(path: Path) -> Any:
             f"{path} is refused: it asks for {asked.group(1)}, which may run code; nothing in it was run. "
             "Save the bare state dict as safetensors where you trust the file"
         ) from error
+    except (RuntimeError, OSError) as error:
+        raise LightspineError(
+            f"{path} is not a complete PyTorch checkpoint: {str(error).splitlines()[0]}"
+        ) from error
+    # What the unpickler raises on bytes that are no pickle.
     except (
-        RuntimeError,
         EOFError,
-        OSError,
         ValueError,
-        KeyError,
-        IndexError,
+        LookupError,
         AssertionError,
-        UnicodeDecodeError,
+        AttributeError,
+        TypeError,
+        struct.error,
     ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise LightspineError(f"{path} is not a complete PyTorch checkpoint: {reason}") from error
+        raise LightspineError(f"{path} is not a PyTorch checkpoint, or it is damaged") from error
 
 
 def _find_entries(content: dict[str, Any], label: str) -> dict[str, dict[str, Tensor]]:
