@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from lightspine._version import __version__
 from lightspine.errors import LightspineError, UsageError
@@ -87,7 +87,8 @@ def save_checkpoint(
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, str(part), metadata=saved)
+        # Written here and not by the library, which makes files that only their owner may read.
+        part.write_bytes(save(tensors, metadata=saved))
         part.replace(path)
     except OSError as error:
         raise LightspineError(f"cannot write {path}: {error.strerror or error}") from error

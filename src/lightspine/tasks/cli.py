@@ -34,7 +34,7 @@ _CLASS = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>")
 _BOILERPLATE = (
     "Does not validate",
     "Subtypes:",
-    "Errors:",
+    "Errors",
     "Problem with given class_path",
     "Expected a <class 'NoneType'>",
     "Expected a <class 'collections.abc.Iterable'>",
