@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "score a checkpoint on a folder of images",
     "compare": "train several models on the same images: one table, one plot, the checkpoints",
     "convert": "turn an official checkpoint into our safetensors",
+    "bench": "measure the scans on this machine: time, memory, their share of whole models",
     "demo": "train all five families on handwritten digits and compare them",
 }
 USAGE_STATUS = 2

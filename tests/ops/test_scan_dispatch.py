@@ -17,7 +17,7 @@ F32 = torch.float32
     [
         ("cpu", False, "auto", "cpu"),
         ("cpu", True, "auto", "torch"),
-        ("cuda", False, "auto", "torch"),
+        ("cuda", False, "auto", "triton"),
         ("cuda", True, "auto", "torch"),
         ("mps", False, "auto", "torch"),
         ("meta", False, "auto", "torch"),
@@ -52,6 +52,33 @@ def test_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.
     assert not available_backends()["cpu"][0]
     with pytest.raises(UsageError, match="'cpu' cannot run here: numba is not installed"):
         choose_backend("cpu", F32, requested="cpu")
+
+
+def test_automatic_backend_for_cuda_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert available_backends()["triton"] == (False, "triton is not installed")
+    with pytest.raises(UsageError, match="'triton', but triton is not installed"):
+        choose_backend("cuda", F32)
+
+
+def test_triton_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match="'triton' cannot run here: no CUDA device"):
+        choose_backend("cpu", F32, requested="triton")
+
+
+def test_triton_on_cpu_tensors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UsageError, match="'triton' cannot run here: its tensors lie on cpu"):
+        choose_backend("cpu", F32, requested="triton")
+
+
+def test_interpreted_triton_takes_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend("cpu", F32, requested="triton") == "triton"
+    assert choose_backend("cpu", F32) == "cpu"
 
 
 def test_available_backends_say_where_they_run_or_why_not() -> None:

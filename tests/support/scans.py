@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightspine.ops.cross_scan.checks import CrossScanInputs
-from lightspine.ops.dispatch import BACKENDS, available_backends
+from lightspine.ops.dispatch import BACKENDS, available_backends, triton_is_interpreted
 from lightspine.ops.selective_scan import selective_scan
 from lightspine.ops.selective_scan.checks import ScanInputs
 from support.reference import assert_close
@@ -16,7 +16,12 @@ from support.reference import assert_close
 # end.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
-CPU_BACKENDS = [name for name in BACKENDS if available_backends()[name][0] and name != "triton"]
+# With TRITON_INTERPRET=1 set, every test of a backend also runs the triton kernels, a hundred times slower.
+CPU_BACKENDS = [
+    name
+    for name in BACKENDS
+    if available_backends()[name][0] and (name != "triton" or triton_is_interpreted())
+]
 FAST_BACKENDS = [name for name in CPU_BACKENDS if name != "reference"]
 
 
@@ -88,7 +93,7 @@ def results_and_gradients(operator: Any, inputs: Any, **options: Any) -> dict[st
     outputs = operator(leaves, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     draw = torch.Generator().manual_seed(1)
-    weights = [torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.dtype) for t in outputs]
+    weights = [torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t) for t in outputs]
     names = [name for name, t in zip(inputs._fields, inputs, strict=True) if t is not None]
     grads = torch.autograd.grad(outputs, [t for t in leaves if t is not None], weights)
     return {f"output {i}": t.detach() for i, t in enumerate(outputs)} | {

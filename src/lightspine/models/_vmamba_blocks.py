@@ -16,6 +16,7 @@ from timm.layers import DropPath, LayerNorm2d, Mlp, trunc_normal_
 from torch import Tensor
 
 from lightspine.errors import UsageError
+from lightspine.layers.recompute import recompute_before_scan
 from lightspine.ops.cross_scan import cross_scan
 from lightspine.ops.cross_scan.orders import scan_order as pixel_order
 
@@ -99,6 +100,8 @@ class SS2D(nn.Module):
         scan_order: a registered order of `lightspine.ops.cross_scan`: cross2d, unidirectional, bidirectional.
         init: initial values of the state space model: "v0" as in Mamba, "v1" normal, "v2" uniform steps.
         drop_rate: dropout of the result.
+        recompute: keep nothing between `in_proj` and the scan for the backward; convolution, activation,
+            projections and steps are computed again. Off by default: the paper keeps them.
 
     Shape:
         `(B, dim, H, W)` of any H and W to `(B, dim, H, W)`.
@@ -130,6 +133,7 @@ class SS2D(nn.Module):
         scan_order: str = "cross2d",
         init: str = "v0",
         drop_rate: float = 0.0,
+        recompute: bool = False,
     ):
         super().__init__()
         check_choice("act", act, tuple(ACTIVATIONS))
@@ -143,6 +147,7 @@ class SS2D(nn.Module):
         if scan_order == "cascade2d":
             raise UsageError("the scan order 'cascade2d' is not offered: expected one pass over the map")
         self.gate = gate
+        self.recompute = recompute
         self.scan_order = scan_order
         self.directions = len(pixel_order(scan_order, 1, 1))
         self.dt_rank = math.ceil(dim / 16) if isinstance(dt_rank, str) else dt_rank
@@ -191,14 +196,19 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, H, W)."""
         x = x.permute(0, 2, 3, 1)  # B H W C
-        u = self.act(self.conv(self.in_proj(x)))  # B H W D
-        y = self.out_act(self.out_norm(self._scan(u)))
+        inner = self.in_proj(x)  # B H W D
+        if self.recompute and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            y = recompute_before_scan(self._scan, inner)
+        else:
+            y = self._scan(inner)
+        y = self.out_act(self.out_norm(y))
         if self.gate != "none":
             y = y * self.gate_act(self.gate_proj(x))
         return self.drop(self.out_proj(y)).permute(0, 3, 1, 2)
 
-    def _scan(self, u: Tensor) -> Tensor:
-        """Scan a (B, H, W, D) map in all directions and add the results up."""
+    def _scan(self, x: Tensor) -> Tensor:
+        """Convolve and activate a (B, H, W, D) map, scan it in all directions and add the results up."""
+        u = self.act(self.conv(x))
         batch, height, width, _ = u.shape
         # The projections are pointwise: one product in pixel order serves every direction.
         projected = self.x_proj(u).view(batch, height, width, self.directions, -1)
@@ -231,6 +241,7 @@ class VSSBlock(nn.Module):
         ssm_conv_bias: `conv_bias` of `SS2D`.
         ssm_init: `init` of `SS2D`.
         ssm_drop_rate: `drop_rate` of `SS2D`.
+        ssm_recompute: `recompute` of `SS2D`.
         gate: see `SS2D`.
         out_norm: see `SS2D`.
         out_act: see `SS2D`.
@@ -265,6 +276,7 @@ class VSSBlock(nn.Module):
         ssm_conv_bias: bool = False,
         ssm_init: str = "v0",
         ssm_drop_rate: float = 0.0,
+        ssm_recompute: bool = False,
         gate: str = "none",
         out_norm: str = "layer",
         out_act: bool = False,
@@ -287,6 +299,7 @@ class VSSBlock(nn.Module):
             scan_order=scan_order,
             init=ssm_init,
             drop_rate=ssm_drop_rate,
+            recompute=ssm_recompute,
         )
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.has_mlp = mlp_ratio > 0

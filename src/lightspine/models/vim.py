@@ -84,6 +84,7 @@ class Vim(nn.Module):
             which is a block (`VimLayerPair`) that doubles the stream: a numerical hazard, for comparison.
         divide_out: see `VimMixer`.
         layer_scale: see `VimMixer`.
+        recompute: see `VimMixer`.
         norm: "rms" or "layer".
         class_token: "middle" (before patch M // 2 of M), "head", "double" (head and tail) or "none".
         pos_embed: learn a position table, one row per token.
@@ -113,6 +114,7 @@ class Vim(nn.Module):
         directions: str = "v2",
         divide_out: bool | None = None,
         layer_scale: float | None = None,
+        recompute: bool = True,
         norm: str = "rms",
         class_token: str = "middle",
         pos_embed: bool = True,
@@ -153,6 +155,7 @@ class Vim(nn.Module):
             "conv_kernel": conv_kernel,
             "dt_rank": dt_rank,
             "layer_scale": layer_scale,
+            "recompute": recompute,
         }
         if directions == "layer-pairs":
             if divide_out is not None:

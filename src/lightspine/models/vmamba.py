@@ -76,6 +76,7 @@ class VMamba(nn.Module):
         ssm_conv_bias: whether that convolution has a bias.
         ssm_init: initial values of the state space model, "v0", "v1" or "v2" (see `SS2D`).
         ssm_drop_rate: dropout after SS2D.
+        ssm_recompute: compute what the scan reads again in the backward: less memory (see `SS2D`).
         gate: "silu", "linear" or "none" (see `SS2D`).
         out_norm: "layer", "none", "dwconv", "layer_dwconv", "softmax" or "sigmoid" (see `SS2D`).
         out_act: GELU after `out_norm`.
@@ -113,6 +114,7 @@ class VMamba(nn.Module):
         ssm_conv_bias: bool = False,
         ssm_init: str = "v0",
         ssm_drop_rate: float = 0.0,
+        ssm_recompute: bool = False,
         gate: str = "none",
         out_norm: str = "layer",
         out_act: bool = False,
@@ -163,6 +165,7 @@ class VMamba(nn.Module):
                     ssm_conv_bias=ssm_conv_bias,
                     ssm_init=ssm_init,
                     ssm_drop_rate=ssm_drop_rate,
+                    ssm_recompute=ssm_recompute,
                     gate=gate,
                     out_norm=out_norm,
                     out_act=out_act,

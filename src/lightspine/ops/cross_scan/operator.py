@@ -123,6 +123,10 @@ def _implementation(x: Tensor, backend: str) -> ModuleType:
         from lightspine.ops.cross_scan import cpu_backend
 
         return cpu_backend
+    if name == "triton":
+        from lightspine.ops.cross_scan import triton_backend
+
+        return triton_backend
     raise UsageError(
         f"the operator runs a kernel, received the backend {name!r}, which is plain PyTorch: "
         "call lightspine.ops.cross_scan.cross_scan with it"

@@ -137,6 +137,10 @@ def _implementation(u: Tensor, backend: str) -> ModuleType:
         from lightspine.ops.selective_scan import cpu_backend
 
         return cpu_backend
+    if name == "triton":
+        from lightspine.ops.selective_scan import triton_backend
+
+        return triton_backend
     raise UsageError(
         f"the operator runs a kernel, received the backend {name!r}, which is plain PyTorch: "
         "call lightspine.ops.selective_scan.selective_scan with it"

@@ -1,0 +1,76 @@
+"""Measure on this machine, against targets: `lightspine bench ops` the scans.
+
+Keep the machine idle meanwhile: what is compared takes turns, but a busy processor still blurs it.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+from lightspine_cli._output import print_json
+
+PARTS = ("time", "memory", "models")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `lightspine bench`."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="ops")
+    ops = kinds.add_parser(
+        "ops",
+        help="the selective scan and the four-direction scan on the CPU",
+        description="Time, memory and share of the scans, next to what bounds them.",
+        allow_abbrev=False,
+    )
+    ops.add_argument(
+        "--shapes",
+        type=_names,
+        metavar="A,B,C",
+        help="out of vmamba-1 to vmamba-4, vim-197, vim-1025, vim-6085 (default: all)",
+    )
+    ops.add_argument("--batch", type=_numbers, default=[1, 8], metavar="1,8", help="batches (default: 1,8)")
+    ops.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
+    ops.add_argument("--repeats", type=int, default=15, help="timed calls of each (default: %(default)s)")
+    ops.add_argument(
+        "--parts", type=_names, default=list(PARTS), metavar="A,B", help=f"out of {', '.join(PARTS)}"
+    )
+    ops.add_argument("--json", action="store_true", help="print one object with all numbers")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; status 0 whether or not the targets are met."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from lightspine.benchmark.ops import count_steps, measure_ops
+    from lightspine.benchmark.ops_cases import CASES, find_cases
+
+    cases = list(CASES) if args.shapes is None else find_cases(args.shapes)
+    # The standard output holds nothing but the result.
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("measuring", total=count_steps(cases, args.batch, args.parts))
+        report = measure_ops(
+            cases,
+            args.batch,
+            threads=args.threads,
+            repeats=args.repeats,
+            parts=args.parts,
+            on_step=lambda text: progress.update(task, advance=1, description=f"{text}: done"),
+        )
+    if args.json:
+        print_json(report.as_dict())
+        return 0
+    from lightspine_cli._bench_output import print_ops
+
+    print_ops(report)
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[Any]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 1,8, got {text!r}") from None

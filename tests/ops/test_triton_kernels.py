@@ -1,0 +1,180 @@
+"""The Triton kernels: interpreted on a CPU, compiled without a device, and run on one where there is one."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightspine.errors import UsageError
+from lightspine.ops.cross_scan import cross_scan
+from support.reference import relative_l2
+from support.scans import TOLERANCE, convert, cross_inputs, results_and_gradients, run_scan, scan_inputs
+from support.triton_cases import FAST_CASES, SLOW_CASES
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+TESTS = Path(__file__).parents[1]
+compiled_only = pytest.mark.skipif(
+    "TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET is set: nothing is compiled"
+)
+on_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@functools.cache
+def interpret(table: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """Run a table of cases in a process whose kernels are interpreted."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "support.triton_cases", table],
+        cwd=TESTS,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check_case(table: str, case: str) -> None:
+    report = interpret(table)[case]
+    assert report
+    # Not `difference > tolerance`: a NaN is neither.
+    too_far = {name: pair for name, pair in report.items() if not pair[0] <= pair[1]}
+    assert not too_far, "{tensor: (difference, tolerance)}"
+
+
+@pytest.mark.parametrize("case", FAST_CASES)
+def test_interpreted_kernels_equal_the_definition(case: str) -> None:
+    check_case("fast", case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("case", SLOW_CASES)
+def test_interpreted_kernels_equal_the_definition_at_larger_sizes(case: str) -> None:
+    check_case("slow", case)
+
+
+@compiled_only
+def test_kernels_refuse_cpu_tensors_where_nothing_is_interpreted() -> None:
+    from lightspine.ops.selective_scan import triton_backend
+
+    inputs = scan_inputs()
+    with pytest.raises(
+        UsageError, match=r"expect CUDA tensors, or TRITON_INTERPRET=1 .* received CPU tensors"
+    ):
+        triton_backend.forward(inputs, True, False)
+
+
+class Toolchain:
+    """Stands for a device that is not there: tells the compiler what to compile for, and runs nothing."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Compile what would be launched, from the very arguments, and collect it by the kernel's name."""
+    from triton.runtime import driver
+
+    from lightspine.ops.grouped_scan import triton_scan
+
+    kernels: dict[str, Any] = {}
+
+    def compile_only(kernel: Any, programs: int, **arguments: Any) -> None:
+        options = {"num_warps": 1, "enable_fp_fusion": True}
+        kernels[kernel.__name__] = kernel.warmup(**arguments, **options, grid=(programs,))
+
+    monkeypatch.setattr(triton_scan, "_launch", compile_only)
+    driver.set_active(Toolchain())
+    yield kernels
+    driver.set_active(None)
+
+
+@compiled_only
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("state_dim", [1, 16])
+def test_kernels_of_the_selective_scan_compile_without_a_device(
+    compiled: dict[str, Any], dtype: torch.dtype, state_dim: int
+) -> None:
+    from lightspine.ops.selective_scan import triton_backend
+
+    inputs = convert(scan_inputs(1, 64, 200, state_dim, 1), dtype)
+    out, state = triton_backend.forward(inputs, True, True)
+    triton_backend.backward(out, state, inputs, True, True)
+    assert sorted(compiled) == ["adjoint_kernel", "chain_kernel", "gradient_kernel", "scan_kernel"]
+    assert all(kernel.asm["cubin"] for kernel in compiled.values())
+
+
+@compiled_only
+@pytest.mark.slow
+def test_kernels_of_the_cross_scan_compile_without_a_device(compiled: dict[str, Any]) -> None:
+    from lightspine.ops.cross_scan import triton_backend
+
+    inputs = convert(cross_inputs(1, 14, 14, 96, 1), torch.bfloat16)
+    out = triton_backend.forward(inputs, True, "cross2d")
+    triton_backend.backward(out, inputs, True, "cross2d")
+    assert sorted(compiled) == ["adjoint_kernel", "chain_kernel", "gradient_kernel", "scan_kernel"]
+
+
+def to_device(inputs: Any) -> Any:
+    return type(inputs)(*(None if t is None else t.cuda() for t in inputs))
+
+
+def check_on_device(operator: Any, inputs: Any, dtype: torch.dtype, **options: Any) -> None:
+    inputs = to_device(convert(inputs, dtype))
+    exact = type(inputs)(*(None if t is None else t.double() for t in inputs))
+    actual = results_and_gradients(operator, inputs, backend="triton", **options)
+    expected = results_and_gradients(operator, exact, backend="reference", **options)
+    for name, tensor in actual.items():
+        # The exponential of the hardware errs by two units in the last place, in every decay.
+        tolerance = max(TOLERANCE[tensor.dtype], TOLERANCE[dtype], 5e-6 if dtype != torch.float64 else 0)
+        assert relative_l2(tensor, expected[name]) <= tolerance, name
+
+
+@pytest.mark.gpu
+@on_device
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "dim", "length", "state_dim"),
+    [(2, 384, 197, 16), (1, 384, 1025, 16), (1, 40, 6085, 16), (3, 17, 63, 3), (128, 384, 30, 1)],
+)
+def test_selective_scan_on_a_device_equals_the_definition(
+    dtype: torch.dtype, batch: int, dim: int, length: int, state_dim: int
+) -> None:
+    inputs = scan_inputs(batch, dim, length, state_dim, 1)
+    check_on_device(run_scan, inputs, dtype, delta_softplus=True)
+
+
+@pytest.mark.gpu
+@on_device
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("side", "dim"), [(56, 96), (28, 192), (14, 384), (7, 768)])
+def test_cross_scan_on_a_device_equals_the_definition(dtype: torch.dtype, side: int, dim: int) -> None:
+    inputs = cross_inputs(2, side, side, dim, 1)
+    check_on_device(lambda tensors, **options: cross_scan(*tensors, **options), inputs, dtype)
+
+
+@pytest.mark.gpu
+@on_device
+def test_scan_on_a_device_is_deterministic() -> None:
+    inputs = to_device(convert(cross_inputs(2, 28, 28, 96, 1), torch.bfloat16))
+    first, second = (results_and_gradients(lambda t: cross_scan(*t), inputs) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,202 @@
+"""Run the Triton kernels on a CPU and print how far they are from the definition, as JSON.
+
+A program of its own, because Triton decides at the first import whether kernels are compiled or interpreted:
+`TRITON_INTERPRET=1 python -m support.triton_cases fast` in `tests/` prints
+{case: {tensor: [difference, tolerance]}}.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightspine.ops.cross_scan import cross_scan, register_scan_order
+from lightspine.ops.selective_scan.checks import ScanInputs
+from support.reference import read_figure, relative_l2
+from support.scans import (
+    TOLERANCE,
+    convert,
+    cross_inputs,
+    figure_inputs,
+    results_and_gradients,
+    run_scan,
+    scan_inputs,
+)
+
+Report = dict[str, tuple[float, float]]
+F64 = torch.float64
+
+
+def run_cross(inputs: Any, **options: Any) -> Tensor:
+    return cross_scan(*inputs, **options)
+
+
+@contextmanager
+def short_chunks(programs: int = 10**9) -> Iterator[None]:
+    """Cut sequences into chunks of two tiles of two steps, as a long one is cut on a device.
+
+    Args:
+        programs: programs of the backward that share the scratch.
+    """
+    from lightspine.ops.grouped_scan import triton_scan
+    from lightspine.ops.grouped_scan.triton_sizes import Blocks, choose_blocks
+
+    def choose(length: int, dim: int, state_dim: int, *_: int, backward: bool) -> Blocks:
+        blocks = choose_blocks(length, dim, state_dim, 1, 8, backward=backward)
+        return blocks._replace(tile=2, chunk=4, chunks=-(-length // 4))
+
+    before = triton_scan.choose_blocks, triton_scan.programs_per_launch
+    triton_scan.choose_blocks, triton_scan.programs_per_launch = choose, lambda *_: programs
+    yield
+    triton_scan.choose_blocks, triton_scan.programs_per_launch = before
+
+
+def compare(operator: Callable, inputs: Any, dtype: torch.dtype, **options: Any) -> Report:
+    """Return the difference and the tolerance of every output and gradient."""
+    inputs = convert(inputs, dtype)
+    exact = type(inputs)(*(None if t is None else t.double() for t in inputs))
+    actual = results_and_gradients(operator, inputs, backend="triton", **options)
+    expected = results_and_gradients(operator, exact, backend="reference", **options)
+    assert actual.keys() == expected.keys()
+    return {
+        name: (difference(t, expected[name]), max(TOLERANCE[t.dtype], TOLERANCE[dtype]))
+        for name, t in actual.items()
+    }
+
+
+def difference(actual: Tensor, expected: Any) -> float:
+    """Return the relative L2 difference, the norm where zeros are expected, infinity for a NaN."""
+    expected = torch.as_tensor(expected, dtype=F64)
+    if actual.numel() != expected.numel() or not actual.isfinite().all():
+        return float("inf")
+    return relative_l2(actual, expected) if expected.any() else float(actual.double().norm())
+
+
+def without(inputs: Any, *names: str) -> Any:
+    return inputs._replace(**dict.fromkeys(names))
+
+
+def cut_scan(inputs: ScanInputs, dtype: torch.dtype, programs: int = 10**9, **options: Any) -> Report:
+    with short_chunks(programs):
+        return compare(run_scan, inputs, dtype, delta_softplus=True, **options)
+
+
+def cut_cross(dtype: torch.dtype, order: str = "cross2d", programs: int = 10**9, **sizes: int) -> Report:
+    with short_chunks(programs):
+        return compare(run_cross, cross_inputs(1, **sizes), dtype, order=order)
+
+
+def figure(case: dict[str, Any], dtype: torch.dtype, tolerance: float) -> Report:
+    """Compare a case of `ops.json`, made by the official code."""
+    inputs, weights = figure_inputs(case)
+    inputs = convert(inputs, dtype)
+    leaves = type(inputs)(*(None if t is None else t.requires_grad_() for t in inputs))
+    out, state = run_scan(leaves, delta_softplus=case["with_delta_bias_and_softplus"], backend="triton")
+    (out * weights.to(dtype)).sum().backward()
+    figures = {"output": (out, case["out"]), "last state": (state, case["last_state"])}
+    figures |= {f"grad {name}": (getattr(leaves, name).grad, value) for name, value in case["grad"].items()}
+    report = {}
+    for name, (tensor, value) in figures.items():
+        sampled = "values" not in value
+        tensor = tensor.flatten()[:: value["sample_stride"]] if sampled else tensor
+        report[name] = (difference(tensor, value["sample" if sampled else "values"]), tolerance)
+    return report
+
+
+def snake(height: int, width: int) -> Tensor:
+    """Return a user's own order: one direction, every second row backwards."""
+    pixels = torch.arange(height * width).view(height, width)
+    pixels[1::2] = pixels[1::2].flip(1)
+    return pixels.view(1, -1)
+
+
+def repeated(inputs: ScanInputs) -> Report:
+    with short_chunks():
+        first, second = (
+            results_and_gradients(run_scan, inputs, delta_softplus=True, backend="triton") for _ in range(2)
+        )
+    return {name: (float((first[name] != second[name]).sum()), 0.0) for name in first}
+
+
+def channels_last(inputs: ScanInputs) -> ScanInputs:
+    """Return tokens and projections as a model hands them over: views of (B, L, D) and of one projection."""
+    both = torch.cat([inputs.B, inputs.C], 2).permute(0, 3, 1, 2).contiguous()
+    B, C = both.permute(0, 2, 3, 1).chunk(2, dim=2)
+    tokens = {
+        name: getattr(inputs, name).transpose(1, 2).contiguous().transpose(1, 2) for name in ("u", "delta")
+    }
+    return inputs._replace(B=B, C=C, **tokens)
+
+
+FIGURES = {case["seed"]: case for case in read_figure("ops")["selective_scan"]}
+# The interpreter takes some 5 ms for each step of each program, so even these are tiny.
+FAST_CASES: dict[str, Callable[[], Report]] = {
+    "selective L1 N1": lambda: compare(run_scan, scan_inputs(1, 3, 1, 1, 1), F64, delta_softplus=True),
+    "selective L2 N3": lambda: compare(run_scan, scan_inputs(1, 3, 2, 3, 1), F64, delta_softplus=True),
+    "selective L5 N16": lambda: compare(run_scan, scan_inputs(1, 17, 5, 16, 1), F64, delta_softplus=True),
+    "selective K2": lambda: cut_scan(scan_inputs(2, 6, 5, 2, 2), F64),
+    "selective D70, three blocks of channels": lambda: cut_scan(scan_inputs(1, 70, 3, 1, 1), F64),
+    "selective reverse": lambda: cut_scan(scan_inputs(1, 5, 7, 3, 1), F64, reverse=True),
+    "selective scratch shared by two programs": lambda: cut_scan(scan_inputs(1, 3, 9, 2, 1), F64, programs=2),
+    "selective without D": lambda: cut_scan(without(scan_inputs(1, 5, 5, 2, 1), "D"), F64),
+    "selective without z": lambda: cut_scan(without(scan_inputs(1, 5, 5, 2, 1), "z"), F64),
+    "selective without delta_bias": lambda: cut_scan(without(scan_inputs(1, 5, 5, 2, 1), "delta_bias"), F64),
+    "selective bare, no softplus": lambda: compare(
+        run_scan, without(scan_inputs(1, 5, 7, 2, 1), "D", "z", "delta_bias"), F64
+    ),
+    "selective channels innermost": lambda: cut_scan(channels_last(scan_inputs(1, 6, 5, 2, 2)), F64),
+    **{
+        f"selective {str(dtype)[6:]} N{states}": lambda dtype=dtype, states=states: cut_scan(
+            scan_inputs(1, 24, 7, states, 1), dtype
+        )
+        for dtype, states in [(torch.float32, 1), (torch.float32, 4), (torch.bfloat16, 1), (torch.float16, 3)]
+    },
+    "map cross2d": lambda: cut_cross(F64, height=2, width=3, dim=3),
+    "map in a user's own order": lambda: cut_cross(F64, "snake", height=3, width=5, groups=1, dim=17),
+    "map of one pixel": lambda: compare(run_cross, cross_inputs(1, 1, 1, 3, 3), F64),
+    "map bfloat16": lambda: compare(run_cross, cross_inputs(1, 2, 3, 5, 3), torch.bfloat16),
+    "official figures, seed 101": lambda: figure(FIGURES[101], torch.float32, 5e-6),
+}
+SLOW_CASES: dict[str, Callable[[], Report]] = {
+    "selective L63 N1": lambda: compare(run_scan, scan_inputs(1, 3, 63, 1, 1), F64, delta_softplus=True),
+    "selective L35 N16": lambda: compare(run_scan, scan_inputs(1, 5, 35, 16, 1), F64, delta_softplus=True),
+    "selective K4": lambda: cut_scan(scan_inputs(2, 12, 9, 3, 4), F64),
+    "selective is deterministic": lambda: repeated(scan_inputs(2, 40, 7, 2, 2)),
+    "map N1, scratch for one program": lambda: cut_cross(
+        F64, programs=1, height=3, width=5, dim=3, state_dim=1
+    ),
+    **{
+        f"map {order} {str(dtype)[6:]}": lambda order=order, dtype=dtype: cut_cross(
+            dtype, order, height=3, width=5, dim=7
+        )
+        for order, dtype in [
+            ("cross2d", torch.float32),
+            ("cross2d", torch.bfloat16),
+            ("cross2d", torch.float16),
+            ("unidirectional", F64),
+            ("bidirectional", F64),
+        ]
+    },
+    **{
+        f"official figures, seed {seed}, float64": lambda case=case: figure(case, F64, 1e-10)
+        for seed, case in FIGURES.items()
+    },
+}
+
+
+def main() -> None:
+    """Run one table of cases, "fast" or "slow", and print the report."""
+    # What an operator never writes is NaN, as in the tests of the other backends.
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    register_scan_order("snake", snake)
+    cases = {"fast": FAST_CASES, "slow": SLOW_CASES}[sys.argv[1]]
+    sys.stdout.write(json.dumps({name: run() for name, run in cases.items()}))
+
+
+if __name__ == "__main__":
+    main()
