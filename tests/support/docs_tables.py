@@ -15,7 +15,7 @@ START, END = "docs_tables.py`, checked by tests/test_docs.py -->\n", "<!-- end -
 def model_table() -> str:
     """Return the table in Markdown, counted on shapes alone."""
     rows = [
-        "| model | parameters | GMACs counted | published | top-1 published | input | maps (stride: channels) |",
+        "| model | parameters | GMACs counted | published | top-1 published | input | maps (stride: width) |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for name in lightspine.list_models():
