@@ -13,9 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report; always status 0: a missing part is a fact, not a failure."""
     from lightspine.benchmark.system import describe_system
-    from lightspine.ops.dispatch import available_backends
+    from lightspine.ops.dispatch import available_backends, cpu_thread_source
 
-    system = describe_system()
+    system = describe_system() | {"threads of the scans": cpu_thread_source()}
     backends = {
         name: {"runs": runs, "reason": reason} for name, (runs, reason) in available_backends().items()
     }

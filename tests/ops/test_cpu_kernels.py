@@ -11,7 +11,8 @@ import torch
 from numba import njit
 
 from lightspine.ops.cross_scan import cross_scan
-from lightspine.ops.grouped_scan.cpu_backward import SCRATCH_BYTES, chunk_length
+from lightspine.ops.grouped_scan import cpu_threads
+from lightspine.ops.grouped_scan.cpu_chunks import SCRATCH_VECTORS, chunk_length
 from lightspine.ops.grouped_scan.cpu_math import exp, sigmoid, softplus
 from lightspine.ops.grouped_scan.simd import VECTOR_BYTES, load, store
 from support.scans import (
@@ -96,12 +97,30 @@ def test_sequence_of_several_chunks_equals_reference(length: int, state_dim: int
     assert_all_close(actual, expected, torch.float32)
 
 
+@pytest.mark.parametrize(("length", "state_dim"), [(3000, 1), (600, 16)])
+def test_backward_without_the_states_of_the_forward_finds_them_itself(length: int, state_dim: int) -> None:
+    inputs = convert(scan_inputs(1, 4, length, state_dim, 1), torch.float32)
+    out, state, kept = torch.ops.lightspine.selective_scan(*inputs, True, False, True, "cpu")
+    assert kept.numel() > 0
+    backward = torch.ops.lightspine.selective_scan_backward
+    arguments = (torch.ones_like(out), torch.ones_like(state), *inputs)
+    with_states = backward(*arguments, kept, True, False, "cpu")
+    without = backward(*arguments, torch.empty(0), True, False, "cpu")
+    for one, other in zip(with_states, without, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_scan_keeps_nothing_where_no_gradient_is_recorded() -> None:
+    inputs = convert(scan_inputs(1, 4, 3000, 1, 1), torch.float32)
+    assert torch.ops.lightspine.selective_scan(*inputs, True, False, False, "cpu")[2].numel() == 0
+
+
 @pytest.mark.parametrize("length", [1, 197, 3136, 100_000])
 @pytest.mark.parametrize("state_dim", [1, 16])
 def test_scratch_of_the_backward_does_not_grow_with_the_sequence(length: int, state_dim: int) -> None:
     chunk = chunk_length(length, state_dim)
     assert 1 <= chunk <= length
-    assert chunk * (2 * state_dim + 4) * VECTOR_BYTES <= SCRATCH_BYTES
+    assert chunk * (2 * state_dim + 4) <= SCRATCH_VECTORS
 
 
 @pytest.fixture
@@ -129,6 +148,14 @@ def test_result_is_the_same_on_several_threads(threads: Any, count: int) -> None
     assert_all_close(together, alone, torch.float32)
 
 
+def test_pool_gives_what_the_team_gives(threads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads(2)
+    by_team = results_and_gradients(run_map, large_map())
+    monkeypatch.setattr(cpu_threads, "find_team", lambda: None)
+    by_pool = results_and_gradients(run_map, large_map())
+    assert all(torch.equal(by_team[name], by_pool[name]) for name in by_pool)
+
+
 def test_eight_python_threads_at_once_get_their_own_results(threads: Any) -> None:
     threads(2)
     jobs = [convert(cross_inputs(1, 20, 20, 48, 2, seed=seed), torch.float32) for seed in range(8)]
@@ -146,9 +173,8 @@ def _send_result(queue: Any, inputs: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 def test_scan_runs_in_a_forked_child(threads: Any) -> None:
-    # The parent's helper thread does not exist in the child. The child runs nothing but the scan, because
-    # PyTorch's
-    # own parallel loops do not survive a fork.
+    # The parent's other threads do not exist in the child. The child runs nothing but the scan, because
+    # PyTorch's own parallel loops do not survive a fork.
     torch.use_deterministic_algorithms(False)  # or torch.empty would fill its memory by such a loop
     threads(2)
     inputs = large_map()

@@ -45,19 +45,20 @@ def test_operator_passes_opcheck(
 ) -> None:
     inputs = tuple(t.float().requires_grad_() for t in make_inputs())
     if module is Selective:
-        torch.library.opcheck(torch.ops.lightspine.selective_scan.default, (*inputs, True, False, backend))
+        operator, options = torch.ops.lightspine.selective_scan.default, (True, False, True, backend)
     else:
-        torch.library.opcheck(torch.ops.lightspine.cross_scan.default, (*inputs, True, "cross2d", backend))
+        operator, options = torch.ops.lightspine.cross_scan.default, (True, "cross2d", True, backend)
+    torch.library.opcheck(operator, (*inputs, *options))
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_backward_operators_pass_opcheck_without_optional_inputs(backend: str) -> None:
     u, delta, A, B, C, *_ = convert(scan_inputs(), torch.bfloat16)
-    state = torch.zeros(2, 8, 4)
-    arguments = (u, state, u, delta, A, B, C, None, None, None, True, False, backend)
+    state, nothing = torch.zeros(2, 8, 4), torch.empty(0)
+    arguments = (u, state, u, delta, A, B, C, None, None, None, nothing, True, False, backend)
     torch.library.opcheck(torch.ops.lightspine.selective_scan_backward.default, arguments)
     x, delta, A, B, C, *_ = convert(cross_inputs(), torch.bfloat16)
-    arguments = (x.float(), x, delta, A, B, C, None, None, True, "cross2d", backend)
+    arguments = (x.float(), x, delta, A, B, C, None, None, nothing, True, "cross2d", backend)
     torch.library.opcheck(torch.ops.lightspine.cross_scan_backward.default, arguments)
 
 

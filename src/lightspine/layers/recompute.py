@@ -18,15 +18,20 @@ class _WithoutScans(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.lightspine.selective_scan.default:
-            return _unread(args[0], args[0].dtype), args[0].new_empty(0)
+            return _unread(args[0], args[0].dtype), args[0].new_empty(0), _nothing_kept(args[0])
         if func is torch.ops.lightspine.cross_scan.default:
-            return _unread(args[0], torch.promote_types(args[0].dtype, torch.float32))
+            kept = _nothing_kept(args[0])
+            return _unread(args[0], kept.dtype), kept
         return func(*args, **(kwargs or {}))
 
 
 def _unread(x: Tensor, dtype: torch.dtype) -> Tensor:
     # One number in memory. NaN, so that a gradient which did depend on it could not go unnoticed.
     return x.new_full((), float("nan"), dtype=dtype).expand(x.shape)
+
+
+def _nothing_kept(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def recompute_before_scan(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -38,7 +43,8 @@ def recompute_before_scan(function: Callable[..., Tensor], *tensors: Tensor) -> 
 
     Args:
         function: computes the inputs of one or more scans and ends with these scans: the backward of what
-            follows them must need no value (that of views and sums does not). It draws no random numbers.
+            follows them must need no value (that of views and sums does not). The scans are called with
+            `keep=False`. It draws no random numbers.
         *tensors: its arguments.
     """
     traced = torch.compiler.is_exporting() or any(isinstance(t, torch.fx.Proxy) for t in tensors)

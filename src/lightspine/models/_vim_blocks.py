@@ -106,7 +106,8 @@ class ScanDirection(nn.Module):
     def _mix(self, x: Tensor, z: Tensor) -> Tensor:
         u, delta, B, C = self.project(x)
         A = -torch.exp(at_least_float32(self.A_log))
-        y = scan(u, delta, A, B, C, self.D, z.transpose(1, 2), self.dt_proj.bias, True, self.reverse)
+        D, bias, z = self.D, self.dt_proj.bias, z.transpose(1, 2)
+        y = scan(u, delta, A, B, C, D, z, bias, True, self.reverse, keep=not self.recompute)
         return y.transpose(1, 2)
 
 
@@ -203,9 +204,9 @@ class VimMixer(nn.Module):
         u, delta, B, C = self.ahead.project(x)
         D, bias, z = self.ahead.D, self.ahead.dt_proj.bias, z.transpose(1, 2)
         A, A_back = -torch.exp(at_least_float32(self.ahead.A_log)), -torch.exp(at_least_float32(A_log_back))
-        y = scan(u, delta, A, B, C, D, z, bias, True, False) + scan(
-            u, delta, A_back, B, C, D, z, bias, True, True
-        )
+        keep = not self.recompute
+        y = scan(u, delta, A, B, C, D, z, bias, True, False, keep=keep)
+        y = y + scan(u, delta, A_back, B, C, D, z, bias, True, True, keep=keep)
         return y.transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:

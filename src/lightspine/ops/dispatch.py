@@ -59,6 +59,11 @@ def choose_backend(
     return requested
 
 
+def keeps_states(device_type: str, requested: str) -> bool:
+    """Return whether the backend of a scan notes states in the forward for its backward."""
+    return device_type == "cpu" and requested in ("auto", "cpu")
+
+
 def available_backends() -> dict[str, tuple[bool, str]]:
     """Return, for every backend, whether it can run on this machine and on what, or why it cannot."""
     has_numba = _installed("numba")
@@ -71,6 +76,15 @@ def available_backends() -> dict[str, tuple[bool, str]]:
         ),
         "triton": _triton(),
     }
+
+
+def cpu_thread_source() -> str:
+    """Return whose threads the backend "cpu" runs on."""
+    if not _installed("numba"):
+        return "none: numba is not installed"
+    from lightspine.ops.grouped_scan.cpu_threads import thread_source
+
+    return thread_source()
 
 
 def triton_is_interpreted() -> bool:

@@ -31,6 +31,7 @@ def cross_scan(
     delta_softplus: bool = True,
     order: str = "cross2d",
     backend: str = "auto",
+    keep: bool = True,
 ) -> Tensor:
     """Scan a map in several directions and add the results up (VMamba, section 4.2, SS2D).
 
@@ -52,6 +53,7 @@ def cross_scan(
             from the end), "unidirectional" (rows, four times), "bidirectional" (rows twice, rows from the end
             twice), or one added with `register_scan_order`.
         backend: "auto" (by the device of `x`), or one of `lightspine.ops.dispatch.available_backends()`.
+        keep: note a few states for the backward, which otherwise finds them by one more walk.
 
     Returns:
         The sum over the directions, (B, H, W, D), float32 for reduced-precision input, else the dtype of `x`.
@@ -71,8 +73,9 @@ def cross_scan(
         pass
     elif backend == "reference" or torch.onnx.is_in_onnx_export():
         return _plain(CrossScanInputs(x, delta, A, B, C, D, delta_bias), delta_softplus, order, backend)
-    out: Tensor = torch.ops.lightspine.cross_scan(
-        x, delta, A, B, C, D, delta_bias, delta_softplus, order, backend
+    keep = keep and torch.is_grad_enabled()
+    out, _ = torch.ops.lightspine.cross_scan(
+        x, delta, A, B, C, D, delta_bias, delta_softplus, order, keep, backend
     )
     return out
 

@@ -8,16 +8,21 @@ from lightspine.ops.cross_scan.orders import scan_order
 from lightspine.ops.grouped_scan.cpu import GroupedInputs, grouped_scan, grouped_scan_backward
 
 
-def forward(inputs: CrossScanInputs, delta_softplus: bool, order: str) -> Tensor:
-    """Return the sum over the directions, (B, H, W, D), in the dtype of the state."""
+def forward(inputs: CrossScanInputs, delta_softplus: bool, order: str, keep: bool) -> tuple[Tensor, Tensor]:
+    """Return the sum over the directions, (B, H, W, D), and, with `keep`, states for the backward.
+
+    Both are in the dtype of the state.
+    """
     x, groups = inputs.x, inputs.A.shape[0]
     out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    grouped_scan(_grouped(inputs, delta_softplus, order), _shared(out, groups))
-    return out
+    _, kept = grouped_scan(_grouped(inputs, delta_softplus, order), _shared(out, groups), keep)
+    return out, kept
 
 
-def backward(grad_out: Tensor, inputs: CrossScanInputs, delta_softplus: bool, order: str) -> CrossScanInputs:
-    """Return the gradients of all inputs, in their shapes and dtypes."""
+def backward(
+    grad_out: Tensor, inputs: CrossScanInputs, kept: Tensor, delta_softplus: bool, order: str
+) -> CrossScanInputs:
+    """Return the gradients of all inputs in their shapes and dtypes; `kept` is the forward's, or empty."""
     x, delta, A, B, C, D, delta_bias = inputs
     # The directions are added up in the precision of the state and rounded once.
     grad_x = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -26,6 +31,7 @@ def backward(grad_out: Tensor, inputs: CrossScanInputs, delta_softplus: bool, or
         _shared(grad_out, A.shape[0]),
         no_state,
         _grouped(inputs, delta_softplus, order),
+        kept,
         _shared(grad_x, A.shape[0]),
     )
     return CrossScanInputs(

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import register_flop_formula
 from lightspine.errors import UsageError
 from lightspine.ops.cross_scan import torch_backend
 from lightspine.ops.cross_scan.checks import CrossScanInputs, check_inputs
-from lightspine.ops.dispatch import choose_backend
+from lightspine.ops.dispatch import choose_backend, keeps_states
 from lightspine.ops.flops import counted_backward, counted_forward, scan_flops
+from lightspine.ops.grouped_scan.cpu_chunks import kept_shape
 
 
 @torch.library.custom_op("lightspine::cross_scan", mutates_args=())
@@ -28,12 +29,23 @@ def cross_scan_op(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     order: str,
+    keep: bool,
     backend: str,
-) -> Tensor:
-    """Return the sum over the directions, contiguous (B, H, W, D); arguments as in `cross_scan`."""
+) -> tuple[Tensor, Tensor]:
+    """Return the sum over the directions, contiguous (B, H, W, D), and, with `keep`, states on the way.
+
+    The arguments are those of `cross_scan`. What is kept serves the backward; how much, and whether anything,
+    is up to the backend.
+    """
     inputs = CrossScanInputs(x, delta, A, B, C, D, delta_bias)
     check_inputs(inputs)
-    return _implementation(x, backend).forward(inputs, delta_softplus, order).contiguous()
+    implementation = _implementation(x, backend)
+    if keeps_states(x.device.type, backend):
+        out, kept = implementation.forward(inputs, delta_softplus, order, keep)
+    else:
+        out = implementation.forward(inputs, delta_softplus, order)
+        kept = out.new_empty(0)
+    return out.contiguous(), kept
 
 
 @torch.library.custom_op("lightspine::cross_scan_backward", mutates_args=())
@@ -46,14 +58,19 @@ def cross_scan_backward_op(
     C: Tensor,
     D: Tensor | None,
     delta_bias: Tensor | None,
+    kept: Tensor,
     delta_softplus: bool,
     order: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the contiguous gradients of x to delta_bias; an empty tensor for an input that was not given."""
+    """Return the contiguous gradients of x to delta_bias; an empty tensor for an input that was not given.
+
+    `kept` is what the forward kept, or a tensor of size 0.
+    """
     inputs = CrossScanInputs(x, delta, A, B, C, D, delta_bias)
     check_inputs(inputs)
-    return _lay_out(_implementation(x, backend).backward(grad_out, inputs, delta_softplus, order), x)
+    noted = (kept,) if keeps_states(x.device.type, backend) else ()
+    return _lay_out(_implementation(x, backend).backward(grad_out, inputs, *noted, delta_softplus, order), x)
 
 
 @cross_scan_op.register_fake
@@ -67,10 +84,16 @@ def _(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     order: str,
+    keep: bool,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     check_inputs(CrossScanInputs(x, delta, A, B, C, D, delta_bias))
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    batch, height, width, dim = x.shape
+    kept: tuple[int, ...] = (0,)
+    if keep and keeps_states(x.device.type, backend):
+        kept = kept_shape(batch, height * width, A.shape[0], dim, A.shape[2])
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(kept, dtype=dtype)
 
 
 @cross_scan_backward_op.register_fake
@@ -83,6 +106,7 @@ def _(
     C: Tensor,
     D: Tensor | None,
     delta_bias: Tensor | None,
+    kept: Tensor,
     delta_softplus: bool,
     order: str,
     backend: str,
@@ -100,15 +124,18 @@ def _(
     return _lay_out(grads, x)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.options = inputs[7:]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, delta_softplus, order, _, backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.options = delta_softplus, order, backend
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    grads = cross_scan_backward_op(grad_out, *tensors, *ctx.options)
-    return *(None if t is None else grad for t, grad in zip(tensors, grads, strict=True)), None, None, None
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, kept = ctx.saved_tensors
+    grads = cross_scan_backward_op(grad_out, *tensors, kept, *ctx.options)
+    given = (None if t is None else grad for t, grad in zip(tensors, grads, strict=True))
+    return *given, None, None, None, None
 
 
 cross_scan_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,8 +1,8 @@
 """The forward scan as a compiled kernel: one register full of channels at a time walks the whole sequence.
 
-Arrays are flat, each with its strides (batch, position, group[, state]) in elements; channels lie next to
-each other. So tokens, slices of a projection's output and maps are all read where they lie. `order` names the
-position that each step of the walk visits: a direction costs no copy.
+Every tensor has its own strides and channels lie next to each other, so tokens, slices of a projection's
+output and maps are all read where they lie. `order` names the position that each step of the walk visits: a
+direction costs no copy.
 
 Names: b batch, k group, c first channel of the register, t step of the walk, p position, n state.
 """
@@ -12,117 +12,110 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from lightspine.ops.grouped_scan.cpu_arguments import (
+    OPERANDS,
+    Operands,
+    Rows,
+    memory_at,
+    read_operands,
+    read_rows,
+)
 from lightspine.ops.grouped_scan.cpu_math import exp, sigmoid, softplus
+from lightspine.ops.grouped_scan.cpu_team import run_on_team
 from lightspine.ops.grouped_scan.simd import VECTOR_BYTES, broadcast, load, store
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def forward_tasks(
-    first: int,
-    last: int,
-    slices: int,
-    sizes: tuple[int, int, int, int],
-    x: Any,
-    x_strides: tuple[int, int, int],
-    delta: Any,
-    delta_strides: tuple[int, int, int],
-    A: Any,
-    B: Any,
-    B_strides: tuple[int, int, int, int],
-    C: Any,
-    C_strides: tuple[int, int, int, int],
-    D: Any,
-    delta_bias: Any,
-    z: Any,
-    z_strides: tuple[int, int, int],
-    order: Any,
-    delta_softplus: bool,
-    out: Any,
-    out_strides: tuple[int, int, int],
-    state: Any,
-) -> None:
+def forward_tasks(first: int, last: int, table: Any, types: tuple[Any, ...], order: Any) -> None:
     """Scan the tasks from `first` to before `last`; a task is one image and one slice of its channels.
 
     Args:
         first: first task.
         last: task after the last one.
-        slices: slices per image.
-        sizes: length L, groups K, channels D of a group, states N.
-        x: input.
-        x_strides: its strides; a group stride of 0 lets all groups read the same channels.
-        delta: steps before bias and softplus.
-        delta_strides: its strides.
-        A: state matrices, (K, N, D).
-        B: input projections.
-        B_strides: its strides.
-        C: output projections.
-        C_strides: its strides.
-        D: skips, (K, D).
-        delta_bias: added to delta, (K, D).
-        z: gate; an array of size 0 for none.
-        z_strides: its strides.
+        table: `Operands`; then `Rows` of the output, with a group stride of 0 where the groups are added up;
+            then the addresses of the last state, (B, K, N, D), and of the states at the start of each chunk
+            but the first, (B, K, chunks - 1, N, D), 0 to note none.
+        types: examples of the dtypes of x, delta, state, z and the output.
         order: positions in the order of the walk, (1, L) or (K, L).
-        delta_softplus: pass the steps through softplus.
-        out: output; with a group stride of 0 the groups are added up.
-        out_strides: its strides.
-        state: last state, (B, K, N, D).
     """
-    length, groups, dim, states = sizes
-    lanes = VECTOR_BYTES // A.itemsize
-    width = slice_width(dim, slices, lanes)
+    inputs = read_operands(table, types[0], types[1], types[2], types[3])
+    out = read_rows(table, OPERANDS, types[4])
+    state, starts = memory_at(types[2], table[OPERANDS + 5]), memory_at(types[2], table[OPERANDS + 6])
+    noting = table[OPERANDS + 6] != 0
+    groups, dim, states = inputs.groups, inputs.dim, inputs.states
+    lanes = VECTOR_BYTES // inputs.A.itemsize
+    width = slice_width(dim, inputs.slices, lanes)
+    chunks_noted = (inputs.length - 1) // inputs.chunk
     # One row per state: the row of A and the running state.
-    rows = np.empty(2 * states * lanes, A.dtype)
+    rows = np.empty(2 * states * lanes, inputs.A.dtype)
     for task in range(first, last):
-        b = task // slices
-        start = task % slices * width
-        stop = min(start + width, dim)
+        b, start = task // inputs.slices, task % inputs.slices * width
         for k in range(groups):
             walk = order[k if order.shape[0] > 1 else 0]
-            added_up = k > 0 and out_strides[2] == 0
-            for c in range(start, stop, lanes):
-                count = stop - c
-                bias, skip = load(delta_bias, k * dim + c, count), load(D, k * dim + c, count)
-                row_x = b * x_strides[0] + k * x_strides[2] + c
-                row_delta = b * delta_strides[0] + k * delta_strides[2] + c
-                row_z = b * z_strides[0] + k * z_strides[2] + c
-                row_out = b * out_strides[0] + k * out_strides[2] + c
-                row_B = b * B_strides[0] + k * B_strides[2]
-                row_C = b * C_strides[0] + k * C_strides[2]
-                last_row = (b * groups + k) * states * dim + c
-                A_row, h = load(A, k * states * dim + c, count), broadcast(A.dtype.type(0))
+            for c in range(start, min(start + width, dim), lanes):
+                count = dim - c
                 for n in range(states):
-                    store(rows, 2 * n * lanes, load(A, (k * states + n) * dim + c, count), lanes)
-                    store(rows, (2 * n + 1) * lanes, h, lanes)
-                for t in range(length):
-                    p = walk[t]
-                    dt = step_size(delta, row_delta + p * delta_strides[1], bias, delta_softplus, count)
-                    value = load(x, row_x + p * x_strides[1], count)
-                    added = dt * value
-                    y = skip * value
-                    at_B, at_C = row_B + p * B_strides[1], row_C + p * C_strides[1]
-                    if states == 1:
-                        # VMamba's case: the only state stays in a register.
-                        h = exp(dt * A_row) * h + added * B[at_B]
-                        y = y + h * C[at_C]
-                    else:
-                        for n in range(states):
-                            A_n = load(rows, 2 * n * lanes, lanes)
-                            h_n = load(rows, (2 * n + 1) * lanes, lanes)
-                            h_n = exp(dt * A_n) * h_n + added * B[at_B + n * B_strides[3]]
-                            store(rows, (2 * n + 1) * lanes, h_n, lanes)
-                            y = y + h_n * C[at_C + n * C_strides[3]]
-                    if z.size > 0:
-                        gate = load(z, row_z + p * z_strides[1], count)
-                        y = y * (gate * sigmoid(gate))
-                    at_out = row_out + p * out_strides[1]
-                    if added_up:
-                        y = y + load(out, at_out, count)
-                    store(out, at_out, y, count)
-                if states == 1:
-                    store(state, last_row, h, count)
-                else:
-                    for n in range(states):
-                        store(state, last_row + n * dim, load(rows, (2 * n + 1) * lanes, lanes), count)
+                    store(rows, 2 * n * lanes, load(inputs.A, (k * states + n) * dim + c, count), lanes)
+                    store(rows, (2 * n + 1) * lanes, broadcast(rows.dtype.type(0)), lanes)
+                for t in range(0, inputs.length, inputs.chunk):
+                    if t > 0 and noting:
+                        kept = (b * groups + k) * chunks_noted + t // inputs.chunk - 1
+                        _copy_states(rows, starts, kept * states * dim + c, states, dim, count)
+                    _walk_part(inputs, rows, walk[t : t + inputs.chunk], b, k, c, out)
+                _copy_states(rows, state, (b * groups + k) * states * dim + c, states, dim, count)
+
+
+@njit(forceinline=True)
+def _walk_part(inputs: Operands, rows: Any, part: Any, b: int, k: int, c: int, out: Rows) -> None:
+    """Take the states in `rows` over the steps of a part of the walk and write the output."""
+    x, delta, B, C, z = inputs.x, inputs.delta, inputs.B, inputs.C, inputs.z
+    lanes, count = VECTOR_BYTES // rows.itemsize, inputs.dim - c
+    bias = load(inputs.delta_bias, k * inputs.dim + c, count)
+    skip = load(inputs.D, k * inputs.dim + c, count)
+    row_x, row_delta = b * x.batch + k * x.group + c, b * delta.batch + k * delta.group + c
+    row_B, row_C = b * B.batch + k * B.group, b * C.batch + k * C.group
+    row_z, row_out = b * z.batch + k * z.group + c, b * out.batch + k * out.group + c
+    added_up = k > 0 and out.group == 0
+    A_0, h_0 = load(rows, 0, lanes), load(rows, lanes, lanes)
+    for p in part:
+        dt = step_size(delta.memory, row_delta + p * delta.position, bias, inputs.softplus, count)
+        value = load(x.memory, row_x + p * x.position, count)
+        added, y = dt * value, skip * value
+        at_B, at_C = row_B + p * B.position, row_C + p * C.position
+        if inputs.states == 1:
+            # VMamba's case: the only state stays in a register.
+            h_0 = exp(dt * A_0) * h_0 + added * B.memory[at_B]
+            y = y + h_0 * C.memory[at_C]
+        else:
+            for n in range(inputs.states):
+                A_n, h_n = load(rows, 2 * n * lanes, lanes), load(rows, (2 * n + 1) * lanes, lanes)
+                h_n = exp(dt * A_n) * h_n + added * B.memory[at_B + n * B.last]
+                store(rows, (2 * n + 1) * lanes, h_n, lanes)
+                y = y + h_n * C.memory[at_C + n * C.last]
+        if inputs.gated:
+            gate = load(z.memory, row_z + p * z.position, count)
+            y = y * (gate * sigmoid(gate))
+        at_out = row_out + p * out.position
+        if added_up:
+            y = y + load(out.memory, at_out, count)
+        store(out.memory, at_out, y, count)
+    if inputs.states == 1:
+        store(rows, lanes, h_0, lanes)
+
+
+@njit(forceinline=True)
+def _copy_states(rows: Any, to: Any, at: int, states: int, dim: int, count: int) -> None:
+    lanes = VECTOR_BYTES // rows.itemsize
+    for n in range(states):
+        store(to, at + n * dim, load(rows, (2 * n + 1) * lanes, lanes), count)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def forward_on_team(
+    enter: int, threads: int, tasks: int, table: Any, types: tuple[Any, ...], order: Any
+) -> int:
+    """Run `forward_tasks` for all tasks on PyTorch's threads; see `cpu_team.run_on_team`."""
+    return run_on_team(enter, threads, tasks, forward_tasks, (table, types, order))
 
 
 @njit(forceinline=True)

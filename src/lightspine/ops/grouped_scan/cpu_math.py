@@ -96,9 +96,13 @@ def softplus(x: Any) -> Any:
 
 
 @njit(forceinline=True)
-def softplus_slope(x: Any) -> Any:
-    """Return the derivative of `softplus` in every lane."""
-    return where_negative(_LINEAR_ABOVE - x, 1.0, sigmoid(x))
+def softplus_and_slope(x: Any) -> tuple[Any, Any]:
+    """Return `softplus` of every lane and its derivative, for one exponential."""
+    small = exp(0.0 - magnitude(x))
+    curved = at_least(x, 0.0) + log_one_plus(small)
+    slope = where_negative(x, small, 1.0) / (1.0 + small)
+    below = _LINEAR_ABOVE - x
+    return where_negative(below, x, curved), where_negative(below, 1.0, slope)
 
 
 @njit(forceinline=True)

@@ -1,9 +1,8 @@
 """Run a compiled kernel's tasks on as many threads as PyTorch uses.
 
 Numba's own parallel loops abort the process when two Python threads call at once, or cannot live through a
-fork. The kernels release the interpreter's lock instead and are called from a plain pool of threads. The pool
-belongs to the
-process: a forked child makes its own.
+fork. The kernels release the interpreter's lock instead and run on PyTorch's team of threads, or, where that
+cannot be entered, on a plain pool. The pool belongs to the process: a forked child makes its own.
 """
 
 import os
@@ -13,7 +12,63 @@ from typing import Any
 
 import torch
 
+from lightspine.ops.grouped_scan.cpu_team import find_team
+
 _pools: dict[int, ThreadPoolExecutor] = {}
+_forked = False
+
+
+def _note_fork() -> None:
+    # A child has its parent's tables but none of its threads.
+    global _forked
+    _forked = True
+    _pools.clear()
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def thread_source() -> str:
+    """Return whose threads the kernels run on, for `lightspine doctor`."""
+    return "a pool of their own" if _forked or find_team() is None else "PyTorch's OpenMP threads"
+
+
+def run_tasks(
+    kernel: Callable[..., None], on_team: Callable[..., int], tasks: int, threads: int, *arguments: Any
+) -> None:
+    """Call `kernel(first, last, *arguments)` so that the ranges cover all tasks.
+
+    Args:
+        kernel: compiled function that releases the interpreter's lock.
+        on_team: the same by `cpu_team.run_on_team`.
+        tasks: number of tasks.
+        threads: number of threads; 1, or PyTorch's.
+        *arguments: passed on.
+
+    Raises:
+        MemoryError: the kernel found no memory for its scratch.
+    """
+    if threads == 1 or tasks == 1:
+        kernel(0, tasks, *arguments)
+        return
+    team = None if _forked else find_team()
+    if team is None:
+        _run_on_pool(kernel, tasks, threads, *arguments)
+    elif on_team(team, threads, tasks, *arguments):
+        # Nothing else can be raised by the kernels.
+        raise MemoryError("no memory for the scratch of the scan")
+
+
+def _run_on_pool(kernel: Callable[..., None], tasks: int, threads: int, *arguments: Any) -> None:
+    threads = min(threads, tasks)
+    bounds = [tasks * i // threads for i in range(threads + 1)]
+    pool = _pool(torch.get_num_threads() - 1)
+    futures: list[Future[None]] = [
+        pool.submit(kernel, bounds[i], bounds[i + 1], *arguments) for i in range(1, threads)
+    ]
+    kernel(bounds[0], bounds[1], *arguments)
+    for future in futures:
+        future.result()
 
 
 def _pool(helpers: int) -> ThreadPoolExecutor:
@@ -22,29 +77,3 @@ def _pool(helpers: int) -> ThreadPoolExecutor:
         # Two threads may both come here: setdefault keeps one pool, the other has no thread yet.
         pool = _pools.setdefault(helpers, ThreadPoolExecutor(helpers, thread_name_prefix="lightspine"))
     return pool
-
-
-# A child has the table of its parent but none of its threads.
-os.register_at_fork(after_in_child=_pools.clear)
-
-
-def run_tasks(kernel: Callable[..., None], tasks: int, threads: int, *arguments: Any) -> None:
-    """Call `kernel(first, last, *arguments)` so that the ranges cover all tasks, each on a thread of its own.
-
-    The split depends on the number of threads only, never on timing.
-
-    Args:
-        kernel: compiled function that releases the interpreter's lock.
-        tasks: number of tasks.
-        threads: number of threads at most.
-        *arguments: passed on.
-    """
-    threads = min(threads, tasks)
-    bounds = [tasks * i // threads for i in range(threads + 1)]
-    futures: list[Future[None]] = []
-    if threads > 1:
-        pool = _pool(torch.get_num_threads() - 1)
-        futures = [pool.submit(kernel, bounds[i], bounds[i + 1], *arguments) for i in range(1, threads)]
-    kernel(bounds[0], bounds[1], *arguments)
-    for future in futures:
-        future.result()

@@ -217,23 +217,38 @@ def broadcast(typingctx: Any, scalar: types.Float) -> Any:
 
 
 @intrinsic
-def total(typingctx: Any, vector: VectorType) -> Any:
-    """Return the sum of all lanes, added pairwise."""
+def totals(typingctx: Any, array: types.Array, index: types.Integer) -> Any:
+    """Return the sums of as many vectors as one has lanes; they stand in a row from `index` on.
+
+    Two vectors are added crosswise so that one holds the halves of both, and so on: about a quarter of the
+    instructions of summing each by itself.
+    """
+    vector = _memory_vector(array.dtype)
+    lanes = vector.lanes
 
     def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
-        value, lanes = args[0], vector.lanes
-        while lanes > 1:
-            lanes //= 2
-            halves = [
-                builder.shuffle_vector(
-                    value, value, ir.Constant(ir.VectorType(_I32, lanes), list(range(start, start + lanes)))
-                )
-                for start in (0, lanes)
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        pointer = builder.bitcast(builder.gep(data, [args[1]]), vector.llvm.as_pointer())
+        align = vector.llvm.element.get_abi_size(context.target_data)
+        rows = [builder.load(builder.gep(pointer, [ir.Constant(_I32, i)]), align=align) for i in range(lanes)]
+        width = 1
+        while len(rows) > 1:
+            # Lane j of a pair's sum belongs to its second vector where bit `width` of j is set.
+            sources = [
+                j % width + j // (2 * width) * 2 * width + (j // width) % 2 * lanes for j in range(lanes)
             ]
-            value = builder.fadd(*halves, flags=_FLAGS)
-        return builder.extract_element(value, ir.Constant(_I32, 0))
+            near = ir.Constant(ir.VectorType(_I32, lanes), sources)
+            far = ir.Constant(ir.VectorType(_I32, lanes), [j + width for j in sources])
+            rows = [
+                builder.fadd(
+                    builder.shuffle_vector(a, b, near), builder.shuffle_vector(a, b, far), flags=_FLAGS
+                )
+                for a, b in zip(rows[::2], rows[1::2], strict=True)
+            ]
+            width *= 2
+        return rows[0]
 
-    return vector.dtype(vector), codegen
+    return vector(array, types.intp), codegen
 
 
 @intrinsic

@@ -85,15 +85,21 @@ def scan(
     delta_softplus: bool = False,
     reverse: bool = False,
     backend: str = "auto",
+    keep: bool = True,
 ) -> Tensor:
-    """`selective_scan` with one return type and 4-D B and C, for the models: it scripts and traces."""
+    """`selective_scan` with one return type and 4-D B and C, for the models: it scripts and traces.
+
+    `keep=False` notes no states for the backward, which then finds them by one more walk: what
+    `lightspine.layers.recompute` asks for.
+    """
     # A script compiles no block under this condition; the two must not be joined by `and`.
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         plain = backend == "reference" or torch.onnx.is_in_onnx_export()
         if plain:
             return _run(ScanInputs(u, delta, A, B, C, D, z, delta_bias), delta_softplus, reverse, backend)[0]
-    out, _ = torch.ops.lightspine.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend
+    keep = keep and torch.is_grad_enabled()
+    out, _, _ = torch.ops.lightspine.selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, keep, backend
     )
     return out
 
@@ -105,7 +111,8 @@ def _run(inputs: ScanInputs, delta_softplus: bool, reverse: bool, backend: str) 
         return selective_scan_reference(*inputs, delta_softplus, reverse)
     if exporting:
         return torch_backend.forward(inputs, delta_softplus, reverse, exporting=True)
-    return selective_scan_op(*inputs, delta_softplus, reverse, name)
+    out, state, _ = selective_scan_op(*inputs, delta_softplus, reverse, torch.is_grad_enabled(), name)
+    return out, state
 
 
 def _projections(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,24 +10,31 @@ from lightspine.ops.grouped_scan.cpu import GroupedInputs, grouped_scan, grouped
 from lightspine.ops.selective_scan.checks import ScanInputs
 
 
-def forward(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Return the output (B, D, L) and the last state (B, D, N)."""
+def forward(
+    inputs: ScanInputs, delta_softplus: bool, reverse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output (B, D, L), the last state (B, D, N) and, with `keep`, states for the backward."""
     grouped = _grouped(inputs, delta_softplus, reverse)
     out = torch.empty(grouped.x.shape, dtype=inputs.u.dtype)
-    state = grouped_scan(grouped, out)
-    return _sequence(out), state.flatten(1, 2)
+    state, kept = grouped_scan(grouped, out, keep)
+    return _sequence(out), state.flatten(1, 2), kept
 
 
 def backward(
-    grad_out: Tensor, grad_state: Tensor, inputs: ScanInputs, delta_softplus: bool, reverse: bool
+    grad_out: Tensor,
+    grad_state: Tensor,
+    inputs: ScanInputs,
+    kept: Tensor,
+    delta_softplus: bool,
+    reverse: bool,
 ) -> ScanInputs:
-    """Return the gradients of all inputs, in their shapes and dtypes."""
+    """Return the gradients of all inputs in their shapes and dtypes; `kept` is the forward's, or empty."""
     u, _, A, B, C, D, _, delta_bias = inputs
     groups = B.shape[1]
     grouped = _grouped(inputs, delta_softplus, reverse)
     grad_u = torch.empty(grouped.x.shape, dtype=u.dtype)
     grads, grad_z = grouped_scan_backward(
-        _tokens(grad_out, groups), grad_state.unflatten(1, (groups, -1)), grouped, grad_u
+        _tokens(grad_out, groups), grad_state.unflatten(1, (groups, -1)), grouped, kept, grad_u
     )
     return ScanInputs(
         _sequence(grad_u),

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lightspine.errors import UsageError
-from lightspine.ops.dispatch import choose_backend
+from lightspine.ops.dispatch import choose_backend, keeps_states
 from lightspine.ops.flops import counted_backward, counted_forward, scan_flops
+from lightspine.ops.grouped_scan.cpu_chunks import kept_shape
 from lightspine.ops.selective_scan import torch_backend
 from lightspine.ops.selective_scan.checks import ScanInputs, check_inputs
 
@@ -33,13 +34,23 @@ def selective_scan_op(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
+    keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Return the output (B, D, L) and the last state (B, D, N), for the arguments of `selective_scan`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output (B, D, L), the last state (B, D, N) and, with `keep`, states on the way.
+
+    The arguments are those of `selective_scan`. What is kept serves the backward; how much, and whether
+    anything, is up to the backend.
+    """
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
     check_inputs(inputs)
-    out, state = _implementation(u, backend).forward(inputs, delta_softplus, reverse)
-    return _channels_innermost(out), state.contiguous()
+    implementation = _implementation(u, backend)
+    if keeps_states(u.device.type, backend):
+        out, state, kept = implementation.forward(inputs, delta_softplus, reverse, keep)
+    else:
+        out, state = implementation.forward(inputs, delta_softplus, reverse)
+        kept = state.new_empty(0)
+    return _channels_innermost(out), state.contiguous(), kept
 
 
 @torch.library.custom_op("lightspine::selective_scan_backward", mutates_args=())
@@ -54,14 +65,20 @@ def selective_scan_backward_op(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    kept: Tensor,
     delta_softplus: bool,
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of u to delta_bias; an empty tensor for an input that was not given."""
+    """Return the gradients of u to delta_bias; an empty tensor for an input that was not given.
+
+    `kept` is what the forward kept, or a tensor of size 0.
+    """
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
     check_inputs(inputs)
-    grads = _implementation(u, backend).backward(grad_out, grad_state, inputs, delta_softplus, reverse)
+    implementation = _implementation(u, backend)
+    noted = (kept,) if keeps_states(u.device.type, backend) else ()
+    grads = implementation.backward(grad_out, grad_state, inputs, *noted, delta_softplus, reverse)
     return _lay_out(grads, u)
 
 
@@ -77,11 +94,20 @@ def _(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
+    keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     check_inputs(ScanInputs(u, delta, A, B, C, D, z, delta_bias))
     state_dtype = torch.promote_types(u.dtype, torch.float32)
-    return _empty_sequence(u), u.new_empty(u.shape[0], *A.shape, dtype=state_dtype)
+    batch, dim, length = u.shape
+    kept: tuple[int, ...] = (0,)
+    if keep and keeps_states(u.device.type, backend):
+        kept = kept_shape(batch, length, B.shape[1], dim // B.shape[1], A.shape[1])
+    return (
+        _empty_sequence(u),
+        u.new_empty(batch, *A.shape, dtype=state_dtype),
+        u.new_empty(kept, dtype=state_dtype),
+    )
 
 
 @selective_scan_backward_op.register_fake
@@ -96,6 +122,7 @@ def _(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    kept: Tensor,
     delta_softplus: bool,
     reverse: bool,
     backend: str,
@@ -114,15 +141,18 @@ def _(
     return _lay_out(grads, u)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.options = inputs[8:]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, delta_softplus, reverse, _, backend = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.options = delta_softplus, reverse, backend
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    grads = selective_scan_backward_op(grad_out, grad_state, *tensors, *ctx.options)
-    return *(None if t is None else grad for t, grad in zip(tensors, grads, strict=True)), None, None, None
+def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, kept = ctx.saved_tensors
+    grads = selective_scan_backward_op(grad_out, grad_state, *tensors, kept, *ctx.options)
+    given = (None if t is None else grad for t, grad in zip(tensors, grads, strict=True))
+    return *given, None, None, None, None
 
 
 selective_scan_op.register_autograd(_backward, setup_context=_setup_context)
