@@ -6,6 +6,7 @@ from torch import Tensor
 from lightspine.ops.cross_scan.checks import CrossScanInputs, check_directions
 from lightspine.ops.cross_scan.orders import scan_order
 from lightspine.ops.grouped_scan.cpu import GroupedInputs, grouped_scan, grouped_scan_backward
+from lightspine.ops.grouped_scan.cpu_arguments import Strided, readable
 
 
 def forward(inputs: CrossScanInputs, delta_softplus: bool, order: str, keep: bool) -> tuple[Tensor, Tensor]:
@@ -13,9 +14,9 @@ def forward(inputs: CrossScanInputs, delta_softplus: bool, order: str, keep: boo
 
     Both are in the dtype of the state.
     """
-    x, groups = inputs.x, inputs.A.shape[0]
-    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    _, kept = grouped_scan(_grouped(inputs, delta_softplus, order), _shared(out, groups), keep)
+    grouped = _grouped(inputs, delta_softplus, order)
+    out = torch.empty(inputs.x.shape, dtype=grouped.dtype)
+    _, kept = grouped_scan(grouped, _shared(out, grouped.dtype), keep)
     return out, kept
 
 
@@ -24,47 +25,70 @@ def backward(
 ) -> CrossScanInputs:
     """Return the gradients of all inputs in their shapes and dtypes; `kept` is the forward's, or empty."""
     x, delta, A, B, C, D, delta_bias = inputs
+    grouped = _grouped(inputs, delta_softplus, order)
     # The directions are added up in the precision of the state and rounded once.
-    grad_x = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    no_state = torch.zeros(x.shape[0], *A.shape, dtype=grad_x.dtype)
-    grads, _ = grouped_scan_backward(
-        _shared(grad_out, A.shape[0]),
-        no_state,
-        _grouped(inputs, delta_softplus, order),
+    grad_x = torch.empty(x.shape, dtype=grouped.dtype)
+    grad_delta = torch.empty(delta.shape, dtype=delta.dtype)
+    grads = grouped_scan_backward(
+        _shared(grad_out, grouped.dtype),
+        None,
+        grouped,
         kept,
-        _shared(grad_x, A.shape[0]),
+        _shared(grad_x, grouped.dtype),
+        _per_direction(grad_delta),
+        None,
     )
     return CrossScanInputs(
         grad_x.to(x.dtype),
-        grads.delta.view(delta.shape),
+        grad_delta,
         grads.A.to(A.dtype),
         grads.B.view(B.shape).to(B.dtype),
         grads.C.view(C.shape).to(C.dtype),
-        None if D is None or grads.D is None else grads.D.to(D.dtype),
-        None if delta_bias is None or grads.delta_bias is None else grads.delta_bias.to(delta_bias.dtype),
+        None if D is None else grads.D.to(D.dtype),
+        None if delta_bias is None else grads.delta_bias.to(delta_bias.dtype),
     )
 
 
 def _grouped(inputs: CrossScanInputs, delta_softplus: bool, order: str) -> GroupedInputs:
     x, delta, A, B, C, D, delta_bias = inputs
-    walk = scan_order(order, x.shape[1], x.shape[2])
-    check_directions(A.shape[0], walk.shape[0], order)
+    batch, height, width, dim = x.shape
+    groups, _, states = A.shape
+    walk = scan_order(order, height, width).numpy()
+    check_directions(groups, walk.shape[0], order)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     return GroupedInputs(
-        _shared(x, A.shape[0]),
-        delta.flatten(1, 2),
+        (batch, height * width, groups, dim, states),
+        dtype,
+        _shared(x, dtype),
+        _per_direction(readable(delta, dtype)),
         A,
-        B.flatten(1, 2),
-        C.flatten(1, 2),
+        _per_direction(B.to(dtype)),
+        _per_direction(C.to(dtype)),
         D,
         None,
         delta_bias,
         delta_softplus,
-        walk.numpy(),
+        walk,
     )
 
 
-def _shared(t: Tensor, groups: int) -> Tensor:
-    """(B, H, W, D) -> (B, L, K, D) that all groups share, channels next to each other."""
-    if t.stride(-1) != 1:
-        t = t.contiguous()
-    return t.flatten(1, 2)[:, :, None].expand(-1, -1, groups, -1)
+def _shared(t: Tensor, dtype: torch.dtype) -> Strided:
+    """(B, H, W, D) as (B, L, K, D) that all groups share, channels adjacent."""
+    t = _in_rows(readable(t, dtype))
+    return Strided(t, t.stride(0), _position_stride(t), 0)
+
+
+def _per_direction(t: Tensor) -> Strided:
+    """(B, H, W, K, X) as (B, L, K, X)."""
+    t = _in_rows(t)
+    return Strided(t, t.stride(0), _position_stride(t), t.stride(3), t.stride(4))
+
+
+def _in_rows(t: Tensor) -> Tensor:
+    """Return `t` with one stride from each pixel to the next, row by row."""
+    height, width = t.shape[1:3]
+    return t if height == 1 or width == 1 or t.stride(1) == width * t.stride(2) else t.contiguous()
+
+
+def _position_stride(t: Tensor) -> int:
+    return t.stride(2 if t.shape[2] > 1 else 1)

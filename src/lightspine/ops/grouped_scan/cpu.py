@@ -1,14 +1,14 @@
-"""The grouped scan on a CPU, by the compiled kernels: tensors in, tensors out.
+"""The grouped scan on a CPU, by the compiled kernels: memory in, memory out.
 
-Shapes as in `torch_blocked`: x and delta (B, L, K, D), A (K, D, N), B and C (B, L, K, N). Three things are
-particular:
+A scan has K groups of D channels. Every tensor is handed over with the strides at which a position, a group
+and a state follow each other, so that tokens, maps and slices of a projection are read where they lie. Two
+strides are particular:
 
-- Groups may share memory: `x` and `out` may be `expand`ed over K. The outputs of the groups, and their
-gradients of x,
-  are then added up while they are written.
-- `order` says which position each step visits, so that a direction costs no copy.
-- What the kernels can read where it lies is neither copied nor converted: any dtype, any strides but the
-channels'.
+- Groups may share memory: with a group stride of 0 all read the same x, or add to the same output.
+- `order` says which position each step visits: a direction costs no copy.
+
+The functions here make no view and no copy that they do not need: for a small scan they cost as much as the
+kernel.
 """
 
 from typing import NamedTuple
@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspine.ops.grouped_scan.cpu_arguments import table_of, type_examples
+from lightspine.ops.grouped_scan.cpu_arguments import Strided, table_of, type_examples
 from lightspine.ops.grouped_scan.cpu_backward import backward_on_team, backward_tasks
 from lightspine.ops.grouped_scan.cpu_chunks import chunk_length, kept_shape
 from lightspine.ops.grouped_scan.cpu_forward import forward_on_team, forward_tasks
 from lightspine.ops.grouped_scan.cpu_threads import run_tasks
 from lightspine.ops.grouped_scan.simd import VECTOR_BYTES
-from lightspine.ops.grouped_scan.torch_blocked import GroupedGradients
 
 # Below this many states to compute, waking a second thread costs more than it saves.
 _STATES_WORTH_A_THREAD = 32_768
@@ -33,141 +32,139 @@ class GroupedInputs(NamedTuple):
     """The tensors of a grouped scan and the order of its walk.
 
     Attributes:
-        x: input, (B, L, K, D).
-        delta: steps before bias and softplus, (B, L, K, D).
+        sizes: B, L, K, D of a group, N.
+        dtype: in which states are computed: float32, or float64 for float64 input.
+        x: input, (B, L, K, D), channels adjacent.
+        delta: steps before bias and softplus, (B, L, K, D), channels adjacent.
         A: state matrices, (K, D, N).
-        B: input projections, (B, L, K, N).
-        C: output projections, (B, L, K, N).
+        B: input projections, (B, L, K, N), of the dtype above.
+        C: output projections, (B, L, K, N), of the dtype above.
         D: skips, (K, D).
-        z: gate, (B, L, K, D).
+        z: gate, (B, L, K, D), channels adjacent.
         delta_bias: added to delta, (K, D).
         delta_softplus: pass the steps through softplus.
         order: position that each step visits, int64 (1, L) for all groups or (K, L).
     """
 
-    x: Tensor
-    delta: Tensor
+    sizes: tuple[int, int, int, int, int]
+    dtype: torch.dtype
+    x: Strided
+    delta: Strided
     A: Tensor
-    B: Tensor
-    C: Tensor
+    B: Strided
+    C: Strided
     D: Tensor | None
-    z: Tensor | None
+    z: Strided | None
     delta_bias: Tensor | None
     delta_softplus: bool
     order: np.ndarray
 
 
-def grouped_scan(inputs: GroupedInputs, out: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """Write the output into `out` and return the last state and what the backward wants to know again.
+class ParameterGradients(NamedTuple):
+    """Gradients of what all images share, and of the projections, in the dtype of the state.
+
+    Attributes:
+        A: (K, D, N).
+        B: (B, L, K, N).
+        C: (B, L, K, N).
+        D: (K, D).
+        delta_bias: (K, D).
+    """
+
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    delta_bias: Tensor
+
+
+def grouped_scan(inputs: GroupedInputs, out: Strided, keep: bool) -> tuple[Tensor, Tensor]:
+    """Write the output and return the last state and what the backward wants to know again.
 
     Args:
         inputs: the tensors of the scan.
-        out: (B, L, K, D), channels next to each other; where it is expanded over K, the groups are added up.
+        out: (B, L, K, D), channels adjacent; with a group stride of 0 the groups are added up.
         keep: note states on the way, for a backward of the same inputs.
 
     Returns:
-        The last state, (B, K, D, N), and the noted states, of `cpu_chunks.kept_shape`; both in the dtype in
+        The last state, (B, K, N, D), and the noted states, of `cpu_chunks.kept_shape`; both in the dtype in
         which states are computed.
     """
-    inputs = _readable(inputs)
-    dtype = inputs.A.dtype
-    batch, length, groups, dim = inputs.x.shape
-    states = inputs.A.shape[1]
-    state = torch.empty(batch, groups, states, dim, dtype=dtype)
-    kept = torch.empty(kept_shape(batch, length, groups, dim, states) if keep else (0,), dtype=dtype)
+    batch, length, groups, dim, states = inputs.sizes
+    state = torch.empty(batch, groups, states, dim, dtype=inputs.dtype)
+    kept = torch.empty(kept_shape(*inputs.sizes) if keep else (0,), dtype=inputs.dtype)
     slices, threads = _split(inputs)
     chunk = chunk_length(length, states) if kept.numel() else length
-    table = table_of(
-        _numbers(inputs, slices, chunk), (*_operands(inputs), out, state.flatten(), kept.flatten())
+    operands = _operands(inputs)
+    table = table_of(_numbers(inputs, slices, chunk), (*operands, out, state, kept))
+    z = inputs.z or inputs.x
+    types = type_examples(
+        inputs.x.tensor.dtype, inputs.delta.tensor.dtype, inputs.dtype, z.tensor.dtype, out.tensor.dtype
     )
-    z = inputs.x if inputs.z is None else inputs.z
-    types = type_examples(inputs.x.dtype, inputs.delta.dtype, dtype, z.dtype, out.dtype)
     run_tasks(forward_tasks, forward_on_team, batch * slices, threads, table, types, inputs.order)
-    return state.transpose(2, 3), kept
+    return state, kept
 
 
 def grouped_scan_backward(
-    grad_out: Tensor, grad_state: Tensor, inputs: GroupedInputs, kept: Tensor, grad_x: Tensor
-) -> tuple[GroupedGradients, Tensor | None]:
-    """Write the gradient of x into `grad_x` and return all gradients.
+    grad_out: Strided,
+    grad_state: Tensor | None,
+    inputs: GroupedInputs,
+    kept: Tensor,
+    grad_x: Strided,
+    grad_delta: Strided,
+    grad_z: Strided | None,
+) -> ParameterGradients:
+    """Write the gradients of x, delta and z, and return all others.
 
     Args:
-        grad_out: gradient of the output, (B, L, K, D), expanded over K where the groups were added up.
-        grad_state: gradient of the last state, (B, K, D, N).
+        grad_out: gradient of the output, (B, L, K, D), channels adjacent; a group stride of 0 where the
+            groups were added up.
+        grad_state: gradient of the last state, (B, K, N, D), contiguous, of the state's dtype; `None` for
+            zero.
         inputs: as in the forward.
         kept: what the forward noted, or a tensor of size 0 to do without.
-        grad_x: (B, L, K, D), channels next to each other; where it is expanded over K, the groups are added
-            up.
-
-    Returns:
-        The gradients, those of delta in its own dtype, those of A, B, C, D and delta_bias in the dtype of the
-        state; and the gradient of z in its own dtype.
+        grad_x: (B, L, K, D), channels adjacent; with a group stride of 0 the groups are added up.
+        grad_delta: (B, L, K, D), channels adjacent.
+        grad_z: (B, L, K, D), channels adjacent.
     """
-    read = _readable(inputs)
-    dtype = read.A.dtype
-    batch, length, groups, dim = read.x.shape
-    states = read.A.shape[1]
-    slices, threads = _split(read)
-    grad_out = _adjacent(grad_out, dtype)
-    grad_delta = torch.empty(read.delta.shape, dtype=read.delta.dtype)
-    grad_z = None if read.z is None else torch.empty(read.z.shape, dtype=read.z.dtype)
-    grad_state = grad_state.to(dtype).transpose(2, 3).contiguous()
-    grad_B, grad_C = torch.zeros(2, slices, batch, length, groups, states, dtype=dtype)
-    parameters = torch.empty(batch, groups, states + 2, dim, dtype=dtype)
-    whole = (grad_state.view(-1), grad_B.view(-1), grad_C.view(-1), parameters.view(-1), kept.view(-1))
+    batch, length, groups, dim, states = inputs.sizes
+    slices, threads = _split(inputs)
+    if grad_state is None:
+        grad_state = torch.zeros(batch, groups, states, dim, dtype=inputs.dtype)
+    grad_B = torch.zeros(slices, batch, length, groups, states, dtype=inputs.dtype)
+    grad_C = torch.zeros_like(grad_B)
+    parameters = torch.empty(batch, groups, states + 2, dim, dtype=inputs.dtype)
+    flowing = (grad_out, grad_x, grad_delta, grad_z)
+    operands = _operands(inputs)
     table = table_of(
-        _numbers(read, slices, chunk_length(length, states)),
-        (*_operands(read), grad_out, grad_x, grad_delta, grad_z, *whole),
+        _numbers(inputs, slices, chunk_length(length, states)),
+        (*operands, *flowing, grad_state, grad_B, grad_C, parameters, kept),
     )
-    z = read.x if read.z is None else read.z
-    types = type_examples(read.x.dtype, read.delta.dtype, dtype, z.dtype, grad_out.dtype, grad_x.dtype)
-    run_tasks(backward_tasks, backward_on_team, batch * slices, threads, table, types, read.order)
-    grads = GroupedGradients(
-        grad_x,
-        grad_delta,
+    z = inputs.z or inputs.x
+    types = type_examples(
+        inputs.x.tensor.dtype,
+        inputs.delta.tensor.dtype,
+        inputs.dtype,
+        z.tensor.dtype,
+        grad_out.tensor.dtype,
+        grad_x.tensor.dtype,
+    )
+    run_tasks(backward_tasks, backward_on_team, batch * slices, threads, table, types, inputs.order)
+    return ParameterGradients(
         parameters[:, :, :states].sum(0).transpose(1, 2),
-        grad_B.sum(0),
-        grad_C.sum(0),
-        None if inputs.D is None else parameters[:, :, states].sum(0),
-        None if inputs.delta_bias is None else parameters[:, :, states + 1].sum(0),
+        grad_B[0] if slices == 1 else grad_B.sum(0),
+        grad_C[0] if slices == 1 else grad_C.sum(0),
+        parameters[:, :, states].sum(0),
+        parameters[:, :, states + 1].sum(0),
     )
-    return grads, grad_z
-
-
-def _readable(inputs: GroupedInputs) -> GroupedInputs:
-    """Return the inputs as the kernels read them; what they can read where it lies stays there.
-
-    A becomes (K, N, D); A, B, C, D and delta_bias are of the state's dtype, D and delta_bias never `None`.
-    """
-    dtype = torch.promote_types(inputs.x.dtype, torch.float32)
-    nothing = torch.zeros(inputs.A.shape[:2], dtype=dtype)
-    return GroupedInputs(
-        _adjacent(inputs.x, dtype),
-        _adjacent(inputs.delta, dtype),
-        inputs.A.to(dtype).transpose(1, 2).contiguous(),
-        inputs.B.to(dtype),
-        inputs.C.to(dtype),
-        nothing if inputs.D is None else inputs.D.to(dtype).contiguous(),
-        None if inputs.z is None else _adjacent(inputs.z, dtype),
-        nothing if inputs.delta_bias is None else inputs.delta_bias.to(dtype).contiguous(),
-        inputs.delta_softplus,
-        inputs.order,
-    )
-
-
-def _adjacent(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `t` itself where the kernels can read it: channels adjacent, 64-bit beside 64-bit only."""
-    if (t.dtype == torch.float64) != (dtype == torch.float64):
-        t = t.to(dtype)
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 def _split(inputs: GroupedInputs) -> tuple[int, int]:
     """Return into how many slices the channels of an image are cut, and how many threads work."""
-    batch, length, groups, dim = inputs.x.shape
-    work = batch * length * groups * dim * inputs.A.shape[1]
+    batch, length, groups, dim, states = inputs.sizes
+    work = batch * length * groups * dim * states
     threads = torch.get_num_threads() if work > _STATES_WORTH_A_THREAD else 1
-    registers = -(-dim * inputs.A.itemsize // VECTOR_BYTES)
+    registers = -(-dim * inputs.dtype.itemsize // VECTOR_BYTES)
     slices = 1
     # Either an even share for every thread, or so many tasks that an uneven share does not matter.
     while slices < registers and batch * slices % threads and batch * slices < 4 * threads:
@@ -176,10 +173,16 @@ def _split(inputs: GroupedInputs) -> tuple[int, int]:
 
 
 def _numbers(inputs: GroupedInputs, slices: int, chunk: int) -> tuple[int, ...]:
-    batch, length, groups, dim = inputs.x.shape
-    return batch, length, groups, dim, inputs.A.shape[1], slices, chunk, int(inputs.delta_softplus)
+    return *inputs.sizes, slices, chunk, int(inputs.delta_softplus)
 
 
-def _operands(inputs: GroupedInputs) -> tuple[Tensor | None, ...]:
-    x, delta, A, B, C, D, z, delta_bias, _, _ = inputs
-    return x, delta, B, C, z, A, D, delta_bias
+def _operands(inputs: GroupedInputs) -> tuple[Strided | Tensor | None, ...]:
+    """Return what the kernels read, A as (K, N, D), in the order of `cpu_arguments.Operands`."""
+    dtype = inputs.dtype
+    A = inputs.A.to(dtype)
+    A = A.contiguous() if A.shape[2] == 1 else A.transpose(1, 2).contiguous()
+    nothing = None
+    if inputs.D is None or inputs.delta_bias is None:
+        nothing = torch.zeros(A.shape[0], inputs.sizes[3], dtype=dtype)
+    D, bias = (nothing if t is None else t.to(dtype).contiguous() for t in (inputs.D, inputs.delta_bias))
+    return inputs.x, inputs.delta, inputs.B, inputs.C, inputs.z, A, D, bias

@@ -99,20 +99,50 @@ def type_examples(*dtypes: torch.dtype) -> tuple[np.ndarray, ...]:
     return tuple(np.empty(0, _CARRIERS[dtype]) for dtype in dtypes)
 
 
-def table_of(numbers: Sequence[int], entries: Sequence[Tensor | None]) -> np.ndarray:
-    """Return the table: the numbers, then address and strides of each tensor.
+class Strided(NamedTuple):
+    """A tensor seen as (B, L, K, X), whatever its own axes: no view of it has to be made.
 
-    A tensor of four axes takes five entries, any other one its address only and has to be contiguous; `None`
-    is a tensor of four axes at the address 0. The caller keeps the tensors alive.
+    Attributes:
+        tensor: the memory; index 0 on every axis is where it begins.
+        batch: stride of B in elements.
+        position: stride of L.
+        group: stride of K; 0 where all groups share.
+        last: stride of X.
+    """
+
+    tensor: Tensor
+    batch: int
+    position: int
+    group: int
+    last: int = 1
+
+
+def readable(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `t` itself where a kernel whose states have `dtype` can read its last axis, else a copy.
+
+    The last axis has to be adjacent in memory. Every dtype is read as it is, but 64 bits only beside 64 bits.
+    """
+    if (t.dtype == torch.float64) != (dtype == torch.float64):
+        t = t.to(dtype)
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def table_of(numbers: Sequence[int], entries: Sequence[Strided | Tensor | None]) -> np.ndarray:
+    """Return the table: the numbers, then address and strides of each entry.
+
+    A `Strided` takes five places, as does `None` in its stead; a tensor takes its address only and has to be
+    contiguous. The caller keeps the tensors alive.
     """
     table = list(numbers)
-    for t in entries:
-        if t is None:
+    for entry in entries:
+        if entry is None:
             table += (0, 0, 0, 0, 0)
-        elif t.dim() == 4:
-            table += (t.data_ptr(), *t.stride())
+        elif isinstance(entry, Strided):
+            tensor, *strides = entry
+            table.append(tensor.data_ptr())
+            table += strides
         else:
-            table.append(t.data_ptr())
+            table.append(entry.data_ptr())
     return np.array(table, np.int64)
 
 

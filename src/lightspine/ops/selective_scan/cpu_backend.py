@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightspine.ops.grouped_scan.cpu import GroupedInputs, grouped_scan, grouped_scan_backward
+from lightspine.ops.grouped_scan.cpu_arguments import Strided, readable
 from lightspine.ops.selective_scan.checks import ScanInputs
 
 
@@ -15,9 +16,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output (B, D, L), the last state (B, D, N) and, with `keep`, states for the backward."""
     grouped = _grouped(inputs, delta_softplus, reverse)
-    out = torch.empty(grouped.x.shape, dtype=inputs.u.dtype)
-    state, kept = grouped_scan(grouped, out, keep)
-    return _sequence(out), state.flatten(1, 2), kept
+    out, out_rows = _empty_tokens(inputs.u, grouped)
+    state, kept = grouped_scan(grouped, out_rows, keep)
+    batch, dim, _ = out.shape
+    return out, state.transpose(2, 3).reshape(batch, dim, -1), kept
 
 
 def backward(
@@ -29,24 +31,30 @@ def backward(
     reverse: bool,
 ) -> ScanInputs:
     """Return the gradients of all inputs in their shapes and dtypes; `kept` is the forward's, or empty."""
-    u, _, A, B, C, D, _, delta_bias = inputs
-    groups = B.shape[1]
+    u, delta, A, B, C, D, z, delta_bias = inputs
     grouped = _grouped(inputs, delta_softplus, reverse)
-    grad_u = torch.empty(grouped.x.shape, dtype=u.dtype)
-    grads, grad_z = grouped_scan_backward(
-        _tokens(grad_out, groups), grad_state.unflatten(1, (groups, -1)), grouped, kept, grad_u
+    groups = B.shape[1]
+    grad_u, u_rows = _empty_tokens(u, grouped)
+    grad_delta, delta_rows = _empty_tokens(delta, grouped)
+    grad_z, z_rows = (None, None) if z is None else _empty_tokens(z, grouped)
+    grads = grouped_scan_backward(
+        _tokens(grad_out, grouped.dtype, groups),
+        grad_state.to(grouped.dtype).unflatten(1, (groups, -1)).transpose(2, 3).contiguous(),
+        grouped,
+        kept,
+        u_rows,
+        delta_rows,
+        z_rows,
     )
     return ScanInputs(
-        _sequence(grad_u),
-        _sequence(grads.delta),
+        grad_u,
+        grad_delta,
         grads.A.flatten(0, 1).to(A.dtype),
         grads.B.permute(0, 2, 3, 1).to(B.dtype),
         grads.C.permute(0, 2, 3, 1).to(C.dtype),
-        None if D is None or grads.D is None else grads.D.flatten().to(D.dtype),
-        None if grad_z is None else _sequence(grad_z),
-        None
-        if delta_bias is None or grads.delta_bias is None
-        else grads.delta_bias.flatten().to(delta_bias.dtype),
+        None if D is None else grads.D.flatten().to(D.dtype),
+        grad_z,
+        None if delta_bias is None else grads.delta_bias.flatten().to(delta_bias.dtype),
     )
 
 
@@ -58,26 +66,39 @@ def _walk(length: int, reverse: bool) -> np.ndarray:
 
 def _grouped(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> GroupedInputs:
     u, delta, A, B, C, D, z, delta_bias = inputs
-    groups = B.shape[1]
+    batch, dim, length = u.shape
+    groups, states = B.shape[1:3]
+    dtype = torch.promote_types(u.dtype, torch.float32)
     return GroupedInputs(
-        _tokens(u, groups),
-        _tokens(delta, groups),
+        (batch, length, groups, dim // groups, states),
+        dtype,
+        _tokens(u, dtype, groups),
+        _tokens(delta, dtype, groups),
         A.unflatten(0, (groups, -1)),
-        B.permute(0, 3, 1, 2),
-        C.permute(0, 3, 1, 2),
-        None if D is None else D.unflatten(0, (groups, -1)),
-        None if z is None else _tokens(z, groups),
-        None if delta_bias is None else delta_bias.unflatten(0, (groups, -1)),
+        _projection(B.to(dtype)),
+        _projection(C.to(dtype)),
+        D,
+        None if z is None else _tokens(z, dtype, groups),
+        delta_bias,
         delta_softplus,
-        _walk(u.shape[2], reverse),
+        _walk(length, reverse),
     )
 
 
-def _tokens(t: Tensor, groups: int) -> Tensor:
-    """(B, D, L) -> (B, L, K, D / K), a view."""
-    return t.transpose(1, 2).unflatten(2, (groups, -1))
+def _tokens(t: Tensor, dtype: torch.dtype, groups: int) -> Strided:
+    """(B, D, L) as (B, L, K, D / K), channels adjacent."""
+    t = readable(t.transpose(1, 2), dtype)
+    return Strided(t, t.stride(0), t.stride(1), t.shape[2] // groups)
 
 
-def _sequence(t: Tensor) -> Tensor:
-    """(B, L, K, D / K) -> (B, D, L), a view."""
-    return t.flatten(2).transpose(1, 2)
+def _projection(t: Tensor) -> Strided:
+    """(B, K, N, L) as (B, L, K, N)."""
+    batch, group, state, position = t.stride()
+    return Strided(t, batch, position, group, state)
+
+
+def _empty_tokens(like: Tensor, inputs: GroupedInputs) -> tuple[Tensor, Strided]:
+    """Return memory for a tensor (B, D, L), channels adjacent, as a tensor and as (B, L, K, D / K)."""
+    batch, length, groups, dim, _ = inputs.sizes
+    t = torch.empty(batch, length, groups * dim, dtype=like.dtype)
+    return t.transpose(1, 2), Strided(t, length * groups * dim, groups * dim, dim)
