@@ -13,6 +13,7 @@ from numba import njit
 from lightspine.ops.cross_scan import cross_scan
 from lightspine.ops.grouped_scan import cpu_threads
 from lightspine.ops.grouped_scan.cpu_chunks import SCRATCH_VECTORS, chunk_length
+from lightspine.ops.grouped_scan.cpu_compile import kernel
 from lightspine.ops.grouped_scan.cpu_math import exp, sigmoid, softplus
 from lightspine.ops.grouped_scan.simd import VECTOR_BYTES, load, store
 from support.scans import (
@@ -85,6 +86,14 @@ def test_reduced_precision_is_rounded_as_by_pytorch(dtype: torch.dtype) -> None:
 def copy_vectors(source: Any, target: Any) -> None:
     for i in range(0, source.size, 16):
         store(target, i, load(source, i, source.size - i), source.size - i)
+
+
+def test_kernel_that_cannot_be_kept_on_disk_warns_and_runs() -> None:
+    # A function without a file has no place for its code, as one has none whose folders cannot be written.
+    function = eval("lambda x: x + 1")
+    with pytest.warns(RuntimeWarning, match="set NUMBA_CACHE_DIR"):
+        compiled = kernel(function)
+    assert compiled(1) == 2
 
 
 @pytest.mark.parametrize(("length", "state_dim"), [(3000, 1), (600, 16)])

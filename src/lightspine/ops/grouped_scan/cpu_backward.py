@@ -22,6 +22,7 @@ from lightspine.ops.grouped_scan.cpu_arguments import (
     read_rows,
 )
 from lightspine.ops.grouped_scan.cpu_chunks import STEP_ROWS
+from lightspine.ops.grouped_scan.cpu_compile import kernel
 from lightspine.ops.grouped_scan.cpu_forward import slice_width, step_size
 from lightspine.ops.grouped_scan.cpu_math import exp, sigmoid, softplus_and_slope
 from lightspine.ops.grouped_scan.cpu_team import run_on_team
@@ -70,7 +71,7 @@ class _Gradients(NamedTuple):
     parameters: Any
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def backward_tasks(first: int, last: int, table: Any, types: tuple[Any, ...], order: Any) -> None:
     """Compute the gradients of the tasks from `first` to before `last`; tasks as in `forward_tasks`.
 
@@ -144,7 +145,7 @@ def backward_tasks(first: int, last: int, table: Any, types: tuple[Any, ...], or
                 store(grads.parameters, at + (states + 1) * dim, grad_bias, count)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def backward_on_team(
     enter: int, threads: int, tasks: int, table: Any, types: tuple[Any, ...], order: Any
 ) -> int:

@@ -20,12 +20,13 @@ from lightspine.ops.grouped_scan.cpu_arguments import (
     read_operands,
     read_rows,
 )
+from lightspine.ops.grouped_scan.cpu_compile import kernel
 from lightspine.ops.grouped_scan.cpu_math import exp, sigmoid, softplus
 from lightspine.ops.grouped_scan.cpu_team import run_on_team
 from lightspine.ops.grouped_scan.simd import VECTOR_BYTES, broadcast, load, store
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def forward_tasks(first: int, last: int, table: Any, types: tuple[Any, ...], order: Any) -> None:
     """Scan the tasks from `first` to before `last`; a task is one image and one slice of its channels.
 
@@ -110,7 +111,7 @@ def _copy_states(rows: Any, to: Any, at: int, states: int, dim: int, count: int)
         store(to, at + n * dim, load(rows, (2 * n + 1) * lanes, lanes), count)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def forward_on_team(
     enter: int, threads: int, tasks: int, table: Any, types: tuple[Any, ...], order: Any
 ) -> int:
