@@ -1,9 +1,14 @@
-"""Score a checkpoint on a folder of images (its `val` folder where it has one) or on the held-out digits."""
+"""Score a checkpoint on labelled images: a folder (its `val` folder where it has one), shards, or digits."""
 
 import argparse
+import shlex
 from pathlib import Path
+from typing import Any
 
+from lightspine_cli._inference_arguments import add_preparation, preparation
 from lightspine_cli._output import print_facts, print_json, print_table
+
+_SHOWN = 50
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,21 +17,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, required=True, help="weights: ours, an official file or timm's"
     )
     parser.add_argument(
-        "--data", required=True, metavar="FOLDER|digits", help="CLASS/* or val/CLASS/*, or digits"
+        "--data",
+        required=True,
+        metavar="FOLDER|SHARDS|digits",
+        help="CLASS/*, val/CLASS/*, ImageNet's flat val, .tar shards, or digits",
     )
     parser.add_argument("--model", metavar="NAME", help="the model's name, for a file that does not tell")
     parser.add_argument(
         "--val-fraction", type=float, help="score only the share of each class that training held out"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the held-out share (default: %(default)s)")
-    parser.add_argument("--size", type=int, help="image size in pixels instead of the checkpoint's own")
+    parser.add_argument(
+        "--class-mapping",
+        metavar="FILE|imagenet",
+        help="which classes the folders or images mean, such as ReaL's real.json; imagenet: WordNet ids or "
+        "class numbers as folders, the model choosing among those only (ImageNet-A, -R)",
+    )
+    add_preparation(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that read images (default: %(default)s)"
     )
     parser.add_argument("--device", default="cpu", help="torch's name of the device (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, metavar="report.json", help="also write the whole report to a file"
+        "--out", type=Path, metavar="DIR", help="also write report.json, classes.csv and confusion.png"
     )
     parser.add_argument("--json", action="store_true", help="print the whole report")
 
@@ -35,44 +49,84 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, print the scores and write the report if asked for."""
     import sys
 
+    from lightspine.errors import UsageError
     from lightspine.evaluation import evaluate, write_report
 
+    if args.out is not None and (args.out.suffix == ".json" or args.out.is_file()):
+        raise UsageError(f"expected a folder for --out, got {args.out}")
     report = evaluate(
         args.model or args.checkpoint,
         args.data,
         checkpoint=args.checkpoint if args.model else None,
         val_fraction=args.val_fraction,
         seed=args.seed,
-        image_size=args.size,
+        class_mapping=args.class_mapping,
         batch_size=args.batch_size,
         num_workers=args.workers,
         device=args.device,
-        # The bar goes to the standard output, which must hold nothing but the JSON.
-        progress=sys.stdout.isatty() and not args.json,
+        progress=sys.stderr.isatty(),
+        **preparation(args),
     )
-    if args.out is not None:
-        write_report(report, args.out)
+    report["command"] = shlex.join(["lightspine", "evaluate", *args.arguments])
+    written = write_report(report, args.out) if args.out is not None else {}
     if args.json:
         print_json(report)
         return 0
-    print_table(
-        ("class", ">images", ">top-1 %"),
-        [
-            (name, str(entry["images"]), "-" if entry["top1"] is None else f"{entry['top1']:.1f}")
-            for name, entry in report["classes"].items()
-        ],
-    )
-    print()
-    print_facts(
-        [
-            ("model", report["model"]),
-            ("images", f"{report['images']} ({report['split']}), {len(report['skipped'])} skipped"),
-            ("top-1", f"{report['top1']:.2f} %"),
-            *([] if report["top5"] is None else [("top-5", f"{report['top5']:.2f} %")]),
-            ("loss", f"{report['loss']:.4f}"),
-            *([("report", str(args.out))] if args.out else []),
-        ]
-    )
+    _print_classes(report["classes"])
+    _print_scores(report)
+    for path in written.values():
+        print(f"wrote {path}")
     for reason in report["skipped"].values():
         print(f"skipped: {reason}")
     return 0
+
+
+def _print_classes(classes: dict[str, dict[str, Any]] | None) -> None:
+    """Print all classes, or of very many the weakest."""
+    if classes is None:
+        return
+    rows = [(name, entry) for name, entry in classes.items() if entry["images"] or len(classes) <= _SHOWN]
+    title = None
+    if len(rows) > _SHOWN:
+        rows = sorted(rows, key=lambda row: row[1]["top1"])[:10]
+        title = f"the 10 weakest of {len(classes)} classes (--out writes all)"
+    print_table(
+        ("class", ">images", ">top-1 %", "most often taken for"),
+        [
+            (
+                name,
+                str(entry["images"]),
+                "-" if entry["top1"] is None else f"{entry['top1']:.1f}",
+                _confusion(entry),
+            )
+            for name, entry in rows
+        ],
+        title=title,
+    )
+    print()
+
+
+def _confusion(entry: dict[str, Any]) -> str:
+    other = entry.get("confused_with")
+    return "" if other is None else f"{other} ({entry['confused_images']})"
+
+
+def _print_scores(report: dict[str, Any]) -> None:
+    size, speed = report["preprocessing"]["input_size"], report["throughput"]
+    optional = [
+        ("top-5", report["top5"], "{:.2f} %"),
+        ("loss", report["loss"], "{:.4f}"),
+    ]
+    print_facts(
+        [
+            ("model", f"{report['model']} ({report['weights']} weights), {size[1]}x{size[2]} px"),
+            ("images", f"{report['images']} ({report['split']}), {len(report['skipped'])} skipped"),
+            ("top-1", f"{report['top1']:.2f} %"),
+            *[(name, form.format(value)) for name, value, form in optional if value is not None],
+            (
+                "speed",
+                f"{speed['images_per_second']:.1f} images/s, {speed['model_images_per_second']:.1f} without "
+                f"reading them; {report['device']}, {report['threads']} threads",
+            ),
+        ]
+    )

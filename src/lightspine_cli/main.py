@@ -17,7 +17,9 @@ COMMANDS = {
     "list": "our models: parameters, multiply-adds, resolution, published accuracy",
     "info": "the facts of one model or of one checkpoint file",
     "doctor": "versions, devices and which scan backends can run here, and why not",
-    "predict": "classify image files with a checkpoint",
+    "predict": "classify image files with a checkpoint, a few or any number",
+    "embed": "features of any number of images",
+    "recipes": "the training recipes, with their published scores",
     "train": "train from a recipe",
     "evaluate": "score a checkpoint on a folder of images",
     "compare": "train several models on the same images: one table, one plot, the checkpoints",
@@ -122,7 +124,8 @@ def _dispatch(arguments: list[str]) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(command_parser)
-    return int(module.run(command_parser.parse_args(rest)))
+    # The arguments as given belong to what a report says about itself.
+    return int(module.run(command_parser.parse_args(rest, argparse.Namespace(arguments=rest))))
 
 
 def _top_parser() -> SentenceParser:

@@ -1,26 +1,58 @@
-"""Tell the likeliest classes of image files."""
+"""Tell the likeliest classes of image files: of a few on the screen, of any number with --data and --out."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from lightspine_cli._inference_arguments import (
+    add_bulk,
+    add_preparation,
+    bulk_options,
+    preparation,
+    print_run,
+)
 from lightspine_cli._output import print_json, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lightspine predict`."""
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files")
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="weights: ours, an official file or timm's"
     )
     parser.add_argument("--model", metavar="NAME", help="the model's name, for a file that does not tell")
     parser.add_argument("--topk", type=int, default=5, help="how many classes to tell (default: %(default)s)")
-    parser.add_argument("--size", type=int, help="image size in pixels instead of the checkpoint's own")
+    add_preparation(parser)
     parser.add_argument("--device", default="cpu", help="torch's name of the device (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.add_argument("--json", action="store_true", help="print objects")
+    add_bulk(parser, ("csv", "parquet"))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the classes and probabilities of each image."""
+    """Print the classes and probabilities of each image, or write those of many."""
+    from lightspine.errors import UsageError
+
+    if bool(args.images) == bool(args.data) or (args.data is None) != (args.out is None):
+        raise UsageError("expected either image files, or --data and --out")
+    return _predict_many(args) if args.data else _predict_few(args)
+
+
+def _predict_many(args: argparse.Namespace) -> int:
+    from lightspine.evaluation import predict_images
+
+    outcome = predict_images(
+        args.model or args.checkpoint,
+        args.data,
+        args.out,
+        topk=args.topk,
+        format=args.format,
+        options=bulk_options(args, args.checkpoint if args.model else None),
+    )
+    print_run(outcome, args, f"predictions.{args.format}")
+    return 0
+
+
+def _predict_few(args: argparse.Namespace) -> int:
     from lightspine.evaluation import predict
 
     predictions = predict(
@@ -28,21 +60,11 @@ def run(args: argparse.Namespace) -> int:
         args.images,
         checkpoint=args.checkpoint if args.model else None,
         topk=args.topk,
-        image_size=args.size,
         device=args.device,
+        **preparation(args),
     )
     if args.json:
-        print_json(
-            [
-                {
-                    "image": str(prediction.path),
-                    "classes": [
-                        {"name": score.name, "probability": score.probability} for score in prediction.classes
-                    ],
-                }
-                for prediction in predictions
-            ]
-        )
+        print_json([_as_object(prediction) for prediction in predictions])
         return 0
     print_table(
         ("image", "class", ">probability"),
@@ -53,3 +75,10 @@ def run(args: argparse.Namespace) -> int:
         ],
     )
     return 0
+
+
+def _as_object(prediction: Any) -> dict[str, Any]:
+    return {
+        "image": str(prediction.path),
+        "classes": [{"name": score.name, "probability": score.probability} for score in prediction.classes],
+    }

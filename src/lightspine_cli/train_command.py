@@ -9,10 +9,11 @@ PASSES_ARGUMENTS_THROUGH = True
 def run(args: argparse.Namespace) -> int:
     """Hand the arguments over to the training's own parser, and tell what came of it."""
     from lightspine.errors import UsageError
-    from lightspine.recipes import list_recipes
 
     if not args.arguments:
-        raise UsageError(f"expected --config with a file or one of the recipes {', '.join(list_recipes())}")
+        raise UsageError(
+            "expected --config with a file or the name of a recipe: `lightspine recipes` lists them"
+        )
 
     # Lightning takes seconds to load: only now.
     from lightspine.tasks.cli import main

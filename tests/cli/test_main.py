@@ -99,7 +99,7 @@ WRONG_USE = {
         ["compare", "--data", "digits", "--models", "shvit_s1,shvit_s1"],
         "shvit_s1 is given twice",
     ),
-    "train without a recipe": (["train"], "one of the recipes digits_"),
+    "train without a recipe": (["train"], "`lightspine recipes` lists them"),
     "recipe that is not there": (["train", "--config", "absent.yaml"], "absent.yaml"),
     "unknown option of train": (["train", "--config", "digits_shvit_s1", "--colour", "3"], "colour"),
 }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightspine.data import open_image
+from lightspine.data import decode_image, open_image
 from lightspine.errors import LightspineError, UsageError
 from support.images import truncate, write_image
 
@@ -45,6 +45,63 @@ def test_open_image_keeps_colours_of_transparent_palette(tmp_path: Path) -> None
 def test_open_image_scales_16_bit_values(tmp_path: Path) -> None:
     pixels = np.full((40, 40), 257 * 100, np.uint16)
     assert open_image(_save(tmp_path / "deep.png", pixels)).getpixel((0, 0)) == (100, 100, 100)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tiff", "a.gif", "a.bmp"])
+def test_open_image_keeps_colour_of_format(tmp_path: Path, name: str) -> None:
+    path = _save(tmp_path / name, np.full((40, 50, 3), (200, 60, 20), np.uint8))
+    assert np.allclose(np.asarray(open_image(path)), (200, 60, 20), atol=4)
+
+
+def test_open_image_keeps_colour_of_cmyk(tmp_path: Path) -> None:
+    path = _save(tmp_path / "print.jpg", np.full((40, 50, 3), (200, 60, 20), np.uint8), "CMYK")
+    assert np.allclose(np.asarray(open_image(path)), (200, 60, 20), atol=4)
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_open_image_scales_16_bit_tiff_of_byte_order(tmp_path: Path, order: str) -> None:
+    pixels = np.full((40, 40), 257 * 100, dtype=order)
+    Image.frombytes("I;16" if order == "<u2" else "I;16B", (40, 40), pixels.tobytes()).save(
+        tmp_path / "d.tiff"
+    )
+    assert open_image(tmp_path / "d.tiff").getpixel((0, 0)) == (100, 100, 100)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_open_image_is_upright_for_exif_orientation(tmp_path: Path, orientation: int) -> None:
+    upright = np.zeros((48, 64, 3), np.uint8)
+    upright[:24, :16] = 255  # the upper left corner tells all eight apart
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "camera.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "camera.png")), upright)
+
+
+def test_open_image_reads_past_broken_exif(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40), (9, 200, 9)).save(
+        tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0\0"
+    )
+    assert open_image(tmp_path / "a.jpg").size == (40, 40)
+
+
+def test_decode_image_reads_bytes(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.png", (10, 200, 30))
+    assert np.array_equal(np.asarray(decode_image(path.read_bytes(), "a")), np.asarray(open_image(path)))
+
+
+def test_decode_image_names_what_it_was_told() -> None:
+    with pytest.raises(LightspineError, match=r"cannot read image shard\.tar/7\.jpg: it is not an image"):
+        decode_image(b"nothing", "shard.tar/7.jpg")
 
 
 def test_open_image_refuses_floating_point_pixels(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Transforms: sizes, published settings and the augmentation presets."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -43,3 +44,40 @@ def test_preprocessing_takes_settings_of_the_model() -> None:
 def test_transform_refuses_other_channel_counts() -> None:
     with pytest.raises(UsageError, match="3 channels, but the model takes 5"):
         create_eval_transform(Preprocessing(input_size=(5, 32, 32)))
+
+
+def _published_eval(image: Image.Image, size: int) -> torch.Tensor:
+    """Resize the shorter side to int(256 / 224 * size), bicubic, and crop the middle."""
+    shorter = int(256 / 224 * size)
+    width, height = image.size
+    scaled = (
+        (shorter, int(shorter * height / width))
+        if width < height
+        else (int(shorter * width / height), shorter)
+    )
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
+    return _normalised(image.crop((left, top, left + size, top + size)))
+
+
+def _normalised(image: Image.Image) -> torch.Tensor:
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+    return (pixels - torch.tensor((0.485, 0.456, 0.406))[:, None, None]) / torch.tensor(
+        (0.229, 0.224, 0.225)
+    )[:, None, None]
+
+
+@pytest.mark.parametrize("size", [192, 224, 256, 384])
+@pytest.mark.parametrize("shape", [(500, 375), (333, 500), (640, 427)])
+def test_eval_transform_crops_by_published_rule(size: int, shape: tuple[int, int]) -> None:
+    image = Image.effect_noise(shape, 60).convert("RGB")
+    transform = create_eval_transform(Preprocessing(input_size=(3, size, size), crop_pct=0.875))
+    assert torch.allclose(transform(image), _published_eval(image, size), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [384, 512])
+def test_squashing_eval_transform_resizes_without_crop(size: int) -> None:
+    image = Image.effect_noise((500, 375), 60).convert("RGB")
+    preprocessing = Preprocessing(input_size=(3, size, size), crop_pct=1.0, crop_mode="squash")
+    wanted = _normalised(image.resize((size, size), Image.Resampling.BICUBIC))
+    assert torch.allclose(create_eval_transform(preprocessing)(image), wanted, atol=1e-6)

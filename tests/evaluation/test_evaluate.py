@@ -42,7 +42,7 @@ def test_scores_agree_with_predictions_counted_one_by_one(digits: Path) -> None:
     model = load_model(digits)[0]
     dataset = DigitsDataset("test")
     with torch.no_grad():
-        ranks = [model(image[None])[0].argsort(descending=True) for image, _ in dataset]
+        ranks = [model(image[None])[0].argsort(descending=True) for image, *_ in dataset]
     labels = dataset.labels.tolist()
     assert report["images"] == len(labels) == 359
     hits = sum(int(rank[0]) == label for rank, label in zip(ranks, labels, strict=True))
@@ -60,8 +60,8 @@ def test_confusion_holds_every_image_once(digits: Path) -> None:
 
 def test_report_is_written_as_json(digits: Path, tmp_path: Path) -> None:
     report = evaluate(digits, "digits")
-    path = write_report(report, tmp_path / "deep" / "report.json")
-    assert json.loads(path.read_text()) == report
+    written = write_report(report, tmp_path / "deep" / "out")
+    assert json.loads(written["report.json"].read_text()) == report
     assert report["model"] == SMALL_MODEL
     assert report["preprocessing"]["input_size"] == [3, 32, 32]
 

@@ -9,20 +9,8 @@ import lightspine
 from lightspine.data.image_folder import Batch
 from lightspine.data.modules import DigitsDataModule
 from lightspine.errors import UsageError
-from lightspine.tasks.classification import ClassificationTask, warmup_cosine
+from lightspine.tasks.classification import ClassificationTask
 from support.training import make_task
-
-
-@pytest.mark.parametrize(
-    ("step", "factor"),
-    [(0, 1 / 11), (9, 10 / 11), (10, 1.0), (60, 0.505), (110, 0.01), (500, 0.01)],
-)
-def test_rate_rises_linearly_and_falls_as_cosine(step: int, factor: float) -> None:
-    assert warmup_cosine(step, warmup=10, total=110, floor=0.01) == pytest.approx(factor)
-
-
-def test_rate_starts_at_full_height_without_warmup() -> None:
-    assert warmup_cosine(0, warmup=0, total=100, floor=0.0) == 1.0
 
 
 @pytest.mark.parametrize("options", [{}, {"mixup": 0.2}, {"cutmix": 1.0}, {"label_smoothing": 0.1}])
@@ -39,7 +27,7 @@ def test_optimiser_steps_lower_the_loss(options: dict[str, float]) -> None:
     for _ in range(5):
         optimizer.zero_grad()
         mixed, targets = task.mix(images.clone(), labels) if task.mix else (images, labels)
-        task._loss(task(mixed), targets).backward()
+        task.training_loss(mixed, targets).backward()
         optimizer.step()
     assert clean_loss() < before
 
@@ -49,7 +37,7 @@ def test_both_heads_of_a_distilled_model_are_trained() -> None:
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])
     first, second = task(images)
     expected = sum(torch.nn.functional.cross_entropy(head, labels) for head in (first, second)) / 2
-    torch.testing.assert_close(task._loss((first, second), labels), expected)
+    torch.testing.assert_close(task.training_loss(images, labels), expected)
 
 
 def test_model_is_the_same_for_the_same_seed_only() -> None:

@@ -13,7 +13,7 @@ import torch
 from lightspine.data.modules import DigitsDataModule, ImageFolderDataModule
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models._loading import load_model
-from lightspine.tasks.fit import TrainingInterruptedError, TrainResult, prepare_folder, train
+from lightspine.tasks.fit import TrainingInterruptedError, TrainResult, train
 from support.images import truncate, write_folder, write_image
 from support.training import make_task, read_weights, run, same_weights
 
@@ -74,14 +74,14 @@ def test_same_seed_gives_same_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, ema_decay: float | None) -> None:
-    options = {"epochs": 3, "ema_decay": ema_decay}
-    whole = run(tmp_path / "whole", task=make_task(mixup=0.2), **options)
+    options = {"mixup": 0.2, "ema_decay": ema_decay}
+    whole = run(tmp_path / "whole", task=make_task(**options), epochs=3)
     with pytest.raises(TrainingInterruptedError):
-        run(tmp_path / "parts", task=make_task(mixup=0.2), callbacks=[AtEpoch(2, _interrupt)], **options)
+        run(tmp_path / "parts", task=make_task(**options), callbacks=[AtEpoch(2, _interrupt)], epochs=3)
     # Another random state than at the time of the interruption.
     torch.manual_seed(99)
     last = tmp_path / "parts" / "last.ckpt"
-    parts = run(tmp_path / "ignored", task=make_task(mixup=0.2), resume=last, **options)
+    parts = run(tmp_path / "ignored", task=make_task(**options), resume=last, epochs=3)
     assert parts.folder == (tmp_path / "parts").resolve()
     assert [row["val_loss"] for row in parts.history] == [row["val_loss"] for row in whole.history]
     assert same_weights(parts.weights, whole.weights)
@@ -108,25 +108,47 @@ def test_interrupt_leaves_the_signal_handler_as_it_was(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_non_finite_loss_stops_and_keeps_the_good_checkpoint(tmp_path: Path) -> None:
-    message = r"loss became nan at step 6 \(epoch 1\) with learning rate 0\.0\d+; "
-    with pytest.raises(LightspineError, match=message + r"the last checkpoint is .*last\.ckpt") as caught:
-        run(tmp_path / "run", epochs=3, callbacks=[AtEpoch(1, _poison)])
+def test_non_finite_losses_in_a_row_stop_and_keep_the_good_checkpoint(tmp_path: Path) -> None:
+    message = (
+        r"3 bad steps in a row, the last: non-finite loss at step 8 \(epoch 1\), learning rate 0\.0\d+; "
+    )
+    named = r"the weight conv1\.0\.weight is not finite; lower the learning rate.*; the last checkpoint is "
+    with pytest.raises(LightspineError, match=message + named) as caught:
+        run(tmp_path / "run", task=make_task(max_bad_steps=3), epochs=3, callbacks=[AtEpoch(1, _poison)])
     assert caught.value.exit_status == 1
     weights = read_weights(tmp_path / "run" / "last.ckpt")
     assert all(torch.isfinite(value).all() for value in weights.values())
 
 
+class BlankBatch(pl.Callback):
+    """Makes the images of one batch infinite."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, _: Any, batch: Any, *__: Any) -> None:
+        if trainer.global_step == 4:
+            batch.images.fill_(float("inf"))
+
+
+def test_bad_batch_is_skipped_counted_and_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    result = run(tmp_path / "run", callbacks=[BlankBatch()])
+    assert "skipped a step: non-finite loss at step 4 (epoch 0)" in caplog.text
+    assert "the images themselves are not finite" in caplog.text
+    assert [row["skipped_steps"] for row in result.history] == [1, 1]
+    weights = read_weights(result.last_checkpoint)
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
 def test_diverging_rate_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(LightspineError, match="with learning rate"):
+    with pytest.raises(LightspineError, match=r"bad steps in a row|validation loss is not finite"):
         run(tmp_path / "run", task=make_task(lr=1e30, optimizer="sgd"))
 
 
 def test_averaged_weights_are_validated_and_exported(tmp_path: Path) -> None:
-    result = run(tmp_path / "run", ema_decay=0.9)
+    result = run(tmp_path / "run", task=make_task(ema_decay=0.9))
     stored = torch.load(result.last_checkpoint, weights_only=True)
     exported = load_model(result.weights)[0].state_dict()
+    raw = load_model(result.raw_weights)[0].state_dict()
     live, averaged = stored["current_model_state"], stored["state_dict"]
+    assert all(torch.equal(live[f"model.{key}"], value) for key, value in raw.items())
     assert all(torch.equal(averaged[f"model.{key}"], value) for key, value in exported.items())
     assert any(not torch.equal(live[key], averaged[key]) for key in averaged)
 
@@ -213,27 +235,3 @@ def test_nothing_is_written_without_progress(tmp_path: Path, capsys: pytest.Capt
 def test_class_counts_of_task_and_data_must_agree(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a task with 10 classes, got 4"):
         train(make_task(num_classes=4), DigitsDataModule(), folder=tmp_path / "run")
-
-
-def test_resuming_from_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"gone\.ckpt is not a file"):
-        run(tmp_path / "run", resume=tmp_path / "gone.ckpt")
-
-
-def test_resuming_a_finished_run_is_refused(tmp_path: Path) -> None:
-    done = run(tmp_path / "run", epochs=1)
-    with pytest.raises(UsageError, match="already trained for 1 of 1 epochs"):
-        run(tmp_path / "run", epochs=1, resume=done.last_checkpoint)
-
-
-def test_resuming_from_a_damaged_checkpoint_names_it(tmp_path: Path) -> None:
-    (tmp_path / "last.ckpt").write_bytes(b"not a checkpoint")
-    with pytest.raises(LightspineError, match=r"cannot resume from .*last\.ckpt"):
-        run(tmp_path / "run", resume=tmp_path / "last.ckpt")
-
-
-def test_taken_folder_gets_a_numbered_neighbour(tmp_path: Path) -> None:
-    for expected in ("run", "run-2", "run-3"):
-        folder = prepare_folder(tmp_path / "run")
-        assert folder == tmp_path / expected
-        (folder / "file").touch()

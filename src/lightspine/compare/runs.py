@@ -9,11 +9,11 @@ from typing import Any
 import timm
 
 from lightspine.compare.names import check_model_names
+from lightspine.data.augmentation import AugmentationName
 from lightspine.data.digits import export_digits
 from lightspine.data.image_folder import VAL_NAMES, scan_image_folder
 from lightspine.data.images import open_image
 from lightspine.data.modules import DigitsDataModule, ImageDataModule, ImageFolderDataModule
-from lightspine.data.transforms import Augmentation
 from lightspine.errors import LightspineError
 from lightspine.models import find_record
 from lightspine.tasks.classification import ClassificationTask
@@ -43,7 +43,7 @@ class CompareSettings:
     batch_size: int = 32
     size: int = 96
     lr: float = 1e-3
-    augmentation: Augmentation = "medium"
+    augmentation: AugmentationName = "medium"
     val_fraction: float = 0.2
     num_workers: int = 2
     seed: int = 0

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightspine.data.image_folder import Batch
+from lightspine.data.batch import Batch, Item
 from lightspine.data.images import MIN_SIDE
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import UsageError
@@ -38,10 +38,11 @@ def digits_preprocessing(image_size: int) -> Preprocessing:
     )
 
 
-class DigitsDataset(Dataset[tuple[Tensor, Tensor]]):
+class DigitsDataset(Dataset[Item]):
     """The digits, scaled up bilinearly and normalised, as three equal channels.
 
-    A data loader fetches a whole batch at once, so it needs `collate_fn=lambda batch: batch`.
+    A data loader fetches a whole batch at once, so it needs `collate_fn=lambda batch: batch`; inside a
+    `SeededDataset`, which reads one by one, `collate_images`.
 
     Args:
         split: "train" (1,438 digits) or "test" (359, every class in proportion, always the same ones).
@@ -66,10 +67,10 @@ class DigitsDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return one digit: image (3, S, S) float32 and label ()."""
+    def __getitem__(self, index: int) -> Item:
+        """Return one digit: image (3, S, S) float32 and its label."""
         images, labels, _ = self.__getitems__([index])
-        return images[0], labels[0]
+        return Item(images[0], int(labels[0]))
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """Return N digits: images (N, 3, S, S) float32 and labels (N,)."""

@@ -1,6 +1,9 @@
-"""Open an image file as 8-bit RGB, whatever it holds."""
+"""Open an image as 8-bit RGB, whatever it holds."""
 
+import io
+import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -12,10 +15,7 @@ MIN_SIDE = 32
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Return an image as 8-bit RGB, upright.
-
-    Grey, palette, CMYK and 16-bit images are converted (16-bit values are scaled, not cut off), transparency
-    is dropped, and the EXIF orientation is applied.
+    """Return the image of a file as 8-bit RGB, upright; see `decode_image`.
 
     Args:
         path: an image file of any format that Pillow reads.
@@ -30,18 +30,41 @@ def open_image(path: str | Path) -> Image.Image:
             f"expected an image file, but {path} {'is a folder' if path.is_dir() else 'does not exist'}"
         )
     try:
-        with Image.open(path) as file:
+        with path.open("rb") as file:
+            return decode_image(file, str(path))
+    except OSError as error:
+        raise LightspineError(f"cannot read image {path}: {error.strerror or error}") from error
+
+
+def decode_image(data: bytes | BinaryIO, name: str) -> Image.Image:
+    """Return an image as 8-bit RGB, upright.
+
+    Grey, palette, CMYK and 16-bit images are converted (16-bit values are scaled, not cut off), transparency
+    is dropped, and the EXIF orientation is applied.
+
+    Args:
+        data: the content of an image file, or the open file.
+        name: what an error calls the image.
+
+    Raises:
+        UsageError: the image is smaller than 32 px on a side.
+        LightspineError: it is not an image, is truncated, or holds pixels of an unknown meaning.
+    """
+    try:
+        # Pillow warns of damage that it can read past, such as a broken EXIF block: the image is used.
+        with (
+            warnings.catch_warnings(action="ignore", category=UserWarning),
+            Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as file,
+        ):
             # Orientation is read from the file's EXIF block, which a conversion may lose: turn first.
             image = _to_rgb(ImageOps.exif_transpose(file))
-    except LightspineError:
-        raise
     # Pillow's decoders raise nearly anything on damaged data: OSError, SyntaxError, ValueError, struct.error.
     except Exception as error:
         reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise LightspineError(f"cannot read image {path}: {reason or type(error).__name__}") from error
+        raise LightspineError(f"cannot read image {name}: {reason or type(error).__name__}") from error
     width, height = image.size
     if min(width, height) < MIN_SIDE:
-        raise UsageError(f"image {path} is {width}x{height} px, at least {MIN_SIDE}x{MIN_SIDE} is needed")
+        raise UsageError(f"image {name} is {width}x{height} px, at least {MIN_SIDE}x{MIN_SIDE} is needed")
     return image
 
 

@@ -2,28 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
+from torchvision.transforms import Compose, RandomCrop, Resize
 
+from lightspine.data.augmentation import Augmentation, AugmentationName, find_augmentation
+from lightspine.data.posterize import use_own_posterize
 from lightspine.errors import UsageError
-
-Augmentation = Literal["none", "light", "medium", "strong"]
-AUGMENTATIONS: tuple[Augmentation, ...] = get_args(Augmentation)
-
-_TRAIN_OPTIONS: dict[Augmentation, dict[str, Any]] = {
-    "none": {"no_aug": True},
-    "light": {"scale": (0.6, 1.0), "color_jitter": 0.0},
-    "medium": {"scale": (0.25, 1.0), "color_jitter": 0.3},
-    "strong": {
-        "scale": (0.08, 1.0),
-        "color_jitter": 0.4,
-        "auto_augment": "rand-m9-mstd0.5-inc1",
-        "re_prob": 0.25,
-    },
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,23 +69,35 @@ def create_eval_transform(preprocessing: Preprocessing) -> Callable[[Image.Image
 
 
 def create_train_transform(
-    preprocessing: Preprocessing, augmentation: Augmentation = "medium"
+    preprocessing: Preprocessing, augmentation: AugmentationName | Augmentation = "medium"
 ) -> Callable[[Image.Image], Tensor]:
     """Return the random transform for training.
 
     Args:
         preprocessing: the size and statistics that the model takes.
         augmentation: "none" (resize and central crop), "light" (crops of at least 60 % of the image, flips),
-            "medium" (at least 25 %, with colour jitter) or "strong" (at least 8 %, RandAugment, erasing).
+            "medium" (at least 25 %, with colour jitter), "strong" (at least 8 %, RandAugment, erasing), or
+            every setting by itself.
 
     Raises:
-        UsageError: an unknown augmentation.
+        UsageError: an unknown augmentation, or a value of it out of its range.
     """
-    if augmentation not in _TRAIN_OPTIONS:
-        raise UsageError(f"expected an augmentation among {', '.join(AUGMENTATIONS)}, got {augmentation!r}")
-    return create_transform(
-        is_training=True, **_common_options(preprocessing), **_TRAIN_OPTIONS[augmentation]
-    )
+    if augmentation == "none":
+        return create_transform(is_training=True, no_aug=True, **_common_options(preprocessing))
+    chosen = find_augmentation(augmentation)
+    common = _common_options(preprocessing) | chosen.timm_options()
+    transform = create_transform(is_training=True, **common)
+    use_own_posterize(transform)
+    if chosen.crop == "padded":
+        # timm has no such crop: it takes the place of the first step, the random resized crop.
+        height, width = preprocessing.input_size[1:]
+        transform.transforms[0] = Compose(
+            [
+                Resize((height, width), str_to_interp_mode(preprocessing.interpolation)),
+                RandomCrop((height, width), padding=(width // 8, height // 8)),
+            ]
+        )
+    return transform
 
 
 def _common_options(preprocessing: Preprocessing) -> dict[str, Any]:

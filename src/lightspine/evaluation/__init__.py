@@ -1,6 +1,17 @@
-"""Scores and predictions of a checkpoint; nothing here imports Lightning."""
+"""Scores, predictions and features of a checkpoint; nothing here imports Lightning."""
 
-from lightspine.evaluation.evaluate import evaluate, write_report
+from lightspine.evaluation.bulk import InferenceOptions, embed_images, predict_images
+from lightspine.evaluation.evaluate import evaluate
 from lightspine.evaluation.predict import ClassScore, Prediction, predict
+from lightspine.evaluation.report import write_report
 
-__all__ = ["ClassScore", "Prediction", "evaluate", "predict", "write_report"]
+__all__ = [
+    "ClassScore",
+    "InferenceOptions",
+    "Prediction",
+    "embed_images",
+    "evaluate",
+    "predict",
+    "predict_images",
+    "write_report",
+]

@@ -1,7 +1,7 @@
-"""A checkpoint and a folder of images in, a report out."""
+"""A checkpoint and labelled images in, a report out."""
 
-import json
-import platform
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,28 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
+from torch.utils.data import DataLoader
 
-from lightspine._version import __version__
-from lightspine.data.digits import CLASS_NAMES, DigitsDataset
-from lightspine.data.image_folder import (
-    VAL_NAMES,
-    Batch,
-    ImageFolderDataset,
-    Sample,
-    collate_images,
-    list_images,
-    scan_image_folder,
-)
-from lightspine.data.transforms import Preprocessing, create_eval_transform
+from lightspine.data.batch import Batch
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.predict import load_network
-from lightspine.models._saving import SavedModel
-
-DIGITS = "digits"
-_LARGEST_CONFUSION = 200
+from lightspine.evaluation.devices import check_device, synchronize
+from lightspine.evaluation.labelled import open_labelled
+from lightspine.evaluation.networks import Weights, find_preprocessing, load_network
+from lightspine.evaluation.report import describe_device, describe_software, hash_file
+from lightspine.evaluation.tally import LARGEST_REPORTED, Tally
 
 
 def evaluate(
@@ -38,9 +28,13 @@ def evaluate(
     data: str | Path,
     *,
     checkpoint: str | Path | None = None,
+    weights: Weights = "auto",
     val_fraction: float | None = None,
     seed: int = 0,
+    class_mapping: str | Path | None = None,
     image_size: int | None = None,
+    crop_pct: float | None = None,
+    crop_mode: str | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     device: str = "cpu",
@@ -50,149 +44,128 @@ def evaluate(
 
     Args:
         model: a checkpoint file, or the name of a model together with `checkpoint`.
-        data: "digits" for the held-out digits, or a folder `val/CLASS/*` or `CLASS/*`. The folders' names are
-            matched with the class names of the checkpoint, so a folder with some of its classes will do.
+        data: a folder `val/CLASS/*` or `CLASS/*`; the folders' names are matched with the class names of the
+            checkpoint, so a folder with some of its classes will do. For ImageNet's 1000 classes the folders
+            may be called by WordNet ids or class numbers, and `val` may be flat with its list beside it
+            (`lightspine.data.imagenet.list_imagenet_val`). Or shards: a `.tar` file, a pattern such as
+            `val-{000..012}.tar`, a folder of them. Or "digits" for the held-out digits.
         checkpoint: the file of weights for a model's name.
+        weights: "model" (as trained), "ema" (their average), or "auto" for those whose score is published.
         val_fraction: measure only on the share of `CLASS/*` that a training with the same fraction and seed
             held out; without it all images of such a folder count.
         seed: of the held-out share.
+        class_mapping: a file that says which classes the folders or images mean
+            (`lightspine.data.load_class_mapping`), or "imagenet" to go by the folders' names. Where it has a
+            part of the classes the model chooses among those only, as ImageNet-A and -R are scored.
         image_size: height and width in pixels instead of the checkpoint's own.
+        crop_pct: see `find_preprocessing`; the checkpoint's own without it.
+        crop_mode: see `find_preprocessing`; the checkpoint's own without it.
         batch_size: images per forward pass.
         num_workers: processes that read images; 0 reads in this one.
         device: torch's name of the device.
-        progress: show a bar.
+        progress: show a bar on the standard error.
 
     Returns:
-        The report, plain values only: `model`, `checkpoint`, `parameters`, `data`, `split`, `images`;
+        The report, plain values only: `model`, `checkpoint`, `checkpoint_sha256`, `weights` (those that were
+        used), `parameters`, `data`, `split`, `listing_sha256` (of the images' names and classes), `images`;
         `top1` and `top5` in percent (`top5` is None with five classes or fewer), `loss`;
-        `classes` (`images` and `top1` of each);
+        `classes` (`images`, `top1`, `top5`, `predicted`, `confused_with` of each; None where an image may
+        have several right classes, as the loss then is);
         `confusion` (rows: true class, columns: predicted; None above 200 classes);
-        `skipped` (path -> reason); `preprocessing`; `loaded` (what became of the file's tensors);
-        `device`; `versions`.
+        `candidates` (how many classes the model chose among); `skipped` (path -> reason); `preprocessing`;
+        `loaded` (what became of the file's tensors);
+        `throughput` (`images_per_second` with the reading of images, `model_images_per_second` without; both
+        leave the first of several batches out); `arguments` of this call; `device`, `threads`; `versions`.
 
     Raises:
-        UsageError: a wrong model, folder or class.
-        LightspineError: the checkpoint, or every image, cannot be read.
+        UsageError: a wrong model, folder, class or value.
+        LightspineError: the checkpoint, or every image, cannot be read; the model gives no finite values.
     """
-    network, saved = load_network(model, checkpoint)
-    preprocessing = Preprocessing.from_config(saved.preprocessing, image_size=image_size)
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in locals().items()}
+    if batch_size < 1 or num_workers < 0:
+        raise UsageError(
+            f"expected a batch size of at least 1 and 0 or more workers, got {batch_size} and {num_workers}"
+        )
+    check_device(device)
+    network, saved = load_network(model, checkpoint, weights=weights)
+    preprocessing = find_preprocessing(saved, image_size=image_size, crop_pct=crop_pct, crop_mode=crop_mode)
     num_classes = int(getattr(network, "num_classes", 0))
     if num_classes < 2:
         raise UsageError(f"expected a checkpoint with a classifier, but {checkpoint or model} has none")
-    source = _open_data(data, saved, preprocessing, num_classes, val_fraction, seed)
-    loader = DataLoader(source.dataset, batch_size, collate_fn=source.collate, num_workers=num_workers)
-    batches: Iterable[Batch] = track(loader, "evaluating", transient=True) if progress else loader
-    tally = _count(network.to(device), batches, num_classes, device)
-    images = int(tally.confusion.sum())
-    if images == 0:
-        raise LightspineError(
-            f"none of the images of {data} can be used; {next(iter(tally.skipped.values()))}"
-        )
+    images = open_labelled(
+        data,
+        saved,
+        preprocessing,
+        num_classes,
+        val_fraction=val_fraction,
+        seed=seed,
+        class_mapping=class_mapping,
+    )
+    loader = DataLoader(images.dataset, batch_size, collate_fn=images.collate, num_workers=num_workers)
+    tally = Tally(num_classes, right_classes=images.right_classes, candidates=images.candidates)
+    batches = _with_bar(loader) if progress else loader
+    run = _score(network.to(device), batches, tally, device)
+    if tally.images == 0:
+        raise LightspineError(f"none of the images of {data} can be used; {next(iter(run.skipped.values()))}")
+    report = getattr(network, "load_report", None)
     return {
         "model": saved.name,
         "checkpoint": str(checkpoint or model),
+        "checkpoint_sha256": hash_file(checkpoint or model),
+        "weights": _used_weights(report),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "data": str(data),
-        "split": source.split,
-        "images": images,
-        "top1": 100 * int(tally.confusion.trace()) / images,
-        "top5": 100 * tally.in_top5 / images if num_classes > 5 else None,
-        "loss": tally.loss / images,
-        "classes": _per_class(source.class_names, tally.confusion),
-        "confusion": tally.confusion.tolist() if num_classes <= _LARGEST_CONFUSION else None,
-        "skipped": tally.skipped,
+        "split": images.split,
+        "listing_sha256": images.listing_sha256,
+        "images": tally.images,
+        **tally.scores(),
+        "classes": tally.classes(images.class_names),
+        "confusion": _reported_confusion(tally),
+        "candidates": tally.candidates,
+        "skipped": run.skipped,
         "preprocessing": preprocessing.to_dict(),
-        "loaded": str(getattr(network, "load_report", "")),
-        "device": device,
-        "versions": {
-            "lightspine": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "loaded": str(report or ""),
+        "throughput": run.throughput(),
+        "arguments": arguments,
+        "device": describe_device(device),
+        "threads": torch.get_num_threads(),
+        "versions": describe_software(),
     }
 
 
-def write_report(report: dict[str, Any], path: str | Path) -> Path:
-    """Write a report as JSON; the folder is made.
-
-    Raises:
-        LightspineError: the file cannot be written.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise LightspineError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
-
-
 @dataclass
-class _Source:
-    dataset: Dataset
-    class_names: list[str]
-    split: str
-    collate: Any = collate_images
+class _Run:
+    """What scoring met on its way, and how long it took; the first of several batches warms up."""
 
-
-@dataclass
-class _Tally:
-    confusion: Tensor
-    in_top5: int = 0
-    loss: float = 0.0
     skipped: dict[str, str] = field(default_factory=dict)
+    timed: list[tuple[int, float, float]] = field(default_factory=list)
+
+    def throughput(self) -> dict[str, float]:
+        timed = self.timed[1:] or self.timed
+        count = sum(images for images, _, _ in timed)
+        return {
+            "images_per_second": round(count / sum(whole for _, whole, _ in timed), 2),
+            "model_images_per_second": round(count / sum(forward for _, _, forward in timed), 2),
+        }
 
 
-def _open_data(
-    data: str | Path,
-    saved: SavedModel,
-    preprocessing: Preprocessing,
-    num_classes: int,
-    val_fraction: float | None,
-    seed: int,
-) -> _Source:
-    if str(data) == DIGITS:
-        _check_count(len(CLASS_NAMES), num_classes, "the digits")
-        size = preprocessing.input_size[1]
-        return _Source(DigitsDataset("test", image_size=size), CLASS_NAMES, "test", collate=_as_is)
-    root = Path(data)
-    names, samples, split = _find_samples(root, saved.class_names, val_fraction, seed)
-    _check_count(len(names), num_classes, str(root))
-    return _Source(ImageFolderDataset(samples, create_eval_transform(preprocessing)), names, split)
-
-
-def _find_samples(
-    root: Path, class_names: list[str] | None, val_fraction: float | None, seed: int
-) -> tuple[list[str], list[Sample], str]:
-    val_root = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
-    if val_fraction is None:
-        names, samples = list_images(val_root or root, class_names)
-        return names, samples, val_root.name if val_root else "all images"
-    if val_root is not None:
-        raise UsageError(f"expected no val_fraction for {root}, which has a folder {val_root.name}")
-    splits = scan_image_folder(root, val_fraction=val_fraction, seed=seed)
-    names = class_names or splits.class_names
-    if unknown := sorted(set(splits.class_names) - set(names)):
-        raise UsageError(f"class {unknown[0]} of {root} is not among the model's {len(names)} classes")
-    samples = [Sample(path, names.index(splits.class_names[label])) for path, label in splits.val]
-    return names, samples, f"{val_fraction:g} held out with seed {seed}"
-
-
-def _count(network: nn.Module, batches: Iterable[Batch], num_classes: int, device: str) -> _Tally:
-    """Run every batch and count true against predicted classes."""
-    tally = _Tally(torch.zeros(num_classes, num_classes, dtype=torch.int64))
+def _score(network: nn.Module, batches: Iterable[Batch], tally: Tally, device: str) -> _Run:
+    run = _Run()
     with _evaluating(network), torch.inference_mode():
+        started = time.perf_counter()
         for images, labels, bad in batches:
-            tally.skipped.update((image.path, image.reason) for image in bad)
+            run.skipped.update((image.path, image.reason) for image in bad)
             if len(images) == 0:
                 continue
-            logits = network(images.to(device)).float().cpu()
-            top = logits.topk(min(5, num_classes)).indices
-            tally.in_top5 += int((top == labels[:, None]).any(dim=1).sum())
-            tally.loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-            cells = labels * num_classes + top[:, 0]
-            tally.confusion += torch.bincount(cells, minlength=num_classes**2).view_as(tally.confusion)
-    return tally
+            arrived = time.perf_counter()
+            logits = network(images.to(device))
+            synchronize(device)
+            forward = time.perf_counter() - arrived
+            tally.add(logits.float().cpu(), labels)
+            ended = time.perf_counter()
+            run.timed.append((len(images), ended - started, forward))
+            started = ended
+    return run
 
 
 @contextmanager
@@ -205,18 +178,14 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
         network.train(training)
 
 
-def _per_class(names: list[str], confusion: Tensor) -> dict[str, dict[str, float | None]]:
-    counts, hits = confusion.sum(dim=1).tolist(), confusion.diag().tolist()
-    return {
-        name: {"images": count, "top1": 100 * hit / count if count else None}
-        for name, count, hit in zip(names, counts, hits, strict=True)
-    }
+def _with_bar(loader: DataLoader) -> Iterable[Batch]:
+    return track(loader, "evaluating", transient=True, console=Console(file=sys.stderr))
 
 
-def _check_count(found: int, expected: int, where: str) -> None:
-    if found != expected:
-        raise UsageError(f"expected {expected} classes, as many as the checkpoint's, but {where} has {found}")
+def _used_weights(report: Any) -> str:
+    return "ema" if report is not None and report.is_ema else "model"
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
+def _reported_confusion(tally: Tally) -> list[list[int]] | None:
+    small = tally.confusion is not None and tally.num_classes <= LARGEST_REPORTED
+    return tally.confusion.tolist() if tally.confusion is not None and small else None

@@ -5,16 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from timm.data import ImageNetInfo
-from torch import nn
 
 from lightspine.data.images import open_image
-from lightspine.data.transforms import Preprocessing, create_eval_transform
+from lightspine.data.transforms import create_eval_transform
 from lightspine.errors import UsageError
-from lightspine.models._factory import create_model
-from lightspine.models._loading import load_model
-from lightspine.models._registry import find_record
-from lightspine.models._saving import SavedModel, default_preprocessing
+from lightspine.evaluation.devices import check_device
+from lightspine.evaluation.networks import Weights, class_names, find_preprocessing, load_network
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,11 @@ def predict(
     images: Iterable[str | Path],
     *,
     checkpoint: str | Path | None = None,
+    weights: Weights = "auto",
     topk: int = 5,
     image_size: int | None = None,
+    crop_pct: float | None = None,
+    crop_mode: str | None = None,
     device: str = "cpu",
 ) -> list[Prediction]:
     """Tell the likeliest classes of image files.
@@ -48,8 +47,11 @@ def predict(
         model: a checkpoint file, or the name of a model together with `checkpoint`.
         images: image files.
         checkpoint: the file of weights for a model's name.
+        weights: "model" (as trained), "ema" (their average), or "auto" for those whose score is published.
         topk: how many classes to tell; at most all.
         image_size: height and width in pixels instead of the checkpoint's own.
+        crop_pct: see `lightspine.evaluation.networks.find_preprocessing`.
+        crop_mode: likewise.
         device: torch's name of the device.
 
     Returns:
@@ -66,9 +68,12 @@ def predict(
     """
     if topk < 1:
         raise UsageError(f"expected topk of at least 1, got {topk}")
-    network, saved = load_network(model, checkpoint)
+    check_device(device)
+    network, saved = load_network(model, checkpoint, weights=weights)
     network = network.to(device)
-    transform = create_eval_transform(Preprocessing.from_config(saved.preprocessing, image_size=image_size))
+    transform = create_eval_transform(
+        find_preprocessing(saved, image_size=image_size, crop_pct=crop_pct, crop_mode=crop_mode)
+    )
     names: list[str] | None = None
     predictions = []
     for path in images:
@@ -83,43 +88,3 @@ def predict(
         ]
         predictions.append(Prediction(Path(path), scores))
     return predictions
-
-
-def load_network(model: str | Path, checkpoint: str | Path | None = None) -> tuple[nn.Module, SavedModel]:
-    """Return a model in evaluation mode with its weights, and what is known about it.
-
-    Args:
-        model: a checkpoint file, or the name of a model together with `checkpoint`.
-        checkpoint: the file of weights for a model's name.
-
-    Raises:
-        UsageError: neither a file nor a name, or a name without a checkpoint.
-        LightspineError: the checkpoint cannot be read.
-    """
-    if Path(model).is_file():
-        if checkpoint is not None:
-            raise UsageError(
-                f"expected a model's name besides the checkpoint {checkpoint}, got the file {model}"
-            )
-        return load_model(model)
-    name = str(model)
-    if checkpoint is None:
-        if Path(name).suffix or "/" in name:
-            raise UsageError(f"expected a checkpoint file, but {name} does not exist")
-        raise UsageError(
-            f"expected a checkpoint besides the name {name!r}: a model without weights can only guess"
-        )
-    if find_record(name) is not None:
-        return load_model(checkpoint, name=name)
-    network = create_model(name, checkpoint=checkpoint).eval()
-    return network, SavedModel(name, preprocessing=default_preprocessing(network))
-
-
-def class_names(saved: SavedModel, num_classes: int) -> list[str]:
-    """Return the checkpoint's class names, else ImageNet's for 1000 classes, else the numbers."""
-    if saved.class_names is not None:
-        return saved.class_names
-    if num_classes == 1000:
-        imagenet = ImageNetInfo()
-        return [imagenet.index_to_description(i) for i in range(num_classes)]
-    return [str(i) for i in range(num_classes)]

@@ -249,14 +249,14 @@ class EfficientViMBlock(nn.Module):
 
 
 class Stem(nn.Sequential):
-    """Four 3x3 convolutions of stride 2 with BatchNorm; ReLU after the first three. Total stride 16."""
+    """Four 3x3 convolutions with BatchNorm; ReLU after the first three. Published, each has stride 2."""
 
-    def __init__(self, in_chans: int, dim: int) -> None:
+    def __init__(self, in_chans: int, dim: int, strides: Sequence[int] = (2, 2, 2, 2)) -> None:
         super().__init__(
-            ConvNorm(in_chans, dim // 8, 3, stride=2, act=True),
-            ConvNorm(dim // 8, dim // 4, 3, stride=2, act=True),
-            ConvNorm(dim // 4, dim // 2, 3, stride=2, act=True),
-            ConvNorm(dim // 2, dim, 3, stride=2),
+            ConvNorm(in_chans, dim // 8, 3, stride=strides[0], act=True),
+            ConvNorm(dim // 8, dim // 4, 3, stride=strides[1], act=True),
+            ConvNorm(dim // 4, dim // 2, 3, stride=strides[2], act=True),
+            ConvNorm(dim // 2, dim, 3, stride=strides[3]),
         )
 
 

@@ -17,7 +17,7 @@ from lightspine.models._saving import SavedModel, default_preprocessing, read_sa
 
 
 def load_model(
-    path: str | Path, *, name: str | None = None, weights: Weights = "auto"
+    path: str | Path, *, name: str | None = None, weights: Weights = "auto", **kwargs: Any
 ) -> tuple[nn.Module, SavedModel]:
     """Build the model that a checkpoint file is of, and load it.
 
@@ -25,6 +25,7 @@ def load_model(
         path: one of our files, or an official or timm file, whose variant is told from its tensors.
         name: registered name, for a file that does not tell.
         weights: "model", "ema", or "auto" for the entry whose score is published.
+        **kwargs: arguments of the model that take the place of those that the file tells.
 
     Returns:
         The model in evaluation mode (`model.load_report` tells what was loaded), and what is known about it.
@@ -37,6 +38,7 @@ def load_model(
     saved = read_saved_model(file)
     if saved is None or (name is not None and name != saved.name):
         saved = _describe(file, name, weights)
+    saved.kwargs = saved.kwargs | kwargs
     model: Any = create_model(saved.name, **saved.kwargs)
     model.load_report = load_checkpoint_file(model, file, weights=weights, drop_head=False)
     saved.preprocessing = saved.preprocessing or default_preprocessing(model)

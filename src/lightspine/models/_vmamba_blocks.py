@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightspine.errors import UsageError
 from lightspine.layers.recompute import recompute_before_scan
+from lightspine.layers.stem import stem_strides
 from lightspine.ops.cross_scan import cross_scan
 from lightspine.ops.cross_scan.orders import scan_order as pixel_order
 
@@ -322,33 +323,37 @@ class VSSBlock(nn.Module):
         return x
 
 
-def make_stem(version: str, in_chans: int, dim: int, norm: bool) -> nn.Module:
-    """Return the map from the image to stride 4.
+def make_stem(version: str, in_chans: int, dim: int, norm: bool, stride: int = 4) -> nn.Module:
+    """Return the map from the image to the first stage.
 
     Args:
         version: "v1" is one 4x4 convolution, "v2" two 3x3 convolutions of stride 2.
         in_chans: channels of the image.
         dim: channels of the map; even for "v2".
         norm: whether layer norms follow the convolutions.
+        stride: 4 as published; with "v2" also 2 or 1, the first or both convolutions then stepping by 1.
 
     Returns:
-        (B, in_chans, H, W) to (B, dim, H / 4, W / 4). As published, "v1" leaves out up to three pixels at the
-        right and bottom of a size that is not a multiple of 4; "v2" rounds up.
+        (B, in_chans, H, W) to (B, dim, H / stride, W / stride). As published, "v1" leaves out up to
+        three pixels at the right and bottom of a size that is not a multiple of 4; "v2" rounds up.
 
     Raises:
-        UsageError: an unknown version, or an odd `dim` for "v2".
+        UsageError: an unknown version, an odd `dim` for "v2", or a stride that the stem cannot have.
     """
     check_choice("stem", version, ("v1", "v2"))
     if version == "v1":
+        if stride != 4:
+            raise UsageError(f"the stem 'v1' has stem_stride=4 only, got {stride}: take stem='v2'")
         parts = [("conv1", nn.Conv2d(in_chans, dim, 4, 4)), ("norm1", LayerNorm2d(dim, eps=EPS))]
     else:
         if dim % 2:
             raise UsageError(f"the stem 'v2' needs an even number of channels, got {dim}")
+        first, second = stem_strides(stride, 2)
         parts = [
-            ("conv1", nn.Conv2d(in_chans, dim // 2, 3, 2, 1)),
+            ("conv1", nn.Conv2d(in_chans, dim // 2, 3, first, 1)),
             ("norm1", LayerNorm2d(dim // 2, eps=EPS)),
             ("act", nn.GELU()),
-            ("conv2", nn.Conv2d(dim // 2, dim, 3, 2, 1)),
+            ("conv2", nn.Conv2d(dim // 2, dim, 3, second, 1)),
             ("norm2", LayerNorm2d(dim, eps=EPS)),
         ]
     return nn.Sequential(OrderedDict(part for part in parts if norm or "norm" not in part[0]))

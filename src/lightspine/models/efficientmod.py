@@ -21,6 +21,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from lightspine.errors import UsageError
+from lightspine.layers.stem import check_stem_stride
 from lightspine.models._build import build_model
 from lightspine.models._efficientmod_blocks import (
     ConvNorm,
@@ -64,6 +65,8 @@ class EfficientMod(nn.Module):
             starts anew in each stage and repeats within it.
         attention_depths: attention blocks of each stage, behind its modulation blocks.
         attention_mlp_ratios: hidden width of the attention blocks' MLP, for each stage.
+        stem_stride: 4 as published, or 1 or 2, for images of 32 to 64 px. Every weight keeps its shape, so
+            published ones load.
         num_heads: heads of the attention blocks.
         kernel_size: side of the depthwise convolution of the context.
         context_f: linear map before that convolution; the paper's ablation leaves it out.
@@ -74,10 +77,12 @@ class EfficientMod(nn.Module):
             published recipe has 0.02 for `efficientmod_s` and `efficientmod_s_conv`, 0 for the smaller ones.
 
     Shape:
-        Input `(B, in_chans, H, W)` with H and W from 32 up; the stages' maps have strides 4, 8, 16, 32.
+        Input `(B, in_chans, H, W)` with H and W from 32 up; the stages' maps have 1, 2, 4, 8 times the stem's
+        stride.
 
     Raises:
-        UsageError: lists of different lengths, an unknown `global_pool` or `fusion`, classes without pooling.
+        UsageError: lists of different lengths, an unknown `global_pool`, `fusion` or `stem_stride`, classes
+            without pooling.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class EfficientMod(nn.Module):
         expand_ratios: Sequence[int] = (1, 6),
         attention_depths: Sequence[int] = (0, 0, 1, 2),
         attention_mlp_ratios: Sequence[float] = (4.0, 4.0, 4.0, 4.0),
+        stem_stride: int = 4,
         num_heads: int = 8,
         kernel_size: int = 7,
         context_f: bool = True,
@@ -105,6 +111,7 @@ class EfficientMod(nn.Module):
                 "embed_dims, depths, attention_depths and attention_mlp_ratios must be equally long, "
                 f"got lengths {', '.join(map(str, lengths))}"
             )
+        check_stem_stride(stem_stride, [1, 2, 4])
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.global_pool = global_pool
@@ -112,7 +119,7 @@ class EfficientMod(nn.Module):
 
         total = sum(depths) + sum(attention_depths)
         rates = iter([drop_path_rate * i / max(total - 1, 1) for i in range(total)])
-        self.stem = ConvNorm(in_chans, embed_dims[0], kernel_size=7, stride=4)
+        self.stem = ConvNorm(in_chans, embed_dims[0], kernel_size=7, stride=stem_stride)
         stages = []
         self.feature_info = []
         width = embed_dims[0]
@@ -135,7 +142,9 @@ class EfficientMod(nn.Module):
             ]
             downsample = ConvNorm(width, dim, kernel_size=3, stride=2) if i else nn.Identity()
             stages.append(Stage(downsample, blocks))
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+            self.feature_info.append(
+                {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"}
+            )
             width = dim
         self.stages = nn.ModuleList(stages)
         self.norm: nn.Module = nn.LayerNorm(self.num_features)
@@ -243,7 +252,7 @@ class EfficientMod(nn.Module):
         return self._normalise(x) if complete else x, intermediates
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to the normalised last map, of stride 32, rounded up."""
+        """Map images (B, in_chans, H, W) to the normalised last map (stride 32 as published), rounded up."""
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)

@@ -24,6 +24,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from lightspine.errors import UsageError
+from lightspine.layers.stem import stem_strides
 from lightspine.models._build import build_model
 from lightspine.models._efficientvim_blocks import (
     ChannelNorm,
@@ -39,8 +40,8 @@ from lightspine.models._registry import Published, StateDict, register_model
 __all__ = ["EfficientViM"]
 
 
-def _describe_stage(index: int, dim: int) -> dict[str, Any]:
-    return {"num_chs": dim, "reduction": 16 * 2**index, "module": f"stages.{index}"}
+def _describe_stage(index: int, dim: int, stem_stride: int) -> dict[str, Any]:
+    return {"num_chs": dim, "reduction": stem_stride * 2**index, "module": f"stages.{index}"}
 
 
 class EfficientViM(nn.Module):
@@ -53,6 +54,9 @@ class EfficientViM(nn.Module):
         dims: width of each stage.
         depths: blocks of each stage.
         state_dims: hidden states N of each stage's mixers.
+        stem_stride: 16 as published, or 1, 2, 4, 8: the first convolutions of the stem then step by 1. Every
+            weight keeps its shape, so published ones load. For images of 32 px take 4, of 64 px 4 or 8: at 16
+            the last map is a single position.
         mlp_ratio: hidden width of the FFNs over the width.
         expand: inner width of the mixers over the width.
         mixer: "hsm-ssd", or "nc-ssd" that the paper compares with.
@@ -62,7 +66,8 @@ class EfficientViM(nn.Module):
         drop_path_rate: drop path of the last block, growing linearly from 0 at the first.
 
     Raises:
-        UsageError: a value is unknown, or dims, depths and state_dims differ in length.
+        UsageError: a value is unknown, the stem cannot have the stride, or dims, depths and state_dims differ
+            in length.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class EfficientViM(nn.Module):
         dims: Sequence[int] = (128, 192, 320),
         depths: Sequence[int] = (2, 2, 2),
         state_dims: Sequence[int] = (49, 25, 9),
+        stem_stride: int = 16,
         mlp_ratio: float = 4.0,
         expand: float = 1.0,
         mixer: Mixer = "hsm-ssd",
@@ -89,7 +95,7 @@ class EfficientViM(nn.Module):
         self.distilled = distilled
         self.distilled_training = distilled
         self.global_pool: str = global_pool
-        self.stem = Stem(in_chans, dims[0])
+        self.stem = Stem(in_chans, dims[0], stem_strides(stem_stride, 4))
 
         total = sum(depths)
         drop_paths = iter([drop_path_rate * i / max(1, total - 1) for i in range(total)])
@@ -103,7 +109,7 @@ class EfficientViM(nn.Module):
             self.head_widths.append(blocks[-1].mixer.state_channels)
             stages.append(Stage(PatchMerging(dims[i - 1], dim) if i else nn.Identity(), blocks))
         self.stages = nn.ModuleList(stages)
-        self.feature_info = [_describe_stage(i, dim) for i, dim in enumerate(dims)]
+        self.feature_info = [_describe_stage(i, dim, stem_stride) for i, dim in enumerate(dims)]
 
         self.head_widths.append(dims[-1])
         self.num_features = self.head_hidden_size = sum(self.head_widths)
@@ -185,10 +191,10 @@ class EfficientViM(nn.Module):
         return torch.cat([pooled.expand(-1, -1, x.shape[2], x.shape[3]), x], dim=1)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to (B, num_features, ceil(H/64), ceil(W/64)).
+        """Map images (B, in_chans, H, W) to (B, num_features, ceil(H/S), ceil(W/S)).
 
-        The last `feature_info[-1]["num_chs"]` channels are the normalised final map; those before hold each
-        stage's normalised, pooled hidden state.
+        S is four times the stem's stride, 64 as published. The last `feature_info[-1]["num_chs"]` channels
+        are the normalised final map; those before hold each stage's normalised, pooled hidden state.
         """
         # Channels innermost from the start: convolutions and LayerNorm then copy nothing.
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
@@ -229,7 +235,7 @@ class EfficientViM(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps of the stages, strides 16, 32 and 64.
+        """Return the maps of the stages, strides 16, 32 and 64 with the published stem.
 
         Args:
             x: images (B, in_chans, H, W).

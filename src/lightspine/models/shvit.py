@@ -22,6 +22,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from lightspine.errors import UsageError
+from lightspine.layers.stem import stem_strides
 from lightspine.models._build import build_model
 from lightspine.models._registry import Published, StateDict, register_model
 from lightspine.models._shvit_blocks import SHSA, ConvNorm, Downsample, SHViTBlock
@@ -80,6 +81,9 @@ class SHViT(nn.Module):
         embed_dims: channels of each stage; the stem needs a multiple of 8 in the first.
         depths: blocks of each stage.
         partial_dims: channels that attend in each stage; `None` for a stage without attention.
+        stem_stride: 16 as published, or 1, 2, 4, 8: the first convolutions of the stem then step by 1. Every
+            weight keeps its shape, so published ones load. For images of 32 px take 4, of 64 px 4 or 8: at 16
+            the last map is a single position.
         qk_dim: width of queries and keys.
         ffn_ratio: hidden width of the feed-forward branches, as a multiple of the stage's channels.
         distilled: a second classifier for a teacher's decisions; `forward` gives the pair `(logits,
@@ -88,11 +92,12 @@ class SHViT(nn.Module):
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first one.
 
     Shape:
-        Input `(B, in_chans, H, W)` with H and W from 32 up; the stages' maps have strides 16, 32, 64, ...
+        Input `(B, in_chans, H, W)` with H and W from 32 up; the stages' maps have 1, 2, 4, ... times the
+        stem's stride.
 
     Raises:
         UsageError: lists of different lengths, an unknown `global_pool`, classes without pooling, or a first
-            width that the stem cannot divide.
+            width or a stride that the stem cannot have.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class SHViT(nn.Module):
         embed_dims: Sequence[int] = (128, 224, 320),
         depths: Sequence[int] = (2, 4, 5),
         partial_dims: Sequence[int | None] = (None, 48, 68),
+        stem_stride: int = 16,
         qk_dim: int = 16,
         ffn_ratio: float = 2.0,
         distilled: bool = False,
@@ -125,8 +131,8 @@ class SHViT(nn.Module):
 
         widths = [in_chans, *(embed_dims[0] // k for k in (8, 4, 2, 1))]
         layers: list[nn.Module] = []
-        for width, next_width in itertools.pairwise(widths):
-            layers += [ConvNorm(width, next_width, 3, stride=2), nn.ReLU(inplace=True)]
+        for sides, stride in zip(itertools.pairwise(widths), stem_strides(stem_stride, 4), strict=True):
+            layers += [ConvNorm(*sides, 3, stride=stride), nn.ReLU(inplace=True)]
         self.stem = nn.Sequential(*layers[:-1])
 
         last = max(sum(depths) - 1, 1)
@@ -143,7 +149,9 @@ class SHViT(nn.Module):
                 for _ in range(depth)
             ]
             stages.append(Stage(Downsample(width, dim, ffn_ratio) if i else nn.Identity(), blocks))
-            self.feature_info.append({"num_chs": dim, "reduction": 16 * 2**i, "module": f"stages.{i}"})
+            self.feature_info.append(
+                {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"}
+            )
             width = dim
         self.stages = nn.ModuleList(stages)
         self.reset_classifier(num_classes, global_pool)
@@ -240,7 +248,10 @@ class SHViT(nn.Module):
         return intermediates if intermediates_only else (x, intermediates)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to the last map (B, num_features, H / 64, W / 64), rounded up."""
+        """Map images (B, in_chans, H, W) to the last map (B, num_features, H / S, W / S), rounded up.
+
+        S is `feature_info[-1]["reduction"]`, 64 as published.
+        """
         x = self.stem(_arrange(x))
         for stage in self.stages:
             x = stage(x)

@@ -74,6 +74,9 @@ class Vim(nn.Module):
         img_size: image size, or (height, width), whose grid of patches the position table has.
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels.
+        stem_stride: `stride` by the name that it has in every family; give one of them. Every weight but the
+            position table, which is resized on loading, keeps its shape, so published ones load. For images
+            of 32 px take 4 (5 x 5 patches that overlap; with `patch_size=4`, a new stem, 8 x 8), of 64 px 8.
         dim: number of channels C.
         depth: number of layers.
         state_dim: see `VimMixer`, as `expand`, `conv_kernel`, `dt_rank` and `divide_out`.
@@ -88,6 +91,10 @@ class Vim(nn.Module):
         norm: "rms" or "layer".
         class_token: "middle" (before patch M // 2 of M), "head", "double" (head and tail) or "none".
         pos_embed: learn a position table, one row per token.
+        pos_embed_resize: how a checkpoint's table is resized to the model's grid: "aligned", with the class
+            token's row left out, or "official", the arithmetic of the official fine-tuning script, which
+            takes the first row for it and so shifts half of the map (`resize_pos_embed`). The published
+            stride-8 models were tuned from the latter.
         dynamic_img_pad: pad images at the right and the bottom to whole patches.
 
     Raises:
@@ -104,7 +111,8 @@ class Vim(nn.Module):
         pos_drop_rate: float = 0.0,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
-        stride: int = 16,
+        stride: int | None = None,
+        stem_stride: int | None = None,
         dim: int = 192,
         depth: int = 24,
         state_dim: int = 16,
@@ -118,17 +126,26 @@ class Vim(nn.Module):
         norm: str = "rms",
         class_token: str = "middle",
         pos_embed: bool = True,
+        pos_embed_resize: str = "aligned",
         dynamic_img_pad: bool = False,
     ) -> None:
         super().__init__()
         check_choice("directions", directions, DIRECTIONS)
         check_choice("norm", norm, tuple(NORMS))
         check_choice("class_token", class_token, CLASS_TOKENS)
+        check_choice("pos_embed_resize", pos_embed_resize, ("aligned", "official"))
+        if pos_embed_resize == "official" and not (pos_embed and count_class_tokens(class_token) == 1):
+            raise UsageError(
+                "pos_embed_resize 'official' is of tables with one class token: "
+                f"received pos_embed={pos_embed} and class_token {class_token!r}"
+            )
+        stride = _one_stride(stride, stem_stride)
         if directions == "layer-pairs" and depth % 2:
             raise UsageError(f"directions 'layer-pairs' needs an even depth: received {depth}")
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dim
         self.class_token = class_token
+        self.pos_embed_resize = pos_embed_resize
         self.directions = directions
         self.patch_size, self.stride = patch_size, stride
         self.dynamic_img_pad = dynamic_img_pad
@@ -345,6 +362,15 @@ class Vim(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def _one_stride(stride: int | None, stem_stride: int | None) -> int:
+    if stride is not None and stem_stride is not None:
+        raise UsageError(f"stride and stem_stride are the same: received both, {stride} and {stem_stride}")
+    chosen = stem_stride if stride is None else stride
+    if chosen is not None and chosen < 1:
+        raise UsageError(f"the stride of the patches must be at least 1: received {chosen}")
+    return 16 if chosen is None else chosen
+
+
 def _cfg(**overrides: Any) -> dict[str, Any]:
     return {
         "url": "",
@@ -419,11 +445,14 @@ def checkpoint_filter_fn(state_dict: StateDict, model: Vim) -> StateDict:
         and same_tokens
     ):
         grid = square_grid(table.shape[1], model.class_token)
-        out["pos_embed"] = resize_pos_embed(table, grid, model.grid_size, model.class_token)
+        token = "head" if model.pos_embed_resize == "official" else model.class_token
+        out["pos_embed"] = resize_pos_embed(table, grid, model.grid_size, token)
     return out
 
 
 def _create(variant: str, pretrained: bool, sizes: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    if "stem_stride" in options:
+        sizes.pop("stride", None)  # the variant's own
     settings = sizes | options
     blocks = settings.get("depth", 24) // (2 if settings.get("directions") == "layer-pairs" else 1)
     quarters = tuple(blocks * quarter // 4 - 1 for quarter in (1, 2, 3, 4))

@@ -85,6 +85,8 @@ class VMamba(nn.Module):
         mlp_act: activation of the MLPs: gelu, silu, relu or sigmoid.
         mlp_drop_rate: dropout in the MLPs.
         stem: "v1" (one 4x4 convolution) or "v2" (two 3x3 convolutions).
+        stem_stride: 4 as published; with the stem "v2" also 2 or 1, for images of 32 to 64 px. Every weight
+            keeps its shape, so published ones load.
         downsample: "v1" (patch merging), "v2" (2x2 convolution) or "v3" (3x3 convolution).
         patch_norm: layer norms in the stem.
         pos_embed: add a position table to the first map; it is resized to the map.
@@ -92,7 +94,8 @@ class VMamba(nn.Module):
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first one.
 
     Shape:
-        Input `(B, in_chans, H, W)` with H and W from 32 up; the stages' maps have strides 4, 8, 16, 32.
+        Input `(B, in_chans, H, W)` with H and W from 32 up; the stages' maps have 1, 2, 4, 8 times the stem's
+        stride.
 
     Raises:
         UsageError: an option has an unknown value, lists of different lengths, classes without pooling.
@@ -123,6 +126,7 @@ class VMamba(nn.Module):
         mlp_act: str = "gelu",
         mlp_drop_rate: float = 0.0,
         stem: str = "v2",
+        stem_stride: int = 4,
         downsample: str = "v3",
         patch_norm: bool = True,
         pos_embed: bool = False,
@@ -137,15 +141,15 @@ class VMamba(nn.Module):
             )
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
+            {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"}
             for i, dim in enumerate(embed_dims)
         ]
 
-        self.stem = make_stem(stem, in_chans, embed_dims[0], patch_norm)
+        self.stem = make_stem(stem, in_chans, embed_dims[0], patch_norm, stem_stride)
         self.pos_embed: nn.Parameter | None = None
         if pos_embed:
-            height, width = to_2tuple(img_size)
-            self.pos_embed = nn.Parameter(torch.empty(1, embed_dims[0], height // 4, width // 4))
+            height, width = (side // stem_stride for side in to_2tuple(img_size))
+            self.pos_embed = nn.Parameter(torch.empty(1, embed_dims[0], height, width))
             trunc_normal_(self.pos_embed, std=0.02)
 
         stages, index, last = [], 0, max(sum(depths) - 1, 1)
@@ -178,7 +182,7 @@ class VMamba(nn.Module):
                 Stage(make_downsample(downsample, embed_dims[i - 1], dim) if i else nn.Identity(), blocks)
             )
         self.stages = nn.Sequential(*stages)
-        self.norm = LayerNorm2d(self.num_features, eps=EPS)
+        self.norm: nn.Module = LayerNorm2d(self.num_features, eps=EPS)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
 
@@ -231,7 +235,23 @@ class VMamba(nn.Module):
         self.num_classes = num_classes
         # On the device and in the precision of the rest, wherever the model was moved since it was made.
         head = make_linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head = head.to(self.norm.weight)
+        self.head = head.to(next(self.parameters()))
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages, norm and head that the given intermediates do not need; return their indices."""
+        take_indices, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        return take_indices
 
     def forward_intermediates(
         self,
@@ -273,7 +293,7 @@ class VMamba(nn.Module):
         return self.norm(x) if len(stages) > last else x, intermediates
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to the normed last map (B, C, H / 32, W / 32)."""
+        """Map images (B, in_chans, H, W) to the normed last map (B, C, H / 32, W / 32 as published)."""
         return self.norm(self.stages(self._embed(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

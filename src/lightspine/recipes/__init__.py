@@ -1,5 +1,12 @@
-"""Complete training configurations that ship with the package: one YAML file is one run."""
+"""Complete training configurations that ship with the package: one YAML file is one run.
 
+`classification/` has one recipe for each published row; the others finish on a laptop. What the papers print
+for a recipe stands in `published.csv`.
+"""
+
+import csv
+import difflib
+from dataclasses import dataclass
 from pathlib import Path
 
 from lightspine.errors import UsageError
@@ -7,25 +14,66 @@ from lightspine.errors import UsageError
 _FOLDER = Path(__file__).parent
 
 
+@dataclass(frozen=True, kw_only=True)
+class PublishedRecipe:
+    """What is printed about the run that a recipe repeats.
+
+    Attributes:
+        recipe: name of the recipe.
+        model: name of the model.
+        data: what it is trained on.
+        top1: accuracy in percent; None where none is printed.
+        note: what the number stands for where it is not plain training.
+        source: where it is printed.
+    """
+
+    recipe: str
+    model: str
+    data: str
+    top1: float | None
+    note: str
+    source: str
+
+
 def list_recipes() -> list[str]:
-    """Return the names of the shipped recipes, sorted."""
-    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+    """Return the names of the shipped recipes, sorted: `classification/vim_tiny`, `digits_vim_tiny`, ..."""
+    return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.rglob("*.yaml"))
+
+
+def list_published() -> list[PublishedRecipe]:
+    """Return the recipes that repeat a published run, in the order of the families' papers."""
+    with (_FOLDER / "published.csv").open(newline="") as file:
+        return [
+            PublishedRecipe(**row | {"top1": float(row["top1"]) if row["top1"] else None})  # type: ignore[arg-type]
+            for row in csv.DictReader(file)
+        ]
+
+
+def describe_recipe(name: str) -> str:
+    """Return the first line of a recipe: what it does, in a sentence."""
+    first = find_recipe(name).read_text().split("\n", 1)[0]
+    return first.removeprefix("#").strip()
 
 
 def find_recipe(name: str | Path) -> Path:
     """Return the file of a shipped recipe, or the path itself where it is a file.
 
     Args:
-        name: such as `digits_vim_tiny`, or a path.
+        name: such as `digits_vim_tiny` or `classification/vim_tiny`, or a path.
 
     Raises:
-        UsageError: neither a recipe nor a file; the recipes are listed.
+        UsageError: neither a recipe nor a file.
     """
     if Path(name).is_file():
         return Path(name)
-    path = _FOLDER / f"{name}.yaml"
-    if not path.is_file():
+    names = list_recipes()
+    if str(name) not in names:
+        # `vim_tiny` is close to `classification/vim_tiny` by its last part only.
+        close = [known for known in names if known.rpartition("/")[2] == str(name)]
+        close = close or difflib.get_close_matches(str(name), names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
         raise UsageError(
-            f"expected a file or one of the recipes {', '.join(list_recipes())}, got {str(name)!r}"
+            f"expected a file or the name of a recipe, got {str(name)!r}: {hint}"
+            "`lightspine recipes` lists them"
         )
-    return path
+    return _FOLDER / f"{name}.yaml"

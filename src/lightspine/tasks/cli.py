@@ -1,5 +1,7 @@
 """`lightspine train`: LightningCLI reads the recipe and the flags, `run_training` does the rest."""
 
+import contextlib
+import importlib
 import os
 import re
 import sys
@@ -10,27 +12,35 @@ from typing import Any, cast
 import timm
 import torch
 from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightspine.data.modules import ImageDataModule
+from lightspine.data import modules
+from lightspine.data.modules import ImageDataModule, SourceDataModule
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models._registry import find_record
-from lightspine.models._saving import default_preprocessing
+from lightspine.models._saving import PREPROCESSING_KEYS, default_preprocessing
 from lightspine.recipes import find_recipe
 from lightspine.tasks.classification import ClassificationTask
-from lightspine.tasks.fit import (
-    TRAINER_DEFAULTS,
-    Export,
-    TrainResult,
-    has_terminal,
-    prepare_folder,
-    quiet_lightning,
-    run_callbacks,
-    run_training,
-)
+from lightspine.tasks.fit import TRAINER_DEFAULTS, Export, TrainResult, run_callbacks, run_training
+from lightspine.tasks.progress import has_terminal
+from lightspine.tasks.quiet import quiet_lightning, show_notes
+from lightspine.tasks.resume import AUTO, prepare_folder
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>")
+_ABSTRACT = ("ImageDataModule", "SourceDataModule")
+_SWITCHES = {
+    "grad_checkpointing": "recompute activations in the backward pass: slower, with less memory",
+    "compile": "run the model through torch.compile",
+    "tensorboard": "write the numbers for TensorBoard too",
+}
+# What a recipe or a flag names without an import path.
+_CLASSES = {
+    "data": [name for name in modules.__all__ if name.endswith("DataModule") and name not in _ABSTRACT],
+    "model": ["ClassificationTask"],
+}
 _BOILERPLATE = (
     "Does not validate",
     "Subtypes:",
@@ -108,6 +118,15 @@ class TrainCLI(LightningCLI):
             run=False,
         )
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer; what it refuses comes from a flag of the user."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except LightspineError:
+            raise
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise UsageError(f"wrong --trainer option: {str(error).strip().splitlines()[0]}") from error
+
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the flags that are about the run, in place of Lightning's `--seed_everything`."""
         parser.add_argument(
@@ -116,20 +135,42 @@ class TrainCLI(LightningCLI):
         parser.add_argument(
             "--folder", type=str | None, default=None, help="where the run is saved: runs/MODEL"
         )
-        parser.add_argument("--resume", type=str | None, default=None, help="a last.ckpt to go on from")
+        parser.add_argument(
+            "--resume",
+            type=str | None,
+            default=None,
+            nargs="?",
+            const=AUTO,
+            help="a last.ckpt to go on from; without a value or with auto: the one in --folder, if any",
+        )
         parser.add_argument(
             "--export", type=Export, default="last", help="which epoch's weights are exported"
         )
+        parser.add_argument(
+            "--save-every-steps",
+            "--save_every_steps",
+            type=int | None,
+            default=None,
+            help="write last.ckpt after so many steps too, not only after every epoch",
+        )
+        parser.add_argument(
+            "--effective-batch",
+            "--effective_batch",
+            type=int | None,
+            default=None,
+            help="images per step over all devices: gradients are accumulated up to it",
+        )
+        for name, text in _SWITCHES.items():
+            parser.add_argument(
+                f"--{name.replace('_', '-')}", f"--{name}", action="store_true", default=False, help=text
+            )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the task know the data's classes, and the data the model's preprocessing."""
+        """Let the task know the data's classes."""
         parser.set_defaults({"model": "ClassificationTask"})
         parser.link_arguments("seed", "model.init_args.seed")
         parser.link_arguments("seed", "data.init_args.seed")
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
-        parser.link_arguments(
-            "model.init_args.model", "data.init_args.preprocessing", compute_fn=published_preprocessing
-        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments."""
@@ -141,31 +182,59 @@ class TrainCLI(LightningCLI):
         pass
 
     def before_instantiate_classes(self) -> None:
-        """Make the folder of the run, and the callbacks that write into it."""
+        """Give the data the model's preprocessing; make the folder of the run and what writes into it."""
         config: Namespace = self.config
+        # No linked arguments: the parser leaves out a link to an option that has no default in the signature.
+        if _is_source_module(config.data.class_path) and config.data.init_args.get("preprocessing") is None:
+            config.data.init_args.preprocessing = published_preprocessing(config.model.init_args.model)
         folder = config.folder or Path("runs", config.model.init_args.model)
         self.folder = prepare_folder(folder, resume=config.resume)
         config.trainer.default_root_dir = os.fspath(self.folder)
-        progress = config.trainer.enable_progress_bar is not False
-        live = progress and has_terminal()
+        self.progress = config.trainer.enable_progress_bar is not False
+        live = self.progress and has_terminal()
         config.trainer.enable_progress_bar = live
-        self.trainer_defaults["callbacks"] = run_callbacks(self.folder, progress=progress, live=live)
+        self.trainer_defaults["callbacks"] = run_callbacks(
+            self.folder,
+            progress=self.progress,
+            live=live,
+            save_every_steps=config.save_every_steps,
+            effective_batch=config.effective_batch,
+        )
 
     def train(self) -> TrainResult:
         """Run the training that was asked for."""
-        return run_training(
-            self.trainer, self.model, self.datamodule, resume=self.config.resume, export=self.config.export
-        )
+        switches = {name: self.config[name] for name in _SWITCHES}
+        with show_notes() if self.progress else contextlib.nullcontext():
+            return run_training(
+                self.trainer,
+                self.model,
+                self.datamodule,
+                resume=self.config.resume,
+                export=self.config.export,
+                **switches,
+            )
 
 
-def published_preprocessing(model: str) -> dict[str, Any] | None:
+def published_preprocessing(model: str) -> dict[str, Any]:
     """Return the preprocessing of a model's published evaluation without building the model."""
     record = find_record(model)
     if record is not None:
         with torch.device("meta"):
-            return default_preprocessing(record.create())
-    cfg = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
-    return None if cfg is None else cfg.to_dict()
+            found = default_preprocessing(record.create())
+    else:
+        cfg = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+        found = {} if cfg is None else cfg.to_dict()
+    # Lists, as a YAML file gives them back.
+    return {
+        key: list(found[key]) if isinstance(found[key], tuple) else found[key]
+        for key in PREPROCESSING_KEYS
+        if key in found
+    }
+
+
+def _is_source_module(class_path: str) -> bool:
+    module, _, name = class_path.rpartition(".")
+    return issubclass(getattr(importlib.import_module(module), name), SourceDataModule)
 
 
 def _resolve_recipes(args: list[str]) -> list[str]:
@@ -184,6 +253,10 @@ def _one_line(message: str) -> str:
     key = ".".join(_KEY.findall(message))
     lines = [_KEY.sub("", line).strip(" -:\n") for line in message.splitlines()]
     told = [line for line in lines if line and not line.startswith(_BOILERPLATE)]
+    if key in _CLASSES and any("dot import path" in line for line in told):
+        value = told[-1].rpartition(": ")[2]
+        known = ", ".join(_CLASSES[key])
+        return f"expected --{key} with {known} or the import path of a class, got {value!r}"
     text = _CLASS.sub(r"\1", "; ".join(told[:2])).replace("typing.", "")
     return f"wrong argument {key}: {text}" if key else text
 

@@ -2,12 +2,15 @@
 
 import csv
 import io
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+
+from lightspine.tasks.base import LightspineTask
 
 CURVES = (("train_loss", "val_loss"), ("val_top1", "val_top5"), ("lr",))
 _LABELS = {"train_loss": "loss", "val_top1": "accuracy (%)", "lr": "learning rate"}
@@ -24,7 +27,8 @@ class RunLog(pl.Callback):
         announce: write a line per epoch to the standard error, for a run without a progress bar.
 
     Attributes:
-        rows: epoch, seconds, and every metric that the task logs, per finished epoch.
+        rows: epoch, seconds, every metric that the task logs and the steps that were skipped so far, per
+            finished epoch.
     """
 
     def __init__(self, folder: Path, *, announce: bool = False) -> None:
@@ -33,15 +37,24 @@ class RunLog(pl.Callback):
         self.rows: list[dict[str, float]] = []
         self._started = 0.0
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Take the folder of the first process, the only one that chooses it."""
+        self.folder = Path(trainer.strategy.broadcast(os.fspath(self.folder)))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Start the clock of an epoch that is resumed in its middle."""
+        self._started = time.perf_counter()
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Start the clock."""
         self._started = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: LightspineTask) -> None:  # type: ignore[override]  # the only kind of module here
         """Write the row of the epoch."""
         # The training loss of the epoch is known only now; the validation's numbers are from before.
         row = {"epoch": float(trainer.current_epoch), "seconds": time.perf_counter() - self._started}
         row |= {name: value.item() for name, value in trainer.callback_metrics.items()}
+        row["skipped_steps"] = float(pl_module.guard.skipped)
         self.rows.append(row)
         if trainer.is_global_zero:
             write_rows(self.folder / "metrics.csv", self.rows)

@@ -1,0 +1,152 @@
+"""Which classes of a model the folders or images of another test set mean: ImageNet-V2, -ReaL, -A, -R."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightspine.data.image_folder import find_class_folders, find_images
+from lightspine.errors import LightspineError, UsageError
+
+_NUMBER = re.compile(r"(\d+)$")
+
+
+class MappedImage(NamedTuple):
+    """One image file and the classes that count as right."""
+
+    path: Path
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ClassMapping:
+    """What a class mapping file says; exactly one of the attributes is set.
+
+    Attributes:
+        folders: folder name -> class.
+        folder_order: the classes of the folders in the sorted order of their names.
+        images: file name -> the classes that are right.
+        image_order: the classes that are right for the images, by the number at the end of the file's name,
+            counted from 1.
+    """
+
+    folders: Mapping[str, int] | None = None
+    folder_order: Sequence[int] | None = None
+    images: Mapping[str, tuple[int, ...]] | None = None
+    image_order: Sequence[tuple[int, ...]] | None = None
+
+    @property
+    def candidates(self) -> tuple[int, ...] | None:
+        """The classes that the folders mean, ascending; None where labels are given per image.
+
+        ImageNet-A and ImageNet-R have 200 of the 1000 classes, and their published scores let a model choose
+        among those only.
+        """
+        if self.folders is not None:
+            return tuple(sorted(set(self.folders.values())))
+        return None if self.folder_order is None else tuple(sorted(set(self.folder_order)))
+
+    def find(self, root: str | Path) -> list[MappedImage]:
+        """Return the images below a folder with their classes, sorted by path.
+
+        Images whose list of classes is empty are left out, as ReaL's authors do.
+
+        Raises:
+            UsageError: the folder is missing, has no image, or has a folder or image that the mapping
+                does not know.
+        """
+        root = Path(root)
+        if self.images is not None or self.image_order is not None:
+            found = [MappedImage(path, self._image_labels(path)) for path in _all_images(root)]
+            return [image for image in found if image.labels]
+        names = find_class_folders(root)
+        classes = self._folder_classes(root, names)
+        return [
+            MappedImage(path, (label,))
+            for name, label in zip(names, classes, strict=True)
+            for path in find_images(root / name)
+        ]
+
+    def _folder_classes(self, root: Path, names: list[str]) -> list[int]:
+        if self.folder_order is not None:
+            if len(names) != len(self.folder_order):
+                raise UsageError(
+                    f"expected {len(self.folder_order)} class folders in {root}, one per entry of the class "
+                    f"mapping, got {len(names)}"
+                )
+            return list(self.folder_order)
+        folders = self.folders or {}
+        if unknown := [name for name in names if name not in folders]:
+            raise UsageError(f"folder {unknown[0]} of {root} is not in the class mapping")
+        return [folders[name] for name in names]
+
+    def _image_labels(self, path: Path) -> tuple[int, ...]:
+        if self.images is not None:
+            if path.name not in self.images:
+                raise UsageError(f"image {path} is not in the class mapping")
+            return self.images[path.name]
+        order = self.image_order or ()
+        number = _NUMBER.search(path.stem)
+        if number is None or not 1 <= int(number[1]) <= len(order):
+            raise UsageError(
+                f"expected image names that end in a number from 1 to {len(order)}, as many as the class "
+                f"mapping has entries, got {path}"
+            )
+        return order[int(number[1]) - 1]
+
+
+def load_class_mapping(path: str | Path) -> ClassMapping:
+    """Read a class mapping: a JSON file of one of four forms.
+
+    - `{"n01440764": 0, ...}`: the class that each folder means;
+    - `[0, 1, 10, ...]`: the same for the folders in the sorted order of their names;
+    - `{"ILSVRC2012_val_00000001.JPEG": [65], ...}`: the classes that are right for each image;
+    - `[[], [970, 795], ...]`: the same by the number at the end of the image's name, counted from 1, which is
+      the layout of the `real.json` that ReaL's authors publish.
+
+    Raises:
+        UsageError: the file is missing or holds something else.
+        LightspineError: the file cannot be read or is not JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"expected a class mapping file, but {path} is not a file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LightspineError(f"cannot read class mapping {path}: {error}") from error
+    values = list(content.values()) if isinstance(content, dict) else content
+    if isinstance(values, list) and values:
+        if all(_is_class(value) for value in values):
+            return (
+                ClassMapping(folders=content)
+                if isinstance(content, dict)
+                else ClassMapping(folder_order=values)
+            )
+        if all(isinstance(value, list) and all(map(_is_class, value)) for value in values):
+            if isinstance(content, dict):
+                return ClassMapping(images={name: tuple(labels) for name, labels in content.items()})
+            return ClassMapping(image_order=[tuple(labels) for labels in values])
+    raise UsageError(
+        f"expected class numbers from 0, or lists of them, in class mapping {path}, got {_excerpt(content)}"
+    )
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _all_images(root: Path) -> list[Path]:
+    if not root.is_dir():
+        raise UsageError(f"expected a folder of images, but {root} is not a folder")
+    found = find_images(root)
+    if not found:
+        raise UsageError(f"expected a folder of images, but {root} has none")
+    return found
+
+
+def _excerpt(content: Any) -> str:
+    text = json.dumps(content)
+    return text if len(text) <= 60 else text[:57] + "..."

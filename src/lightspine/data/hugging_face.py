@@ -1,0 +1,107 @@
+"""Images of a Hugging Face data set that `datasets` saved to disk."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lightspine.data.class_names import derive_class_names, number_labels
+from lightspine.data.images import decode_image, open_image
+from lightspine.errors import LightspineError, UsageError
+
+
+def load_hugging_face(path: str | Path) -> Mapping[str, Any]:
+    """Return the splits of a data set that `save_to_disk` wrote; one without splits is "train".
+
+    Args:
+        path: the folder.
+
+    Raises:
+        UsageError: the package `datasets` is not installed, or the folder is missing.
+        LightspineError: the folder holds something else.
+    """
+    # Imported here: an optional package that nobody else needs.
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            "expected the package datasets for Hugging Face data, but it is not installed"
+        ) from error
+    if not Path(path).is_dir():
+        raise UsageError(f"expected a folder that datasets saved, but {path} is not a folder")
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise LightspineError(f"cannot load the data set {path}: {error}") from error
+    return loaded if isinstance(loaded, Mapping) else {"train": loaded}
+
+
+class HuggingFaceSource:
+    """The images of one split.
+
+    Args:
+        split: a `datasets.Dataset`.
+        image_column: a column of the type `datasets.Image`.
+        label_column: a column of class numbers or names.
+        class_names: number the classes by this list instead of by the column's own names.
+        where: what an error calls the split.
+
+    Attributes:
+        class_names: the classes in the order of their numbers.
+
+    Raises:
+        UsageError: a column is missing, or a label is not among the classes.
+    """
+
+    def __init__(
+        self,
+        split: Any,
+        *,
+        image_column: str = "image",
+        label_column: str = "label",
+        class_names: list[str] | None = None,
+        where: str = "the data set",
+    ) -> None:
+        import datasets
+
+        for column in (image_column, label_column):
+            if column not in split.column_names:
+                raise UsageError(
+                    f"expected a column {column} in {where}, which has {', '.join(split.column_names)}"
+                )
+        self.where = where
+        own_names = getattr(split.features[label_column], "names", None)
+        written = [
+            own_names[label] if own_names and isinstance(label, int) and label >= 0 else str(label)
+            for label in split[label_column]
+        ]
+        self.class_names = class_names or own_names or derive_class_names(written)
+        self.labels = np.asarray(number_labels(written, self.class_names, where))
+        # The stored bytes instead of a decoded picture: decoding is the same for all readers here.
+        self._column = image_column
+        self._rows = split.select_columns([image_column]).cast_column(
+            image_column, datasets.Image(decode=False)
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, position: int) -> str:
+        """Return the data set and the row."""
+        return f"{self.where}, row {position}"
+
+    def open(self, position: int) -> Image.Image:
+        """Return an image as 8-bit RGB.
+
+        Raises:
+            UsageError: the image is smaller than 32 px on a side.
+            LightspineError: it cannot be read, or the row has none.
+        """
+        stored = self._rows[position][self._column]
+        if stored and stored.get("bytes"):
+            return decode_image(stored["bytes"], self.name(position))
+        if stored and stored.get("path"):
+            return open_image(stored["path"])
+        raise LightspineError(f"cannot read image {self.name(position)}: it holds none")

@@ -1,0 +1,127 @@
+"""A CSV or TSV file that lists images with their classes."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightspine.data.class_names import (
+    check_class_count,
+    derive_class_names,
+    number_labels,
+    read_class_names,
+)
+from lightspine.data.image_folder import TRAIN_NAME, VAL_NAMES, FolderSplits, Sample, hold_out
+from lightspine.errors import LightspineError, UsageError
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_COLUMNS = ("path", "label", "split")
+_LOOKED_FOR = 10
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """One row: the path and label as written, and the split where the list has one."""
+
+    path: Path
+    label: str
+    split: str | None
+
+
+def read_image_list(file: str | Path, *, root: str | Path | None = None) -> list[ListedImage]:
+    """Read the rows of a list.
+
+    Args:
+        file: `.csv` (commas) or `.tsv` (tabs) with the columns path, label and, if wanted, split. A first row
+            with the words "path" and "label" names the columns; other columns are passed over then.
+        root: the folder that relative paths start from; the list's own folder without it.
+
+    Raises:
+        UsageError: the file is missing, empty, of another type or has a row with a wrong number of columns;
+            none of the first ten images exists.
+        LightspineError: the file is not text.
+    """
+    file = Path(file)
+    if file.suffix.lower() not in _DELIMITERS:
+        raise UsageError(f"expected a list that ends in .csv or .tsv, got {file}")
+    if not file.is_file():
+        raise UsageError(f"expected a list of images, but {file} is not a file")
+    base = file.parent if root is None else Path(root)
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, delimiter=_DELIMITERS[file.suffix.lower()], strict=True)
+            rows = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise LightspineError(f"cannot read the list {file}: {error}") from error
+    columns, rows = _find_columns(rows)
+    images = [_read_row(file, base, line, row, columns) for line, row in rows]
+    if not images:
+        raise UsageError(f"expected at least one image in the list {file}")
+    # A wrong root concerns all images; a few missing ones are bad images like any other.
+    if not any(image.path.is_file() for image in images[:_LOOKED_FOR]):
+        raise UsageError(f"none of the first images of {file} exists, such as {images[0].path}")
+    return images
+
+
+def split_image_list(
+    file: str | Path,
+    *,
+    root: str | Path | None = None,
+    class_names: str | Path | None = None,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    val_split: str | None = None,
+) -> FolderSplits:
+    """Read a list and split it for training and validation.
+
+    Args:
+        file: see `read_image_list`.
+        root: the folder that relative paths start from; the list's own folder without it.
+        class_names: a file with one class name per line. Without it labels that are all whole numbers are
+            class numbers, and others are class names, numbered in sorted order.
+        val_fraction: share of every class that is held out where the list has no splits.
+        seed: which images are held out.
+        val_split: the split to validate on; without it the first of val, validation, valid and test that the
+            list has.
+
+    Raises:
+        UsageError: what `read_image_list` refuses, a missing split, an unknown label, a class with too few
+            images to hold one out.
+        LightspineError: a file cannot be read.
+    """
+    images = read_image_list(file, root=root)
+    names = read_class_names(class_names) if class_names else derive_class_names(i.label for i in images)
+    check_class_count(names, str(file))
+    numbers = number_labels([image.label for image in images], names, str(file)).tolist()
+    samples = [Sample(image.path, number) for image, number in zip(images, numbers, strict=True)]
+    found = sorted({image.split for image in images if image.split})
+    if not found:
+        if val_split is not None:
+            raise UsageError(f"expected images of the split {val_split} in {file}, which names no split")
+        return FolderSplits(names, *hold_out(names, samples, val_fraction, seed))
+    wanted = val_split or next((name for name in VAL_NAMES if name in found), "val")
+    for name in (TRAIN_NAME, wanted):
+        if name not in found:
+            raise UsageError(f"expected images of the split {name} in {file}, which has {', '.join(found)}")
+    train, val = (
+        [sample for sample, image in zip(samples, images, strict=True) if image.split == name]
+        for name in (TRAIN_NAME, wanted)
+    )
+    return FolderSplits(names, train, val)
+
+
+def _find_columns(rows: list[tuple[int, list[str]]]) -> tuple[Sequence[str], list[tuple[int, list[str]]]]:
+    """Return the names of the columns, and the rows below the head."""
+    head = [cell.strip().lower() for cell in rows[0][1]] if rows else []
+    if {"path", "label"} <= set(head):
+        return head, rows[1:]
+    return _COLUMNS[: max(len(head), 2)], rows
+
+
+def _read_row(file: Path, base: Path, line: int, row: list[str], columns: Sequence[str]) -> ListedImage:
+    if len(row) != len(columns) or len(set(columns)) != len(columns):
+        raise UsageError(f"expected the columns {', '.join(columns)} in line {line} of {file}, got {row}")
+    cells = dict(zip(columns, (cell.strip() for cell in row), strict=True))
+    if not cells["path"] or not cells["label"]:
+        raise UsageError(f"expected a path and a label in line {line} of {file}, got {row}")
+    return ListedImage(base / cells["path"], cells["label"], cells.get("split") or None)

@@ -1,0 +1,144 @@
+"""ImageNet as it is distributed: folders called by WordNet ids, and a flat folder of validation images."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightspine.data.class_mapping import ClassMapping
+from lightspine.data.image_folder import (
+    FolderSplits,
+    Sample,
+    find_class_folders,
+    find_images,
+    list_images,
+)
+from lightspine.data.synsets import imagenet_synsets, is_synset, synset_descriptions
+from lightspine.errors import LightspineError, UsageError
+
+VAL_LISTS = ("LOC_val_solution.csv", "val.txt", "imagenet_2012_validation_synset_labels.txt")
+"""Names that a list of the validation classes is looked for under, in this order."""
+
+
+def scan_imagenet(root: str | Path, *, val_list: str | Path | None = None) -> FolderSplits:
+    """List the images of `root/train/n01440764/*` and of `root/val`.
+
+    A class has the number of its WordNet id in sorted order, which is how the published checkpoints number
+    them, and the name that ImageNet gives the id.
+
+    Args:
+        root: the folder with `train` and `val`.
+        val_list: see `list_imagenet_val`; looked for in `root` without it.
+
+    Raises:
+        UsageError: a folder is missing, a class folder is not called by a WordNet id, or what
+            `list_imagenet_val` refuses.
+        LightspineError: the list cannot be read.
+    """
+    root = Path(root)
+    for split in ("train", "val"):
+        if not (root / split).is_dir():
+            raise UsageError(f"expected ImageNet's folders train and val in {root}, but {split} is missing")
+    synsets, train = list_images(root / "train")
+    if odd := [name for name in synsets if not is_synset(name)]:
+        raise UsageError(
+            f"expected class folders called by WordNet ids, such as n01440764, in {root / 'train'}, "
+            f"got {odd[0]}; an image folder of other classes is read by ImageFolderDataModule"
+        )
+    val = list_imagenet_val(root / "val", synsets, val_list=val_list)
+    return FolderSplits(synset_descriptions(synsets), train, val)
+
+
+def list_imagenet_val(
+    folder: str | Path, synsets: Sequence[str], *, val_list: str | Path | None = None
+) -> list[Sample]:
+    """List the validation images, in class folders or in one flat folder.
+
+    Args:
+        folder: `folder/n01440764/*` or `folder/ILSVRC2012_val_00000001.JPEG`, ...
+        synsets: the WordNet ids in the order of the class numbers.
+        val_list: for a flat folder, its classes: lines "NAME ID" or "NAME NUMBER", Kaggle's
+            `LOC_val_solution.csv`, or a WordNet id per line in the order of the images' names; one of
+            `VAL_LISTS` in the folder or beside it without it.
+
+    Raises:
+        UsageError: there is no image or no list, or the list misses an image or has a class that is not in
+            `synsets`.
+        LightspineError: the list cannot be read.
+    """
+    folder = Path(folder)
+    if any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
+        return list_images(folder, synsets)[1]
+    files = find_images(folder)
+    if not files:
+        raise UsageError(f"expected class folders or images in {folder}, which has neither")
+    source = _find_list(folder) if val_list is None else Path(val_list)
+    classes = _read_list(source, files)
+    numbers = {name: number for number, name in enumerate(synsets)}
+    numbers |= {str(number): number for number in range(len(synsets))}
+    samples = []
+    for file in files:
+        written = classes.get(file.stem)
+        if written is None:
+            raise UsageError(f"image {file.name} of {folder} is not in the list {source}")
+        if written not in numbers:
+            raise UsageError(f"class {written} in {source} is not among the {len(synsets)} classes")
+        samples.append(Sample(file, numbers[written]))
+    return samples
+
+
+def imagenet_class_mapping(root: str | Path) -> ClassMapping:
+    """Return the classes of ImageNet-1k that the folders of another test set mean by their names.
+
+    Args:
+        root: folders called by WordNet ids (ImageNet-A, -R, -Sketch) or by class numbers from 0 to 999
+            (ImageNet-V2).
+
+    Raises:
+        UsageError: the folder is missing, or a folder is neither a WordNet id of ImageNet-1k nor a number
+            below 1000.
+    """
+    synsets = imagenet_synsets()
+    numbers = {name: number for number, name in enumerate(synsets)}
+    numbers |= {str(number): number for number in range(len(synsets))}
+    folders = find_class_folders(Path(root))
+    if unknown := [name for name in folders if name not in numbers]:
+        raise UsageError(
+            f"expected folders called by WordNet ids of ImageNet-1k or numbers below 1000 in {root}, "
+            f"got {unknown[0]}"
+        )
+    return ClassMapping(folders={name: numbers[name] for name in folders})
+
+
+def _find_list(folder: Path) -> Path:
+    places = [base / name for base in (folder, folder.parent) for name in VAL_LISTS]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UsageError(
+            f"the images of {folder} are not in class folders: give a list of their classes as val_list, or "
+            f"put {' or '.join(VAL_LISTS)} into {folder.parent}"
+        )
+    return found
+
+
+def _read_list(path: Path, files: Sequence[Path]) -> dict[str, str]:
+    """Return the class as written of every image, by its name without the suffix."""
+    if not path.is_file():
+        raise UsageError(f"expected a list of validation classes, but {path} is not a file")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise LightspineError(f"cannot read the list {path}: {error}") from error
+    rows = [re.split(r"[,\s]+", line) for line in lines]
+    if rows and rows[0][0].lower() == "imageid":
+        rows = rows[1:]
+    if all(len(row) == 1 for row in rows):
+        # The development kit numbers the classes by an order of its own that only its meta.mat tells.
+        if not all(is_synset(row[0]) for row in rows):
+            raise UsageError(
+                f"expected a WordNet id per line in {path}; numbers alone, as in the development kit's "
+                "ground truth, are not the classes in the order of their ids"
+            )
+        if len(rows) != len(files):
+            raise UsageError(f"expected {len(files)} lines, one per image, in {path}, got {len(rows)}")
+        return {file.stem: row[0] for file, row in zip(files, rows, strict=True)}
+    return {Path(row[0]).stem: row[1] for row in rows if len(row) > 1}

@@ -1,0 +1,106 @@
+"""What an evaluation leaves in its folder, and what it takes to repeat it."""
+
+import csv
+import hashlib
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightspine._version import __version__
+from lightspine.errors import UsageError
+from lightspine.evaluation.atomic import write_whole
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow")
+
+
+def describe_software() -> dict[str, str]:
+    """Return the versions that a score depends on."""
+    return {"lightspine": __version__, "python": platform.python_version()} | {
+        name: version(name) for name in _PACKAGES
+    }
+
+
+def describe_device(device: str) -> str:
+    """Return the device and, of a GPU, its name."""
+    kind = torch.device(device)
+    return f"{device} ({torch.cuda.get_device_name(kind)})" if kind.type == "cuda" else device
+
+
+def hash_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_report(report: dict[str, Any], folder: str | Path) -> dict[str, Path]:
+    """Write the files of an evaluation; the folder is made.
+
+    - `report.json`: the report;
+    - `classes.csv`: one row per class, with what it is most often taken for; not where images have several
+      right classes;
+    - `confusion.png`: with 50 classes or fewer;
+    - `skipped.csv`: the images that could not be used, if any.
+
+    Args:
+        report: what `evaluate` returned.
+        folder: where the files go; those of an earlier evaluation are replaced or removed.
+
+    Returns:
+        File name -> path of what was written.
+
+    Raises:
+        UsageError: the folder is a file.
+        LightspineError: a file cannot be written.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise UsageError(f"expected a folder for the report, but {folder} is a file")
+    contents: dict[str, str | None] = {
+        "report.json": json.dumps(report, indent=2) + "\n",
+        "classes.csv": _classes_csv(report["classes"]),
+        "skipped.csv": _csv([("path", "reason"), *report["skipped"].items()]) if report["skipped"] else None,
+    }
+    written = {}
+    for name, content in contents.items():
+        path = folder / name
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_whole(path, content)
+            written[name] = path
+    picture = folder / "confusion.png"
+    picture.unlink(missing_ok=True)
+    # Imported here: half a second that predictions need not pay.
+    from lightspine.evaluation.plots import MOST_CLASSES, plot_confusion
+
+    if report["confusion"] is not None and len(report["confusion"]) <= MOST_CLASSES:
+        title = f"{report['model']}: {report['top1']:.2f} % of {report['images']} images right"
+        plot_confusion(report["confusion"], list(report["classes"]), picture, title=title)
+        written[picture.name] = picture
+    return written
+
+
+def _classes_csv(classes: Mapping[str, Mapping[str, Any]] | None) -> str | None:
+    if classes is None:
+        return None
+    columns = list(next(iter(classes.values())))
+    rows = [
+        [number, name, *map(_rounded, entry.values())] for number, (name, entry) in enumerate(classes.items())
+    ]
+    return _csv([("class", "name", *columns), *rows])
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _rounded(value: Any) -> Any:
+    return f"{value:.4f}" if isinstance(value, float) else value

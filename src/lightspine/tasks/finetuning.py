@@ -1,0 +1,159 @@
+"""Fine-tuning: stages that stay as they are, smaller learning rates towards the image, and what is new.
+
+What a checkpoint needs to fit happens when it is loaded (`lightspine.create_model(name, checkpoint=PATH,
+num_classes=N)`): a classifier of another size is left out, a first convolution is adapted, a position table
+is resized. Vim's stride-8 models start from stride-16 weights in this way (`vim_tiny_plus` from `vim_tiny`),
+the other families have nothing that depends on the size of the images and start at 384 or 512 px as they are.
+"""
+
+from typing import Any
+
+import torch.nn as nn
+from timm.models import group_parameters
+
+from lightspine.errors import UsageError
+from lightspine.models._report import LoadReport
+
+
+def freeze_stages(model: nn.Module, stages: int) -> list[str]:
+    """Stop the training of a model's stem and of its first stages.
+
+    Their parameters need no gradient any more. In training their norms would still follow the images and
+    their drop path would still drop: `hold_frozen` keeps them in evaluation mode.
+
+    Args:
+        model: a model of lightspine or timm.
+        stages: 0 freezes the stem alone, n also the first n stages; in models without stages (Vim, a ViT) the
+            blocks count as such.
+
+    Returns:
+        The names of the frozen modules, for `hold_frozen`.
+
+    Raises:
+        UsageError: the model does not have as many stages, does not tell them apart, or was made by
+            `lightspine.create_model` without weights that are worth keeping.
+    """
+    _check_weights(model)
+    layers = _layers(model, coarse=True)
+    # The last layer is the classifier, with the norms before it: frozen too, nothing would be left to train.
+    most = max(layers.values()) - 1
+    if not 0 <= stages <= most:
+        raise UsageError(f"expected from 0 to {most} frozen stages of {_name(model)}, got {stages}")
+    frozen = {name for name, layer in layers.items() if layer <= stages}
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    names: list[str] = []
+    for name, module in model.named_modules():
+        inside = [f"{name}.{own}" for own, _ in module.named_parameters()] if name else []
+        covered = any(name.startswith(f"{above}.") for above in names)
+        if inside and not covered and frozen.issuperset(inside):
+            names.append(name)
+    hold_frozen(model, names)
+    return names
+
+
+def hold_frozen(model: nn.Module, names: list[str]) -> None:
+    """Put frozen modules into evaluation mode; to be called after every `model.train()`.
+
+    Args:
+        model: the model, or a copy of it.
+        names: what `freeze_stages` returned.
+    """
+    for name in names:
+        model.get_submodule(name).eval()
+
+
+def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Return by how much each parameter's learning rate is smaller than that of the classifier.
+
+    Args:
+        model: a model of lightspine or timm; its `group_matcher` tells the layers.
+        layer_decay: factor from one layer to the one before it, above 0 and up to 1; a layer is a block, with
+            the downsampling before it, or the stem. The classifier has 1.
+
+    Returns:
+        Parameter name -> layer_decay ** (number of layers between it and the classifier).
+
+    Raises:
+        UsageError: `layer_decay` is out of its range, or the model does not tell its layers apart.
+    """
+    if not 0 < layer_decay <= 1:
+        raise UsageError(f"expected a layer_decay above 0 and up to 1, got {layer_decay}")
+    layers = _layers(model, coarse=False)
+    last = max(layers.values())
+    return {name: layer_decay ** (last - layer) for name, layer in layers.items()}
+
+
+def layer_decay_groups(
+    model: nn.Module, *, lr: float, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Return an optimiser's parameter groups with a learning rate for each layer.
+
+    The rate stands in each group as `lr`, and not as timm's `lr_scale` that only timm's schedulers read: any
+    schedule that multiplies the groups' own rates keeps the proportions.
+
+    Args:
+        model: see `layer_scales`; frozen parameters are left out.
+        lr: rate of the classifier.
+        weight_decay: of the decayed parameters. As everywhere, 1-d parameters, those whose name ends in
+            `.bias` and those that the model's `no_weight_decay()` names are not.
+        layer_decay: see `layer_scales`.
+
+    Raises:
+        UsageError: as `layer_scales`.
+    """
+    no_weight_decay = getattr(model, "no_weight_decay", None)
+    spared = set(no_weight_decay()) if callable(no_weight_decay) else set()
+    scales = layer_scales(model, layer_decay)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decayed = parameter.ndim > 1 and not name.endswith(".bias") and name not in spared
+        decay, rate = weight_decay if decayed else 0.0, lr * scales[name]
+        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def describe_start(model: nn.Module) -> str:
+    """Return in one line what a model starts from: tensors loaded, tensors that are new, parameters frozen.
+
+    Args:
+        model: a model that `lightspine.create_model` made.
+    """
+    report: LoadReport | None = getattr(model, "load_report", None)
+    if report is None:
+        parts = ["random weights"]
+    else:
+        parts = [f"{len(report.loaded)} tensors of {report.source}"]
+        if report.missing:
+            parts.append(f"{len(report.missing)} new ones ({', '.join(report.missing)})")
+        if resized := [name for name, change in report.converted.items() if change == "computed"]:
+            parts.append(f"{', '.join(resized)} resized to fit")
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    if frozen:
+        parts.append(f"{frozen:,} of {total:,} parameters frozen")
+    return f"{_name(model)} starts from " + ", ".join(parts)
+
+
+def _check_weights(model: nn.Module) -> None:
+    creation: dict[str, Any] | None = getattr(model, "creation", None)
+    if creation is None or hasattr(model, "load_report") or creation["kwargs"].get("pretrained"):
+        return
+    raise UsageError(f"frozen stages of {creation['name']} would keep random weights: give a checkpoint")
+
+
+def _layers(model: nn.Module, *, coarse: bool) -> dict[str, int]:
+    matcher = getattr(model, "group_matcher", None)
+    if not callable(matcher):
+        raise UsageError(f"{_name(model)} does not tell its layers apart: it has no group_matcher")
+    layers: dict[str, int] = group_parameters(model, matcher(coarse=coarse), reverse=True)
+    return layers
+
+
+def _name(model: nn.Module) -> str:
+    creation: dict[str, Any] = getattr(model, "creation", {"name": type(model).__name__})
+    return str(creation["name"])

@@ -1,0 +1,56 @@
+"""What a user of the command line is told: our notes, and not those of the libraries below."""
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's notes and the warnings that do not concern a user's run to itself."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        # In-memory data needs no workers; a resumed run finds its folder full on purpose.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
+        # Between Lightning and what it builds on (torch, jsonargparse): a caller cannot change it.
+        warnings.filterwarnings(
+            "ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning
+        )
+        warnings.filterwarnings("ignore", message=r"\s*By default only one JsonargparseDeprecationWarning")
+        warnings.filterwarnings(
+            "ignore", message=r"(?s).*deprecated\s+in\s+v4\.", category=DeprecationWarning
+        )
+        warnings.filterwarnings("ignore", message="(GPU|TPU|MPS) available but not used.*")
+        # Frozen stages are in evaluation mode on purpose.
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+class _NotesHandler(logging.Handler):
+    """Writes to the standard error of the moment, which a live bar replaces by its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"{record.getMessage()}\n")
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def show_notes() -> Iterator[None]:
+    """Show what lightspine logs, such as how a batch was made up, on the standard error."""
+    logger = logging.getLogger("lightspine")
+    level, handler = logger.level, _NotesHandler()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

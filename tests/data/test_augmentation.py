@@ -1,0 +1,146 @@
+"""The training transform, field by field, against what the published recipes ask for."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import ColorJitter
+
+from lightspine.data import AUGMENTATIONS, Augmentation, Preprocessing, create_train_transform
+from lightspine.data.posterize import posterize
+from lightspine.data.seeding import seeded_generators
+from lightspine.errors import UsageError
+
+PLAIN = Augmentation(
+    scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0, auto_augment=None, color_jitter=0, erasing=0
+)
+SMALL = Preprocessing(input_size=(3, 64, 64), mean=(0.0,) * 3, std=(1.0,) * 3)
+RAMP = Image.fromarray(np.arange(64, dtype=np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2) * 3)
+
+
+def _steps(augmentation: Augmentation) -> dict[str, object]:
+    transform = create_train_transform(Preprocessing(), augmentation)
+    return {type(step).__name__: step for step in transform.transforms}
+
+
+def test_defaults_are_the_published_randaugment() -> None:
+    step = _steps(Augmentation())["RandAugment"]
+    assert step.num_layers == 2
+    assert {(op.magnitude, op.magnitude_std, op.prob) for op in step.ops} == {(9, 0.5, 0.5)}
+    names = {op.name for op in step.ops}
+    assert {"PosterizeIncreasing", "SolarizeIncreasing", "ColorIncreasing", "SharpnessIncreasing"} <= names
+    assert len(step.ops) == 15
+
+
+def test_defaults_erase_one_rectangle_of_noise_in_a_quarter_of_the_images() -> None:
+    step = _steps(Augmentation())["RandomErasing"]
+    assert (step.probability, step.per_pixel, step.min_count, step.max_count) == (0.25, True, 1, 1)
+
+
+def test_defaults_crop_as_published() -> None:
+    step = _steps(Augmentation())["RandomResizedCropAndInterpolation"]
+    assert (step.scale, step.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
+    assert step.interpolation.value == "bicubic"
+
+
+def test_random_interpolation_draws_bilinear_or_bicubic() -> None:
+    step = _steps(Augmentation(interpolation="random"))["RandomResizedCropAndInterpolation"]
+    assert {mode.value for mode in step.interpolation} == {"bilinear", "bicubic"}
+
+
+def test_colour_jitter_is_unused_beside_randaugment() -> None:
+    assert "ColorJitter" not in _steps(Augmentation(color_jitter=0.4))
+
+
+def test_colour_jitter_is_used_without_a_policy() -> None:
+    step = _steps(Augmentation(auto_augment=None, color_jitter=0.4))["ColorJitter"]
+    assert isinstance(step, ColorJitter)
+    assert (step.brightness, step.contrast, step.saturation, step.hue) == ((0.6, 1.4),) * 3 + (None,)
+
+
+def test_three_augment_draws_solarise_grey_or_blur_before_colour_jitter() -> None:
+    steps = _steps(Augmentation(auto_augment="3a", color_jitter=0.3))
+    names = [[(op.name, op.prob) for op in choice] for choice in steps["AutoAugment"].policy]
+    assert names == [[("Solarize", 1.0)], [("Desaturate", 1.0)], [("GaussianBlurRand", 1.0)]]
+    assert list(steps).index("AutoAugment") + 1 == list(steps).index("ColorJitter")
+
+
+def test_plain_settings_leave_an_image_of_the_input_size_alone() -> None:
+    image = create_train_transform(SMALL, PLAIN)(RAMP)
+    assert torch.equal(image, torch.from_numpy(np.asarray(RAMP).copy()).permute(2, 0, 1) / 255)
+
+
+def test_certain_flip_mirrors() -> None:
+    plain, flipped = (
+        create_train_transform(SMALL, augmentation)(RAMP)
+        for augmentation in (PLAIN, Augmentation(**vars(PLAIN) | {"hflip": 1.0}))
+    )
+    assert torch.equal(flipped, plain.flip(-1))
+
+
+def test_padded_crop_shifts_by_at_most_an_eighth() -> None:
+    transform = create_train_transform(SMALL, Augmentation(**vars(PLAIN) | {"crop": "padded"}))
+    shifts = set()
+    for seed in range(40):
+        with seeded_generators(seed):
+            image = transform(RAMP)
+        assert image.shape == (3, 64, 64)
+        # A row that is not of the black border shows by how much the ramp was moved.
+        shifts.add(round(float(image[0, 32, 32]) * 255 / 3) - 32)
+    assert min(shifts) >= -8
+    assert max(shifts) <= 8
+    assert len(shifts) > 8
+
+
+def test_augmented_image_repeats_with_the_generators() -> None:
+    transform = create_train_transform(SMALL, Augmentation())
+    images = []
+    for seed in (1, 1, 2):
+        with seeded_generators(seed):
+            images.append(transform(RAMP))
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+
+
+def test_posterising_to_no_bits_gives_black() -> None:
+    (operation,) = (
+        op for op in _steps(Augmentation())["RandAugment"].ops if op.name == "PosterizeIncreasing"
+    )
+    operation.prob, operation.magnitude, operation.magnitude_std = 1.0, 10, 0.0
+    assert operation(RAMP).getextrema() == ((0, 0),) * 3
+
+
+@pytest.mark.parametrize("bits", [1, 4, 7, 8])
+def test_posterising_keeps_the_highest_bits(bits: int) -> None:
+    assert np.array_equal(np.asarray(posterize(RAMP, bits)), np.asarray(RAMP) & (0xFF << (8 - bits) & 0xFF))
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10-mstd1-inc1", "augmix-m10", "v0", "3a"])
+def test_policy_survives_many_draws(policy: str) -> None:
+    transform = create_train_transform(SMALL, Augmentation(auto_augment=policy))
+    for seed in range(300):
+        with seeded_generators(seed):
+            assert transform(RAMP).isfinite().all()
+
+
+def test_names_of_presets_stay() -> None:
+    assert AUGMENTATIONS == ("none", "light", "medium", "strong")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scale": (0.5, 0.2)}, "crop scale from 0 to 1"),
+        ({"scale": (0.0, 1.0)}, "crop scale from 0 to 1"),
+        ({"ratio": (0.0, 1.0)}, "crop ratio above 0"),
+        ({"hflip": 1.5}, "hflip from 0 to 1, got 1.5"),
+        ({"erasing": -0.1}, "erasing from 0 to 1, got -0.1"),
+        ({"erasing_count": 0}, "erasing_count of at least 1"),
+        ({"color_jitter": -1.0}, "color_jitter of at least 0"),
+        ({"auto_augment": "random-m9"}, "policy of timm.* got 'random-m9'"),
+        ({"auto_augment": "rand-m9-xyz"}, "policy of timm.* got 'rand-m9-xyz'"),
+    ],
+)
+def test_value_out_of_range_is_refused(fields: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        create_train_transform(SMALL, Augmentation(**fields))

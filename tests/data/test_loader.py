@@ -1,0 +1,91 @@
+"""A loader that goes on where it was left."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from lightspine.data.loader import ResumableLoader
+from lightspine.data.sampling import EpochSampler
+from lightspine.data.seeding import SeededDataset
+from lightspine.errors import UsageError
+
+
+class Noise(Dataset[torch.Tensor]):
+    """Items that are random, and that are counted when they are read."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.read.append(index)
+        return index + torch.rand(1)
+
+
+def _loader(dataset: Dataset | None = None, **options: Any) -> ResumableLoader:
+    seeded = SeededDataset(dataset or Noise(), seed=3)
+    return ResumableLoader(seeded, batch_size=4, sampler=EpochSampler(22, seed=3), **options)
+
+
+def _epoch(loader: ResumableLoader, epoch: int) -> list[list[float]]:
+    loader.sampler.set_epoch(epoch)
+    return [batch.flatten().tolist() for batch in loader]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("seen", [1, 5])
+def test_restored_loader_gives_the_rest_of_the_epoch(num_workers: int, seen: int) -> None:
+    whole = _epoch(_loader(), 2)
+    first = _loader(num_workers=num_workers)
+    first.sampler.set_epoch(2)
+    batches = iter(first)
+    for _ in range(seen):
+        next(batches)
+    again = _loader(num_workers=num_workers)
+    again.load_state_dict(first.state_dict())
+    assert _epoch(again, 2) == whole[seen:]
+
+
+def test_restored_loader_does_not_read_what_was_seen() -> None:
+    dataset = Noise()
+    loader = _loader(dataset)
+    loader.load_state_dict({"epoch": 0, "batch": 4})
+    _epoch(loader, 0)
+    assert len(dataset.read) == 22 - 16
+
+
+def test_position_counts_the_whole_epoch_after_restoring() -> None:
+    loader = _loader()
+    loader.load_state_dict({"epoch": 0, "batch": 4})
+    next(iter(loader))
+    assert loader.state_dict() == {"epoch": 0, "batch": 5}
+
+
+def test_state_of_another_epoch_is_left_aside() -> None:
+    loader = _loader()
+    loader.load_state_dict({"epoch": 0, "batch": 6})
+    assert _epoch(loader, 1) == _epoch(_loader(), 1)
+
+
+def test_epoch_after_the_restored_one_is_whole() -> None:
+    loader = _loader()
+    loader.load_state_dict({"epoch": 0, "batch": 4})
+    _epoch(loader, 0)
+    assert _epoch(loader, 1) == _epoch(_loader(), 1)
+
+
+def test_other_samplers_are_gone_through_to_the_position() -> None:
+    options = {"batch_size": 4, "sampler": range(22)}
+    loader = ResumableLoader(SeededDataset(Noise(), seed=3), **options)
+    loader.load_state_dict({"epoch": 0, "batch": 4})
+    whole = [batch.tolist() for batch in ResumableLoader(SeededDataset(Noise(), seed=3), **options)]
+    assert [batch.tolist() for batch in loader] == whole[4:]
+
+
+def test_persistent_workers_are_refused() -> None:
+    with pytest.raises(UsageError, match="persistent_workers=False"):
+        _loader(num_workers=1, persistent_workers=True)

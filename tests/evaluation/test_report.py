@@ -1,0 +1,136 @@
+"""What an evaluation leaves on the disk, and the settings that change what is measured."""
+
+import csv
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lightspine
+from lightspine.errors import LightspineError, UsageError
+from lightspine.evaluation import evaluate, write_report
+from lightspine.evaluation.plots import plot_confusion
+from lightspine.evaluation.tally import Tally
+from support.checkpoints import save_small
+from support.images import COLOURS, write_folder
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small(tmp_path_factory.mktemp("report") / "colours.safetensors", classes=list(COLOURS))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "images", count=4)
+
+
+def test_files_of_a_report(colours: Path, images: Path, tmp_path: Path) -> None:
+    (images / "red" / "1.jpg").write_bytes(b"")
+    written = write_report(evaluate(colours, images), tmp_path / "out")
+    assert sorted(written) == ["classes.csv", "confusion.png", "report.json", "skipped.csv"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(written)
+    assert "red/1.jpg" in written["skipped.csv"].read_text()
+
+
+def test_files_of_an_earlier_report_do_not_stay(colours: Path, images: Path, tmp_path: Path) -> None:
+    (images / "red" / "1.jpg").write_bytes(b"")
+    write_report(evaluate(colours, images), tmp_path / "out")
+    (images / "red" / "1.jpg").unlink()
+    write_report(evaluate(colours, images), tmp_path / "out")
+    assert not (tmp_path / "out" / "skipped.csv").exists()
+
+
+def test_class_rows_agree_with_the_confusion(colours: Path, images: Path, tmp_path: Path) -> None:
+    report = evaluate(colours, images)
+    with write_report(report, tmp_path)["classes.csv"].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    confusion = np.array(report["confusion"])
+    assert [row["name"] for row in rows] == list(COLOURS)
+    assert [int(row["predicted"]) for row in rows] == confusion.sum(axis=0).tolist()
+    hits = [float(row["top1"]) * int(row["images"]) / 100 for row in rows]
+    assert hits == pytest.approx(confusion.diagonal().tolist(), abs=1e-3)
+    for row, counts in zip(rows, confusion - np.diag(confusion.diagonal()), strict=True):
+        assert int(row["confused_images"]) == counts.max()
+
+
+def test_report_says_what_repeats_it(colours: Path, images: Path) -> None:
+    report = evaluate(colours, images, crop_pct=0.9, batch_size=5)
+    assert report["checkpoint_sha256"] == hashlib.sha256(colours.read_bytes()).hexdigest()
+    again = evaluate(**report["arguments"])
+    for key in ("top1", "loss", "confusion", "preprocessing", "listing_sha256"):
+        assert again[key] == report[key], key
+
+
+def test_crop_and_size_change_the_preprocessing(colours: Path, images: Path) -> None:
+    report = evaluate(colours, images, image_size=48, crop_pct=1.0, crop_mode="squash")
+    found = report["preprocessing"]
+    assert (found["input_size"], found["crop_pct"], found["crop_mode"]) == ([3, 48, 48], 1.0, "squash")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"crop_pct": 1.5}, "expected a crop_pct above 0 and at most 1, got 1.5"),
+        ({"crop_mode": "middle"}, "expected a crop_mode of center, squash, border, got 'middle'"),
+        ({"image_size": 16}, "expected an image size of at least 32 px, got 16"),
+        ({"batch_size": 0}, "expected a batch size of at least 1"),
+        ({"device": "warp"}, "device 'warp' is not available"),
+        ({"weights": "ema"}, "has no 'ema' weights"),
+    ],
+)
+def test_wrong_option_is_refused(
+    option: dict[str, object], message: str, colours: Path, images: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate(colours, images, **option)  # type: ignore[arg-type]
+
+
+def test_weights_choose_between_trained_and_averaged(images: Path, tmp_path: Path) -> None:
+    trained, averaged = (lightspine.create_model("shvit_s1", num_classes=3) for _ in range(2))
+    path = tmp_path / "both.pth"
+    torch.save({"model": trained.state_dict(), "model_ema": averaged.state_dict()}, path)
+    reports = [evaluate(path, images, weights=weights, image_size=64) for weights in ("model", "ema")]  # type: ignore[arg-type]
+    assert [report["weights"] for report in reports] == ["model", "ema"]
+    assert reports[0]["loss"] != reports[1]["loss"]
+
+
+def test_confusion_picture_is_grey(tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).integers(0, 50, (12, 12)) + np.diag([400] * 12)
+    names = [f"class number {i} with a long name" for i in range(12)]
+    plot_confusion(counts, names, tmp_path / "confusion.png", title="a title")
+    pixels = np.asarray(Image.open(tmp_path / "confusion.png").convert("RGB")).astype(int)
+    assert np.ptp(pixels, axis=2).max() == 0
+    assert len(np.unique(pixels)) > 20
+
+
+def test_picture_of_too_many_classes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="at most 50 classes"):
+        plot_confusion(np.zeros((51, 51)), ["x"] * 51, tmp_path / "confusion.png", title="")
+
+
+def test_folder_that_is_a_file_is_refused(colours: Path, images: Path) -> None:
+    with pytest.raises(UsageError, match="expected a folder for the report"):
+        write_report(evaluate(colours, images), colours)
+
+
+def test_values_that_are_not_finite_are_an_error() -> None:
+    with pytest.raises(LightspineError, match="not finite for 1 images"):
+        Tally(3).add(torch.tensor([[0.0, 1.0, 2.0], [torch.nan, 0.0, 0.0]]), torch.tensor([0, 1]))
+
+
+def test_closed_classes_are_never_chosen() -> None:
+    tally = Tally(4, candidates=[0, 2])
+    tally.add(torch.tensor([[1.0, 9.0, 2.0, 8.0]]), torch.tensor([2]))
+    assert tally.scores()["top1"] == 100
+    # Among classes 0 and 2 only: ln(1 + e^(1 - 2)).
+    assert tally.scores()["loss"] == pytest.approx(0.313262, abs=1e-5)
+
+
+def test_top5_counts_the_five_best() -> None:
+    tally = Tally(7)
+    tally.add(torch.arange(7.0).repeat(2, 1), torch.tensor([2, 1]))
+    assert (tally.scores()["top1"], tally.scores()["top5"]) == (0, 50)

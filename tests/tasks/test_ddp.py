@@ -1,0 +1,79 @@
+"""One run in two processes: the same result as in one, and an end when one of them dies."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from support.processes import kill_at, train_command
+
+TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+# Layer norms only, so that half a batch is normalised like a whole one; plain steps along the gradient.
+PLAIN = [
+    "--model.model=test_vit",
+    "--model.model_args={img_size: 32}",
+    "--model.optimizer=sgd",
+    "--model.lr=0.05",
+]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["own launcher", "torchrun"])
+def test_two_processes_train_like_one_with_the_whole_batch(tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    flags = [*PLAIN, "--data.augment=false"]
+    one = train_command(tmp_path / "one", *flags, "--data.batch_size=32")
+    two = train_command(tmp_path / "two", *flags, *TWO, "--data.batch_size=16", launcher=launcher)
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    expected, actual = _weights(tmp_path / "one"), _weights(tmp_path / "two")
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("two")] == ["two"]
+
+
+@pytest.mark.slow
+def test_synchronised_batch_norm_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    run = train_command(tmp_path / "run", *PLAIN, *TWO, "--trainer.sync_batchnorm=true")
+    assert run.returncode == 2
+    assert "lightspine: expected a GPU for sync_batchnorm, got the cpu" in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["own launcher", "torchrun"])
+def test_death_of_one_process_ends_the_other(tmp_path: Path, rank: int, launcher: tuple[str, ...]) -> None:
+    # The two together have less than a minute, start included.
+    dead = train_command(
+        tmp_path / "run", *PLAIN, *TWO, *kill_at(3, rank=rank), launcher=launcher, timeout_s=60
+    )
+    assert dead.returncode not in (0, 2)
+    assert f"process {rank} of 2 (counted from 0) ended before the others" in dead.stderr
+
+
+@pytest.mark.slow
+def test_death_ends_a_process_that_hangs(tmp_path: Path) -> None:
+    hang = [
+        "--trainer.callbacks+=support.interruption.HangAtStep",
+        "--trainer.callbacks.step=3",
+        "--trainer.callbacks.rank=1",
+    ]
+    dead = train_command(tmp_path / "run", *PLAIN, *TWO, *kill_at(3, rank=0), *hang, timeout_s=60)
+    assert "process 0 of 2 (counted from 0) ended before the others" in dead.stderr
+
+
+@pytest.mark.slow
+def test_run_of_two_processes_is_resumed_after_a_death(tmp_path: Path) -> None:
+    flags = [*PLAIN, *TWO, "--save-every-steps=2"]
+    whole = train_command(tmp_path / "whole", *flags)
+    dead = train_command(tmp_path / "parts", *flags, "--resume", *kill_at(5, rank=0))
+    assert dead.returncode == -signal.SIGKILL
+    resumed = train_command(tmp_path / "parts", *flags, "--resume")
+    assert (whole.returncode, resumed.returncode) == (0, 0), whole.stderr + resumed.stderr
+    expected, actual = _weights(tmp_path / "whole"), _weights(tmp_path / "parts")
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
