@@ -1,8 +1,12 @@
 """List the training recipes that ship with the package, with what the papers print for them."""
 
 import argparse
+import dataclasses
+from typing import Any
 
-from lightspine_cli._output import print_json, print_table
+from lightspine_cli._output import print_json, print_table, with_thousands
+
+_COLUMNS = ("recipe", "model", "task", "data", ">batch", ">epochs", ">published top-1 %")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,36 +18,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; status 2 when no name matches."""
     from lightspine.errors import UsageError
-    from lightspine.recipes import describe_recipe, list_published, list_recipes
+    from lightspine.recipes import list_recipes
+    from lightspine.recipes.summary import summarize_recipe
 
-    names = [name for name in list_recipes() if args.pattern in name]
-    if not names:
+    summaries = [summarize_recipe(name) for name in list_recipes() if args.pattern in name]
+    if not summaries:
         raise UsageError(f"no recipe has {args.pattern!r} in its name; `lightspine recipes` lists all")
-    published = {entry.recipe: entry for entry in list_published()}
-    objects = []
-    for name in names:
-        entry = published.get(name)
-        objects.append(
-            {
-                "name": name,
-                "description": describe_recipe(name),
-                "published_top1": entry.top1 if entry else None,
-                "note": entry.note if entry else "",
-                "source": entry.source if entry else "",
-            }
-        )
     if args.json:
-        print_json(objects)
+        print_json([_as_object(summary) for summary in summaries])
         return 0
-    print_table(
-        ("recipe", ">published top-1 %", "what it does"),
-        [(item["name"], _score(item["published_top1"]), item["description"]) for item in objects],
-    )
+    print_table(_COLUMNS, [_row(summary) for summary in summaries])
     print()
-    print("Published scores are those of the papers on ImageNet-1k, not measured here.")
-    print("Train one with `lightspine train --config NAME`; `--print_config` shows all of it.")
+    print("Published scores are those of the papers, not measured here; batch is the total over all devices.")
+    print("Train one with `lightspine train --config RECIPE`; `--print_config` shows all of it.")
     return 0
 
 
-def _score(top1: float | None) -> str:
-    return "-" if top1 is None else f"{top1:.1f}"
+def _as_object(summary: Any) -> dict[str, Any]:
+    content = dataclasses.asdict(summary)
+    published = content.pop("published") or {"top1": None, "note": "", "source": ""}
+    return content | {
+        "published_top1": published["top1"],
+        "note": published["note"],
+        "source": published["source"],
+    }
+
+
+def _row(summary: Any) -> tuple[str, ...]:
+    top1 = summary.published.top1 if summary.published else None
+    return (
+        summary.name,
+        summary.model,
+        summary.task,
+        summary.data,
+        with_thousands(summary.batch_size),
+        str(summary.epochs),
+        "-" if top1 is None else f"{top1:.1f}",
+    )

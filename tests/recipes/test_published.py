@@ -61,6 +61,15 @@ RATES = {
 }
 
 
+AVERAGES = {
+    "vmamba": 0.9999,
+    "vim": 0.99996,
+    "efficientvim": 0.9995,
+    "shvit": 0.99996,
+    "efficientmod": 0.9998,
+}
+
+
 def kind(name: str) -> str:
     if name.endswith("_e450"):
         return "efficientvim e450"
@@ -87,7 +96,7 @@ def test_rate_is_the_published_one_at_every_turn(name: str) -> None:
         return lowest + (highest - lowest) * (1 + math.cos(math.pi * share)) / 2
 
     of = kind(name).split()[0]
-    lag = 1 if of == "shvit" else 0
+    lag = 1 if of in ("shvit", "vim") else 0
     assert rate(0) == pytest.approx(first)
     assert rate(lag + warmup / 5) == pytest.approx(first + (highest - first) / 5)
     middle = (warmup + epochs) / 2
@@ -107,10 +116,10 @@ def test_rate_changes_with_the_unit_that_was_published(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_first_epochs_of_shvit_alone_are_alike(name: str) -> None:
+def test_two_first_epochs_are_alike_where_the_official_schedule_lags(name: str) -> None:
     schedule = CosineSchedule(**settings(name)["schedule"])
     rates = [schedule.rate(e, lr=1e-2, steps_per_epoch=1, total_batch=512) for e in (0, 1)]
-    assert (rates[0] == rates[1]) == (family(name) == "shvit")
+    assert (rates[0] == rates[1]) == (family(name) in ("vim", "shvit"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,9 +127,9 @@ def test_average_clipping_and_augmentation_are_the_published_ones(name: str) -> 
     recipe, task = read(name), settings(name)
     data, trainer = recipe["data"]["init_args"], recipe["trainer"]
     record = get_record(task["model"])
-    decay = {"vmamba": 0.9999, "efficientvim": 0.9995, "efficientmod": 0.9998}.get(record.family)
-    # Vanilla-T is published without the average.
-    assert task.get("ema_decay") == (None if name.endswith("vmamba_tiny_v0") else decay)
+    assert task["ema_decay"] == AVERAGES[record.family]
+    raw = record.family in ("vim", "shvit") or name.endswith("vmamba_tiny_v0")
+    assert task["publish"] == ("raw" if raw else "ema")
     assert trainer.get("gradient_clip_val") == {"vmamba": 5.0, "efficientvim": 0.02}.get(record.family)
     assert task.get("agc") == {"shvit": 0.02}.get(record.family)
     assert (task["mixup"], task["cutmix"], task["label_smoothing"]) == (0.8, 1.0, 0.1)

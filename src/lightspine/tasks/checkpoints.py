@@ -103,7 +103,9 @@ class LastCheckpoint(Checkpoint):
         if self.every_n_steps is None or not stepped or trainer.global_step % self.every_n_steps:
             return
         # Lightning would go on behind the validation that is due now.
-        if not trainer.is_last_batch and (batch_idx + 1) % trainer.val_check_batch:
+        every = trainer.val_check_batch
+        validated = every is not None and (batch_idx + 1) % every == 0
+        if not trainer.is_last_batch and not validated:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002

@@ -12,9 +12,9 @@ from typing import Any, cast
 import timm
 import torch
 from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightspine.data import modules
 from lightspine.data.modules import ImageDataModule, SourceDataModule

@@ -41,13 +41,13 @@ class PeerWatch(pl.Callback):
         port = trainer.strategy.broadcast(server.getsockname()[1] if server else None)
         if server is not None:
             for _ in range(world_size - 1):
-                connection, _ = server.accept()
-                self._add(connection, int.from_bytes(_read(connection, 4)))
+                accepted, _ = server.accept()
+                self._add(accepted, int.from_bytes(_read(accepted, 4)))
             server.close()
         else:
-            connection = socket.create_connection((os.environ.get("MASTER_ADDR", "127.0.0.1"), port))
-            connection.sendall(rank.to_bytes(4))
-            self._add(connection, 0)
+            hub = socket.create_connection((os.environ.get("MASTER_ADDR", "127.0.0.1"), port))
+            hub.sendall(rank.to_bytes(4))
+            self._add(hub, 0)
         thread = threading.Thread(target=self._watch, args=(world_size,), name="peer-watch", daemon=True)
         thread.start()
 
@@ -84,15 +84,15 @@ class PeerWatch(pl.Callback):
             open_ends = len(self._connections)
             while open_ends and not self._finished.is_set():
                 for key, _ in selector.select(timeout=1.0):
-                    connection: Any = key.fileobj
+                    end: Any = key.fileobj
                     if self._finished.is_set():
                         return
-                    message = _read_now(connection)
+                    message = _read_now(end)
                     if message.startswith(_FAREWELL):
-                        selector.unregister(connection)
+                        selector.unregister(end)
                         open_ends -= 1
                         continue
-                    dead = int.from_bytes(message) if message else self._connections[connection]
+                    dead = int.from_bytes(message) if message else self._connections[end]
                     self._mourn(dead, world_size)
                     return
 

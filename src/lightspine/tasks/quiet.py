@@ -46,11 +46,12 @@ class _NotesHandler(logging.Handler):
 def show_notes() -> Iterator[None]:
     """Show what lightspine logs, such as how a batch was made up, on the standard error."""
     logger = logging.getLogger("lightspine")
-    level, handler = logger.level, _NotesHandler()
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
+    # In place of the command line's own handler, which knows no live bar and would say everything twice.
+    level, handlers = logger.level, list(logger.handlers)
+    logger.setLevel(min(level, logging.INFO) if level else logging.INFO)
+    logger.handlers[:] = [_NotesHandler()]
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        logger.handlers[:] = handlers
         logger.setLevel(level)

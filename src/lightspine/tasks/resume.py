@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.tasks.checkpoints import LAST
@@ -23,7 +23,7 @@ def prepare_folder(folder: str | Path, *, resume: str | Path | None = None) -> P
         return Path(resume).resolve().parent
     path = Path(folder)
     # The other processes of a distributed run come later than the first and are told its folder.
-    if resume is None and rank_zero_only.rank == 0:
+    if resume is None and getattr(rank_zero_only, "rank", 0) == 0:
         path = _free_neighbour(path)
     path.mkdir(parents=True, exist_ok=True)
     return path

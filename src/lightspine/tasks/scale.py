@@ -36,8 +36,7 @@ class EffectiveBatch(pl.Callback):
                 "expected either effective_batch or accumulate_grad_batches, got both "
                 f"({self.size} and {trainer.accumulate_grad_batches})"
             )
-        data = trainer.datamodule
-        loader = data.train_dataloader()
+        loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]  # unknown to its types
         at_once = loader.batch_size * trainer.world_size
         devices = "1 device" if trainer.world_size == 1 else f"{trainer.world_size} devices"
         if self.size % at_once:
