@@ -1,0 +1,102 @@
+"""The feature pyramid network, with the finer and coarser levels that detectors add to it."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Literal
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightspine.errors import UsageError
+
+Coarser = Literal["max_pool", "conv"]
+
+
+class FeaturePyramid(nn.Module):
+    """FPN (Lin et al., arXiv:1612.03144) over maps whose strides double.
+
+    Without extra levels it is the plain FPN. `finest_stride` below that of the first map adds levels by
+    transposed convolutions, as the detectors of SHViT and EfficientViM do: the first one reads the merged
+    finest lateral, each further one the output of the one before. Every level ends with a 3x3 convolution.
+
+    Args:
+        in_channels: width of each map, the finest first.
+        in_strides: their strides, each twice the one before.
+        channels: width of all levels.
+        finest_stride: stride of the first level; `None` is that of the first map.
+        coarser: number of levels behind the last map.
+        coarser_by: "max_pool" keeps every second pixel of the level before; "conv" is a 3x3 convolution of
+            stride 2, the first of which reads the last *input* map, without an activation between them.
+
+    Shape:
+        `forward` takes the maps `(B, C_i, H_i, W_i)` and gives an ordered dict, stride (as a string) to
+        `(B, channels, H, W)`, the finest first. Levels between two maps have exactly the finer map's size.
+
+    Raises:
+        UsageError: strides that do not double, a `finest_stride` that is no such stride below them.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        in_strides: Sequence[int],
+        *,
+        channels: int = 256,
+        finest_stride: int | None = None,
+        coarser: int = 0,
+        coarser_by: Coarser = "max_pool",
+    ):
+        super().__init__()
+        first = in_strides[0]
+        if list(in_strides) != [first * 2**i for i in range(len(in_channels))]:
+            raise UsageError(f"a feature pyramid needs strides that double, got {tuple(in_strides)}")
+        finest = first if finest_stride is None else finest_stride
+        finer = int(math.log2(first / finest)) if finest > 0 else -1
+        if finer < 0 or finest * 2**finer != first:
+            raise UsageError(
+                f"finest_stride must be {first} or a half, a quarter... of it, got {finest_stride}"
+            )
+        if coarser_by not in ("max_pool", "conv"):
+            raise UsageError(f"coarser_by must be 'max_pool' or 'conv', got {coarser_by!r}")
+        self.channels = channels
+        self.coarser = coarser
+        levels = finer + len(in_channels) + coarser
+        self.strides = tuple(finest * 2**i for i in range(levels))
+
+        self.laterals = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in in_channels)
+        self.smooths = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
+        # From coarse to fine, the convolution that ends a level beside the one that begins it.
+        self.finer_ups = nn.ModuleList(nn.ConvTranspose2d(channels, channels, 2, 2) for _ in range(finer))
+        self.finer_smooths = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(finer))
+        convs = coarser if coarser_by == "conv" else 0
+        self.coarser_convs = nn.ModuleList(
+            nn.Conv2d(in_channels[-1] if i == 0 else channels, channels, 3, 2, 1) for i in range(convs)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> OrderedDict[str, Tensor]:
+        """Map the backbone's maps to the levels, by stride."""
+        merged = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
+        for i in range(len(merged) - 2, -1, -1):
+            size = merged[i].shape[2:]
+            merged[i] = merged[i] + F.interpolate(merged[i + 1], size=size, mode="nearest")
+        levels = [smooth(x) for smooth, x in zip(self.smooths, merged, strict=True)]
+
+        x = merged[0]
+        for up, smooth in zip(self.finer_ups, self.finer_smooths, strict=True):
+            x = up(x)
+            levels.insert(0, smooth(x))
+
+        source = maps[-1]
+        for conv in self.coarser_convs:
+            source = conv(source)
+            levels.append(source)
+        for _ in range(self.coarser - len(self.coarser_convs)):
+            levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
+        return OrderedDict((str(stride), level) for stride, level in zip(self.strides, levels, strict=True))
