@@ -113,13 +113,14 @@ def _confusion(entry: dict[str, Any]) -> str:
 
 def _print_scores(report: dict[str, Any]) -> None:
     size, speed = report["preprocessing"]["input_size"], report["throughput"]
+    weights = f" ({report['weights']} weights)" if report["weights"] else ""
     optional = [
         ("top-5", report["top5"], "{:.2f} %"),
         ("loss", report["loss"], "{:.4f}"),
     ]
     print_facts(
         [
-            ("model", f"{report['model']} ({report['weights']} weights), {size[1]}x{size[2]} px"),
+            ("model", f"{report['model']}{weights}, {size[1]}x{size[2]} px"),
             ("images", f"{report['images']} ({report['split']}), {len(report['skipped'])} skipped"),
             ("top-1", f"{report['top1']:.2f} %"),
             *[(name, form.format(value)) for name, value, form in optional if value is not None],

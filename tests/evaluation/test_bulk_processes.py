@@ -45,10 +45,10 @@ def test_whole_run_has_every_image_once(place: Path, whole: bytes) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
-def test_killed_run_resumes_to_the_same_bytes(place: Path, whole: bytes, devices: int) -> None:
-    out = f"killed-{devices}"
-    command = _command(place, out, "--devices", str(devices))
+@pytest.mark.parametrize("sharing", ["workers", "devices"])
+def test_killed_run_resumes_to_the_same_bytes(place: Path, whole: bytes, sharing: str) -> None:
+    out = f"killed-{sharing}"
+    command = _command(place, out, f"--{sharing}", "2")
     process = subprocess.Popen(command, env=_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     _wait_for_parts(place / out, 5)
     workers = _children(process.pid)
@@ -60,6 +60,11 @@ def test_killed_run_resumes_to_the_same_bytes(place: Path, whole: bytes, devices
     outcome = json.loads((place / out / "run.json").read_text())
     assert 0 < outcome["computed"] < outcome["images"] == 3 * COUNT
     assert (place / out / "predictions.csv").read_bytes() == whole
+    assert {path.name for path in (place / out).iterdir()} == {
+        "predictions.csv",
+        "bad_images.csv",
+        "run.json",
+    }
 
 
 @pytest.mark.slow

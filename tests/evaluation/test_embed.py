@@ -59,6 +59,15 @@ def test_stage_is_the_average_of_its_map(checkpoint: Path, images: Path, tmp_pat
         assert np.allclose(maps[path].mean(axis=(1, 2)), vector, atol=1e-5)
 
 
+def test_half_written_files_of_a_kill_do_not_stay(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    leftover = tmp_path / "out" / "features" / ".pooled-000000.npy.77.part"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"half")
+    embed_images(checkpoint, images, tmp_path / "out", options=SMALL_PARTS)
+    names = sorted(path.name for path in leftover.parent.iterdir())
+    assert names == ["pooled-000000.npy", "pooled-000001.npy", "pooled-000002.npy"]
+
+
 def test_unknown_stage_is_refused(checkpoint: Path, images: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match="expected a stage of efficientvim_m1 out of pooled, all, 0, 1, 2, got '7'"

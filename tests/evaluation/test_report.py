@@ -14,6 +14,7 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation import evaluate, write_report
 from lightspine.evaluation.plots import plot_confusion
 from lightspine.evaluation.tally import Tally
+from lightspine.models._saving import save_checkpoint
 from support.checkpoints import save_small
 from support.images import COLOURS, write_folder
 
@@ -89,13 +90,26 @@ def test_wrong_option_is_refused(
         evaluate(colours, images, **option)  # type: ignore[arg-type]
 
 
-def test_weights_choose_between_trained_and_averaged(images: Path, tmp_path: Path) -> None:
-    trained, averaged = (lightspine.create_model("shvit_s1", num_classes=3) for _ in range(2))
+@pytest.mark.parametrize(
+    ("trained", "averaged"),
+    [("model", "model_ema"), ("current_model_state", "state_dict")],
+    ids=["official", "lightning"],
+)
+def test_weights_choose_between_trained_and_averaged(
+    trained: str, averaged: str, images: Path, tmp_path: Path
+) -> None:
+    networks = [lightspine.create_model("shvit_s1", num_classes=3) for _ in range(2)]
     path = tmp_path / "both.pth"
-    torch.save({"model": trained.state_dict(), "model_ema": averaged.state_dict()}, path)
-    reports = [evaluate(path, images, weights=weights, image_size=64) for weights in ("model", "ema")]  # type: ignore[arg-type]
-    assert [report["weights"] for report in reports] == ["model", "ema"]
-    assert reports[0]["loss"] != reports[1]["loss"]
+    torch.save({trained: networks[0].state_dict(), averaged: networks[1].state_dict()}, path)
+    found, expected = [], []
+    for weights, network in zip(("model", "ema"), networks, strict=True):
+        report = evaluate(path, images, weights=weights, image_size=64)  # type: ignore[arg-type]
+        found.append((report["weights"], report["loss"]))
+        alone = save_checkpoint(network, tmp_path / f"{weights}.safetensors")
+        expected.append(evaluate(alone, images, image_size=64)["loss"])
+    assert [kind for kind, _ in found] == ["raw", "ema"]
+    assert [loss for _, loss in found] == expected
+    assert expected[0] != expected[1]
 
 
 def test_confusion_picture_is_grey(tmp_path: Path) -> None:

@@ -66,8 +66,9 @@ def evaluate(
         progress: show a bar on the standard error.
 
     Returns:
-        The report, plain values only: `model`, `checkpoint`, `checkpoint_sha256`, `weights` (those that were
-        used), `parameters`, `data`, `split`, `listing_sha256` (of the images' names and classes), `images`;
+        The report, plain values only: `model`, `checkpoint`, `checkpoint_sha256`, `weights` ("ema" or "raw";
+        None for a file with one set of weights, which does not say), `parameters`, `data`, `split`,
+        `listing_sha256` (of the images' names and classes), `images`;
         `top1` and `top5` in percent (`top5` is None with five classes or fewer), `loss`;
         `classes` (`images`, `top1`, `top5`, `predicted`, `confused_with` of each; None where an image may
         have several right classes, as the loss then is);
@@ -182,10 +183,13 @@ def _with_bar(loader: DataLoader) -> Iterable[Batch]:
     return track(loader, "evaluating", transient=True, console=Console(file=sys.stderr))
 
 
-def _used_weights(report: Any) -> str:
-    return "ema" if report is not None and report.is_ema else "model"
+def _used_weights(report: Any) -> str | None:
+    if report is None or not report.entry:
+        return None
+    return "ema" if report.is_ema else "raw"
 
 
 def _reported_confusion(tally: Tally) -> list[list[int]] | None:
-    small = tally.confusion is not None and tally.num_classes <= LARGEST_REPORTED
-    return tally.confusion.tolist() if tally.confusion is not None and small else None
+    if tally.confusion is None or tally.num_classes > LARGEST_REPORTED:
+        return None
+    return tally.confusion.tolist()

@@ -102,10 +102,19 @@ class LightspineTask(pl.LightningModule):
         Args:
             name: of a model of lightspine or timm.
             **arguments: see `lightspine.create_model`.
+
+        Raises:
+            UsageError: an unknown model or argument.
+            LightspineError: a checkpoint that cannot be read.
         """
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            self.model = create_model(name, **arguments)
+            try:
+                self.model = create_model(name, **arguments)
+            except TypeError as error:
+                if "unexpected keyword argument" not in str(error):
+                    raise
+                raise UsageError(f"wrong arguments of the model {name}: {error}") from error
         if self.frozen_stages is not None:
             self._frozen = freeze_stages(self.model, self.frozen_stages)
 

@@ -1,5 +1,6 @@
 """Image classification: the loss of every published recipe, and the scores."""
 
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,10 @@ class ClassificationTask(LightspineTask):
             else None
         )
         # Not submodules: a teacher is neither trained nor saved.
-        self.distiller = None if teacher is None else _make(Distiller, teacher, num_classes=num_classes)
-        self.mesa = None if mesa is None else _make(Mesa, mesa)
+        self.distiller = (
+            None if teacher is None else _make("teacher", Distiller, teacher, num_classes=num_classes)
+        )
+        self.mesa = None if mesa is None else _make("mesa", Mesa, mesa)
         if self.distiller is not None:
             self.distiller.prepare_student(self.model)
         if self.mesa is not None and (self.distiller is not None or self.ema_decay is None):
@@ -199,8 +202,9 @@ class ClassificationTask(LightspineTask):
         _log.warning("skipped %d images: %s%s", len(reasons), "; ".join(reasons[:_NAMED_IMAGES]), more)
 
 
-def _make(kind: Any, settings: dict[str, Any], **more: Any) -> Any:
+def _make(key: str, kind: Any, settings: dict[str, Any], **more: Any) -> Any:
     try:
-        return kind(**settings, **more)
+        inspect.signature(kind).bind(**settings, **more)
     except TypeError as error:
-        raise UsageError(f"wrong settings of {kind.__name__.lower()}: {error}") from error
+        raise UsageError(f"wrong settings under {key}: {error}") from error
+    return kind(**settings, **more)

@@ -116,6 +116,9 @@ class RunFolder:
         """
         if missing := self.pending(parts):
             raise LightspineError(f"expected {parts} parts in {self.parts}, but part {missing[0]} is missing")
+        # Files that a kill left half written; nobody writes any more.
+        for leftover in self.path.rglob(".*.part"):
+            leftover.unlink(missing_ok=True)
         Csv().join(
             [self._bad(number) for number in range(parts) if self._bad(number).is_file()],
             self.path / BAD_IMAGES,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -84,8 +84,8 @@ def run_processes(
 
 def _listen(processes: dict[Connection, SpawnProcess], on_images: Callable[[int], None]) -> None:
     while processes:
-        for receiver in wait(list(processes)):
-            assert isinstance(receiver, Connection)
+        for ready in wait(list(processes)):
+            receiver = cast(Connection, ready)
             try:
                 message: Any = receiver.recv()
             except EOFError:
@@ -105,7 +105,7 @@ def _listen(processes: dict[Connection, SpawnProcess], on_images: Callable[[int]
 
 
 def _work(job: Job, parts: Sequence[int], device: str, threads: int, sender: Connection) -> None:
-    """Do one share; the first process tells the others' fate, so a key press must reach only that one."""
+    """Do one share. A key press is for the process that started this one, which then ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
