@@ -23,5 +23,6 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
             "the compiled CPU scan cannot be kept on disk, so each process compiles it for some seconds: "
             "set NUMBA_CACHE_DIR to a folder that can be written",
             RuntimeWarning,
+            stacklevel=1,  # one place for all kernels, so that it is said once
         )
         return njit(**options)(function)
