@@ -154,6 +154,16 @@ def test_cross_scan_takes_a_channels_first_map(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_map_size_first_seen_in_inference_mode_can_be_trained_later(backend: str) -> None:
+    inputs = cross_inputs(1, 3, 11, 4, 1)  # a size of this test alone
+    with torch.inference_mode():
+        cross_scan(*inputs, backend=backend)
+    x = inputs.x.requires_grad_()
+    cross_scan(x, *inputs[1:], backend=backend).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_transposing_the_map_exchanges_rows_and_columns(backend: str) -> None:
     inputs = cross_inputs()
     exchanged = [1, 0, 3, 2]

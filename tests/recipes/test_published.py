@@ -208,7 +208,7 @@ SPARED = {
 
 
 def decay_by_name(model: nn.Module, weight_decay: float) -> dict[str, float]:
-    optimizer = create_optimizer(model, "adamw", lr=1e-3, weight_decay=weight_decay, on_cpu=False)
+    optimizer = create_optimizer(model, "adamw", lr=1e-3, weight_decay=weight_decay)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         names[id(parameter)]: group["weight_decay"]
@@ -322,7 +322,7 @@ def test_first_step_has_the_official_loss_and_fifty_steps_lower_it(
         agc=arguments.get("agc"),
     ).double()
     targets = torch.tensor(training.get("targets", [0, 1]))
-    optimizer = create_optimizer(task.model, "adamw", lr=task.lr, weight_decay=task.weight_decay, on_cpu=True)
+    optimizer = create_optimizer(task.model, "adamw", lr=task.lr, weight_decay=task.weight_decay)
     losses = []
     for step in range(50):
         loss = task.training_loss(images, targets)

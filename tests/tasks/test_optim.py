@@ -13,7 +13,7 @@ def small_model() -> nn.Module:
 
 
 def test_adamw_has_the_published_settings() -> None:
-    optimizer = create_optimizer(small_model(), "adamw", lr=1e-3, weight_decay=0.05, on_cpu=False)
+    optimizer = create_optimizer(small_model(), "adamw", lr=1e-3, weight_decay=0.05)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.9, 0.999), 1e-8)}
 
@@ -21,7 +21,7 @@ def test_adamw_has_the_published_settings() -> None:
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lamb"])
 def test_norms_and_biases_are_not_decayed_by_any_optimiser(name: str) -> None:
     model = small_model()
-    optimizer = create_optimizer(model, name, lr=1e-3, weight_decay=0.05, on_cpu=True)
+    optimizer = create_optimizer(model, name, lr=1e-3, weight_decay=0.05)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {id(model[0].weight), id(model[3].weight)}
 
@@ -29,14 +29,14 @@ def test_norms_and_biases_are_not_decayed_by_any_optimiser(name: str) -> None:
 def test_frozen_parameters_are_left_out() -> None:
     model = small_model()
     model[0].requires_grad_(False)
-    optimizer = create_optimizer(model, "adamw", lr=1e-3, weight_decay=0.05, on_cpu=True)
+    optimizer = create_optimizer(model, "adamw", lr=1e-3, weight_decay=0.05)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
 
 
 def test_decay_moves_a_weight_without_gradient_by_rate_times_decay() -> None:
     model = nn.Linear(1, 1)
-    optimizer = create_optimizer(model, "adamw", lr=0.1, weight_decay=0.5, on_cpu=True)
+    optimizer = create_optimizer(model, "adamw", lr=0.1, weight_decay=0.5)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -47,7 +47,7 @@ def test_decay_moves_a_weight_without_gradient_by_rate_times_decay() -> None:
 
 def test_schedule_keeps_the_proportions_of_layer_decay() -> None:
     model = get_record("shvit_s1").create(num_classes=10)
-    optimizer = create_optimizer(model, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5, on_cpu=True)
+    optimizer = create_optimizer(model, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
     before = [group["lr"] for group in optimizer.param_groups]
     scheduler = schedule_by_step(optimizer, lambda step: 1 / (step + 1))["scheduler"]
     optimizer.step()

@@ -1,7 +1,7 @@
 """Complete training configurations that ship with the package: one YAML file is one run.
 
 `classification/` has one recipe for each published row; the others finish on a laptop. What the papers print
-for a recipe stands in `published.csv`.
+for a recipe stands in `published.csv`. Vim-base has no recipe: the script of its training was not published.
 """
 
 import csv

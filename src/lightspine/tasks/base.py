@@ -147,9 +147,8 @@ class LightspineTask(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
         """Leave out a step that would make the weights non-finite."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         where = f"step {self.global_step} (epoch {self.current_epoch}), learning rate {self.current_lr():.3g}"
-        self.guard.check_gradients(self.model, scaler=scaler, where=where)
+        self.guard.check_gradients(self.model, scaler=self._scaler(), where=where)
 
     def configure_gradient_clipping(
         self,
@@ -171,7 +170,8 @@ class LightspineTask(pl.LightningModule):
             lr=self.lr,
             weight_decay=self.weight_decay,
             layer_decay=self.layer_decay,
-            on_cpu=self.device.type == "cpu",
+            # The fused one would divide by the scale itself, behind the guard and the clipping.
+            fused=self.device.type == "cpu" and self._scaler() is None,
         )
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):
@@ -216,6 +216,10 @@ class LightspineTask(pl.LightningModule):
         """Show a loss to the guard and return it; with the images a culprit can be named."""
         self.guard.check_loss(loss, self.model, images)
         return loss
+
+    def _scaler(self) -> Any:
+        """Return the gradient scaler of 16-mixed, or None."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _total_batch(self) -> int:
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)

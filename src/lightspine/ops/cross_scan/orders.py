@@ -43,15 +43,17 @@ def scan_order(name: str, height: int, width: int) -> Tensor:
     """
     if name not in _ORDERS:
         raise UsageError(f"unknown scan order {name!r}: expected one of {', '.join(_ORDERS)}")
-    with torch.device("cpu"):  # also while a model is being built on the meta device
+    # Also while a model is being built on the meta device, and not as a tensor of the inference mode, which a
+    # later training could not use.
+    with torch.device("cpu"), torch.inference_mode(False):
         order = _ORDERS[name](height, width)
+        order = order.to("cpu", torch.int64).contiguous()
     pixels = height * width
     if order.dim() != 2 or order.shape[0] == 0 or order.shape[1] != pixels:
         raise UsageError(
             f"scan order {name!r}: expected indices of shape (K, {pixels}) for a {height}x{width} map, "
             f"received {tuple(order.shape)}"
         )
-    order = order.to("cpu", torch.int64).contiguous()
     for k, row in enumerate(order.sort(dim=1).values):
         if not torch.equal(row, torch.arange(pixels, device="cpu")):
             raise UsageError(

@@ -62,7 +62,8 @@ def _grouped(inputs: CrossScanInputs, delta_softplus: bool, order: str) -> Group
 # Keyed by the tensor, not by the order's name: `scan_order` returns one tensor per name and size.
 @functools.lru_cache(maxsize=64)
 def _on_device(pixels: Tensor, device: torch.device) -> Tensor:
-    return pixels.to(device, torch.int32)
+    with torch.inference_mode(False):  # kept for later calls, which may record gradients
+        return pixels.to(device, torch.int32)
 
 
 def _shared(t: Tensor, groups: int) -> Tensor:
