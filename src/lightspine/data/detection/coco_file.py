@@ -1,5 +1,6 @@
 """Read and check a COCO file of objects."""
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -70,13 +71,16 @@ def read_coco(
             image_id = _image_of(entry, known)
             # What belongs to a missing file is named by the file.
             if image_id in images:
-                objects[image_id].append(_read_object(entry, images[image_id], labels, masks, where, problems))
+                objects[image_id].append(
+                    _read_object(entry, images[image_id], labels, masks, where, problems)
+                )
         except LightspineError as error:
             problems.add(str(error), where)
     if content["annotations"] and not any(objects.values()):
-        raise UsageError(f"none of the {len(content['annotations'])} objects of {file} can be used: {problems}")
-    categories = sorted(labels, key=lambda number: labels[number])
-    return _pack(folder, names, categories, images, objects, masks, problems)
+        raise UsageError(
+            f"none of the {len(content['annotations'])} objects of {file} can be used: {problems}"
+        )
+    return _pack(folder, names, _number_classes(labels, len(names)), images, objects, masks, problems)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -86,7 +90,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
     except OSError as error:
         raise LightspineError(f"cannot read {file}: {error.strerror or error}") from error
-    # A file of another encoding fails as UnicodeDecodeError, one that is nested without end as RecursionError.
+    # Another encoding fails as UnicodeDecodeError, nesting without end as RecursionError.
     except (ValueError, RecursionError) as error:
         raise LightspineError(f"cannot read {file}: it is not JSON ({error})") from error
     for key in ("images", "annotations", "categories"):
@@ -107,17 +111,30 @@ def _read_categories(
     for entry in entries:
         number, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, None)
         if type(number) is not int or not isinstance(name, str):
-            raise LightspineError(f"a category of {file} needs a whole number as id and a name, got {entry!r}")
-        if number in found or name in found.values():
-            raise LightspineError(f"category {name!r} (id {number}) stands twice in {file}")
+            raise LightspineError(
+                f"a category of {file} needs a whole number as id and a name, got {entry!r}"
+            )
+        if number in found:
+            raise LightspineError(f"category id {number} stands twice in {file}")
         found[number] = name
     if not found:
         raise UsageError(f"expected at least one category in {file}")
-    names = [found[number] for number in sorted(found)] if class_names is None else list(class_names)
+    ordered = sorted(found)
+    if class_names is None:
+        return [found[number] for number in ordered], {number: i for i, number in enumerate(ordered)}
     for name in found.values():
-        if name not in names:
-            raise UsageError(f"category {name!r} of {file} is not among the model's {len(names)} classes")
-    return names, {number: names.index(found[number]) for number in sorted(found)}
+        if name not in class_names:
+            raise UsageError(
+                f"category {name!r} of {file} is not among the model's {len(class_names)} classes"
+            )
+    return list(class_names), {number: class_names.index(found[number]) for number in ordered}
+
+
+def _number_classes(labels: dict[int, int], count: int) -> list[int]:
+    """Return a category id for every class: the file's, or a new one for a class that the file lacks."""
+    of_label = {label: number for number, label in labels.items()}
+    new = itertools.count(max(labels) + 1)
+    return [of_label[label] if label in of_label else next(new) for label in range(count)]
 
 
 def _read_images(
@@ -130,7 +147,9 @@ def _read_images(
         number, name = fields.get("id"), fields.get("file_name")
         height, width = fields.get("height"), fields.get("width")
         if type(number) is not int or not isinstance(name, str):
-            raise LightspineError(f"an image of {file} needs a whole number as id and a file_name, got {entry!r}")
+            raise LightspineError(
+                f"an image of {file} needs a whole number as id and a file_name, got {entry!r}"
+            )
         if type(height) is not int or type(width) is not int or min(height, width) < 1:
             raise LightspineError(
                 f"image {name} of {file} needs a height and a width in pixels, got {height!r} and {width!r}"
@@ -178,7 +197,7 @@ def _read_object(
     segmentation = entry.get("segmentation")
     if masks:
         check_segmentation(segmentation, image.height, image.width)
-    if not _is_number(area) or area <= 0:
+    if area is None or not _is_number(area) or area <= 0:
         problems.add("area missing, the box's was taken", where)
         area = width * height
     return _Object(
