@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +26,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        # Where the folder could not be made there is nothing to remove, and asking for it fails.
+        with suppress(OSError):
+            part.unlink()
         raise LightspineError(f"cannot write {path}: {error.strerror or error}") from error
     except BaseException:
         part.unlink(missing_ok=True)

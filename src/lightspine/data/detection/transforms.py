@@ -1,0 +1,221 @@
+"""Random changes of an image together with its boxes and masks, as the published detectors are trained.
+
+They take (image, target) with torchvision's `tv_tensors` and go together with any of
+`torchvision.transforms.v2`. Random numbers come from torch's generator.
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from lightspine.errors import UsageError
+
+DetectionAugmentation = Literal["none", "flip", "multi_scale", "large_scale_jitter"]
+
+MULTI_SCALE = tuple(range(480, 801, 32))
+"""Shorter sides in pixels that DETR (Carion et al., arXiv:2005.12872) and the 3x schedules draw from."""
+
+_GREY = 128
+
+
+class ResizeShorterSide(v2.Transform):
+    """Resize to a shorter side drawn from several, the longest side bounded; the ratio stays.
+
+    torchvision's RandomShortestSize cuts the sides off where this rounds them, and so misses 800 by a pixel
+    at some image sizes.
+
+    Args:
+        sizes: shorter sides in pixels to draw from.
+        longest: bound of the longer side in pixels.
+
+    Raises:
+        UsageError: no size, or one below 1.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], longest: int) -> None:
+        super().__init__()
+        if not sizes or min(sizes) < 1 or longest < 1:
+            raise UsageError(f"expected sides of at least 1 px, got {list(sizes)} and {longest}")
+        self.sizes = tuple(sizes)
+        self.longest = longest
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the size."""
+        height, width = v2.query_size(flat_inputs)
+        shorter = self.sizes[_draw(0, len(self.sizes) - 1)]
+        factor = min(shorter / min(height, width), self.longest / max(height, width))
+        return {"size": [_scaled(height, factor), _scaled(width, factor)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize an image, boxes or masks; bilinear without a low-pass filter, as published."""
+        return self._call_kernel(F.resize, inpt, size=params["size"], antialias=False)
+
+
+class RandomSizedCrop(v2.Transform):
+    """Cut out a part of random height and width at a random place; objects outside it stay as empty boxes.
+
+    Args:
+        smallest: least side in pixels, or the image's where that is less.
+        largest: largest side in pixels, or the image's.
+
+    Raises:
+        UsageError: sides that are not 1 or more, the smaller first.
+    """
+
+    def __init__(self, smallest: int, largest: int) -> None:
+        super().__init__()
+        if not 1 <= smallest <= largest:
+            raise UsageError(f"expected sides of at least 1 px, the smaller first, got {smallest}, {largest}")
+        self.smallest = smallest
+        self.largest = largest
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw size and place."""
+        sides = v2.query_size(flat_inputs)
+        height, width = (_draw(min(self.smallest, side), min(self.largest, side)) for side in sides)
+        top, left = _draw(0, sides[0] - height), _draw(0, sides[1] - width)
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Crop an image, boxes or masks."""
+        return self._call_kernel(F.crop, inpt, **params)
+
+
+class LargeScaleJitter(v2.Transform):
+    """Large-scale jitter (Ghiasi et al., arXiv:2012.07177) as ViTDet's recipe has it.
+
+    The image is resized to fit into a square of `size` times a random factor and cut at a random place to at
+    most `size`; a smaller one is filled with grey at the right and the bottom. Boxes are drawn anew around
+    what is left of the masks, where there are masks.
+
+    Args:
+        size: height and width of the result in pixels.
+        scale: smallest and largest factor.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    def __init__(self, size: int = 1024, scale: tuple[float, float] = (0.1, 2.0)) -> None:
+        super().__init__()
+        if size < 1 or not 0 < scale[0] <= scale[1]:
+            raise UsageError(
+                f"expected a size of at least 1 px and scales above 0, the smaller first, got {size} and "
+                f"{list(scale)}"
+            )
+        self.size = size
+        self.scale = scale
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw factor and place."""
+        height, width = v2.query_size(flat_inputs)
+        factor = self.scale[0] + float(torch.rand(())) * (self.scale[1] - self.scale[0])
+        factor *= min(self.size / height, self.size / width)
+        resized = [_scaled(height, factor), _scaled(width, factor)]
+        top, left = (_draw(0, max(side - self.size, 0)) for side in resized)
+        return {"source": (height, width), "resized": resized, "top": top, "left": left}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize, crop and fill an image, boxes or masks."""
+        if isinstance(inpt, tv_tensors.Mask):
+            return tv_tensors.wrap(self._pick(inpt, params), like=inpt)
+        resized = self._call_kernel(F.resize, inpt, size=params["resized"], antialias=True)
+        height, width = (min(side, self.size) for side in params["resized"])
+        cropped = self._call_kernel(
+            F.crop, resized, top=params["top"], left=params["left"], height=height, width=width
+        )
+        border = [0, 0, self.size - width, self.size - height]
+        return self._call_kernel(F.pad, cropped, padding=border, fill=_GREY)
+
+    def forward(self, *inputs: Any) -> Any:
+        """Change (image, target) and draw the boxes anew."""
+        image, target = super().forward(*inputs)
+        if "masks" in target and len(target["masks"]):
+            boxes = _enclose(target["masks"].as_subclass(Tensor))
+            target = target | {"boxes": tv_tensors.wrap(boxes, like=target["boxes"])}
+        return image, target
+
+    def _pick(self, masks: Tensor, params: dict[str, Any]) -> Tensor:
+        """Pick the nearest pixels of the result alone: all masks of a crowded image enlarged take GBs."""
+        indices = []
+        for source, resized, start in zip(
+            params["source"], params["resized"], (params["top"], params["left"]), strict=True
+        ):
+            places = torch.arange(start, start + min(resized, self.size))
+            # By the centres of the pixels: their corners would shift the mask against the image.
+            indices.append(((2 * places + 1) * source).div(2 * resized, rounding_mode="floor"))
+        plain = masks.as_subclass(Tensor)
+        result = plain.new_zeros(*plain.shape[:-2], self.size, self.size)
+        picked = plain[..., indices[0], :][..., indices[1]]
+        result[..., : len(indices[0]), : len(indices[1])] = picked
+        return result
+
+
+def create_detection_transform(
+    augmentation: DetectionAugmentation = "flip",
+    *,
+    shorter: int = 800,
+    longest: int = 1333,
+    size: int = 1024,
+) -> v2.Transform:
+    """Return the training transform of a published schedule.
+
+    - "none": resized to a shorter side of `shorter`, the longest side bounded.
+    - "flip": the same with a horizontal flip of every second image: the 1x schedules.
+    - "multi_scale": flip, then either a shorter side of 480 to 800 or first one of 400, 500 or 600 and a crop
+      of 384 to 600 px: DETR's augmentation in the 3x schedules. All these sides are for a `shorter` of 800
+      and go with it.
+    - "large_scale_jitter": flip and large-scale jitter to `size`: ViTDet's schedule.
+
+    Args:
+        augmentation: the schedule's name.
+        shorter: of the resized image's sides, in pixels.
+        longest: bound of the longer side, in pixels.
+        size: of the square that large-scale jitter gives, in pixels.
+
+    Raises:
+        UsageError: an unknown name or sides below 1.
+    """
+    if augmentation not in get_args(DetectionAugmentation):
+        expected = ", ".join(get_args(DetectionAugmentation))
+        raise UsageError(f"expected an augmentation among {expected}, got {augmentation!r}")
+    resize: v2.Transform = ResizeShorterSide((shorter,), longest)
+    flip = v2.RandomHorizontalFlip(0.5)
+    if augmentation == "none":
+        return resize
+    if augmentation == "flip":
+        return v2.Compose([resize, flip])
+    if augmentation == "large_scale_jitter":
+        return v2.Compose([LargeScaleJitter(size), flip])
+
+    def scaled(*sides: int) -> tuple[int, ...]:
+        return tuple(_scaled(side, shorter / 800) for side in sides)
+
+    many = ResizeShorterSide(scaled(*MULTI_SCALE), longest)
+    crop = [ResizeShorterSide(scaled(400, 500, 600), *scaled(4200)), RandomSizedCrop(*scaled(384, 600)), many]
+    return v2.Compose([flip, v2.RandomChoice([many, v2.Compose(crop)])])
+
+
+def _draw(least: int, most: int) -> int:
+    return int(torch.randint(least, most + 1, ()))
+
+
+def _scaled(side: int, factor: float) -> int:
+    return max(int(side * factor + 0.5), 1)
+
+
+def _enclose(masks: Tensor) -> Tensor:
+    """Return the boxes around masks (N, H, W), (N, 4) float32; without a pixel a box without area."""
+    # Of bytes torch's `any` gives bytes.
+    rows, columns = masks.any(dim=2).bool(), masks.any(dim=1).bool()
+    sides = []
+    for filled in (columns, rows):
+        first = filled.int().argmax(dim=1)
+        last = filled.shape[1] - filled.flip(1).int().argmax(dim=1)
+        sides.append((first, torch.where(filled.any(dim=1), last, first)))
+    (left, right), (top, bottom) = sides
+    return torch.stack([left, top, right, bottom], dim=1).float()

@@ -1,0 +1,209 @@
+"""Find the pairs of image and label map in a folder."""
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lightspine.data.class_names import read_class_names
+from lightspine.data.image_folder import find_images
+from lightspine.data.segmentation.label_maps import IGNORED, LabelReader
+from lightspine.errors import LightspineError, UsageError
+
+_IMAGE_FOLDERS = ("images", "image", "imgs")
+_LABEL_FOLDERS = ("annotations", "labels", "masks")
+_LABEL_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff")
+_TRAIN = ("train", "training")
+_VAL = ("val", "validation", "valid", "test")
+_CLASS_FILES = ("classes.txt", "class_names.txt", "labels.txt")
+_ADE20K_CLASSES = "objectInfo150.txt"
+_LOOKED_AT = 16
+
+
+class LabelledImage(NamedTuple):
+    """An image and its label map."""
+
+    image: Path
+    labels: Path
+
+
+@dataclass(frozen=True)
+class SegmentationSplits:
+    """The pairs of a data set, split for training and validation.
+
+    Attributes:
+        class_names: in the order of the labels.
+        reader: reads the label maps.
+        train: pairs to train on.
+        val: pairs to validate on.
+        unpaired: images without a label map, which are left out.
+    """
+
+    class_names: list[str]
+    reader: LabelReader
+    train: list[LabelledImage]
+    val: list[LabelledImage]
+    unpaired: list[Path]
+
+
+def scan_segmentation_folder(
+    root: str | Path,
+    *,
+    class_names: str | Path | None = None,
+    num_classes: int | None = None,
+    ignored: int | None = IGNORED,
+    remap: Mapping[int, int] | None = None,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+) -> SegmentationSplits:
+    """List `root/images/train/*` with `root/annotations/train/*.png`, and the same for `val`.
+
+    Label maps lie below `annotations`, `labels` or `masks` and are called as their image. "training",
+    "validation", "valid" and "test" stand for the splits too; without folders for them a share of all images,
+    chosen by `seed`, is held out.
+
+    A folder with ADE20K's `objectInfo150.txt` is read as the MIT scene parsing benchmark: 0 is no class, 1 to
+    150 are the classes 0 to 149.
+
+    Args:
+        root: the folder.
+        class_names: a file with one class name per line; `classes.txt` in the folder without it.
+        num_classes: number of classes where there is no file with their names.
+        ignored: value of the label maps that stands for no class; `None` if none does.
+        remap: value in the label maps -> class, or 255 for no class.
+        val_fraction: share that is held out where the folder has no splits, between 0 and 1.
+        seed: which images are held out.
+
+    Raises:
+        UsageError: a folder, split or class names are missing, no image has a label map, label maps of two
+            classes hold one of them and 255 only.
+        LightspineError: the class names cannot be read.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        state = "is a file" if root.exists() else "is missing"
+        raise UsageError(f"expected a folder of images and labels, but {root} {state}")
+    if class_names is None and num_classes is None and remap is None and (root / _ADE20K_CLASSES).is_file():
+        names = read_ade20k_classes(root / _ADE20K_CLASSES)
+        remap = {0: IGNORED} | {number + 1: number for number in range(len(names))}
+        ignored = None
+    else:
+        names = _find_class_names(root, class_names, num_classes)
+    reader = LabelReader(len(names), ignored=ignored, remap=remap)
+    images, labels = _find_folder(root, _IMAGE_FOLDERS), _find_folder(root, _LABEL_FOLDERS)
+    if not any((images / name).is_dir() for name in _TRAIN):
+        pairs, unpaired = pair_labels(images, labels)
+        train, val = _hold_out(pairs, val_fraction, seed, root)
+    else:
+        train, unpaired = pair_labels(_find_folder(images, _TRAIN), _find_folder(labels, _TRAIN))
+        val, more_unpaired = pair_labels(_find_folder(images, _VAL), _find_folder(labels, _VAL))
+        unpaired = unpaired + more_unpaired
+    _check_two_classes(reader, train)
+    return SegmentationSplits(names, reader, train, val, unpaired)
+
+
+def pair_labels(images: Path, labels: Path) -> tuple[list[LabelledImage], list[Path]]:
+    """Pair the images of a folder with the label maps of another that have the same path but for the ending.
+
+    Returns:
+        The pairs, sorted, and the images without a label map.
+
+    Raises:
+        UsageError: there is no pair.
+    """
+    of_stem = {
+        path.relative_to(labels).with_suffix(""): path
+        for path in find_images(labels)
+        if path.suffix.lower() in _LABEL_EXTENSIONS
+    }
+    files = find_images(images)
+    stems = [path.relative_to(images).with_suffix("") for path in files]
+    pairs = [
+        LabelledImage(path, of_stem[stem]) for path, stem in zip(files, stems, strict=True) if stem in of_stem
+    ]
+    if not pairs:
+        raise UsageError(
+            f"none of the {len(files)} images of {images} has a label map of the same name in {labels}, "
+            f"which holds {len(of_stem)}"
+        )
+    return pairs, [path for path, stem in zip(files, stems, strict=True) if stem not in of_stem]
+
+
+def read_ade20k_classes(path: str | Path) -> list[str]:
+    """Read the class names of ADE20K's `objectInfo150.txt`: the last column, its first synonym.
+
+    A first synonym that another class has too is kept with all of its synonyms.
+
+    Raises:
+        LightspineError: the file is not such a table.
+    """
+    path = Path(path)
+    try:
+        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise LightspineError(f"cannot read class names {path}: {error}") from error
+    numbers = [row[0].strip() for row in rows[1:]]
+    if not numbers or numbers != [str(number + 1) for number in range(len(numbers))]:
+        raise LightspineError(f"expected a table of classes numbered from 1, with a head line, in {path}")
+    names = [row[-1].strip() for row in rows[1:]]
+    first = [name.split(",")[0].strip() for name in names]
+    return [short if first.count(short) == 1 else name for short, name in zip(first, names, strict=True)]
+
+
+def _check_two_classes(reader: LabelReader, pairs: Sequence[LabelledImage]) -> None:
+    """Refuse masks of 0 and 255 whose second class would be taken for pixels without a class."""
+    if reader.num_classes != 2:
+        return
+    found: set[int] = set()
+    for pair in pairs[:_LOOKED_AT]:
+        # A damaged file is reported when it is met in training.
+        with contextlib.suppress(LightspineError):
+            found.update(np.unique(reader.read(pair.labels)).tolist())
+    if IGNORED in found and len(found) == 2:
+        raise UsageError(
+            f"the label maps hold class {min(found)} and pixels without a class only, the first is "
+            f"{pairs[0].labels}: where 255 is a class give remap={{0: 0, 255: 1}}"
+        )
+
+
+def _find_class_names(root: Path, file: str | Path | None, num_classes: int | None) -> list[str]:
+    found = next((root / name for name in _CLASS_FILES if (root / name).is_file()), None)
+    chosen = file if file is not None else found if num_classes is None else None
+    if chosen is None:
+        if num_classes is None:
+            raise UsageError(
+                f"expected class names: a file {_CLASS_FILES[0]} in {root}, a file of another name given as "
+                "class_names, or their number given as num_classes"
+            )
+        return [str(number) for number in range(num_classes)]
+    names = read_class_names(chosen)
+    if num_classes is not None and num_classes != len(names):
+        raise UsageError(f"expected {num_classes} class names in {chosen}, found {len(names)}")
+    return names
+
+
+def _find_folder(root: Path, names: Iterable[str]) -> Path:
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise UsageError(f"expected a folder {' or '.join(names)} in {root}")
+
+
+def _hold_out(
+    pairs: list[LabelledImage], fraction: float, seed: int, root: Path
+) -> tuple[list[LabelledImage], list[LabelledImage]]:
+    if not 0 < fraction < 1:
+        raise UsageError(f"expected a val_fraction between 0 and 1, got {fraction}")
+    if len(pairs) < 2:
+        raise UsageError(
+            f"expected at least two labelled images in {root} to hold one out, found {len(pairs)}"
+        )
+    count = min(max(round(len(pairs) * fraction), 1), len(pairs) - 1)
+    held_out = set(np.random.default_rng(seed).permutation(len(pairs))[:count].tolist())
+    return (
+        [pair for i, pair in enumerate(pairs) if i not in held_out],
+        [pair for i, pair in enumerate(pairs) if i in held_out],
+    )

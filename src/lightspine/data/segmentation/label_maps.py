@@ -1,0 +1,93 @@
+"""Label maps: image files whose pixel values are classes."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from lightspine.errors import LightspineError, UsageError
+
+IGNORED = 255
+"""The value of pixels without a class, in what the readers give and as the usual value in files."""
+
+MOST_CLASSES = IGNORED
+"""Label maps hold one byte per pixel, and one value stands for no class."""
+
+_MODES = ("1", "L", "P", "I;16", "I;16B", "I;16L", "I")
+
+
+class LabelReader:
+    """Reads label maps and gives classes from 0, or 255 where there is none.
+
+    Args:
+        num_classes: of the data set, at most 255.
+        ignored: value of the files that stands for no class where `remap` does not say otherwise; `None` if
+            none does.
+        remap: value in the file -> class, or 255 for no class; a value that it lacks is refused. Without it
+            the values are the classes.
+
+    Raises:
+        UsageError: a count or class out of its range.
+    """
+
+    def __init__(
+        self, num_classes: int, *, ignored: int | None = IGNORED, remap: Mapping[int, int] | None = None
+    ) -> None:
+        if not 1 <= num_classes <= MOST_CLASSES:
+            raise UsageError(f"expected 1 to {MOST_CLASSES} classes, got {num_classes}")
+        classes = {number: number for number in range(num_classes)} if remap is None else dict(remap)
+        for value, number in classes.items():
+            if not 0 <= value < 2**16 or not (0 <= number < num_classes or number == IGNORED):
+                raise UsageError(
+                    f"expected values from 0 to 65535 mapped to classes from 0 to {num_classes - 1} or "
+                    f"{IGNORED}, got {value} -> {number}"
+                )
+        if ignored is not None:
+            classes.setdefault(ignored, IGNORED)
+        self.num_classes = num_classes
+        self._known = np.zeros(2**16, dtype=bool)
+        self._classes = np.zeros(2**16, dtype=np.uint8)
+        for value, number in classes.items():
+            self._known[value], self._classes[value] = True, number
+
+    def read(self, path: str | Path) -> np.ndarray:
+        """Return the classes of a label map, (height, width), uint8.
+
+        Raises:
+            LightspineError: it cannot be read, has colours instead of one value per pixel, or a value that
+                is no class.
+        """
+        try:
+            with Image.open(io.BytesIO(Path(path).read_bytes())) as file:
+                mode = file.mode
+                values = np.asarray(file)
+        # As with images: Pillow's decoders raise nearly anything on damaged data.
+        except Exception as error:
+            reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+            raise LightspineError(f"cannot read labels {path}: {reason or type(error).__name__}") from error
+        if mode not in _MODES:
+            raise LightspineError(
+                f"expected one value per pixel in labels {path}, got an image of mode {mode}"
+            )
+        values = values.astype(np.int64)
+        if values.min() < 0 or values.max() >= 2**16 or not self._known[values].all():
+            raise LightspineError(f"labels {path} hold {self._first_unknown(values)}")
+        return np.asarray(self._classes[values])
+
+    def _first_unknown(self, values: np.ndarray) -> str:
+        found = np.unique(values)
+        unknown = [value for value in found.tolist() if not 0 <= value < 2**16 or not self._known[value]]
+        known = np.flatnonzero(self._known).tolist()
+        return f"the value {unknown[0]}, expected {_describe(known)}"
+
+
+def _describe(values: list[int]) -> str:
+    """Return numbers with runs of neighbours drawn together: 0 to 149 or 255."""
+    known = set(values)
+    starts = [value for value in values if value - 1 not in known]
+    ends = [value for value in values if value + 1 not in known]
+    return " or ".join(
+        f"{start} to {end}" if end > start else str(start) for start, end in zip(starts, ends, strict=True)
+    )

@@ -1,0 +1,201 @@
+"""Random changes of an image together with its label map, as the published segmenters are trained."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from lightspine.data.segmentation.label_maps import IGNORED
+from lightspine.data.segmentation.photometric import PhotometricDistortion
+from lightspine.data.transforms import Preprocessing
+from lightspine.errors import UsageError
+
+_TRIES = 10
+
+
+class RandomRatioResize(v2.Transform):
+    """Resize to fit into a rectangle times a random factor; the ratio stays.
+
+    Args:
+        scale: longer and shorter side of the rectangle in pixels.
+        ratio: smallest and largest factor.
+
+    Raises:
+        UsageError: sides below 1, factors that are not above 0, the smaller first.
+    """
+
+    def __init__(self, scale: tuple[int, int] = (2048, 512), ratio: tuple[float, float] = (0.5, 2.0)) -> None:
+        super().__init__()
+        if min(scale) < 1 or not 0 < ratio[0] <= ratio[1]:
+            raise UsageError(
+                f"expected sides of at least 1 px and factors above 0, the smaller first, got {list(scale)} "
+                f"and {list(ratio)}"
+            )
+        self.scale = scale
+        self.ratio = ratio
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the size."""
+        height, width = v2.query_size(flat_inputs)
+        drawn = self.ratio[0] + float(torch.rand(())) * (self.ratio[1] - self.ratio[0])
+        return {"size": fit_into(height, width, (int(self.scale[0] * drawn), int(self.scale[1] * drawn)))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize an image, bilinear without a low-pass filter as published, or labels to the nearest."""
+        return self._call_kernel(F.resize, inpt, size=params["size"], antialias=False)
+
+
+class MixedCrop(v2.Transform):
+    """Cut out a part at a random place, drawn anew up to ten times while one class fills too much of it.
+
+    An image that is smaller than the crop stays so on that side.
+
+    Args:
+        size: height and width in pixels.
+        largest_share: of the labelled pixels that one class may fill; 1 takes the first place drawn.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    def __init__(self, size: tuple[int, int], largest_share: float = 0.75) -> None:
+        super().__init__()
+        if min(size) < 1 or not 0 < largest_share <= 1:
+            raise UsageError(
+                f"expected a size of at least 1 px and a share above 0 to 1, got {list(size)} and "
+                f"{largest_share}"
+            )
+        self.size = size
+        self.largest_share = largest_share
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw a place."""
+        height, width = v2.query_size(flat_inputs)
+        labels = next(value for value in flat_inputs if isinstance(value, tv_tensors.Mask))
+        box = {"height": min(height, self.size[0]), "width": min(width, self.size[1])}
+        for _ in range(_TRIES):
+            place = {
+                "top": int(torch.randint(height - box["height"] + 1, ())),
+                "left": int(torch.randint(width - box["width"] + 1, ())),
+            }
+            if self.largest_share == 1 or self._is_mixed(F.crop_mask(labels, **place, **box)):
+                break
+        return place | box
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Crop an image or labels."""
+        return self._call_kernel(F.crop, inpt, **params)
+
+    def _is_mixed(self, labels: Tensor) -> bool:
+        counts = torch.bincount(labels.as_subclass(Tensor).flatten(), minlength=IGNORED + 1)
+        counts[IGNORED] = 0
+        return int((counts > 0).sum()) > 1 and bool(counts.max() < self.largest_share * counts.sum())
+
+
+class ToModelInput(torch.nn.Module):
+    """Normalise the image, float32 (3, H, W), and widen the labels, int64 (H, W).
+
+    Args:
+        preprocessing: mean and standard deviation that the model takes.
+        size: height and width that smaller ones are filled up to at the right and the bottom, with the mean
+            colour and without labels; `None` fills nothing.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, size: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.mean, self.std = list(preprocessing.mean), list(preprocessing.std)
+        self.size = size
+
+    def forward(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Convert a uint8 image and its labels."""
+        pixels = F.normalize(
+            F.to_dtype(image.as_subclass(Tensor), torch.float32, scale=True), self.mean, self.std
+        )
+        classes = labels.as_subclass(Tensor).long()
+        if self.size is None:
+            return pixels, classes
+        border = (0, max(self.size[1] - pixels.shape[2], 0), 0, max(self.size[0] - pixels.shape[1], 0))
+        pad = torch.nn.functional.pad
+        return pad(pixels, border), pad(classes, border, value=IGNORED)
+
+
+class ResizeImage(torch.nn.Module):
+    """Resize the image to fit into a rectangle and leave its labels, which a prediction is brought back to.
+
+    Args:
+        scale: longer and shorter side of the rectangle in pixels.
+        divisor: sides are rounded up to multiples of it.
+    """
+
+    def __init__(self, scale: tuple[int, int], divisor: int = 1) -> None:
+        super().__init__()
+        self.scale = scale
+        self.divisor = divisor
+
+    def forward(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Resize an image (3, H, W)."""
+        size = fit_into(image.shape[-2], image.shape[-1], self.scale)
+        size = [-(-side // self.divisor) * self.divisor for side in size]
+        return F.resize(image, size, antialias=False), labels
+
+
+def create_segmentation_transform(
+    preprocessing: Preprocessing,
+    *,
+    crop: tuple[int, int] = (512, 512),
+    scale: tuple[int, int] = (2048, 512),
+    ratio: tuple[float, float] = (0.5, 2.0),
+    largest_share: float = 0.75,
+    hflip: float = 0.5,
+    photometric: bool = True,
+) -> v2.Transform:
+    """Return the published training transform: resize, crop, flip, change colours, normalise, fill.
+
+    Args:
+        preprocessing: mean and standard deviation that the model takes.
+        crop: height and width of the result in pixels.
+        scale: longer and shorter side of the rectangle that the image is resized to fit into.
+        ratio: smallest and largest factor of that rectangle.
+        largest_share: of a crop's labelled pixels that one class may fill.
+        hflip: probability of a horizontal flip.
+        photometric: change colours too.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+    if not 0 <= hflip <= 1:
+        raise UsageError(f"expected a probability hflip from 0 to 1, got {hflip}")
+    steps = [RandomRatioResize(scale, ratio), MixedCrop(crop, largest_share), v2.RandomHorizontalFlip(hflip)]
+    if photometric:
+        steps.append(PhotometricDistortion())
+    return v2.Compose([*steps, ToModelInput(preprocessing, crop)])
+
+
+def create_segmentation_eval_transform(
+    preprocessing: Preprocessing, *, scale: tuple[int, int] | None = (2048, 512), divisor: int = 1
+) -> v2.Transform:
+    """Return the transform for validation: the image is resized and normalised, the labels keep their size.
+
+    Args:
+        preprocessing: mean and standard deviation that the model takes.
+        scale: longer and shorter side of the rectangle that images are resized to fit into, in pixels;
+            `None` leaves their size.
+        divisor: sides are rounded up to multiples of it; 32 in the published Semantic FPN configurations.
+
+    Raises:
+        UsageError: a side or divisor below 1.
+    """
+    if divisor < 1 or (scale is not None and min(scale) < 1):
+        raise UsageError(f"expected sides and a divisor of at least 1, got {scale} and {divisor}")
+    convert = ToModelInput(preprocessing)
+    return v2.Compose([convert] if scale is None else [ResizeImage(scale, divisor), convert])
+
+
+def fit_into(height: int, width: int, scale: tuple[int, int]) -> list[int]:
+    """Return the largest size of the same ratio that fits into a longer and a shorter side, in pixels."""
+    longest, shortest = max(scale), min(scale)
+    factor = min(longest / max(height, width), shortest / min(height, width))
+    return [max(int(side * factor + 0.5), 1) for side in (height, width)]

@@ -1,0 +1,144 @@
+"""Which images and label maps a folder holds."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lightspine.data.segmentation import read_ade20k_classes, scan_segmentation_folder
+from lightspine.errors import LightspineError, UsageError
+from support.coco import unpack
+from support.images import write_image
+
+
+def _write_pair(
+    root: Path, name: str, labels: np.ndarray, *, split: str = "", folder: str = "annotations"
+) -> None:
+    write_image(root / "images" / split / f"{name}.jpg", (90, 60, 200), size=labels.shape[::-1])
+    path = root / folder / split / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(labels.astype(np.uint8)).save(path)
+
+
+def _write_data(
+    root: Path, *, splits: tuple[str, ...] = ("train", "val"), count: int = 4, **options: Any
+) -> Path:
+    for split in splits:
+        for number in range(count):
+            _write_pair(root, str(number), np.arange(40 * 48).reshape(40, 48) % 3, split=split, **options)
+    (root / "classes.txt").write_text("sky\nroad\ntree\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("splits", "folder"),
+    [(("train", "val"), "annotations"), (("training", "validation"), "labels"), (("train", "test"), "masks")],
+)
+def test_scan_finds_the_splits_under_their_usual_names(
+    splits: tuple[str, ...], folder: str, tmp_path: Path
+) -> None:
+    found = scan_segmentation_folder(_write_data(tmp_path, splits=splits, folder=folder))
+    assert (len(found.train), len(found.val), found.class_names) == (4, 4, ["sky", "road", "tree"])
+
+
+def test_scan_without_splits_holds_a_share_out_by_seed(tmp_path: Path) -> None:
+    root = _write_data(tmp_path, splits=("",), count=10)
+    found, again = (scan_segmentation_folder(root, seed=1, val_fraction=0.3) for _ in range(2))
+    assert (len(found.train), len(found.val)) == (7, 3)
+    assert found.val == again.val != scan_segmentation_folder(root, seed=2, val_fraction=0.3).val
+    assert not set(found.train) & set(found.val)
+
+
+def test_scan_names_images_without_labels(tmp_path: Path) -> None:
+    root = _write_data(tmp_path)
+    (root / "annotations/train/2.png").unlink()
+    found = scan_segmentation_folder(root)
+    assert (len(found.train), [path.name for path in found.unpaired]) == (3, ["2.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("archive", "folder", "train", "val", "classes"),
+    [("coco_free_semantic", ".", 26, 27, 133), ("fixtures_tiny", "semantic", 3, 1, 133)],
+)
+def test_scan_of_real_images(
+    archive: str, folder: str, train: int, val: int, classes: int, tmp_path_factory: Any
+) -> None:
+    found = scan_segmentation_folder(unpack(archive, tmp_path_factory) / folder)
+    assert (len(found.train), len(found.val), len(found.class_names)) == (train, val, classes)
+    values = set(np.unique(found.reader.read(found.train[0].labels)).tolist())
+    assert values <= {*range(classes), 255}
+    assert len(values) > 1
+
+
+def _write_ade20k(root: Path) -> Path:
+    for split in ("training", "validation"):
+        _write_pair(root, "ADE_00000001", np.arange(40 * 48).reshape(40, 48) % 4, split=split)
+    rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName", "1\t.1\t9\t9\t1\twall", "2\t.1\t9\t9\t1\tdoor, gate"]
+    (root / "objectInfo150.txt").write_text("\n".join([*rows, "3\t.1\t9\t9\t0\tdoor, screen"]) + "\n")
+    return root
+
+
+def test_scan_of_ade20k_takes_0_for_no_class(tmp_path: Path) -> None:
+    found = scan_segmentation_folder(_write_ade20k(tmp_path))
+    labels = found.reader.read(found.train[0].labels)
+    assert labels[0, :5].tolist() == [255, 0, 1, 2, 255]
+    assert found.class_names == ["wall", "door, gate", "door, screen"]
+
+
+@pytest.mark.parametrize("text", ["", "Idx\tName\n", "Idx\tName\n2\twall\n", "\xff"])
+def test_read_ade20k_classes_of_another_table_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "objectInfo150.txt"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(LightspineError, match="objectInfo150"):
+        read_ade20k_classes(path)
+
+
+def test_scan_of_masks_of_0_and_255_for_two_classes_is_refused(tmp_path: Path) -> None:
+    _write_pair(tmp_path, "a", 255 * np.eye(40, 40))
+    _write_pair(tmp_path, "b", 255 * np.eye(40, 40))
+    with pytest.raises(UsageError, match=r"give remap=\{0: 0, 255: 1\}"):
+        scan_segmentation_folder(tmp_path, num_classes=2)
+    found = scan_segmentation_folder(tmp_path, num_classes=2, remap={0: 0, 255: 1})
+    assert np.unique(found.reader.read(found.train[0].labels)).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("harm", "options", "sentence"),
+    [
+        pytest.param("", {"num_classes": 4}, None, id="number of classes wins without names"),
+        pytest.param("classes.txt", {}, "expected class names", id="no names"),
+        pytest.param(
+            "", {"class_names": "classes.txt", "num_classes": 5}, "expected 5 class names", id="count"
+        ),
+        pytest.param("annotations", {}, "expected a folder annotations or labels or masks", id="no labels"),
+        pytest.param("images/val", {}, "expected a folder val or validation", id="no val"),
+        pytest.param("annotations/val/*", {}, "none of the 4 images", id="no pair"),
+        pytest.param("", {"num_classes": 256}, "1 to 255 classes", id="too many"),
+        pytest.param("", {"remap": {0: 9}}, "mapped to classes from 0 to 2", id="bad map"),
+    ],
+)
+def test_scan_of_a_folder_that_lacks_something(
+    harm: str, options: dict[str, Any], sentence: str | None, tmp_path: Path
+) -> None:
+    root = _write_data(tmp_path)
+    for path in root.glob(harm) if harm else []:
+        path.rename(path.with_name(f"gone_{path.name}"))
+    options = {key: root / value if key == "class_names" else value for key, value in options.items()}
+    if sentence is None:
+        assert scan_segmentation_folder(root, **options).class_names == ["0", "1", "2", "3"]
+        return
+    with pytest.raises(UsageError, match=sentence):
+        scan_segmentation_folder(root, **options)
+
+
+@pytest.mark.parametrize("fraction", [0, 1])
+def test_scan_with_a_fraction_out_of_range_is_refused(fraction: float, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="val_fraction between 0 and 1"):
+        scan_segmentation_folder(_write_data(tmp_path, splits=("",)), val_fraction=fraction)
+
+
+def test_scan_of_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="none is missing"):
+        scan_segmentation_folder(tmp_path / "none")
