@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from lightspine.data.detection import read_coco
-from lightspine.evaluation.coco_scores import CocoScores
-from lightspine.evaluation.segmentation_scores import SegmentationScores
+from lightspine.dense.coco_scores import CocoScores
+from lightspine.dense.segmentation_scores import SegmentationScores
 
 LABELS = torch.arange(3 * 8 * 8).reshape(3, 8, 8) % 3
 

@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from scipy import ndimage
 
+from lightspine.atomic import whole_file
 from lightspine.errors import UsageError
-from lightspine.evaluation.atomic import whole_file
 
 _DPI = 100
 _LEGEND_INCHES = 2.6

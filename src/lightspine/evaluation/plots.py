@@ -10,8 +10,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from lightspine.atomic import whole_file
 from lightspine.errors import UsageError
-from lightspine.evaluation.atomic import whole_file
 
 MOST_CLASSES = 50
 """With more classes neither names nor cells can be read on a page."""

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lightspine._version import __version__
+from lightspine.atomic import write_whole
 from lightspine.errors import UsageError
-from lightspine.evaluation.atomic import write_whole
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow")
 

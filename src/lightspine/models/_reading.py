@@ -108,6 +108,27 @@ def read_checkpoint(source: str | Path | dict[str, Any]) -> CheckpointFile:
     return CheckpointFile(path, _find_entries(content, str(path)))
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file without reading its tensors; none of any other file.
+
+    Raises:
+        UsageError: there is no such file.
+        LightspineError: the file is truncated.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"no checkpoint file {path}: expected a .pth, .ckpt or .safetensors file")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:9] != b"{":
+        return {}
+    try:
+        with safe_open(str(path), framework="pt") as tensors:
+            return dict(tensors.metadata() or {})
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise LightspineError(f"{path} is not a complete safetensors file: {error}") from error
+
+
 def _read_safetensors(path: Path) -> CheckpointFile:
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -12,6 +12,9 @@ from lightspine._version import __version__
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models._reading import CheckpointFile
 
+NETWORK_KEY = "lightspine.network"
+"""What marks a file of a detector or segmenter, which holds a model without a classifier and a head."""
+
 PREPROCESSING_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
@@ -65,17 +68,12 @@ def save_checkpoint(
         UsageError: the name does not end in .safetensors, or the model was not made by `create_model`.
         LightspineError: the file cannot be written.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise UsageError(f"expected a file name that ends in .safetensors, received {path.name!r}")
     creation = getattr(model, "creation", None)
     if creation is None:
         raise UsageError(
             "expected a model that lightspine.create_model made: a file says how to build its model"
         )
     saved = {
-        "format": "pt",
-        "lightspine.version": __version__,
         "lightspine.model": creation["name"],
         "lightspine.kwargs": json.dumps(creation["kwargs"]),
         "lightspine.preprocessing": json.dumps(preprocessing or default_preprocessing(model)),
@@ -83,12 +81,26 @@ def save_checkpoint(
     }
     if class_names is not None:
         saved["lightspine.class_names"] = json.dumps(class_names)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    return write_safetensors(model, path, saved)
+
+
+def write_safetensors(module: nn.Module, path: str | Path, metadata: dict[str, str]) -> Path:
+    """Write the tensors of a module with metadata, in one step.
+
+    Raises:
+        UsageError: the name does not end in .safetensors.
+        LightspineError: the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UsageError(f"expected a file name that ends in .safetensors, received {path.name!r}")
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+    about = {"format": "pt", "lightspine.version": __version__}
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Written here and not by the library, which makes files that only their owner may read.
-        part.write_bytes(save(tensors, metadata=saved))
+        part.write_bytes(save(tensors, metadata=about | metadata))
         part.replace(path)
     except OSError as error:
         raise LightspineError(f"cannot write {path}: {error.strerror or error}") from error
@@ -98,6 +110,8 @@ def save_checkpoint(
 def read_saved_model(file: CheckpointFile) -> SavedModel | None:
     """Return what a file says about its model, or `None` when lightspine did not write it."""
     known = dict(file.metadata)
+    if NETWORK_KEY in known:
+        raise UsageError(f"{file.label} holds a detector or segmenter, expected a classifier's weights")
     name = known.pop("lightspine.model", None)
     if name is None:
         return None

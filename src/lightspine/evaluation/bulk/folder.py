@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from lightspine.atomic import write_whole
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.atomic import write_whole
 from lightspine.evaluation.bulk.formats import Csv, Format
 from lightspine.evaluation.bulk.outputs import Table
 

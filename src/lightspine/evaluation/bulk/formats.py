@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lightspine.atomic import whole_file, write_whole
 from lightspine.errors import UsageError
-from lightspine.evaluation.atomic import whole_file, write_whole
 from lightspine.evaluation.bulk.outputs import Table
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lightspine.atomic import whole_file
 from lightspine.data.image_folder import EXTENSIONS
 from lightspine.data.images import open_image
 from lightspine.data.packed import PackedTexts
 from lightspine.data.shards import ShardSource
 from lightspine.errors import UsageError
-from lightspine.evaluation.atomic import whole_file
 
 _NAMES, _ENDS = "names.bin", "ends.bin"
 

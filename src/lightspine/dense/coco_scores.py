@@ -11,10 +11,10 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
+from lightspine.atomic import write_whole
 from lightspine.data.detection import CocoAnnotations, encode_mask
+from lightspine.dense.gathering import gather_by_image
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.atomic import write_whole
-from lightspine.evaluation.gathering import gather_by_image
 
 Kind = Literal["box", "mask"]
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightspine.atomic import write_whole
+from lightspine.dense.gathering import gather_by_image
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.atomic import write_whole
-from lightspine.evaluation.gathering import gather_by_image
 
 
 class SegmentationScores:

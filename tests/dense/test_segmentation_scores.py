@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightspine.data.segmentation import scan_segmentation_folder
+from lightspine.dense.segmentation_scores import SegmentationScores
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.segmentation_scores import SegmentationScores
 from support.coco import unpack
 
 NAMES = ["sky", "road", "tree", "car"]

@@ -15,8 +15,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from lightspine.data.detection import CocoAnnotations, DetectionDataset
+from lightspine.dense.coco_scores import NUMBERS, CocoScores
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.coco_scores import NUMBERS, CocoScores
 from support.coco import read_small, real_annotations, real_files, square
 
 Detections = dict[str, Tensor]
