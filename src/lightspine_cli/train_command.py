@@ -19,6 +19,9 @@ def run(args: argparse.Namespace) -> int:
     from lightspine.tasks.cli import main
 
     result = main(args.arguments)
-    print(f"{result.model}: {result.accuracy:.2f} % on the held-out images after {result.seconds:.0f} s")
+    score = result.score_name.removeprefix("val_")
+    print(
+        f"{result.model}: {score} {result.score:.2f} % on the held-out images after {result.seconds:.0f} s"
+    )
     print(f"{result.weights}: the model; metrics, curves and checkpoints are beside it")
     return 0

@@ -82,3 +82,15 @@ def test_predict_at_several_sizes_gives_the_size_that_was_asked_for() -> None:
 def test_predict_with_a_value_out_of_range_is_refused(test: SegmentationTest) -> None:
     with pytest.raises(UsageError, match="expected"):
         test.predict(_by_pixel, torch.zeros(3, 32, 32), (32, 32))
+
+
+@pytest.mark.parametrize("test", [SegmentationTest(), SegmentationTest(ratios=(0.5, 1.0), flip=True)])
+def test_classes_are_the_likeliest_ones(test: SegmentationTest) -> None:
+    torch.manual_seed(0)
+    image, weight = torch.randn(3, 33, 47), torch.randn(5, 3, 3, 3)
+
+    def network(images: Tensor) -> Tensor:
+        return torch.nn.functional.conv2d(images, weight, padding=1)
+
+    expected = test.predict(network, image, (50, 61)).argmax(0)
+    assert torch.equal(test.classify(network, image, (50, 61)), expected)

@@ -190,3 +190,19 @@ def test_saved_weights_give_the_same_predictions(name, tmp_path):
     expected, found = (assert_predictions(d, image)[0] for d in (detector, other))
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_anchor_scale_shrinks_the_anchors(name):
+    sides = []
+    for scale in (1.0, 0.5):
+        detector = make_detector(name, "timm", anchor_scale=scale)
+        anchors = (detector if name == "retinanet" else detector.rpn).anchor_generator
+        boxes = anchors.cell_anchors[0]
+        sides.append((boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt())
+    torch.testing.assert_close(sides[1], sides[0] / 2)
+
+
+def test_anchors_without_a_size_are_refused():
+    with pytest.raises(UsageError, match="anchor_scale must be above 0, got 0"):
+        make_detector("retinanet", "timm", anchor_scale=0)

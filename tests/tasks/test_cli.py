@@ -33,7 +33,7 @@ def test_image_folder_is_trained_from_flags_alone(tmp_path: Path) -> None:
     ]
     run = ["--data.num_workers=0", "--data.augmentation=light", "--model.lr=5e-3", "--trainer.max_epochs=8"]
     result = main([*QUICK, *flags, *run, "--folder", str(tmp_path / "run")])
-    assert result.accuracy >= 90
+    assert result.score >= 90
     assert load_model(result.weights)[1].class_names == ["blue", "green", "red"]
 
 

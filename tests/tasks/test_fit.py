@@ -47,7 +47,7 @@ def test_run_leaves_files_and_scores(tmp_path: Path) -> None:
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["epoch"]) for row in rows] == [0, 1]
-    assert float(rows[-1]["val_top1"]) == pytest.approx(result.accuracy)
+    assert float(rows[-1]["val_top1"]) == pytest.approx(result.score)
     assert {"train_loss", "val_loss", "val_top1", "val_top5", "lr", "seconds"} <= set(rows[0])
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -63,7 +63,7 @@ def test_exported_model_is_the_trained_one(tmp_path: Path) -> None:
 
 def test_training_learns_the_digits(tmp_path: Path) -> None:
     result = run(tmp_path / "run", task=make_task(lr=5e-3), epochs=2, limit_train_batches=None)
-    assert result.accuracy > 50
+    assert result.score > 50
     assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
 
 
@@ -162,7 +162,7 @@ def test_best_epoch_is_exported_when_asked_for(tmp_path: Path) -> None:
 
     result = run(tmp_path / "run", task=make_task(lr=5e-3), export="best", callbacks=[AtEpoch(1, forget)])
     best = max(row["val_top1"] for row in result.history)
-    assert result.accuracy == result.best_accuracy == best
+    assert result.score == result.best_score == best
     exported = load_model(result.weights)[0].state_dict()
     assert all(
         torch.equal(read_weights(result.best_checkpoint)[f"model.{k}"], v) for k, v in exported.items()

@@ -42,7 +42,7 @@ def create_detector(
         freeze_batch_norm: likewise.
         frozen_stages: likewise.
         **head_args: see `lightspine.heads.build_detector`: `channels`, `resize`, `score_threshold`,
-            `detections_per_image`.
+            `detections_per_image`, `anchor_scale`.
 
     Returns:
         torchvision's detector: see `lightspine.heads.build_detector` for what it takes and gives.

@@ -49,6 +49,7 @@ def build_detector(
     resize: tuple[int, int] | None = (800, 1333),
     score_threshold: float = 0.05,
     detections_per_image: int = 100,
+    anchor_scale: float = 1.0,
 ) -> RetinaNet | MaskRCNN:
     """Build a detector with the published settings.
 
@@ -80,9 +81,11 @@ def build_detector(
             them as they are. In training they are always taken as they are.
         score_threshold: least score of a prediction.
         detections_per_image: most predictions of an image.
+        anchor_scale: factor of the published anchors' sides, which begin at 32 px: less where objects are
+            smaller than that.
 
     Raises:
-        UsageError: an unknown name, no class, or a backbone whose strides no pyramid fits.
+        UsageError: an unknown name, no class, an anchor scale that is not above 0, or a backbone whose strides no pyramid fits.
 
     Example:
         >>> import lightspine, torch
@@ -95,6 +98,8 @@ def build_detector(
         raise UsageError(f"the detector must be one of {', '.join(get_args(DetectorName))}, got {name!r}")
     if num_classes < 1:
         raise UsageError(f"num_classes must be 1 or more, got {num_classes}")
+    if anchor_scale <= 0:
+        raise UsageError(f"anchor_scale must be above 0, got {anchor_scale}")
     retina = name == "retinanet"
     inputs = DetectionInput(backbone.image_mean, backbone.image_std, resize, num_classes, masks=not retina)
     body = PyramidBackbone(backbone, _build_pyramid(backbone, channels, retina))
@@ -106,13 +111,18 @@ def build_detector(
             inputs,
             score_threshold=score_threshold,
             detections_per_image=detections_per_image,
+            anchor_scale=anchor_scale,
         )
     cascade = name == "cascade_mask_rcnn"
     roi_heads = build_roi_heads(
         channels, body.strides[:4], num_classes, cascade, score_threshold, detections_per_image
     )
     rpn = ProposalNetwork(
-        channels, body.strides, convs=2 if cascade else 1, least_overlap=0.0 if cascade else 0.3
+        channels,
+        body.strides,
+        convs=2 if cascade else 1,
+        least_overlap=0.0 if cascade else 0.3,
+        anchor_scale=anchor_scale,
     )
     return MaskRCNN(body, rpn, roi_heads, inputs)
 

@@ -26,6 +26,7 @@ class RetinaNet(detection.RetinaNet):
         inputs: what is done with images and targets.
         score_threshold: least score of a prediction.
         detections_per_image: most predictions of an image.
+        anchor_scale: factor of the anchors' sides.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class RetinaNet(detection.RetinaNet):
         *,
         score_threshold: float = 0.05,
         detections_per_image: int = 100,
+        anchor_scale: float = 1.0,
     ):
-        anchors = StridedAnchors(strides, scales=[4 * 2 ** (i / 3) for i in range(3)])
+        anchors = StridedAnchors(strides, scales=[4 * anchor_scale * 2 ** (i / 3) for i in range(3)])
         width: int = backbone.out_channels  # type: ignore[assignment]
         super().__init__(
             backbone,

@@ -40,12 +40,19 @@ class ProposalNetwork(RegionProposalNetwork):
         strides: strides of its levels.
         convs: 3x3 convolutions before the predictions, 1 in Mask R-CNN and 2 in ViTDet.
         least_overlap: see `FlooredMatcher`.
+        anchor_scale: factor of the anchors' sides.
     """
 
     def __init__(
-        self, channels: int, strides: tuple[int, ...], *, convs: int = 1, least_overlap: float = 0.3
+        self,
+        channels: int,
+        strides: tuple[int, ...],
+        *,
+        convs: int = 1,
+        least_overlap: float = 0.3,
+        anchor_scale: float = 1.0,
     ):
-        anchors = StridedAnchors(strides, scales=(8.0,))
+        anchors = StridedAnchors(strides, scales=(8.0 * anchor_scale,))
         super().__init__(
             anchors,
             PreciseRPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=convs),

@@ -3,7 +3,10 @@
 import logging
 import math
 import random
-from typing import Any, cast
+from abc import abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,6 +15,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.utils import adaptive_clip_grad
 from torch import Tensor, nn
 
+from lightspine.data.batch import BadImage
+from lightspine.data.modules import ImageDataModule
 from lightspine.errors import UsageError
 from lightspine.models._factory import create_model
 from lightspine.tasks.ema import Published, averaged_model, ema_callback
@@ -21,10 +26,11 @@ from lightspine.tasks.optim import OptimizerName, create_optimizer, schedule_by_
 from lightspine.tasks.schedules import CosineSchedule, warmup_cosine
 
 _log = logging.getLogger(__name__)
+_NAMED_IMAGES = 5
 
 
 class LightspineTask(pl.LightningModule):
-    """A network in training. A task derives from it and says what the loss is.
+    """A network in training. A task derives from it and says what the loss and the score are.
 
     Args:
         optimizer: made by timm; see `create_optimizer` for what is decayed.
@@ -45,14 +51,23 @@ class LightspineTask(pl.LightningModule):
         seed: of the initial weights and, with the step, of everything random in training.
 
     Attributes:
-        model: the network; set by `build_model`.
+        model: the network; set by the derived task.
+        model_name: what names it to a user, and its run.
+        num_classes: number of classes, which must be that of the data.
+        score: name of the metric of the validation that tells the best epoch, higher is better.
+        curves: names of the metrics that are drawn together.
         guard: counts the steps that were skipped.
+        skipped: path -> reason of every image that could not be used so far.
 
     Raises:
         UsageError: a value out of its range.
     """
 
     model: nn.Module
+    model_name: str
+    num_classes: int
+    score: ClassVar[str]
+    curves: ClassVar[tuple[tuple[str, ...], ...]]
 
     def __init__(
         self,
@@ -93,8 +108,25 @@ class LightspineTask(pl.LightningModule):
         self.publish = publish
         self.seed = seed
         self.guard = StepGuard(max_bad_steps)
+        self.skipped: dict[str, str] = {}
+        self._announced = 0
         self._ema = None if ema_decay is None else ema_callback(ema_decay, publish)
         self._frozen: list[str] = []
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model of lightspine or timm in the network: the network itself, or what a head stands on."""
+        return self.model
+
+    @abstractmethod
+    def save(self, path: Path, data: ImageDataModule, metadata: dict[str, str]) -> None:
+        """Write the network as a file that tells how to build it.
+
+        Args:
+            path: ends in .safetensors.
+            data: what it was trained on.
+            metadata: further strings.
+        """
 
     def build_model(self, name: str, **arguments: Any) -> None:
         """Make the network, with weights drawn from the task's seed, and freeze what is not trained.
@@ -136,9 +168,7 @@ class LightspineTask(pl.LightningModule):
                 f"expected either agc or the trainer's gradient_clip_val, got both ({self.agc} and "
                 f"{self.trainer.gradient_clip_val})"
             )
-        epochs = self.trainer.max_epochs
-        if self.schedule is not None and epochs != self.schedule.total_epochs:
-            _log.info("the run has %s epochs, its schedule %g", epochs, self.schedule.total_epochs)
+        self._compare_length()
         self.guard.start(self.model)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002  Lightning's signature
@@ -164,15 +194,8 @@ class LightspineTask(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimiser and its rate per step."""
-        optimizer = create_optimizer(
-            self.model,
-            self.optimizer_name,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            layer_decay=self.layer_decay,
-            # The fused one would divide by the scale itself, behind the guard and the clipping.
-            fused=self.device.type == "cpu" and self._scaler() is None,
-        )
+        # The fused one would divide by the scale itself, behind the guard and the clipping.
+        optimizer = self.create_optimizer(fused=self.device.type == "cpu" and self._scaler() is None)
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):
             raise UsageError("expected an end of the training: trainer.max_epochs or trainer.max_steps")
@@ -193,6 +216,17 @@ class LightspineTask(pl.LightningModule):
             )
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": schedule})
 
+    def create_optimizer(self, *, fused: bool) -> torch.optim.Optimizer:
+        """Return the optimiser; see `lightspine.tasks.optim.create_optimizer`."""
+        return create_optimizer(
+            self.model,
+            self.optimizer_name,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            layer_decay=self.layer_decay,
+            fused=fused,
+        )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counts of the guard."""
         checkpoint["guard"] = self.guard.state_dict()
@@ -212,10 +246,34 @@ class LightspineTask(pl.LightningModule):
         """Return the averaged network, or None without an average or before the first step."""
         return averaged_model(self.trainer)
 
-    def watch(self, loss: Tensor, images: Tensor | None = None) -> Tensor:
-        """Show a loss to the guard and return it; with the images a culprit can be named."""
-        self.guard.check_loss(loss, self.model, images)
+    def watch(self, loss: Tensor, *inputs: Any) -> Tensor:
+        """Show a loss to the guard and return it; with what the network was given a culprit can be named."""
+        self.guard.check_loss(loss, self.model, *inputs)
         return loss
+
+    def note_skipped(self, bad: Iterable[BadImage]) -> None:
+        """Remember images that could not be used."""
+        self.skipped.update((image.path, image.reason) for image in bad)
+
+    def announce_skipped(self) -> None:
+        """Name the images that were skipped, if there are new ones."""
+        if len(self.skipped) == self._announced:
+            return
+        self._announced = len(self.skipped)
+        reasons = list(self.skipped.values())
+        more = f"; and {len(reasons) - _NAMED_IMAGES} more" if len(reasons) > _NAMED_IMAGES else ""
+        _log.warning("skipped %d images: %s%s", len(reasons), "; ".join(reasons[:_NAMED_IMAGES]), more)
+
+    def _compare_length(self) -> None:
+        """Say where the run is not as long as its schedule."""
+        if self.schedule is None:
+            return
+        for unit, planned, given in (
+            ("epochs", self.schedule.total_epochs, self.trainer.max_epochs),
+            ("steps", self.schedule.total_steps, self.trainer.max_steps),
+        ):
+            if planned is not None and planned != given:
+                _log.info("the run has %s %s, its schedule %g", given, unit, planned)
 
     def _scaler(self) -> Any:
         """Return the gradient scaler of 16-mixed, or None."""

@@ -116,17 +116,36 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
 
 
-def best_checkpoint(folder: Path) -> ModelCheckpoint:
-    """Return the callback that keeps `best.ckpt`, the epoch with the best validation accuracy."""
-    # At the end of the epoch and not of the validation, so that RunLog's row of the epoch is inside.
-    return ModelCheckpoint(
-        folder,
-        Path(BEST).stem,
-        monitor="val_top1",
-        mode="max",
-        enable_version_counter=False,
-        save_on_train_epoch_end=True,
-    )
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps `best.ckpt`, the validated epoch with the highest score.
+
+    Args:
+        folder: where the file is written.
+        score: name of the metric.
+    """
+
+    def __init__(self, folder: Path, score: str) -> None:
+        # At the end of the epoch and not of the validation, so that RunLog's row of the epoch is inside.
+        super().__init__(
+            folder,
+            Path(BEST).stem,
+            monitor=score,
+            mode="max",
+            enable_version_counter=False,
+            save_on_train_epoch_end=True,
+        )
+        self._validated = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember that there is a new score."""
+        super().on_validation_end(trainer, pl_module)
+        self._validated = True
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the epoch if it has the best score; one without a validation is no candidate."""
+        if self._validated:
+            super().on_train_epoch_end(trainer, pl_module)
+        self._validated = False
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Image classification: the loss of every published recipe, and the scores."""
 
 import inspect
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,13 @@ from timm.data import Mixup
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightspine.data.batch import BadImage, Batch
+from lightspine.data.batch import Batch
+from lightspine.data.modules import ImageDataModule
 from lightspine.errors import LightspineError, UsageError
+from lightspine.models._saving import save_checkpoint
 from lightspine.tasks.base import LightspineTask
 from lightspine.tasks.distillation import Distiller
 from lightspine.tasks.mesa import Mesa
-
-_log = logging.getLogger(__name__)
-_NAMED_IMAGES = 5
 
 
 class ClassificationTask(LightspineTask):
@@ -41,14 +39,13 @@ class ClassificationTask(LightspineTask):
             `ema_decay`, and no teacher.
         **options: see `LightspineTask`: optimiser, schedule, clipping, average, seed.
 
-    Attributes:
-        model: the network.
-        skipped: path -> reason of every image that could not be used so far.
-
     Raises:
         UsageError: an unknown model, a value out of its range, a teacher with other classes.
         LightspineError: a checkpoint that cannot be read.
     """
+
+    score = "val_top1"
+    curves = (("train_loss", "val_loss"), ("val_top1", "val_top5"), ("lr",))
 
     def __init__(
         self,
@@ -74,9 +71,8 @@ class ClassificationTask(LightspineTask):
         if not 0 <= label_smoothing < 1:
             raise UsageError(f"expected a label_smoothing from 0 to 1, got {label_smoothing}")
         self.model_name = model
+        self.num_classes = num_classes
         self.label_smoothing = label_smoothing
-        self.skipped: dict[str, str] = {}
-        self._announced = 0
         self.build_model(model, checkpoint=checkpoint, num_classes=num_classes, **(model_args or {}))
         self.mix = (
             Mixup(
@@ -107,6 +103,16 @@ class ClassificationTask(LightspineTask):
         """Return logits (N, num_classes) of images (N, C, H, W); a distilled model trains with a pair."""
         return self.model(images)
 
+    def save(self, path: Path, data: ImageDataModule, metadata: dict[str, str]) -> None:
+        """Write the model as a file that tells its classes and how its images are prepared."""
+        save_checkpoint(
+            self.model,
+            path,
+            class_names=data.class_names,
+            preprocessing=data.preprocessing.to_dict(),
+            metadata=metadata,
+        )
+
     def on_train_start(self) -> None:
         """Tell the teacher how the images are normalised."""
         super().on_train_start()
@@ -117,7 +123,7 @@ class ClassificationTask(LightspineTask):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002  Lightning's signature
         """Return the loss of a batch, over the heads of a distilled model without a teacher its mean."""
         images, labels, bad = batch
-        self._note_skipped(bad)
+        self.note_skipped(bad)
         if len(images) == 0:
             raise LightspineError(f"none of the training images can be used; {bad[0].reason}")
         targets = labels
@@ -153,7 +159,7 @@ class ClassificationTask(LightspineTask):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Count the hits of a batch."""
         images, labels, bad = batch
-        self._note_skipped(bad)
+        self.note_skipped(bad)
         if len(images) == 0:
             return
         logits = self.model(images)
@@ -165,7 +171,7 @@ class ClassificationTask(LightspineTask):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores and name the images that were skipped."""
-        self._announce_skipped()
+        self.announce_skipped()
         if not self.top1.update_called:
             reason = next(iter(self.skipped.values()), "there is none")
             raise LightspineError(f"none of the validation images can be used; {reason}")
@@ -189,17 +195,6 @@ class ClassificationTask(LightspineTask):
         if self.schedule is not None:
             return int(self.schedule.epochs)
         return self.trainer.max_epochs or 1
-
-    def _note_skipped(self, bad: list[BadImage]) -> None:
-        self.skipped.update((image.path, image.reason) for image in bad)
-
-    def _announce_skipped(self) -> None:
-        if len(self.skipped) == self._announced:
-            return
-        self._announced = len(self.skipped)
-        reasons = list(self.skipped.values())
-        more = f"; and {len(reasons) - _NAMED_IMAGES} more" if len(reasons) > _NAMED_IMAGES else ""
-        _log.warning("skipped %d images: %s%s", len(reasons), "; ".join(reasons[:_NAMED_IMAGES]), more)
 
 
 def _make(key: str, kind: Any, settings: dict[str, Any], **more: Any) -> Any:

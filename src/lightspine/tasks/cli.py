@@ -17,20 +17,24 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightspine.data import modules
-from lightspine.data.modules import ImageDataModule, SourceDataModule
+from lightspine.data.modules import ImageDataModule, SegmentationDataModule, SourceDataModule
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models._registry import find_record
 from lightspine.models._saving import PREPROCESSING_KEYS, default_preprocessing
 from lightspine.recipes import find_recipe
+from lightspine.tasks.base import LightspineTask
 from lightspine.tasks.classification import ClassificationTask
+from lightspine.tasks.detection import DetectionTask
 from lightspine.tasks.fit import TRAINER_DEFAULTS, Export, TrainResult, run_callbacks, run_training
 from lightspine.tasks.progress import has_terminal
 from lightspine.tasks.quiet import quiet_lightning, show_notes
 from lightspine.tasks.resume import AUTO, prepare_folder
+from lightspine.tasks.segmentation import SegmentationTask
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>")
-_ABSTRACT = ("ImageDataModule", "SourceDataModule")
+_ABSTRACT = ("ImageDataModule", "SegmentationDataModule", "SourceDataModule")
+_TASKS = (ClassificationTask, DetectionTask, SegmentationTask)
 _SWITCHES = {
     "grad_checkpointing": "recompute activations in the backward pass: slower, with less memory",
     "compile": "run the model through torch.compile",
@@ -39,7 +43,7 @@ _SWITCHES = {
 # What a recipe or a flag names without an import path.
 _CLASSES = {
     "data": [name for name in modules.__all__ if name.endswith("DataModule") and name not in _ABSTRACT],
-    "model": ["ClassificationTask"],
+    "model": [task.__name__ for task in _TASKS],
 }
 _BOILERPLATE = (
     "Does not validate",
@@ -105,7 +109,7 @@ class TrainCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(
-            ClassificationTask,
+            LightspineTask,
             ImageDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -185,9 +189,12 @@ class TrainCLI(LightningCLI):
         """Give the data the model's preprocessing; make the folder of the run and what writes into it."""
         config: Namespace = self.config
         # No linked arguments: the parser leaves out a link to an option that has no default in the signature.
-        if _is_source_module(config.data.class_path) and config.data.init_args.get("preprocessing") is None:
+        task: type[LightspineTask] = _find_class(config.model.class_path)
+        prepared = issubclass(_find_class(config.data.class_path), (SourceDataModule, SegmentationDataModule))
+        if prepared and config.data.init_args.get("preprocessing") is None:
             config.data.init_args.preprocessing = published_preprocessing(config.model.init_args.model)
-        folder = config.folder or Path("runs", config.model.init_args.model)
+        parts = (config.model.init_args.get("head"), config.model.init_args.model)
+        folder = config.folder or Path("runs", "_".join(part for part in parts if part))
         self.folder = prepare_folder(folder, resume=config.resume)
         config.trainer.default_root_dir = os.fspath(self.folder)
         self.progress = config.trainer.enable_progress_bar is not False
@@ -195,6 +202,7 @@ class TrainCLI(LightningCLI):
         config.trainer.enable_progress_bar = live
         self.trainer_defaults["callbacks"] = run_callbacks(
             self.folder,
+            score=task.score,
             progress=self.progress,
             live=live,
             save_every_steps=config.save_every_steps,
@@ -232,9 +240,9 @@ def published_preprocessing(model: str) -> dict[str, Any]:
     }
 
 
-def _is_source_module(class_path: str) -> bool:
+def _find_class(class_path: str) -> Any:
     module, _, name = class_path.rpartition(".")
-    return issubclass(getattr(importlib.import_module(module), name), SourceDataModule)
+    return getattr(importlib.import_module(module), name)
 
 
 def _resolve_recipes(args: list[str]) -> list[str]:

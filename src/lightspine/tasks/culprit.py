@@ -12,26 +12,27 @@ class Forward:
 
     Args:
         module: the network.
-        images: (N, C, H, W), what it was given.
+        *inputs: what it was given, the images first: one tensor, or several in a list.
     """
 
-    def __init__(self, module: nn.Module, images: Tensor) -> None:
+    def __init__(self, module: nn.Module, *inputs: Any) -> None:
         self.module = module
-        self.images = images.detach()
-        kind = images.device.type
+        self.inputs = inputs
+        self.device = next(_tensors(inputs)).device
+        kind = self.device.type
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
     def run_again(self) -> None:
         """Run the network as before, uncompiled and without gradients; random numbers stay as they are."""
         kind, dtype, enabled = self._autocast
-        devices = [self.images.device] if kind == "cuda" else []
+        devices = [self.device] if kind == "cuda" else []
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices),
             torch.autocast(kind, dtype, enabled=enabled),
             torch.compiler.set_stance("force_eager"),
         ):
-            self.module(self.images)
+            self.module(*self.inputs)
 
 
 def find_in_forward(forward: Forward | None) -> str | None:
@@ -42,7 +43,7 @@ def find_in_forward(forward: Forward | None) -> str | None:
     """
     if forward is None:
         return None
-    if not _is_finite(forward.images):
+    if not all(_is_finite(images) for images in _tensors(forward.inputs[0])):
         return "the images themselves are not finite"
     for name, parameter in forward.module.named_parameters():
         if not _is_finite(parameter):
@@ -82,6 +83,6 @@ def _is_finite(tensor: Tensor) -> bool:
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, (tuple, list)):
-        for part in output:
+    elif isinstance(output, (tuple, list, dict)):
+        for part in output.values() if isinstance(output, dict) else output:
             yield from _tensors(part)

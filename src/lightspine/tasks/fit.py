@@ -12,11 +12,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightspine.data.modules import ImageDataModule
 from lightspine.errors import LightspineError, UsageError
-from lightspine.tasks.checkpoints import LAST, AtomicCheckpointIO, LastCheckpoint, best_checkpoint
-from lightspine.tasks.classification import ClassificationTask
+from lightspine.tasks.base import LightspineTask
+from lightspine.tasks.checkpoints import LAST, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lightspine.tasks.epoch_state import EpochState
 from lightspine.tasks.finetuning import describe_start
 from lightspine.tasks.interruption import TrainingInterruptedError, naming_last_checkpoint
+from lightspine.tasks.last_validation import LastValidation
 from lightspine.tasks.peers import PeerWatch
 from lightspine.tasks.progress import RunProgressBar, has_terminal
 from lightspine.tasks.quiet import quiet_lightning
@@ -39,7 +40,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 def train(
-    task: ClassificationTask,
+    task: LightspineTask,
     data: ImageDataModule,
     *,
     folder: str | Path,
@@ -90,6 +91,7 @@ def train(
     folder = prepare_folder(folder, resume=resume)
     callbacks = run_callbacks(
         folder,
+        score=task.score,
         progress=progress,
         live=has_terminal(),
         save_every_steps=save_every_steps,
@@ -125,7 +127,7 @@ def train(
 
 def run_training(
     trainer: pl.Trainer,
-    task: ClassificationTask,
+    task: LightspineTask,
     data: ImageDataModule,
     *,
     resume: str | Path | None = None,
@@ -135,15 +137,15 @@ def run_training(
     tensorboard: bool = False,
 ) -> TrainResult:
     """Train with a trainer that has the callbacks of `run_callbacks`; see `train`."""
-    if data.num_classes != task.top1.num_classes:
-        raise UsageError(f"expected a task with {data.num_classes} classes, got {task.top1.num_classes}")
+    if data.num_classes != task.num_classes:
+        raise UsageError(f"expected a task with {data.num_classes} classes, got {task.num_classes}")
     # torch's synchronised batch norms have no version for a CPU.
     if getattr(trainer.strategy, "_layer_sync", None) and trainer.strategy.root_device.type == "cpu":
         raise UsageError("expected a GPU for sync_batchnorm, got the cpu")
     log = _callback(trainer, RunLog)
     checkpoint = find_checkpoint(log.folder, resume, trainer.max_epochs)
     if grad_checkpointing:
-        set_grad_checkpointing(task.model)
+        set_grad_checkpointing(task.backbone)
     if compile:
         task.model.compile()
     if tensorboard:
@@ -164,6 +166,7 @@ def run_training(
 def run_callbacks(
     folder: Path,
     *,
+    score: str,
     progress: bool,
     live: bool,
     save_every_steps: int | None = None,
@@ -176,9 +179,10 @@ def run_callbacks(
     callbacks += [
         RunLog(folder, announce=progress and not live),
         EpochState(),
+        LastValidation(),
         # Two of them: Lightning's save_last leaves out the epochs that are not the best. The last one comes
         # last: its file holds the state of the other.
-        best_checkpoint(folder),
+        BestCheckpoint(folder, score),
         LastCheckpoint(folder, every_n_steps=save_every_steps),
     ]
     if progress and live:
@@ -186,9 +190,7 @@ def run_callbacks(
     return callbacks
 
 
-def _fit(
-    trainer: pl.Trainer, task: ClassificationTask, data: ImageDataModule, checkpoint: Path | None
-) -> None:
+def _fit(trainer: pl.Trainer, task: LightspineTask, data: ImageDataModule, checkpoint: Path | None) -> None:
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except LightspineError:

@@ -51,20 +51,20 @@ class StepGuard:
         """Remember the buffers of the network as they are before the first step."""
         self._kept = [buffer.detach().clone() for buffer in module.buffers()]
 
-    def check_loss(self, loss: Tensor, module: nn.Module, images: Tensor | None = None) -> None:
+    def check_loss(self, loss: Tensor, module: nn.Module, *inputs: Any) -> None:
         """Note whether a loss is finite; nothing waits for the device here.
 
         Args:
             loss: scalar.
             module: the network that it comes from.
-            images: (N, C, H, W), what the network was given; with it the module that was the first to give
-                something non-finite can be named.
+            *inputs: what the network was given, the images first; with it the module that was the first to
+                give something non-finite can be named.
         """
         bad = ~torch.isfinite(loss.detach())
         # Over the batches whose gradients are accumulated into one step.
         self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
-        if images is not None:
-            self._forward = Forward(module, images)
+        if inputs:
+            self._forward = Forward(module, *inputs)
 
     def check_gradients(self, module: nn.Module, *, scaler: Any = None, where: str = "") -> bool:
         """Return whether the step may be taken; the gradients of a bad one are dropped.

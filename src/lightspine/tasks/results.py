@@ -7,9 +7,8 @@ from typing import Any, Literal
 import torch
 
 from lightspine.data.modules import ImageDataModule
-from lightspine.models._saving import save_checkpoint
+from lightspine.tasks.base import LightspineTask
 from lightspine.tasks.checkpoints import BEST, LAST
-from lightspine.tasks.classification import ClassificationTask
 from lightspine.tasks.run_log import RunLog, plot_curves
 
 Export = Literal["last", "best"]
@@ -30,9 +29,10 @@ class TrainResult:
         raw_weights: with averaging, the trained weights; else None.
         ema_weights: with averaging, the averaged weights; else None.
         last_checkpoint: full state of training after the last epoch, to resume from.
-        best_checkpoint: the same after the epoch with the best validation accuracy.
-        accuracy: top-1 accuracy in percent of the exported weights on the held-out images.
-        best_accuracy: the highest of any epoch. Chosen on the images it is measured on, so it flatters.
+        best_checkpoint: the same after the epoch with the best score.
+        score_name: what the score is: "val_top1", "val_box_AP", "val_mask_AP" or "val_mIoU".
+        score: in percent, of the exported weights on the held-out images.
+        best_score: the highest of any epoch. Chosen on the images it is measured on, so it flatters.
         seconds: duration of this call of the training, validation included.
         history: one dictionary per epoch: epoch, seconds, train_loss, val_loss, val_top1, lr, ...
         skipped: path -> reason of the images that could not be used.
@@ -45,8 +45,9 @@ class TrainResult:
     ema_weights: Path | None
     last_checkpoint: Path
     best_checkpoint: Path
-    accuracy: float
-    best_accuracy: float
+    score_name: str
+    score: float
+    best_score: float
     seconds: float
     history: list[dict[str, float]] = field(repr=False)
     skipped: dict[str, str] = field(repr=False)
@@ -54,7 +55,7 @@ class TrainResult:
 
 def finish(
     log: RunLog,
-    task: ClassificationTask,
+    task: LightspineTask,
     data: ImageDataModule,
     *,
     export: Export,
@@ -71,13 +72,14 @@ def finish(
         seconds: duration of the training.
         write: write the files; one process of a distributed run does.
     """
-    best = max(log.rows, key=lambda row: row["val_top1"])
+    # An epoch may have no validation; the last one has.
+    best = max((row for row in log.rows if task.score in row), key=lambda row: row[task.score])
     chosen = best if export == "best" else log.rows[-1]
     # The file and not the memory: a run that was resumed behind its last epoch has trained nothing.
     path = log.folder / (BEST if export == "best" else LAST)
     stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     about = {"epochs": str(len(log.rows)), "seed": str(task.seed)}
-    scored = about | {"val_top1": f"{chosen['val_top1']:.2f}"}
+    with_score = about | {task.score: f"{chosen[task.score]:.2f}"}
     weights = log.folder / "model.safetensors"
     # kind -> entry of the checkpoint; with averaging `state_dict` holds the averaged weights.
     entries = {"raw": _TRAINED, "ema": "state_dict"} if _TRAINED in stored else {}
@@ -88,9 +90,11 @@ def finish(
         if kind != task.publish:
             _export(task, data, stored[entries[kind]], file if write else None, about)
     # Last, so that the task keeps them.
-    _export(task, data, stored[entries.get(task.publish, "state_dict")], weights if write else None, scored)
+    _export(
+        task, data, stored[entries.get(task.publish, "state_dict")], weights if write else None, with_score
+    )
     if write:
-        plot_curves(log.folder / "curves.png", log.rows, task.model_name)
+        plot_curves(log.folder / "curves.png", log.rows, task.model_name, task.curves)
     return TrainResult(
         model=task.model_name,
         folder=log.folder,
@@ -99,8 +103,9 @@ def finish(
         ema_weights=files.get("ema"),
         last_checkpoint=log.folder / LAST,
         best_checkpoint=log.folder / BEST,
-        accuracy=chosen["val_top1"],
-        best_accuracy=best["val_top1"],
+        score_name=task.score,
+        score=chosen[task.score],
+        best_score=best[task.score],
         seconds=seconds,
         history=log.rows,
         skipped=dict(task.skipped),
@@ -108,7 +113,7 @@ def finish(
 
 
 def _export(
-    task: ClassificationTask,
+    task: LightspineTask,
     data: ImageDataModule,
     state: dict[str, Any],
     file: Path | None,
@@ -116,10 +121,4 @@ def _export(
 ) -> None:
     task.load_state_dict(state)
     if file is not None:
-        save_checkpoint(
-            task.model,
-            file,
-            class_names=data.class_names,
-            preprocessing=data.preprocessing.to_dict(),
-            metadata=metadata,
-        )
+        task.save(file, data, metadata)

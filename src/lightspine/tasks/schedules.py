@@ -51,6 +51,10 @@ class CosineSchedule:
         """Epochs of the whole run, with the cool-down."""
         return self.epochs + self.cooldown_epochs
 
+    @property
+    def total_steps(self) -> None:
+        """Steps of the whole run, which depend on the data."""
+
     def check(self) -> None:
         """Refuse a value out of its range.
 

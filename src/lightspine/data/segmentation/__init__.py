@@ -14,7 +14,8 @@ from lightspine.data.segmentation.folders import (
     read_ade20k_classes,
     scan_segmentation_folder,
 )
-from lightspine.data.segmentation.label_maps import IGNORED, LabelReader
+from lightspine.data.segmentation.label_maps import IGNORED, LabelReader, ReadsLabels
+from lightspine.data.segmentation.painted import PaintedLabels
 from lightspine.data.segmentation.photometric import PhotometricDistortion
 from lightspine.data.segmentation.testing import SegmentationTest, slide_windows
 from lightspine.data.segmentation.transforms import (
@@ -29,8 +30,10 @@ __all__ = [
     "LabelReader",
     "LabelledImage",
     "MixedCrop",
+    "PaintedLabels",
     "PhotometricDistortion",
     "RandomRatioResize",
+    "ReadsLabels",
     "SegmentationBatch",
     "SegmentationDataset",
     "SegmentationItem",

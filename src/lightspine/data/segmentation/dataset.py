@@ -15,7 +15,7 @@ from lightspine.data.images import open_image
 from lightspine.data.packed import PackedTexts
 from lightspine.data.segmentation.batch import SegmentationItem
 from lightspine.data.segmentation.folders import LabelledImage
-from lightspine.data.segmentation.label_maps import LabelReader
+from lightspine.data.segmentation.label_maps import ReadsLabels
 from lightspine.errors import LightspineError, UsageError
 
 SegmentationTransform = Callable[[Any, Any], tuple[Tensor, Tensor]]
@@ -39,7 +39,7 @@ class SegmentationDataset(Dataset[SegmentationItem]):
     def __init__(
         self,
         pairs: Sequence[LabelledImage],
-        reader: LabelReader,
+        reader: ReadsLabels,
         transform: SegmentationTransform,
         *,
         replace_bad: bool = False,

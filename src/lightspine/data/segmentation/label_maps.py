@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -16,6 +17,13 @@ MOST_CLASSES = IGNORED
 """Label maps hold one byte per pixel, and one value stands for no class."""
 
 _MODES = ("1", "L", "P", "I;16", "I;16B", "I;16L", "I")
+
+
+class ReadsLabels(Protocol):
+    """Whatever turns the name of a label map into its classes."""
+
+    def read(self, path: str) -> np.ndarray:
+        """Return (height, width), uint8, 255 where there is no class; a bad one is a `LightspineError`."""
 
 
 class LabelReader:

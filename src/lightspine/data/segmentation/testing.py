@@ -1,6 +1,6 @@
 """Class probabilities of whole images: at once, through a sliding window, at several sizes and mirrored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +62,23 @@ class SegmentationTest:
             UsageError: see `check`.
         """
         self.check()
-        total = torch.zeros(())
+        views = self._views(network, image, size)
+        # Added up as they come: twelve views of 150 classes would take gigabytes.
+        total = next(views).softmax(0)
+        for logits in views:
+            total += logits.softmax(0)
+        return total / (len(self.ratios) * (2 if self.flip else 1))
+
+    def classify(self, network: Network, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the likeliest class of every pixel, (*size), int64; see `predict`."""
+        self.check()
+        if len(self.ratios) == 1 and not self.flip:
+            # The largest logit is the largest probability: no pass over all classes for the softmax.
+            return next(self._views(network, image, size)).argmax(0)
+        return self.predict(network, image, size).argmax(0)
+
+    def _views(self, network: Network, image: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
+        """Give the logits (classes, *size) of the image at each size and mirrored."""
         for ratio in self.ratios:
             resized = image[None]
             if ratio != 1:
@@ -70,11 +86,9 @@ class SegmentationTest:
                 resized = F.interpolate(resized, sides, mode="bilinear", align_corners=False)
             for mirrored in (False, True) if self.flip else (False,):
                 logits = self._logits(network, resized.flip(3) if mirrored else resized)
-                logits = F.interpolate(
+                yield F.interpolate(
                     logits.flip(3) if mirrored else logits, size, mode="bilinear", align_corners=False
-                )
-                total = total.to(logits.device) + logits.softmax(1)[0]
-        return total / (len(self.ratios) * (2 if self.flip else 1))
+                )[0]
 
     def _logits(self, network: Network, images: Tensor) -> Tensor:
         if self.window is None:

@@ -1,0 +1,197 @@
+"""Images with label maps for training segmenters."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightspine.data.detection import CocoAnnotations, read_coco
+from lightspine.data.modules.base import ImageDataModule
+from lightspine.data.segmentation import (
+    IGNORED,
+    LabelledImage,
+    PaintedLabels,
+    ReadsLabels,
+    SegmentationDataset,
+    collate_segmentation,
+    create_segmentation_eval_transform,
+    create_segmentation_transform,
+    list_segmentation,
+    scan_segmentation_folder,
+)
+from lightspine.data.transforms import Preprocessing
+
+_log = logging.getLogger(__name__)
+
+
+class SegmentationDataModule(ImageDataModule):
+    """Training and validation pairs of images and label maps; the readers pass what they do not know to it.
+
+    Args:
+        train: pairs to train on, and what reads their labels.
+        val: pairs to validate on, and what reads their labels.
+        class_names: in the order of the labels.
+        crop: height and width of the training images in pixels.
+        scale: longer and shorter side of the rectangle that a training image is resized to fit into.
+        ratio: smallest and largest factor of that rectangle.
+        largest_share: of a crop's labelled pixels that one class may fill (mmseg's cat_max_ratio).
+        hflip: probability of a horizontal flip.
+        photometric: change brightness, contrast, saturation and hue.
+        val_scale: longer and shorter side of the rectangle that validation images are resized to fit into;
+            `None` leaves their size.
+        val_divisor: sides of validation images are rounded up to multiples of it.
+        batch_size: images per step and device.
+        num_workers: processes that read images; 0 reads in the training process.
+        preprocessing: `mean` and `std` as in timm's pretrained cfgs; ImageNet's without it.
+        seed: order and augmentation of the images.
+        max_bad_share: largest share of an epoch's images that may be unusable before the run stops.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    def __init__(
+        self,
+        train: tuple[Sequence[LabelledImage], ReadsLabels],
+        val: tuple[Sequence[LabelledImage], ReadsLabels],
+        class_names: list[str],
+        *,
+        crop: tuple[int, int] = (512, 512),
+        scale: tuple[int, int] = (2048, 512),
+        ratio: tuple[float, float] = (0.5, 2.0),
+        largest_share: float = 0.75,
+        hflip: float = 0.5,
+        photometric: bool = True,
+        val_scale: tuple[int, int] | None = (2048, 512),
+        val_divisor: int = 1,
+        batch_size: int = 4,
+        num_workers: int = 2,
+        preprocessing: dict[str, Any] | None = None,
+        seed: int = 0,
+        max_bad_share: float = 0.1,
+    ) -> None:
+        found = Preprocessing.from_config(preprocessing or {})
+        super().__init__(class_names, found, batch_size, num_workers, seed, max_bad_share=max_bad_share)
+        self.val_scale = val_scale
+        self.val_divisor = val_divisor
+        # Made once here, so that a wrong setting is refused before training starts.
+        self._train = SegmentationDataset(
+            *train,
+            create_segmentation_transform(
+                found,
+                crop=crop,
+                scale=scale,
+                ratio=ratio,
+                largest_share=largest_share,
+                hflip=hflip,
+                photometric=photometric,
+            ),
+            replace_bad=True,
+        )
+        self._val = SegmentationDataset(
+            *val, create_segmentation_eval_transform(found, scale=val_scale, divisor=val_divisor)
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Return batches with images (N, 3, H, W) and labels (N, H, W); see `SegmentationBatch`."""
+        return self._train_loader(self._train, collate_segmentation)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the validation images and labels in lists."""
+        return self._val_loader(self._val, list_segmentation)
+
+
+class SegmentationFolderDataModule(SegmentationDataModule):
+    """A folder `images/train/*` with `annotations/train/*.png`, and the same for `val`; ADE20K's included.
+
+    Args:
+        root: the folder; see `lightspine.data.segmentation.scan_segmentation_folder`.
+        class_names: a file with one class name per line; `classes.txt` in the folder without it.
+        num_classes: number of classes where there is no file with their names.
+        ignored: value of the label maps that stands for no class.
+        remap: value in the label maps -> class, or 255 for no class.
+        val_fraction: share that is held out where the folder has no splits.
+        seed: order and augmentation of the images and choice of the held-out ones.
+        **options: see `SegmentationDataModule`.
+
+    Raises:
+        UsageError: what `scan_segmentation_folder` refuses, or a value out of its range.
+        LightspineError: the class names cannot be read.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        class_names: str | Path | None = None,
+        num_classes: int | None = None,
+        ignored: int | None = IGNORED,
+        remap: Mapping[int, int] | None = None,
+        val_fraction: float = 0.2,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        splits = scan_segmentation_folder(
+            root,
+            class_names=class_names,
+            num_classes=num_classes,
+            ignored=ignored,
+            remap=remap,
+            val_fraction=val_fraction,
+            seed=seed,
+        )
+        if splits.unpaired:
+            _log.warning(
+                "left out %d images without a label map, first %s", len(splits.unpaired), splits.unpaired[0]
+            )
+        super().__init__(
+            (splits.train, splits.reader),
+            (splits.val, splits.reader),
+            splits.class_names,
+            seed=seed,
+            **options,
+        )
+
+
+class CocoSemanticDataModule(SegmentationDataModule):
+    """The masks of COCO files as label maps: class 0 is what no object covers, an object's class follows.
+
+    Args:
+        root: the folder, with `annotations/instances_SPLIT.json` and the images in `SPLIT/`.
+        train: name of the split to train on.
+        val: name of the split to validate on.
+        seed: order and augmentation of the images.
+        **options: see `SegmentationDataModule`.
+
+    Raises:
+        UsageError: what `read_coco` refuses, too many classes, or a value out of its range.
+        LightspineError: a file that cannot be read.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        train: str = "train2017",
+        val: str = "val2017",
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        def read(split: str, class_names: list[str] | None = None) -> CocoAnnotations:
+            file = Path(root, "annotations", f"instances_{split}.json")
+            found = read_coco(file, Path(root, split), class_names=class_names)
+            if found.problems:
+                _log.warning("%s: %s", split, found.problems)
+            return found
+
+        first = read(train)
+        painted = [PaintedLabels(first), PaintedLabels(read(val, first.class_names))]
+        super().__init__(
+            (painted[0].pairs(), painted[0]),
+            (painted[1].pairs(), painted[1]),
+            painted[0].class_names,
+            seed=seed,
+            **options,
+        )
