@@ -173,6 +173,13 @@ def test_tensorboard_writes_into_the_folder(tmp_path: Path) -> None:
     assert (result.folder / "config.yaml").is_file()
 
 
+@pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
+def test_run_of_no_length_is_refused(limit: str, tmp_path: Path) -> None:
+    flags = [*QUICK, "--data=DigitsDataModule", f"--trainer.{limit}=0"]
+    with pytest.raises(UsageError, match=f"expected a {limit} of at least 1, got 0"):
+        main([*flags, "--folder", str(tmp_path / "run")])
+
+
 def test_missing_data_folder_is_named(tmp_path: Path) -> None:
     flags = ["--data=ImageFolderDataModule", f"--data.root={tmp_path / 'gone'}"]
     with pytest.raises(UsageError, match="gone is missing"):

@@ -139,6 +139,9 @@ def run_training(
     """Train with a trainer that has the callbacks of `run_callbacks`; see `train`."""
     if data.num_classes != task.num_classes:
         raise UsageError(f"expected a task with {data.num_classes} classes, got {task.num_classes}")
+    for limit in ("max_epochs", "max_steps"):
+        if getattr(trainer, limit) == 0:
+            raise UsageError(f"expected a {limit} of at least 1, got 0")
     # torch's synchronised batch norms have no version for a CPU.
     if getattr(trainer.strategy, "_layer_sync", None) and trainer.strategy.root_device.type == "cpu":
         raise UsageError("expected a GPU for sync_batchnorm, got the cpu")
