@@ -105,3 +105,11 @@ def test_wrong_flag_is_named_in_one_line(flag: str, message: str, tmp_path: Path
     with pytest.raises(UsageError, match=message) as raised:
         main([*detection_flags(tmp_path / "data"), flag, "--folder", str(tmp_path / "run")])
     assert "\n" not in str(raised.value)
+
+
+def test_wrong_schedule_names_the_schedules_and_their_fields(tmp_path: Path) -> None:
+    flags = [*detection_flags(tmp_path / "data"), "--model.schedule={steps: 10, wings: 2}"]
+    with pytest.raises(
+        UsageError, match=r"CosineSchedule \(epochs, .*MilestoneSchedule \(milestones, .*steps"
+    ):
+        main([*flags, "--folder", str(tmp_path / "run")])

@@ -24,6 +24,7 @@ from lightspine.tasks.finetuning import freeze_stages, hold_frozen
 from lightspine.tasks.guard import StepGuard
 from lightspine.tasks.optim import OptimizerName, create_optimizer, schedule_by_step
 from lightspine.tasks.schedules import CosineSchedule, warmup_cosine
+from lightspine.tasks.step_schedules import DecaySchedule, MilestoneSchedule
 
 _log = logging.getLogger(__name__)
 _NAMED_IMAGES = 5
@@ -77,7 +78,7 @@ class LightspineTask(pl.LightningModule):
         weight_decay: float = 0.05,
         layer_decay: float | None = None,
         frozen_stages: int | None = None,
-        schedule: CosineSchedule | None = None,
+        schedule: CosineSchedule | MilestoneSchedule | DecaySchedule | None = None,
         warmup_epochs: float = 1.0,
         min_lr_ratio: float = 0.01,
         agc: float | None = None,

@@ -17,6 +17,7 @@ from lightspine.models._saving import save_checkpoint
 from lightspine.tasks.base import LightspineTask
 from lightspine.tasks.distillation import Distiller
 from lightspine.tasks.mesa import Mesa
+from lightspine.tasks.schedules import CosineSchedule
 
 
 class ClassificationTask(LightspineTask):
@@ -192,7 +193,7 @@ class ClassificationTask(LightspineTask):
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
     def _schedule_epochs(self) -> int:
-        if self.schedule is not None:
+        if isinstance(self.schedule, CosineSchedule):
             return int(self.schedule.epochs)
         return self.trainer.max_epochs or 1
 

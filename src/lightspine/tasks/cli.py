@@ -1,6 +1,7 @@
 """`lightspine train`: LightningCLI reads the recipe and the flags, `run_training` does the rest."""
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import re
@@ -29,12 +30,15 @@ from lightspine.tasks.fit import TRAINER_DEFAULTS, Export, TrainResult, run_call
 from lightspine.tasks.progress import has_terminal
 from lightspine.tasks.quiet import quiet_lightning, show_notes
 from lightspine.tasks.resume import AUTO, prepare_folder
+from lightspine.tasks.schedules import CosineSchedule
 from lightspine.tasks.segmentation import SegmentationTask
+from lightspine.tasks.step_schedules import DecaySchedule, MilestoneSchedule
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>")
 _ABSTRACT = ("ImageDataModule", "SegmentationDataModule", "SourceDataModule")
 _TASKS = (ClassificationTask, DetectionTask, SegmentationTask)
+_SCHEDULES = (CosineSchedule, MilestoneSchedule, DecaySchedule)
 _SWITCHES = {
     "grad_checkpointing": "recompute activations in the backward pass: slower, with less memory",
     "compile": "run the model through torch.compile",
@@ -265,8 +269,16 @@ def _one_line(message: str) -> str:
         value = told[-1].rpartition(": ")[2]
         known = ", ".join(_CLASSES[key])
         return f"expected --{key} with {known} or the import path of a class, got {value!r}"
+    if key == "model.schedule":
+        # The parser tells what each of them does not know, but not their names.
+        known = "; ".join(f"{kind.__name__} ({', '.join(_names(kind))})" for kind in _SCHEDULES)
+        return f"wrong argument {key}: expected the fields of one of {known}"
     text = _CLASS.sub(r"\1", "; ".join(told[:2])).replace("typing.", "")
     return f"wrong argument {key}: {text}" if key else text
+
+
+def _names(kind: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def _find_ours(error: BaseException | None) -> LightspineError | None:

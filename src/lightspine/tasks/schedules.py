@@ -52,8 +52,9 @@ class CosineSchedule:
         return self.epochs + self.cooldown_epochs
 
     @property
-    def total_steps(self) -> None:
+    def total_steps(self) -> float | None:
         """Steps of the whole run, which depend on the data."""
+        return None
 
     def check(self) -> None:
         """Refuse a value out of its range.
