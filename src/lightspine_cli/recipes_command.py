@@ -6,7 +6,7 @@ from typing import Any
 
 from lightspine_cli._output import print_json, print_table, with_thousands
 
-_COLUMNS = ("recipe", "model", "task", "data", ">batch", ">epochs", ">published top-1 %")
+_COLUMNS = ("recipe", "model", "task", "data", ">batch", ">epochs", ">published %")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,23 +29,25 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print_table(_COLUMNS, [_row(summary) for summary in summaries])
     print()
-    print("Published scores are those of the papers, not measured here; batch is the total over all devices.")
+    print("Published scores are those of the papers, not measured here: top-1 accuracy, box / mask AP,")
+    print("or mIoU / mIoU at several sizes. Batch is the total over all devices.")
     print("Train one with `lightspine train --config RECIPE`; `--print_config` shows all of it.")
     return 0
 
 
 def _as_object(summary: Any) -> dict[str, Any]:
+    from lightspine.recipes import SCORES
+
     content = dataclasses.asdict(summary)
-    published = content.pop("published") or {"top1": None, "note": "", "source": ""}
-    return content | {
-        "published_top1": published["top1"],
-        "note": published["note"],
-        "source": published["source"],
-    }
+    published = content.pop("published") or {}
+    scores = {f"published_{name}": published.get(name) for name in SCORES}
+    return content | scores | {key: published.get(key, "") for key in ("note", "source")}
 
 
 def _row(summary: Any) -> tuple[str, ...]:
-    top1 = summary.published.top1 if summary.published else None
+    from lightspine.recipes import SCORES
+
+    scores = [getattr(summary.published, name, None) for name in SCORES]
     return (
         summary.name,
         summary.model,
@@ -53,5 +55,5 @@ def _row(summary: Any) -> tuple[str, ...]:
         summary.data,
         with_thousands(summary.batch_size),
         str(summary.epochs),
-        "-" if top1 is None else f"{top1:.1f}",
+        " / ".join(f"{score:.1f}" for score in scores if score is not None) or "-",
     )

@@ -12,6 +12,7 @@ from lightspine.heads.mask_rcnn import MaskRCNN
 from lightspine.heads.retinanet import RetinaNet
 from lightspine.heads.segmenters import Segmenter, SegmenterName
 from lightspine.models._factory import create_model
+from lightspine.models._reading import Weights
 
 DenseNetwork = RetinaNet | MaskRCNN | Segmenter
 
@@ -22,6 +23,7 @@ def create_detector(
     num_classes: int,
     *,
     checkpoint: str | Path | None = None,
+    weights: Weights = "auto",
     model_args: dict[str, Any] | None = None,
     norm: MapNorm = "none",
     freeze_batch_norm: bool = False,
@@ -37,6 +39,8 @@ def create_detector(
         checkpoint: weights to start from: those of the model's classifier, or a file of `save_network` with
             the same head and model. Of the latter, the layers that depend on the number of classes are made
             anew where that differs.
+        weights: which entry of a classifier's file: "model" (as trained, what all five papers' dense tasks
+            start from), "ema", or "auto" for the one whose score is published.
         model_args: further arguments of the model, such as `drop_path_rate`.
         norm: see `lightspine.heads.FeatureBackbone`, also for what the papers set.
         freeze_batch_norm: likewise.
@@ -64,7 +68,7 @@ def create_detector(
         "freeze_batch_norm": freeze_batch_norm,
         **head_args,
     }
-    backbone = _backbone(model, checkpoint, options, frozen_stages)
+    backbone = _backbone(model, checkpoint, weights, options, frozen_stages)
     network = build_detector(head, backbone, num_classes, **head_args)
     return _finish(network, head, model, num_classes, options, checkpoint)
 
@@ -75,6 +79,7 @@ def create_segmenter(
     num_classes: int,
     *,
     checkpoint: str | Path | None = None,
+    weights: Weights = "auto",
     model_args: dict[str, Any] | None = None,
     norm: MapNorm = "none",
     freeze_batch_norm: bool = False,
@@ -88,6 +93,7 @@ def create_segmenter(
         model: as in `create_detector`, with all that follows.
         num_classes: classes of pixels.
         checkpoint: likewise.
+        weights: likewise.
         model_args: likewise.
         norm: likewise.
         freeze_batch_norm: likewise.
@@ -114,7 +120,7 @@ def create_segmenter(
         "freeze_batch_norm": freeze_batch_norm,
         **head_args,
     }
-    backbone = _backbone(model, checkpoint, options, frozen_stages)
+    backbone = _backbone(model, checkpoint, weights, options, frozen_stages)
     network = build_segmenter(head, backbone, num_classes, **head_args)
     return _finish(network, head, model, num_classes, options, checkpoint)
 
@@ -126,17 +132,21 @@ def feature_backbone(network: DenseNetwork) -> FeatureBackbone:
 
 
 def _backbone(
-    model: str, checkpoint: str | Path | None, options: dict[str, Any], frozen_stages: int | None
+    model: str,
+    checkpoint: str | Path | None,
+    weights: Weights,
+    options: dict[str, Any],
+    frozen_stages: int | None,
 ) -> FeatureBackbone:
     arguments = options["model_args"]
-    for name in ("features_only", "num_classes", "checkpoint"):
+    for name in ("features_only", "num_classes", "checkpoint", "weights"):
         if name in arguments:
             raise UsageError(f"expected model_args without {name}, which the head determines")
     classifier = None if checkpoint is None or is_network_file(checkpoint) else checkpoint
     if frozen_stages is not None and checkpoint is None and not arguments.get("pretrained"):
         raise UsageError(f"frozen stages of {model} would keep random weights: give a checkpoint")
     try:
-        maps = create_model(model, checkpoint=classifier, features_only=True, **arguments)
+        maps = create_model(model, checkpoint=classifier, weights=weights, features_only=True, **arguments)
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise

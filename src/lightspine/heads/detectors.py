@@ -85,7 +85,8 @@ def build_detector(
             smaller than that.
 
     Raises:
-        UsageError: an unknown name, no class, an anchor scale that is not above 0, or a backbone whose strides no pyramid fits.
+        UsageError: an unknown name, no class, an anchor scale that is not above 0, or a backbone whose
+            strides no pyramid fits.
 
     Example:
         >>> import lightspine, torch

@@ -1,7 +1,8 @@
 """Complete training configurations that ship with the package: one YAML file is one run.
 
-`classification/` has one recipe for each published row; the others finish on a laptop. What the papers print
-for a recipe stands in `published.csv`. Vim-base has no recipe: the script of its training was not published.
+`classification/`, `detection/` and `segmentation/` have one recipe for each published row; the others finish
+on a laptop or start from weights. What the papers print for a recipe stands in `published.csv`. Vim-base has
+no recipe: the script of its training was not published.
 """
 
 import csv
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightspine.errors import UsageError
+
+SCORES = ("top1", "box_ap", "mask_ap", "miou", "miou_ms")
+"""The columns of `published.csv` that hold a score."""
 
 _FOLDER = Path(__file__).parent
 
@@ -22,7 +26,11 @@ class PublishedRecipe:
         recipe: name of the recipe.
         model: name of the model.
         data: what it is trained on.
-        top1: accuracy in percent; None where none is printed.
+        top1: accuracy in percent; None where none is printed, as all scores.
+        box_ap: average precision of a detector's boxes in percent.
+        mask_ap: of its masks.
+        miou: mean intersection over union of a segmenter in percent.
+        miou_ms: the same tested at several sizes and mirrored.
         note: what the number stands for where it is not plain training.
         source: where it is printed.
     """
@@ -31,6 +39,10 @@ class PublishedRecipe:
     model: str
     data: str
     top1: float | None
+    box_ap: float | None
+    mask_ap: float | None
+    miou: float | None
+    miou_ms: float | None
     note: str
     source: str
 
@@ -44,7 +56,7 @@ def list_published() -> list[PublishedRecipe]:
     """Return the recipes that repeat a published run, in the order of the families' papers."""
     with (_FOLDER / "published.csv").open(newline="") as file:
         return [
-            PublishedRecipe(**row | {"top1": float(row["top1"]) if row["top1"] else None})  # type: ignore[arg-type]
+            PublishedRecipe(**row | {key: float(row[key]) if row[key] else None for key in SCORES})  # type: ignore[arg-type]
             for row in csv.DictReader(file)
         ]
 

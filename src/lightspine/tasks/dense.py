@@ -12,6 +12,7 @@ from lightspine.data.modules import ImageDataModule
 from lightspine.dense import DenseNetwork, feature_backbone, save_network
 from lightspine.errors import LightspineError, UsageError
 from lightspine.heads.features import MapNorm
+from lightspine.models._reading import Weights
 from lightspine.tasks.base import LightspineTask
 from lightspine.tasks.dense_groups import dense_parameter_groups
 
@@ -27,6 +28,7 @@ class DenseTask(LightspineTask):
         model_args: further arguments of the model, such as `drop_path_rate`.
         checkpoint: weights to start from: of the model's classifier, or a detector or segmenter of the same
             head and model.
+        weights: which entry of a classifier's file: "model", "ema" or "auto"; see `create_detector`.
         norm: see `lightspine.heads.FeatureBackbone`, also for what the papers set.
         freeze_batch_norm: likewise.
         head_args: arguments of the head.
@@ -48,6 +50,7 @@ class DenseTask(LightspineTask):
         *,
         model_args: dict[str, Any] | None = None,
         checkpoint: str | Path | None = None,
+        weights: Weights = "auto",
         norm: MapNorm = "none",
         freeze_batch_norm: bool = False,
         head_args: dict[str, Any],
@@ -67,6 +70,7 @@ class DenseTask(LightspineTask):
                 model,
                 num_classes,
                 checkpoint=checkpoint,
+                weights=weights,
                 model_args=model_args,
                 norm=norm,
                 freeze_batch_norm=freeze_batch_norm,

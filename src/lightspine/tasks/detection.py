@@ -13,6 +13,7 @@ from lightspine.dense.coco_scores import CocoScores
 from lightspine.errors import LightspineError, UsageError
 from lightspine.heads.detectors import DetectorName
 from lightspine.heads.features import MapNorm
+from lightspine.models._reading import Weights
 from lightspine.tasks.dense import DenseTask
 
 
@@ -26,6 +27,8 @@ class DetectionTask(DenseTask):
         model_args: further arguments of the model, such as `drop_path_rate`.
         checkpoint: weights to start from: of the model's classifier, or a detector of the same head and
             model.
+        weights: which entry of a classifier's file: "model", "ema" or "auto"; see
+            `lightspine.dense.create_detector`.
         norm: "layer" puts a LayerNorm over each map; see `lightspine.heads.FeatureBackbone`.
         freeze_batch_norm: keep the model's batch norms in evaluation mode.
         channels: width of the pyramid.
@@ -54,6 +57,7 @@ class DetectionTask(DenseTask):
         head: DetectorName = "mask_rcnn",
         model_args: dict[str, Any] | None = None,
         checkpoint: str | Path | None = None,
+        weights: Weights = "auto",
         norm: MapNorm = "none",
         freeze_batch_norm: bool = False,
         channels: int = 256,
@@ -72,6 +76,7 @@ class DetectionTask(DenseTask):
             num_classes,
             model_args=model_args,
             checkpoint=checkpoint,
+            weights=weights,
             norm=norm,
             freeze_batch_norm=freeze_batch_norm,
             head_args={

@@ -14,6 +14,7 @@ from lightspine.dense.segmentation_scores import SegmentationScores
 from lightspine.errors import LightspineError
 from lightspine.heads.features import MapNorm
 from lightspine.heads.segmenters import SegmenterName
+from lightspine.models._reading import Weights
 from lightspine.tasks.dense import DenseTask
 
 
@@ -27,6 +28,8 @@ class SegmentationTask(DenseTask):
         model_args: further arguments of the model, such as `drop_path_rate`.
         checkpoint: weights to start from: of the model's classifier, or a segmenter of the same head and
             model.
+        weights: which entry of a classifier's file: "model", "ema" or "auto"; see
+            `lightspine.dense.create_detector`.
         norm: "layer" puts a LayerNorm over each map; see `lightspine.heads.FeatureBackbone`.
         freeze_batch_norm: keep the model's batch norms in evaluation mode.
         channels: width of the head; the published one without it.
@@ -54,6 +57,7 @@ class SegmentationTask(DenseTask):
         head: SegmenterName = "upernet",
         model_args: dict[str, Any] | None = None,
         checkpoint: str | Path | None = None,
+        weights: Weights = "auto",
         norm: MapNorm = "none",
         freeze_batch_norm: bool = False,
         channels: int | None = None,
@@ -71,6 +75,7 @@ class SegmentationTask(DenseTask):
             num_classes,
             model_args=model_args,
             checkpoint=checkpoint,
+            weights=weights,
             norm=norm,
             freeze_batch_norm=freeze_batch_norm,
             head_args={
