@@ -3,6 +3,7 @@
 from lightspine import blocks as blocks
 from lightspine import ops as ops
 from lightspine._version import __version__ as __version__
+from lightspine.export import optimize as optimize
 from lightspine.models import list_models as list_models
 from lightspine.models._checkpoints import load_checkpoint as load_checkpoint
 from lightspine.models._factory import create_model as create_model
@@ -20,6 +21,7 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "ops",
+    "optimize",
     "save_checkpoint",
     "selective_scan",
 ]

@@ -1,13 +1,9 @@
-"""The two kinds of error that a user can cause or meet; the command line turns them into one sentence."""
+"""The two kinds of error that a user can cause or meet; the command line turns them into one sentence.
 
+They live in `lightspine_runtime`, which works without PyTorch and raises them too.
+"""
 
-class LightspineError(Exception):
-    """A correct call met something that failed: an unreadable file, a diverged training (exit status 1)."""
+from lightspine_runtime.errors import LightspineError as LightspineError
+from lightspine_runtime.errors import UsageError as UsageError
 
-    exit_status = 1
-
-
-class UsageError(LightspineError, ValueError):
-    """The call itself was wrong: an unknown name, a wrong shape, a folder without classes (exit status 2)."""
-
-    exit_status = 2
+__all__ = ["LightspineError", "UsageError"]

@@ -1,4 +1,4 @@
-"""Measure on this machine, against targets: `lightspine bench ops` the scans.
+"""Measure on this machine, against targets: `lightspine bench ops` the scans, `bench export` ONNX files.
 
 Keep the machine idle meanwhile: what is compared takes turns, but a busy processor still blurs it.
 """
@@ -14,7 +14,7 @@ PARTS = ("time", "memory", "models")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lightspine bench`."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="ops")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="ops|export")
     ops = kinds.add_parser(
         "ops",
         help="the selective scan and the four-direction scan on the CPU",
@@ -34,10 +34,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parts", type=_names, default=list(PARTS), metavar="A,B", help=f"out of {', '.join(PARTS)}"
     )
     ops.add_argument("--json", action="store_true", help="print one object with all numbers")
+    _add_export(kinds)
+
+
+def _add_export(kinds: Any) -> None:
+    export = kinds.add_parser(
+        "export",
+        help="exported models in ONNX Runtime, beside PyTorch and timm's",
+        description="Models with random weights: eager, optimised, as ONNX, and timm's own as ONNX.",
+        allow_abbrev=False,
+    )
+    export.add_argument(
+        "--models", type=_names, metavar="A,B", help="registered names (default: the smallest of each family)"
+    )
+    export.add_argument(
+        "--batch", type=_numbers, default=[1, 8], metavar="1,8", help="batches (default: 1,8)"
+    )
+    export.add_argument("--threads", type=int, default=2, help="of both (default: %(default)s)")
+    export.add_argument("--repeats", type=int, default=15, help="timed calls of each (default: %(default)s)")
+    export.add_argument("--json", action="store_true", help="print one object with all numbers")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; status 0 whether or not the targets are met."""
+    return _run_export(args) if args.kind == "export" else _run_ops(args)
+
+
+def _run_export(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from lightspine.benchmark.export_speed import SMALL_MODELS, measure_export
+
+    names = args.models or list(SMALL_MODELS)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("measuring", total=len(names))
+        report = measure_export(
+            names,
+            args.batch,
+            threads=args.threads,
+            repeats=args.repeats,
+            on_step=lambda text: progress.update(task, advance=1, description=f"{text}: done"),
+        )
+    if args.json:
+        print_json(report.as_dict())
+        return 0
+    from lightspine_cli._bench_export_output import print_export
+
+    print_export(report)
+    return 0
+
+
+def _run_ops(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,10 +1,12 @@
-"""Score a checkpoint on labelled images: a folder (its `val` folder where it has one), shards, or digits."""
+"""Score a checkpoint on labelled images: folders, shards, digits, COCO files, or images with label maps."""
 
 import argparse
 import shlex
 from pathlib import Path
 from typing import Any
 
+from lightspine_cli._dense_options import EVALUATE, add_evaluation, find_kind, refuse_foreign
+from lightspine_cli._dense_output import evaluate_dense
 from lightspine_cli._inference_arguments import add_preparation, preparation
 from lightspine_cli._output import print_facts, print_json, print_table
 
@@ -19,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        metavar="FOLDER|SHARDS|digits",
-        help="CLASS/*, val/CLASS/*, ImageNet's flat val, .tar shards, or digits",
+        metavar="FOLDER|FILE|digits",
+        help="CLASS/*, val/CLASS/*, ImageNet's flat val, .tar shards, or digits; for a detector a COCO file "
+        "or folder; for a segmenter images/val and annotations/val, or COCO's",
     )
     parser.add_argument("--model", metavar="NAME", help="the model's name, for a file that does not tell")
     parser.add_argument(
@@ -34,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "class numbers as folders, the model choosing among those only (ImageNet-A, -R)",
     )
     add_preparation(parser)
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="images at a time (default: 64, of a detector 1)")
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that read images (default: %(default)s)"
     )
@@ -42,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="also write report.json, classes.csv and confusion.png"
     )
+    add_evaluation(parser)
     parser.add_argument("--json", action="store_true", help="print the whole report")
 
 
@@ -54,6 +58,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out is not None and (args.out.suffix == ".json" or args.out.is_file()):
         raise UsageError(f"expected a folder for --out, got {args.out}")
+    kind = find_kind(args)
+    refuse_foreign(args, kind, EVALUATE, {"weights": "auto", "flip": False, "multi_scale": False})
+    if kind != "classifier":
+        return evaluate_dense(args, kind)
     report = evaluate(
         args.model or args.checkpoint,
         args.data,
@@ -61,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         val_fraction=args.val_fraction,
         seed=args.seed,
         class_mapping=args.class_mapping,
-        batch_size=args.batch_size,
+        batch_size=64 if args.batch_size is None else args.batch_size,
         num_workers=args.workers,
         device=args.device,
         progress=sys.stderr.isatty(),

@@ -17,13 +17,14 @@ COMMANDS = {
     "list": "our models: parameters, multiply-adds, resolution, published accuracy",
     "info": "the facts of one model or of one checkpoint file",
     "doctor": "versions, devices and which scan backends can run here, and why not",
-    "predict": "classify image files with a checkpoint, a few or any number",
+    "predict": "classes, objects or class maps of image files, a few or any number",
     "embed": "features of any number of images",
     "recipes": "the training recipes, with their published scores",
     "train": "train from a recipe",
-    "evaluate": "score a checkpoint on a folder of images",
+    "evaluate": "score a checkpoint on annotated images",
     "compare": "train several models on the same images: one table, one plot, the checkpoints",
     "convert": "turn an official checkpoint into our safetensors",
+    "export": "write a model as ONNX or for torch.export, compared with PyTorch",
     "bench": "measure the scans on this machine: time, memory, their share of whole models",
     "demo": "train all five families on handwritten digits and compare them",
 }
@@ -167,7 +168,7 @@ def _status_of(exit_: SystemExit) -> int:
 
 def _report(error: Exception, debug: bool) -> int:
     # Only code of the library raises its errors, so its module is loaded when this is one of them.
-    errors = sys.modules.get("lightspine.errors")
+    errors = sys.modules.get("lightspine_runtime.errors")
     if errors is not None and isinstance(error, errors.LightspineError):
         say(_one_line(error))
         return int(error.exit_status)

@@ -1,9 +1,11 @@
-"""Tell the likeliest classes of image files: of a few on the screen, of any number with --data and --out."""
+"""Tell what is in image files: classes, of a few or with --data of any number; objects; classes of pixels."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+from lightspine_cli._dense_options import PREDICT, add_prediction, find_kind, refuse_foreign
+from lightspine_cli._dense_output import predict_dense_files
 from lightspine_cli._inference_arguments import (
     add_bulk,
     add_preparation,
@@ -16,7 +18,13 @@ from lightspine_cli._output import print_json, print_table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lightspine predict`."""
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "images",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE",
+        help="image files; of a detector or segmenter folders too",
+    )
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="weights: ours, an official file or timm's"
     )
@@ -25,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_preparation(parser)
     parser.add_argument("--device", default="cpu", help="torch's name of the device (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print objects")
+    add_prediction(parser)
     add_bulk(parser, ("csv", "parquet"))
 
 
@@ -32,6 +41,18 @@ def run(args: argparse.Namespace) -> int:
     """Print the classes and probabilities of each image, or write those of many."""
     from lightspine.errors import UsageError
 
+    kind = find_kind(args)
+    defaults = {
+        "weights": "auto",
+        "topk": 5,
+        "labels": False,
+        "resume": False,
+        "devices": 1,
+        "part_size": 1024,
+    }
+    refuse_foreign(args, kind, PREDICT, defaults)
+    if kind != "classifier":
+        return predict_dense_files(args)
     if bool(args.images) == bool(args.data) or (args.data is None) != (args.out is None):
         raise UsageError("expected either image files, or --data and --out")
     return _predict_many(args) if args.data else _predict_few(args)

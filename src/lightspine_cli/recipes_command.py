@@ -7,11 +7,15 @@ from typing import Any
 from lightspine_cli._output import print_json, print_table, with_thousands
 
 _COLUMNS = ("recipe", "model", "task", "data", ">batch", ">epochs", ">published %")
+_TASK = _COLUMNS.index("task")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lightspine recipes`."""
     parser.add_argument("pattern", nargs="?", default="", help="part of a name, such as 'vim' or 'digits'")
+    parser.add_argument(
+        "--task", choices=("classification", "detection", "segmentation"), help="only the recipes of a task"
+    )
     parser.add_argument("--json", action="store_true", help="print a list of objects")
 
 
@@ -22,12 +26,18 @@ def run(args: argparse.Namespace) -> int:
     from lightspine.recipes.summary import summarize_recipe
 
     summaries = [summarize_recipe(name) for name in list_recipes() if args.pattern in name]
+    summaries = [summary for summary in summaries if args.task in (None, summary.task)]
     if not summaries:
-        raise UsageError(f"no recipe has {args.pattern!r} in its name; `lightspine recipes` lists all")
+        kind = f"{args.task} recipe" if args.task else "recipe"
+        raise UsageError(f"no {kind} has {args.pattern!r} in its name; `lightspine recipes` lists all")
     if args.json:
         print_json([_as_object(summary) for summary in summaries])
         return 0
-    print_table(_COLUMNS, [_row(summary) for summary in summaries])
+    rows = [_COLUMNS, *(_row(summary) for summary in summaries)]
+    if args.task:
+        # Alike in every row, and the rows fit into 120 columns without it.
+        rows = [row[:_TASK] + row[_TASK + 1 :] for row in rows]
+    print_table(rows[0], rows[1:])
     print()
     print("Published scores are those of the papers, not measured here: top-1 accuracy, box / mask AP,")
     print("or mIoU / mIoU at several sizes. Batch is the total over all devices.")

@@ -20,8 +20,6 @@ def run(args: argparse.Namespace) -> int:
 
     result = main(args.arguments)
     score = result.score_name.removeprefix("val_")
-    print(
-        f"{result.model}: {score} {result.score:.2f} % on the held-out images after {result.seconds:.0f} s"
-    )
+    print(f"{result.model}: {score} {result.score:.2f} % on the held-out images after {result.seconds:.0f} s")
     print(f"{result.weights}: the model; metrics, curves and checkpoints are beside it")
     return 0

@@ -1,7 +1,7 @@
 """Files of detectors and segmenters: safetensors that say how to build their network."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -80,11 +80,13 @@ def save_network(
     return write_safetensors(network, path, {NETWORK_KEY: json.dumps(about)} | (metadata or {}))
 
 
-def load_network(path: str | Path) -> tuple[DenseNetwork, SavedNetwork]:
+def load_network(path: str | Path, **head_args: Any) -> tuple[DenseNetwork, SavedNetwork]:
     """Build the detector or segmenter of a file that `save_network` wrote.
 
     Args:
         path: the file.
+        **head_args: arguments of the head that take the place of those in the file, such as
+            `score_threshold`.
 
     Returns:
         The network in evaluation mode, and what is known about it.
@@ -94,6 +96,7 @@ def load_network(path: str | Path) -> tuple[DenseNetwork, SavedNetwork]:
         LightspineError: the file cannot be read or does not fit.
     """
     saved = read_saved_network(path)
+    saved = replace(saved, options=saved.options | head_args)
     create: Any = create_detector if saved.kind == "detector" else create_segmenter
     network: DenseNetwork = create(saved.head, saved.model, saved.num_classes, **saved.options)
     network.load_report = start_from(network, path)

@@ -9,6 +9,7 @@ from lightspine.ops.cross_scan.operator import cross_scan_op
 from lightspine.ops.cross_scan.orders import list_scan_orders, register_scan_order, scan_order
 from lightspine.ops.cross_scan.reference import cross_scan_reference
 from lightspine.ops.dispatch import choose_backend
+from lightspine.ops.grouped_scan.torch_exported import exported_scan
 
 __all__ = [
     "cross_scan",
@@ -85,4 +86,4 @@ def _plain(inputs: CrossScanInputs, delta_softplus: bool, order: str, backend: s
     if choose_backend(inputs.x.device.type, inputs.x.dtype, True, backend) == "reference":
         check_directions(inputs.A.shape[0], scan_order(order, *inputs.x.shape[1:3]).shape[0], order)
         return cross_scan_reference(*inputs, delta_softplus, order)
-    return torch_backend.forward(inputs, delta_softplus, order, exporting=True)
+    return torch_backend.forward(inputs, delta_softplus, order, run=exported_scan)

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from lightspine.ops.cross_scan.checks import CrossScanInputs, check_directions
 from lightspine.ops.cross_scan.orders import scan_order
-from lightspine.ops.grouped_scan.torch_blocked import blocked_scan, blocked_scan_backward
-from lightspine.ops.grouped_scan.torch_exported import exported_scan
+from lightspine.ops.grouped_scan.torch_blocked import GroupedScan, blocked_scan, blocked_scan_backward
 
 
-def forward(inputs: CrossScanInputs, delta_softplus: bool, order: str, exporting: bool = False) -> Tensor:
+def forward(
+    inputs: CrossScanInputs, delta_softplus: bool, order: str, run: GroupedScan = blocked_scan
+) -> Tensor:
     """Return the sum over the directions, (B, H, W, D), in the dtype of the state."""
-    run = exported_scan if exporting else blocked_scan
     y, _ = run(*_in_scan_order(inputs, order), delta_softplus)
     return _merge(y, order, *inputs.x.shape[1:3])
 

@@ -13,11 +13,17 @@ within a block replace L: (B, J, T, K, D).
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+GroupedScan = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], tuple[Tensor, Tensor]
+]
+"""What takes and gives what `blocked_scan` does."""
 
 
 class GroupedGradients(NamedTuple):
@@ -59,9 +65,9 @@ def blocked_scan(
     """
     length = x.shape[1]
     dt = step_sizes(delta, delta_bias, delta_softplus)
-    block = _block_length(length)
-    dts, Bs, Cs = (_cut(t, block) for t in (dt, B, C))
-    inputs = _cut(dt * x, block)
+    block = length_of_blocks(length)
+    dts, Bs, Cs = (cut_blocks(t, block) for t in (dt, B, C))
+    inputs = cut_blocks(dt * x, block)
     state, last = _block_starts(inputs, dts, A, Bs)
     y = torch.empty_like(inputs)
     for t in range(block):
@@ -100,8 +106,8 @@ def blocked_scan_backward(
     """
     length = x.shape[1]
     dt = step_sizes(delta, delta_bias, delta_softplus)
-    block = _block_length(length)
-    dts, Bs, Cs, xs, grad_ys = (_cut(t, block) for t in (dt, B, C, x, grad_y))
+    block = length_of_blocks(length)
+    dts, Bs, Cs, xs, grad_ys = (cut_blocks(t, block) for t in (dt, B, C, x, grad_y))
 
     inputs = dts * xs
     state, _ = _block_starts(inputs, dts, A, Bs)
@@ -151,12 +157,13 @@ def step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -
     return F.softplus(dt) if delta_softplus else dt
 
 
-def _block_length(length: int) -> int:
+def length_of_blocks(length: int) -> int:
+    """Return the positions of a block, about the root of a length."""
     blocks = max(1, round(math.sqrt(length)))
     return -(-length // blocks)
 
 
-def _cut(t: Tensor, block: int) -> Tensor:
+def cut_blocks(t: Tensor, block: int) -> Tensor:
     """(B, L, K, X) -> (B, J, T, K, X); zeros at the end: a step of zero keeps the state."""
     padding = -t.shape[1] % block
     if padding:

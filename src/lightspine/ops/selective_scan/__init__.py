@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightspine.errors import UsageError
 from lightspine.ops.dispatch import choose_backend
+from lightspine.ops.grouped_scan.torch_exported import exported_scan
 from lightspine.ops.selective_scan import torch_backend
 from lightspine.ops.selective_scan.checks import ScanInputs, check_inputs
 from lightspine.ops.selective_scan.operator import selective_scan_op
@@ -110,7 +111,7 @@ def _run(inputs: ScanInputs, delta_softplus: bool, reverse: bool, backend: str) 
     if name == "reference":
         return selective_scan_reference(*inputs, delta_softplus, reverse)
     if exporting:
-        return torch_backend.forward(inputs, delta_softplus, reverse, exporting=True)
+        return torch_backend.forward(inputs, delta_softplus, reverse, run=exported_scan)
     out, state, _ = selective_scan_op(*inputs, delta_softplus, reverse, torch.is_grad_enabled(), name)
     return out, state
 

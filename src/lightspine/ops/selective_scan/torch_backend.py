@@ -4,16 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightspine.ops.grouped_scan.torch_blocked import blocked_scan, blocked_scan_backward
-from lightspine.ops.grouped_scan.torch_exported import exported_scan
+from lightspine.ops.grouped_scan.torch_blocked import GroupedScan, blocked_scan, blocked_scan_backward
 from lightspine.ops.selective_scan.checks import ScanInputs
 
 
 def forward(
-    inputs: ScanInputs, delta_softplus: bool, reverse: bool, exporting: bool = False
+    inputs: ScanInputs, delta_softplus: bool, reverse: bool, run: GroupedScan = blocked_scan
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, D, L) and the last state (B, D, N)."""
-    run = exported_scan if exporting else blocked_scan
     y, state = run(*_grouped(inputs, reverse), delta_softplus)
     y = _ungrouped(y, reverse)
     if inputs.z is not None:

@@ -1,0 +1,137 @@
+"""Fewer bits: half precision, and 8-bit integers by ONNX Runtime's quantisation."""
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightspine.errors import UsageError
+from lightspine.export.grouped_scan_function import SCAN_FUNCTIONS
+from lightspine_runtime.images import open_image
+from lightspine_runtime.preprocessing import Preparation, crop_image, normalise
+
+_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+CALIBRATION_IMAGES = 100
+"""At most so many images of a folder are looked at, spread evenly over it."""
+
+# A scan multiplies hundreds of decays: like its steps it stays in float32.
+_FLOAT32_OPERATORS = SCAN_FUNCTIONS
+
+
+def to_half(model: Any) -> Any:
+    """Return an ONNX model in float16, but for its inputs, its outputs and its scans."""
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    with _quiet():
+        # Weights that float16 has no number for become its least one; what that costs, the comparison tells.
+        return convert_float_to_float16(
+            model,
+            keep_io_types=True,
+            disable_shape_infer=True,
+            op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_FLOAT32_OPERATORS],
+        )
+
+
+def quantise(model: Any, images: Sequence[Path] | None, preparation: dict[str, Any], pixels: bool) -> Any:
+    """Return an ONNX model with 8-bit weights.
+
+    Args:
+        model: in float32.
+        images: files on which the range of each activation is measured: convolutions and matrix products are
+            then done in 8 bit. Without them matrix products by weights are, with the ranges of their other
+            factor found on the fly.
+        preparation: see `lightspine.export.metadata.Description.preprocessing`.
+        pixels: whether the model takes 8-bit pixels.
+
+    Raises:
+        LightspineError: an image cannot be read.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+        onnx.save(model, before)
+        if images is None:
+            quantize_dynamic(
+                before,
+                after,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+            )
+        else:
+            reader = _Reader(images, model.graph.input[0].name, preparation, pixels)
+            quantize_static(
+                before,
+                after,
+                reader,
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+        return onnx.load(after)
+
+
+class _Reader:
+    """Gives ONNX Runtime's calibration the images one by one."""
+
+    def __init__(self, images: Sequence[Path], name: str, preparation: dict[str, Any], pixels: bool):
+        self.images = iter(images)
+        self.name = name
+        self.preparation = Preparation.from_mapping(preparation, "the model")
+        self.pixels = pixels
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        path = next(self.images, None)
+        return None if path is None else {self.name: _prepare(path, self.preparation, self.pixels)[None]}
+
+
+def prepared_batches(images: Sequence[Path], preparation: dict[str, Any], pixels: bool) -> list[Tensor]:
+    """Return the first images as batches of one and of up to three; for the arguments see `quantise`."""
+    wanted = Preparation.from_mapping(preparation, "the model")
+    arrays = [_prepare(path, wanted, pixels) for path in images[:3]]
+    return [torch.from_numpy(np.stack(some)) for some in (arrays[:1], arrays)]
+
+
+def _prepare(path: Path, preparation: Preparation, pixels: bool) -> NDArray[Any]:
+    image = crop_image(open_image(path), preparation)
+    return image if pixels else normalise(image, preparation)
+
+
+def list_calibration_images(folder: Path) -> list[Path]:
+    """Return up to `CALIBRATION_IMAGES` files of a folder, at any depth.
+
+    Raises:
+        UsageError: the folder does not exist or holds no image.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"expected a folder of images to calibrate with, but {folder} is none")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+    if not found:
+        raise UsageError(f"expected images to calibrate with, but the folder {folder} holds none")
+    return found[:: -(-len(found) // CALIBRATION_IMAGES)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the converters advise to the debug level."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

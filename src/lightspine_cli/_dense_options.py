@@ -1,0 +1,117 @@
+"""The options of `evaluate` and `predict` that only detectors or segmenters know, and who may use which."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+# option -> what kinds of network it means something for
+EVALUATE = {
+    "images": {"detector"},
+    "split": {"detector", "segmenter"},
+    "resize": {"detector"},
+    "score_threshold": {"detector"},
+    "detections_per_image": {"detector"},
+    "scale": {"segmenter"},
+    "window": {"segmenter"},
+    "stride": {"segmenter"},
+    "ratios": {"segmenter"},
+    "flip": {"segmenter"},
+    "multi_scale": {"segmenter"},
+    "model": {"classifier"},
+    "class_mapping": {"classifier"},
+    "weights": {"classifier"},
+    "image_size": {"classifier"},
+    "crop_pct": {"classifier"},
+    "crop_mode": {"classifier"},
+    "val_fraction": {"classifier", "segmenter"},
+}
+PREDICT = {
+    "score_threshold": {"detector"},
+    "coco": {"detector"},
+    "labels": {"segmenter"},
+    "model": {"classifier"},
+    "topk": {"classifier"},
+    "weights": {"classifier"},
+    "image_size": {"classifier"},
+    "crop_pct": {"classifier"},
+    "crop_mode": {"classifier"},
+    "data": {"classifier"},
+    "resume": {"classifier"},
+    "devices": {"classifier"},
+    "part_size": {"classifier"},
+}
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Declare what the evaluation of detectors and segmenters has of its own."""
+    both = parser.add_argument_group("detectors and segmenters")
+    both.add_argument("--split", help="of the data: val2017 or val; a segmenter's folder also has train")
+    detectors = parser.add_argument_group("detectors")
+    detectors.add_argument(
+        "--images", type=Path, metavar="DIR", help="images of a COCO file that lie elsewhere than COCO's"
+    )
+    detectors.add_argument(
+        "--resize", type=int, nargs=2, metavar=("SHORT", "LONG"), help="sides of the images in pixels"
+    )
+    detectors.add_argument(
+        "--score-threshold", type=float, help="least score that counts (default: the checkpoint's)"
+    )
+    detectors.add_argument(
+        "--detections-per-image", type=int, metavar="N", help="most detections (default: the checkpoint's)"
+    )
+    segmenters = parser.add_argument_group("segmenters (default: as the checkpoint says)")
+    segmenters.add_argument(
+        "--scale", type=int, nargs=2, metavar=("LONG", "SHORT"), help="rectangle that images fit into"
+    )
+    segmenters.add_argument(
+        "--window", type=int, nargs=2, metavar=("H", "W"), help="slide a window over each image"
+    )
+    segmenters.add_argument("--stride", type=int, nargs=2, metavar=("H", "W"), help="of the window")
+    segmenters.add_argument(
+        "--ratios", type=float, nargs="+", metavar="R", help="average over these sizes of the image"
+    )
+    segmenters.add_argument("--flip", action="store_true", help="average over the mirrored image too")
+    segmenters.add_argument(
+        "--multi-scale", action="store_true", help="the published test: ratios 0.5 to 1.75, mirrored"
+    )
+
+
+def add_prediction(parser: argparse.ArgumentParser) -> None:
+    """Declare what the predictions of detectors and segmenters have of their own."""
+    group = parser.add_argument_group("detectors and segmenters (--out is the folder for the pictures)")
+    group.add_argument(
+        "--score-threshold", type=float, help="least score of the objects (default: 0.5)", metavar="S"
+    )
+    group.add_argument("--coco", type=Path, metavar="FILE", help="write the objects as COCO results")
+    group.add_argument("--labels", action="store_true", help="write the label maps of a segmenter too")
+
+
+def find_kind(args: argparse.Namespace) -> str:
+    """Return "classifier", "detector" or "segmenter", whichever the checkpoint holds."""
+    from lightspine.dense.saving import read_saved_network
+    from lightspine.dense.starting import is_network_file
+
+    if args.checkpoint.suffix == ".onnx" or not is_network_file(args.checkpoint):
+        return "classifier"
+    return read_saved_network(args.checkpoint).kind
+
+
+def refuse_foreign(
+    args: argparse.Namespace, kind: str, options: dict[str, set[str]], defaults: dict[str, Any]
+) -> None:
+    """Refuse options that were given and mean nothing for a kind of network.
+
+    Raises:
+        UsageError: there is one.
+    """
+    from lightspine.errors import UsageError
+
+    for name, kinds in options.items():
+        if kind not in kinds and getattr(args, name) != defaults.get(name):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is for a {_or(sorted(kinds))}, but {args.checkpoint} holds a {kind}")
+
+
+def _or(names: Iterable[str]) -> str:
+    return " or ".join(names)

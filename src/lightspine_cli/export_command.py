@@ -1,0 +1,171 @@
+"""Write a model as a file that runs elsewhere, compared with PyTorch before it gets its name.
+
+NAME alone exports random weights: give a checkpoint, by --checkpoint or in place of NAME.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lightspine_cli._output import print_facts, print_json, print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `lightspine export`."""
+    parser.add_argument("model", metavar="NAME|CHECKPOINT", help="a model's name, or a checkpoint file")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write: .onnx, .pt2 or .mlpackage")
+    parser.add_argument(
+        "--to", choices=("onnx", "pt2", "coreml"), default="onnx", help="format (default: %(default)s)"
+    )
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights for a model's name")
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "model", "ema"),
+        default="auto",
+        help="which weights of the checkpoint; by default those whose score is published",
+    )
+    parser.add_argument("--features", action="store_true", help="the maps of the stages in place of classes")
+    parser.add_argument(
+        "--fixed-size", type=_size, metavar="HxW", help="the only size that the file takes; by default any"
+    )
+    parser.add_argument(
+        "--scan",
+        choices=("loop", "unrolled"),
+        help="how VMamba's and Vim's scans are written; unrolled needs --fixed-size "
+        "(default: loop, for coreml unrolled)",
+    )
+    onnx = parser.add_argument_group("ONNX")
+    onnx.add_argument("--opset", type=int, default=20, help="operators' version (default: %(default)s)")
+    onnx.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "int8-dynamic", "int8-static"),
+        default="fp32",
+        help="of weights and sums (default: %(default)s)",
+    )
+    onnx.add_argument("--calibration", type=Path, metavar="FOLDER", help="images to measure int8-static on")
+    onnx.add_argument(
+        "--with-preprocessing",
+        action="store_true",
+        help="take 8-bit pixels (B, H, W, 3) and normalise them in the file",
+    )
+    parser.add_argument("--json", action="store_true", help="print one object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, compare, and print what was written."""
+    from lightspine.errors import UsageError
+
+    onnx_only = {
+        "--opset": args.opset != 20,
+        "--precision": args.precision != "fp32",
+        "--calibration": args.calibration is not None,
+        "--with-preprocessing": args.with_preprocessing,
+    }
+    if args.to != "onnx" and any(onnx_only.values()):
+        given = ", ".join(name for name, is_given in onnx_only.items() if is_given)
+        raise UsageError(f"{given} belongs to --to onnx, got it with --to {args.to}")
+    model, known = _load(args)
+    report = _write(args, model, known)
+    if args.json:
+        print_json(_as_object(report))
+        return 0
+    print_facts(
+        [
+            ("file", f"{report.path}, {report.bytes:,} bytes"),
+            (
+                "weights",
+                f"{report.weight_bytes:,} bytes in PyTorch: {report.bytes / report.weight_bytes:.3f} of them",
+            ),
+            ("operators", f"{report.nodes:,}"),
+            ("tolerance", f"a relative difference of {report.tolerance:.0e} from PyTorch"),
+        ]
+    )
+    if report.differences:
+        print()
+        print_table(
+            (">images", ">height", ">width", ">largest difference", ">relative"),
+            [
+                (*map(str, found.shape), f"{found.largest:.1e}", f"{found.relative:.1e}")
+                for found in report.differences
+            ],
+        )
+    return 0
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the model and what the file says about it beside its weights."""
+    import logging
+
+    from lightspine import create_model
+    from lightspine.dense import load_network as load_dense
+    from lightspine.dense.starting import is_network_file
+    from lightspine.errors import UsageError
+    from lightspine.evaluation.networks import class_names, load_network
+
+    file = args.checkpoint or (Path(args.model) if Path(args.model).is_file() else None)
+    if file is None:
+        logging.getLogger("lightspine").warning(
+            "%s is exported with random weights: give a checkpoint for trained ones", args.model
+        )
+        return create_model(args.model, features_only=args.features).eval(), {}
+    if not file.is_file():
+        raise UsageError(f"expected a checkpoint file, but {file} does not exist")
+    source = {"file": file.name, "sha256": _hash(file)}
+    if is_network_file(file):
+        if args.features or args.checkpoint:
+            raise UsageError(f"{file} holds a detector or segmenter: expected it alone, without --features")
+        network, about = load_dense(file)
+        preprocessing = about.preprocessing or None
+        return network, {"class_names": about.class_names, "preprocessing": preprocessing, "source": source}
+    model, saved = load_network(args.model, args.checkpoint, weights=args.weights)
+    known = {"preprocessing": saved.preprocessing, "source": source}
+    if args.features:
+        name = args.model if args.checkpoint else saved.name
+        options = saved.kwargs | {"features_only": True}
+        return create_model(name, checkpoint=file, weights=args.weights, **options).eval(), known
+    count = int(getattr(model, "num_classes", 0))
+    return model, known | {"class_names": class_names(saved, count) if count else None}
+
+
+def _write(args: argparse.Namespace, model: Any, known: dict[str, Any]) -> Any:
+    if args.to == "pt2":
+        from lightspine.export.pt2_file import export_pt2
+
+        return export_pt2(model, args.out, scan=args.scan, fixed_size=args.fixed_size)
+    if args.to == "coreml":
+        from lightspine.export.coreml_file import export_coreml
+
+        return export_coreml(model, args.out, fixed_size=args.fixed_size)
+    from lightspine.export import export_onnx
+
+    return export_onnx(
+        model,
+        args.out,
+        opset=args.opset,
+        precision=args.precision,
+        calibration=args.calibration,
+        scan=args.scan or "loop",
+        with_preprocessing=args.with_preprocessing,
+        fixed_size=args.fixed_size,
+        **known,
+    )
+
+
+def _as_object(report: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(report) | {"path": str(report.path)}
+
+
+def _hash(path: Path) -> str:
+    import hashlib
+
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected a size such as 224x224, got {text!r}")
+    return int(height), int(width)

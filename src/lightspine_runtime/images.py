@@ -1,0 +1,83 @@
+"""Open an image as 8-bit RGB, whatever it holds."""
+
+import io
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lightspine_runtime.errors import LightspineError, UsageError
+
+MIN_SIDE = 32
+"""Least height and width in pixels that the models take."""
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Return the image of a file as 8-bit RGB, upright; see `decode_image`.
+
+    Args:
+        path: an image file of any format that Pillow reads.
+
+    Raises:
+        UsageError: the file does not exist, or the image is smaller than 32 px on a side.
+        LightspineError: the file is not an image, is truncated, or holds pixels of an unknown meaning.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(
+            f"expected an image file, but {path} {'is a folder' if path.is_dir() else 'does not exist'}"
+        )
+    try:
+        with path.open("rb") as file:
+            return decode_image(file, str(path))
+    except OSError as error:
+        raise LightspineError(f"cannot read image {path}: {error.strerror or error}") from error
+
+
+def decode_image(data: bytes | BinaryIO, name: str) -> Image.Image:
+    """Return an image as 8-bit RGB, upright.
+
+    Grey, palette, CMYK and 16-bit images are converted (16-bit values are scaled, not cut off), transparency
+    is dropped, and the EXIF orientation is applied.
+
+    Args:
+        data: the content of an image file, or the open file.
+        name: what an error calls the image.
+
+    Raises:
+        UsageError: the image is smaller than 32 px on a side.
+        LightspineError: it is not an image, is truncated, or holds pixels of an unknown meaning.
+    """
+    try:
+        # Pillow warns of damage that it can read past, such as a broken EXIF block: the image is used.
+        with (
+            warnings.catch_warnings(action="ignore", category=UserWarning),
+            Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as file,
+        ):
+            # Orientation is read from the file's EXIF block, which a conversion may lose: turn first.
+            image = _to_rgb(ImageOps.exif_transpose(file))
+    # Pillow's decoders raise nearly anything on damaged data: OSError, SyntaxError, ValueError, struct.error.
+    except Exception as error:
+        reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise LightspineError(f"cannot read image {name}: {reason or type(error).__name__}") from error
+    width, height = image.size
+    if min(width, height) < MIN_SIDE:
+        raise UsageError(f"image {name} is {width}x{height} px, at least {MIN_SIDE}x{MIN_SIDE} is needed")
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # Pillow's own conversion cuts 16-bit values off at 255, which turns most pixels white.
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"expected integer pixels from 0 to 65535, got {values.min()} to {values.max()}")
+        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("expected integer pixels, got floating-point ones")
+    if image.mode == "P" and "transparency" in image.info:
+        # A palette with alpha per colour has to become RGBA before its alpha can be dropped.
+        image = image.convert("RGBA")
+    return image.convert("RGB")

@@ -1,0 +1,76 @@
+"""`lightspine export` as it is called from a shell."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightspine_cli.main import main
+from lightspine_runtime import OnnxModel
+from support.checkpoints import save_small
+from support.images import COLOURS
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small(tmp_path_factory.mktemp("export") / "model.safetensors", classes=list(COLOURS))
+
+
+def test_checkpoint_becomes_a_file_that_knows_its_classes(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(checkpoint), str(tmp_path / "m.onnx")]) == 0
+    assert "a relative difference of 1e-04 from PyTorch" in capsys.readouterr().out
+    assert OnnxModel(tmp_path / "m.onnx").class_names == list(COLOURS)
+
+
+def test_json_holds_the_differences(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["export", str(checkpoint), str(tmp_path / "m.onnx"), "--fixed-size", "32x48", "--json"]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [found["shape"] for found in report["differences"]] == [[1, 32, 48], [3, 32, 48]]
+    assert report["bytes"] == (tmp_path / "m.onnx").stat().st_size
+
+
+def test_program_of_pytorch(checkpoint: Path, tmp_path: Path) -> None:
+    assert main(["export", str(checkpoint), str(tmp_path / "m.pt2"), "--to", "pt2"]) == 0
+    assert (tmp_path / "m.pt2").is_file()
+
+
+def test_random_weights_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["export", "test_resnet", str(tmp_path / "m.pt2"), "--to", "pt2", "--features"]
+    assert main(arguments) == 0
+    assert "test_resnet is exported with random weights" in capsys.readouterr().err
+
+
+BAD_CALLS = {
+    "unknown model": (["vmamba_tyni", "m.onnx"], "the closest names are vmamba_tiny"),
+    "missing checkpoint": (["shvit_s1", "m.onnx", "--checkpoint", "gone.pth"], "gone.pth does not exist"),
+    "size in words": (["shvit_s1", "m.onnx", "--fixed-size", "small"], "expected a size such as 224x224"),
+    "no images to calibrate": (["shvit_s1", "m.onnx", "--precision", "int8-static"], "expected a folder"),
+    "free size for Core ML": (["shvit_s1", "m.mlpackage", "--to", "coreml"], "Core ML needs a fixed size"),
+    "unrolled and free": (["shvit_s1", "m.onnx", "--scan", "unrolled"], "expected a fixed size"),
+    "opset of the future": (["shvit_s1", "m.onnx", "--opset", "27"], "expected an opset from 18 to 26"),
+    "ONNX's options elsewhere": (
+        ["shvit_s1", "m.pt2", "--to", "pt2", "--precision", "fp16"],
+        "--precision belongs to --to onnx, got it with --to pt2",
+    ),
+    "another ending": (["shvit_s1", "m.bin"], "expected a file name that ends in .onnx"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_call_is_one_sentence_and_status_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", *arguments]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert message in last
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,209 @@
+"""`export_onnx`: files that give PyTorch's values in ONNX Runtime, whatever the size of the images."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import lightspine
+from lightspine.errors import LightspineError, UsageError
+from lightspine.export import ExportReport, export_onnx
+from lightspine.export.check import compare, open_session, random_batches, session_function
+from lightspine.export.folding import fold
+from lightspine.heads import FeatureBackbone, build_detector, build_segmenter
+from support.dense import MEMBERS
+from support.exporting import FAMILIES, disturb, small_model
+
+# Largest relative difference of float32 sums in another order.
+TOLERANCE = 1e-5
+SHAPES = [(1, 224, 224), (3, 192, 256), (1, 97, 161), (3, 32, 32)]
+
+
+def backbone(family: str) -> FeatureBackbone:
+    name, sizes = MEMBERS[family]
+    return FeatureBackbone(lightspine.create_model(name, features_only=True, **sizes))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small member of each family beside its file."""
+    model = small_model(request.param, num_classes=5)
+    path = tmp_path_factory.mktemp("exported") / f"{request.param}.onnx"
+    report = export_onnx(model, path, class_names=list("abcde"), shapes=[(1, 64, 64)])
+    return model, report
+
+
+def check(model: nn.Module, path: Path, *shapes: tuple[int, int, int]) -> None:
+    for found in compare(model, session_function(open_session(path)), random_batches(3, shapes)):
+        assert found.relative < TOLERANCE, found
+
+
+def test_file_gives_pytorch_s_values_at_any_batch_and_size(exported: tuple[nn.Module, ExportReport]) -> None:
+    model, report = exported
+    check(model, report.path, *SHAPES)
+
+
+def test_file_has_standard_operators_only(exported: tuple[nn.Module, ExportReport]) -> None:
+    content = onnx.load(exported[1].path)
+    onnx.checker.check_model(content, full_check=True)
+    assert [(entry.domain, entry.version) for entry in content.opset_import] == [("", 20)]
+    assert len(content.functions) == 0
+
+
+def test_file_holds_no_path_of_the_machine(exported: tuple[nn.Module, ExportReport]) -> None:
+    content = exported[1].path.read_bytes()
+    assert b".py" not in content
+    assert str(Path(__file__).parents[2]).encode() not in content
+
+
+def test_file_says_what_it_is(exported: tuple[nn.Module, ExportReport]) -> None:
+    model, report = exported
+    entries = {entry.key: entry.value for entry in onnx.load(report.path).metadata_props}
+    assert entries["lightspine.model"] == model.creation["name"]
+    assert json.loads(entries["lightspine.class_names"]) == list("abcde")
+    assert json.loads(entries["lightspine.preprocessing"])["input_size"] == [3, 224, 224]
+    assert entries["lightspine.version"] == lightspine.__version__
+
+
+def test_axes_are_named(exported: tuple[nn.Module, ExportReport]) -> None:
+    session = open_session(exported[1].path)
+    assert (session.get_inputs()[0].name, session.get_inputs()[0].shape) == (
+        "images",
+        ["batch", 3, "height", "width"],
+    )
+    assert session.get_outputs()[0].name == "logits"
+    assert session.get_outputs()[0].shape[1] == 5
+
+
+def test_model_stays_as_it_is(exported: tuple[nn.Module, ExportReport]) -> None:
+    model, report = exported
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert report.weight_bytes == 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", lightspine.list_models())
+def test_registered_model_in_a_file(name: str, tmp_path: Path) -> None:
+    model = disturb(lightspine.create_model(name))
+    report = export_onnx(model, tmp_path / "model.onnx", shapes=[(1, 224, 224)])
+    check(model, report.path, (1, 224, 224), (3, 192, 256), (3, 97, 161), (1, 97, 161))
+    assert report.bytes < 1.03 * report.weight_bytes
+
+
+@pytest.mark.parametrize(
+    "family", ["shvit", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[:3])]
+)
+def test_features_only_model_gives_its_maps(family: str, tmp_path: Path) -> None:
+    model = small_model(family, features_only=True, out_indices=(0, 1))
+    export_onnx(model, tmp_path / "maps.onnx", shapes=[(1, 64, 64)])
+    session = open_session(tmp_path / "maps.onnx")
+    count = len(model.feature_info.channels())
+    assert [value.name for value in session.get_outputs()] == [f"map{i}" for i in range(count)]
+    check(model, tmp_path / "maps.onnx", (1, 64, 96), (2, 97, 65))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["retinanet", "mask_rcnn"])
+@pytest.mark.parametrize("family", MEMBERS)
+def test_detector_gives_its_pyramid(family: str, head: Any, tmp_path: Path) -> None:
+    detector = disturb(build_detector(head, backbone(family), 3, channels=16))
+    export_onnx(detector, tmp_path / "pyramid.onnx", shapes=[(1, 64, 64)])
+
+    class Levels(nn.Module):
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(detector.backbone(images).values())
+
+    check(Levels(), tmp_path / "pyramid.onnx", (1, 64, 96), (2, 128, 160))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["semantic_fpn", "upernet"])
+@pytest.mark.parametrize("family", MEMBERS)
+def test_segmenter_gives_its_logits(family: str, head: Any, tmp_path: Path) -> None:
+    segmenter = disturb(build_segmenter(head, backbone(family), 3, channels=16))
+    export_onnx(segmenter, tmp_path / "segmenter.onnx", shapes=[(1, 64, 64)])
+    check(segmenter, tmp_path / "segmenter.onnx", (1, 64, 96), (2, 97, 161))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vim", "vmamba"])
+def test_unrolled_scan_has_no_loop(family: str, tmp_path: Path) -> None:
+    model = small_model(family)
+    export_onnx(model, tmp_path / "unrolled.onnx", scan="unrolled", fixed_size=(64, 48))
+    content = onnx.load(tmp_path / "unrolled.onnx")
+    assert not {"Scan", "Loop", "If"} & {node.op_type for node in content.graph.node}
+    check(model, tmp_path / "unrolled.onnx", (1, 64, 48), (3, 64, 48))
+
+
+def test_preprocessing_inside_takes_pixels(tmp_path: Path) -> None:
+    model = small_model("shvit")
+    export_onnx(model, tmp_path / "pixels.onnx", with_preprocessing=True, shapes=[(1, 64, 64)])
+    session = open_session(tmp_path / "pixels.onnx")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
+    cfg = model.pretrained_cfg
+    images = (torch.from_numpy(pixels) / 255 - torch.tensor(cfg["mean"])) / torch.tensor(cfg["std"])
+    with torch.inference_mode():
+        expected = model(images.permute(0, 3, 1, 2))
+    actual = session.run(None, {"pixels": pixels})[0]
+    np.testing.assert_allclose(actual, expected.numpy(), atol=1e-5)
+
+
+def test_wrong_values_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model("shvit")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"what was there before")
+    # Folding goes wrong: the file holds another network than the one it is compared with.
+    monkeypatch.setattr(
+        "lightspine.export.onnx_file.fold", lambda _: fold(small_model("shvit", depths=(2, 2)))
+    )
+    with pytest.raises(LightspineError, match=r"differs from PyTorch by .* no file was written"):
+        export_onnx(model, path, fixed_size=(32, 32))
+    assert path.read_bytes() == b"what was there before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+BAD_OPTIONS = {
+    "another name": ("model.pt", {}, r"ends in \.onnx, got 'model\.pt'"),
+    "opset too new": ("m.onnx", {"opset": 27}, "expected an opset from 18 to 26, .* got 27"),
+    "opset too old": ("m.onnx", {"opset": 11}, "expected an opset from 18 to 26, .* got 11"),
+    "unknown precision": (
+        "m.onnx",
+        {"precision": "int4"},
+        "expected a precision of fp32, .* got 'int4'",
+    ),
+    "no calibration": ("m.onnx", {"precision": "int8-static"}, "expected a folder of them to calibrate with"),
+    "useless calibration": ("m.onnx", {"calibration": "."}, "belong to int8-static, got them with fp32"),
+    "free size unrolled": ("m.onnx", {"scan": "unrolled"}, "expected a fixed size"),
+    "fixed size too small": ("m.onnx", {"fixed_size": (16, 64)}, "at least 32x32 px, got 16x64"),
+    "a folder": ("folder.onnx", {}, "expected a file to write, got the folder"),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_bad_option_is_refused_before_any_work(
+    name: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(UsageError, match=message):
+        export_onnx(nn.Identity(), tmp_path / name, **options)
+
+
+def test_path_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LightspineError, match="cannot write"):
+        export_onnx(nn.Identity(), tmp_path / "file" / "model.onnx")
+
+
+def test_model_in_training_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected a model in evaluation mode"):
+        export_onnx(small_model("shvit").train(), tmp_path / "model.onnx")
+
+
+def test_module_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"expected a classifier, .* got a Identity"):
+        export_onnx(nn.Identity().eval(), tmp_path / "model.onnx")

@@ -1,0 +1,54 @@
+"""Fewer bits: smaller files, scans that stay exact, classes that stay the same."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from lightspine.errors import UsageError
+from lightspine.export import export_onnx
+from support.exporting import small_model
+from support.images import write_folder
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["shvit", pytest.param("vmamba", marks=pytest.mark.slow), pytest.param("vim", marks=pytest.mark.slow)],
+)
+def test_half_precision_halves_the_file(family: str, tmp_path: Path) -> None:
+    model = small_model(family, num_classes=1000)
+    report = export_onnx(model, tmp_path / "half.onnx", precision="fp16", shapes=[(1, 64, 96)])
+    assert 0.01 < report.bytes / report.weight_bytes < (0.6 if family == "shvit" else 1.2)
+    # Half precision has eleven bits; a scan in it would be far worse.
+    assert report.differences[0].relative < 5e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["efficientmod", "efficientvim", "vim", "vmamba"])
+def test_matrix_products_in_8_bit(family: str, tmp_path: Path) -> None:
+    report = export_onnx(
+        small_model(family), tmp_path / "m.onnx", precision="int8-dynamic", shapes=[(1, 64, 96)]
+    )
+    operators = {node.op_type for node in onnx.load(report.path).graph.node}
+    assert "MatMulInteger" in operators or "DynamicQuantizeMatMul" in operators
+    assert report.differences[0].relative < 0.2
+
+
+def test_static_quantisation_does_convolutions_in_8_bit(tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "images", count=4)
+    model = small_model("shvit", stem_stride=4)
+    report = export_onnx(
+        model, tmp_path / "m.onnx", precision="int8-static", calibration=images, fixed_size=(64, 64)
+    )
+    operators = [node.op_type for node in onnx.load(report.path).graph.node]
+    assert operators.count("QuantizeLinear") > operators.count("Conv") > 0
+    assert report.bytes < 0.5 * report.weight_bytes
+
+
+@pytest.mark.parametrize(("folder", "message"), [("absent", "is none"), ("empty", "holds none")])
+def test_calibration_without_images_is_refused(folder: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=message):
+        export_onnx(
+            small_model("shvit"), tmp_path / "m.onnx", precision="int8-static", calibration=tmp_path / folder
+        )

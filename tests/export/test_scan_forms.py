@@ -1,0 +1,113 @@
+"""The scans by themselves in ONNX: every form of them, against the operators."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightspine.errors import UsageError
+from lightspine.export.check import compare, open_session, random_batches, session_function
+from lightspine.export.onnx_graph import to_onnx, write_scans_out
+from lightspine.export.program import trace
+from lightspine.ops.cross_scan import cross_scan, list_scan_orders, register_scan_order, scan_order
+from lightspine.ops.selective_scan import scan
+from support.exporting import disturb
+
+DIM = 3
+
+
+class Cross(nn.Module):
+    """A scan over the map of an image, whose steps and projections are linear in its pixels."""
+
+    def __init__(self, state_dim: int, order: str, softplus: bool = True, extras: bool = True):
+        super().__init__()
+        self.order, self.softplus, self.state_dim = order, softplus, state_dim
+        self.projections = nn.Linear(DIM, 4 * (DIM + 2 * state_dim))
+        self.A = nn.Parameter(-torch.rand(4, DIM, state_dim) - 0.1)
+        self.D = nn.Parameter(torch.rand(4, DIM)) if extras else None
+        self.bias = nn.Parameter(torch.rand(4, DIM)) if extras else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.permute(0, 2, 3, 1)
+        projected = self.projections(x).unflatten(3, (4, -1))
+        delta, B, C = projected.split([DIM, self.state_dim, self.state_dim], dim=4)
+        delta = delta if self.softplus else delta.sigmoid()
+        return cross_scan(x, delta, self.A, B, C, self.D, self.bias, self.softplus, self.order)
+
+
+class Selective(nn.Module):
+    """A scan over the pixels of an image."""
+
+    def __init__(self, reverse: bool, softplus: bool = True, gated: bool = True, groups: int = 1):
+        super().__init__()
+        self.reverse, self.softplus, self.gated, self.groups = reverse, softplus, gated, groups
+        self.A = nn.Parameter(-torch.rand(DIM, 4) - 0.1)
+        self.project = nn.Linear(DIM, 8)
+        self.bias = nn.Parameter(torch.rand(DIM)) if gated else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        u = images.flatten(2)
+        B, C = (
+            t.unsqueeze(1).expand(-1, self.groups, -1, -1)
+            for t in self.project(u.transpose(1, 2)).transpose(1, 2).chunk(2, 1)
+        )
+        delta = u.sigmoid()
+        z = u if self.gated else None
+        return scan(u, delta, self.A, B, C, None, z, self.bias, self.softplus, self.reverse)
+
+
+def as_onnx(network: nn.Module, *, scan_form: Any = "loop", size: tuple[int, int] | None = None) -> Any:
+    program = trace(network, torch.randn(2, DIM, *(size or (5, 9))), fixed=size is not None)
+    sides: tuple[Any, Any] = size or ("height", "width")
+    axes = ("batch", DIM, *sides)
+    model = to_onnx(
+        program, opset=20, scan=scan_form, input_name="images", input_axes=axes, output_names=["y"]
+    )
+    return write_scans_out(model, 20)
+
+
+FORMS = {
+    "one state": Cross(1, "cross2d"),
+    "one state, steps given": Cross(1, "bidirectional", softplus=False, extras=False),
+    "states": Cross(4, "unidirectional"),
+    "states, steps given": Cross(4, "cross2d", softplus=False),
+    "ahead": Selective(False),
+    "backwards": Selective(True, softplus=False, gated=False),
+}
+
+
+@pytest.mark.parametrize("network", FORMS.values(), ids=FORMS)
+def test_loop_gives_the_operator_s_values_at_any_size(network: nn.Module) -> None:
+    run = session_function(open_session(as_onnx(disturb(network)).SerializeToString()))
+    # One pixel in a block, blocks that are full, and blocks that are not.
+    sizes = [(1, 2, 2), (2, 5, 7), (1, 8, 8), (1, 3, 40)]
+    for found in compare(network, run, random_batches(DIM, sizes)):
+        assert found.relative < 2e-6, found
+
+
+@pytest.mark.parametrize("network", [Cross(4, "cross2d"), FORMS["backwards"]], ids=["cross", "selective"])
+def test_unrolled_scan_gives_the_operator_s_values(network: nn.Module) -> None:
+    model = as_onnx(disturb(network), scan_form="unrolled", size=(5, 7))
+    run = session_function(open_session(model.SerializeToString()))
+    for found in compare(network, run, random_batches(DIM, [(1, 5, 7), (3, 5, 7)])):
+        assert found.relative < 2e-6, found
+
+
+@pytest.mark.parametrize(
+    ("order", "form", "message"),
+    [
+        ("exported_zigzag", "loop", "expected a scan order among cross2d, .* got 'exported_zigzag'"),
+        ("bidirectional", "unrolled", "expected the scan order cross2d to write out its steps"),
+    ],
+)
+def test_order_that_cannot_be_written_is_named(order: str, form: str, message: str) -> None:
+    if "exported_zigzag" not in list_scan_orders():
+        register_scan_order("exported_zigzag", lambda h, w: scan_order("cross2d", h, w)[[1, 0, 3, 2]])
+    with pytest.raises(UsageError, match=message):
+        as_onnx(Cross(1, order).eval(), scan_form=form, size=(5, 7))
+
+
+def test_groups_of_channels_are_refused_by_name() -> None:
+    with pytest.raises(UsageError, match="one group of channels in an export, got 3"):
+        as_onnx(Selective(False, groups=3).eval())
