@@ -1,6 +1,5 @@
 """A checkpoint and labelled images in, a report out."""
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -19,6 +16,7 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.devices import check_device, synchronize
 from lightspine.evaluation.labelled import open_labelled
 from lightspine.evaluation.networks import Weights, find_preprocessing, load_network
+from lightspine.evaluation.progress import with_bar
 from lightspine.evaluation.report import describe_device, describe_software, hash_file
 from lightspine.evaluation.tally import LARGEST_REPORTED, Tally
 
@@ -104,7 +102,7 @@ def evaluate(
     )
     loader = DataLoader(images.dataset, batch_size, collate_fn=images.collate, num_workers=num_workers)
     tally = Tally(num_classes, right_classes=images.right_classes, candidates=images.candidates)
-    batches = _with_bar(loader) if progress else loader
+    batches = with_bar(loader, "evaluating", shown=progress)
     run = _score(network.to(device), batches, tally, device)
     if tally.images == 0:
         raise LightspineError(f"none of the images of {data} can be used; {next(iter(run.skipped.values()))}")
@@ -114,7 +112,8 @@ def evaluate(
         "checkpoint": str(checkpoint or model),
         "checkpoint_sha256": hash_file(checkpoint or model),
         "weights": _used_weights(report),
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        # An exported network has constants in their place.
+        "parameters": sum(parameter.numel() for parameter in network.parameters()) or None,
         "data": str(data),
         "split": images.split,
         "listing_sha256": images.listing_sha256,
@@ -177,10 +176,6 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.train(training)
-
-
-def _with_bar(loader: DataLoader) -> Iterable[Batch]:
-    return track(loader, "evaluating", transient=True, console=Console(file=sys.stderr))
 
 
 def _used_weights(report: Any) -> str | None:

@@ -14,6 +14,7 @@ from lightspine.models._loading import load_model
 from lightspine.models._reading import Weights
 from lightspine.models._registry import find_record
 from lightspine.models._saving import SavedModel, default_preprocessing
+from lightspine.runtime.network import is_onnx_file, load_onnx
 
 CROP_MODES = ("center", "squash", "border")
 
@@ -26,7 +27,7 @@ def load_network(
     """Return a model in evaluation mode with its weights, and what is known about it.
 
     Args:
-        model: a checkpoint file, or the name of a model together with `checkpoint`.
+        model: a checkpoint file, an exported `.onnx` file, or the name of a model together with `checkpoint`.
         checkpoint: the file of weights for a model's name.
         weights: "model" (as trained), "ema" (their average), or "auto" for those whose score is published.
 
@@ -34,6 +35,11 @@ def load_network(
         UsageError: neither a file nor a name, a name without a checkpoint, or weights that the file lacks.
         LightspineError: the checkpoint cannot be read.
     """
+    file = model if checkpoint is None else checkpoint
+    if is_onnx_file(file):
+        if weights != "auto":
+            raise UsageError(f"expected no choice of weights for the exported file {file}, got {weights!r}")
+        return load_onnx(file)
     if Path(model).is_file():
         if checkpoint is not None:
             raise UsageError(
