@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 # option -> what kinds of network it means something for
 EVALUATE = {
@@ -25,6 +24,8 @@ EVALUATE = {
     "crop_pct": {"classifier"},
     "crop_mode": {"classifier"},
     "val_fraction": {"classifier", "segmenter"},
+    "seed": {"classifier", "segmenter"},
+    "batch_size": {"classifier", "detector"},
 }
 PREDICT = {
     "score_threshold": {"detector"},
@@ -40,7 +41,11 @@ PREDICT = {
     "resume": {"classifier"},
     "devices": {"classifier"},
     "part_size": {"classifier"},
+    "format": {"classifier"},
+    "batch_size": {"classifier"},
+    "workers": {"classifier"},
 }
+_SHORT = {"image_size": "--size"}
 
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
@@ -92,14 +97,17 @@ def find_kind(args: argparse.Namespace) -> str:
     from lightspine.dense.saving import read_saved_network
     from lightspine.dense.starting import is_network_file
 
-    if args.checkpoint.suffix == ".onnx" or not is_network_file(args.checkpoint):
+    # What is no file is reported by the command, which may be given a model's name as well.
+    if (
+        args.checkpoint.suffix == ".onnx"
+        or not args.checkpoint.is_file()
+        or not is_network_file(args.checkpoint)
+    ):
         return "classifier"
     return read_saved_network(args.checkpoint).kind
 
 
-def refuse_foreign(
-    args: argparse.Namespace, kind: str, options: dict[str, set[str]], defaults: dict[str, Any]
-) -> None:
+def refuse_foreign(args: argparse.Namespace, kind: str, options: dict[str, set[str]]) -> None:
     """Refuse options that were given and mean nothing for a kind of network.
 
     Raises:
@@ -108,8 +116,10 @@ def refuse_foreign(
     from lightspine.errors import UsageError
 
     for name, kinds in options.items():
-        if kind not in kinds and getattr(args, name) != defaults.get(name):
-            flag = "--" + name.replace("_", "-")
+        flag = "--" + name.replace("_", "-")
+        # As typed: an option that is given its usual value is as foreign as any other.
+        typed = {argument.partition("=")[0] for argument in args.arguments}
+        if kind not in kinds and typed & {flag, _SHORT.get(name, flag)}:
             raise UsageError(f"{flag} is for a {_or(sorted(kinds))}, but {args.checkpoint} holds a {kind}")
 
 

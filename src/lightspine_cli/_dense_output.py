@@ -13,6 +13,7 @@ _SHOWN = 50
 
 def evaluate_dense(args: argparse.Namespace, kind: str) -> int:
     """Score a detector or segmenter, print the scores and write the report if asked for."""
+    from lightspine.errors import UsageError
     from lightspine.evaluation.dense import evaluate_detector, evaluate_segmenter, write_dense_report
     from lightspine.evaluation.dense.segmenter import MULTI_SCALE
 
@@ -36,6 +37,8 @@ def evaluate_dense(args: argparse.Namespace, kind: str) -> int:
             **shared,
         )
     else:
+        if args.multi_scale and args.ratios is not None:
+            raise UsageError("expected either --multi-scale or --ratios, got both")
         report = evaluate_segmenter(
             args.checkpoint,
             args.data,
@@ -75,7 +78,10 @@ def predict_dense_files(args: argparse.Namespace) -> int:
         raise UsageError("expected image files or folders")
     files: list[Path] = []
     for path in args.images:
-        files += find_images(path) if path.is_dir() else [path]
+        inside = find_images(path) if path.is_dir() else [path]
+        if not inside:
+            raise UsageError(f"expected images in the folder {path}, found none")
+        files += inside
     found = predict_dense(
         args.checkpoint,
         files,

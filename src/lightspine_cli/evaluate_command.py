@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None and (args.out.suffix == ".json" or args.out.is_file()):
         raise UsageError(f"expected a folder for --out, got {args.out}")
     kind = find_kind(args)
-    refuse_foreign(args, kind, EVALUATE, {"weights": "auto", "flip": False, "multi_scale": False})
+    refuse_foreign(args, kind, EVALUATE)
     if kind != "classifier":
         return evaluate_dense(args, kind)
     report = evaluate(

@@ -42,15 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from lightspine.errors import UsageError
 
     kind = find_kind(args)
-    defaults = {
-        "weights": "auto",
-        "topk": 5,
-        "labels": False,
-        "resume": False,
-        "devices": 1,
-        "part_size": 1024,
-    }
-    refuse_foreign(args, kind, PREDICT, defaults)
+    refuse_foreign(args, kind, PREDICT)
     if kind != "classifier":
         return predict_dense_files(args)
     if bool(args.images) == bool(args.data) or (args.data is None) != (args.out is None):

@@ -83,7 +83,13 @@ def test_predict_tells_shares_as_json(
         ("evaluate", "detector", ["--crop-pct", "0.9"], "--crop-pct is for a classifier, but"),
         ("evaluate", "segmenter", ["--resize", "8", "9"], "--resize is for a detector, but"),
         ("evaluate", "classifier", ["--split", "val"], "--split is for a detector or segmenter, but"),
+        ("evaluate", "segmenter", ["--batch-size", "4"], "--batch-size is for a classifier or detector, but"),
+        ("evaluate", "detector", ["--seed=0"], "--seed is for a classifier or segmenter, but"),
+        ("evaluate", "segmenter", ["--size", "64"], "--image-size is for a classifier, but"),
+        ("evaluate", "segmenter", ["--multi-scale", "--ratios", "1"], "either --multi-scale or --ratios"),
         ("predict", "detector", ["--topk", "3"], "--topk is for a classifier, but"),
+        ("predict", "detector", ["--topk=5"], "--topk is for a classifier, but"),
+        ("predict", "detector", ["--workers", "2"], "--workers is for a classifier, but"),
         ("predict", "classifier", ["--labels"], "--labels is for a segmenter, but"),
         ("predict", "segmenter", ["--data", "x"], "--data is for a classifier, but"),
     ],
@@ -99,6 +105,13 @@ def test_option_of_another_kind_of_network_is_a_wrong_call(
     data = ["--data", str(folder)] if command == "evaluate" else []
     assert main([command, "--checkpoint", str(folder / f"{checkpoint}.safetensors"), *data, *flags]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_predict_of_a_folder_without_images_is_a_wrong_call(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", "--checkpoint", str(folder / "detector.safetensors"), str(tmp_path)]) == 2
+    assert "expected images in the folder" in capsys.readouterr().err
 
 
 def test_predict_without_images_is_a_wrong_call(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

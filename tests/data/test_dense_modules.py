@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lightspine.data.detection import DetectionDataset
 from lightspine.data.modules import CocoDataModule, CocoSemanticDataModule, SegmentationFolderDataModule
 from lightspine.data.segmentation import PaintedLabels
 from lightspine.errors import UsageError
@@ -169,3 +170,8 @@ def test_seed_and_epoch_fix_the_augmentation(coco: Path) -> None:
         )
         batches.append(next(iter(data.train_dataloader())))
     assert all(torch.equal(a, b) for a, b in zip(batches[0].images, batches[1].images, strict=True))
+
+
+def test_loop_over_a_dataset_ends(tmp_path: Path) -> None:
+    dataset = DetectionDataset(read_small(tmp_path, square(), images=3), replace_bad=True)
+    assert len(list(dataset)) == 3

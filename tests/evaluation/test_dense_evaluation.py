@@ -138,7 +138,7 @@ def test_wrong_place_is_refused(change: dict[str, Any], sentence: str, tmp_path:
 def test_category_that_the_detector_lacks_is_refused(tmp_path: Path) -> None:
     file = write_coco(tmp_path, content(square()))
     checkpoint = detector_file(tmp_path / "detector.safetensors", ["cat", "wolf"])
-    with pytest.raises(UsageError, match="category 'dog' .* is not among the model's 2 classes"):
+    with pytest.raises(UsageError, match=r"category 'dog' .* is not among the model's 2 classes"):
         evaluate_detector(checkpoint, file, images=tmp_path)
 
 
@@ -156,7 +156,7 @@ def test_nothing_but_damaged_images_fails(tmp_path: Path) -> None:
     file = write_coco(tmp_path, content(square()))
     (tmp_path / "1.jpg").write_bytes(b"no image")
     checkpoint = detector_file(tmp_path / "detector.safetensors", ["cat", "dog"])
-    with pytest.raises(LightspineError, match="none of the images of .* can be used"):
+    with pytest.raises(LightspineError, match=r"none of the images of .* can be used"):
         evaluate_detector(checkpoint, file, images=tmp_path)
 
 
@@ -221,14 +221,14 @@ def test_way_of_looking_replaces_that_of_the_checkpoint(tmp_path: Path) -> None:
 
 def test_other_classes_than_the_segmenters_are_refused(labelled: Path, tmp_path: Path) -> None:
     checkpoint = segmenter_file(tmp_path / "segmenter.safetensors", ["sky", "sea"])
-    with pytest.raises(UsageError, match=r"expected the classes of the checkpoint \(sky, sea\) in"):
+    with pytest.raises(UsageError, match=r"expected the 2 classes of the checkpoint in .*, got 133"):
         evaluate_segmenter(checkpoint, labelled)
 
 
 def test_kinds_are_not_mixed_up(
     detector: Path, segmenter: Path, labelled: Path, coco: dict[str, Any]
 ) -> None:
-    with pytest.raises(UsageError, match="expected a segmenter in .*, got mask_rcnn over"):
+    with pytest.raises(UsageError, match=r"expected a segmenter in .*, got mask_rcnn over"):
         evaluate_segmenter(detector, labelled)
-    with pytest.raises(UsageError, match="expected a detector in .*, got semantic_fpn over"):
+    with pytest.raises(UsageError, match=r"expected a detector in .*, got semantic_fpn over"):
         evaluate_detector(segmenter, **coco)

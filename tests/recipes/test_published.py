@@ -21,7 +21,7 @@ from lightspine.tasks.schedules import CosineSchedule
 from support.images import write_folder
 from support.reference import figure_images, fill_checkpoint, read_figure, write_official_file
 
-PUBLISHED = list_published()
+PUBLISHED = [entry for entry in list_published() if entry.recipe.startswith("classification/")]
 NAMES = [entry.recipe for entry in PUBLISHED]
 SMALL = {
     "vmamba_tiny": "vmamba/vmambav2v_tiny",

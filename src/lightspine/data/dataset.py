@@ -55,6 +55,9 @@ class ImageDataset(Dataset[Item]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Item:
+        # Without it a loop over the dataset would never end.
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
         bad: list[BadImage] = []
         for offset in range(len(self) if self.replace_bad else 1):
             position = (index + offset) % len(self)

@@ -20,7 +20,9 @@ _NUMBERED = 25
 _NAME_LETTERS = 22
 
 
-def plot_confusion(confusion: ArrayLike, names: Sequence[str], path: Path, *, title: str) -> None:
+def plot_confusion(
+    confusion: ArrayLike, names: Sequence[str], path: Path, *, title: str, counted: str = "images"
+) -> None:
     """Draw the share of every true class (row) that was taken for each class (column), in grey, as PNG.
 
     Args:
@@ -28,6 +30,7 @@ def plot_confusion(confusion: ArrayLike, names: Sequence[str], path: Path, *, ti
         names: of the classes.
         path: the PNG file.
         title: what was scored.
+        counted: what the counts are of.
 
     Raises:
         UsageError: more than 50 classes, or not as many names as rows.
@@ -55,7 +58,7 @@ def plot_confusion(confusion: ArrayLike, names: Sequence[str], path: Path, *, ti
     )
     axes.tick_params(labelsize=8 if count <= _NUMBERED else 6.5, length=0)
     axes.set_xlabel("predicted")
-    axes.set_ylabel("true (images)")
+    axes.set_ylabel(f"true ({counted})")
     axes.set_title(title, loc="left", fontsize=11)
     # Thin lines between the cells: white ones would vanish beside empty cells.
     axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)

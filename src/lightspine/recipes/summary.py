@@ -22,7 +22,8 @@ class RecipeSummary:
         task: such as "classification".
         data: what it is trained on.
         batch_size: images per step over all devices of the recipe.
-        epochs: length of the run.
+        epochs: length of the run, or a bound of it where it is counted in steps.
+        steps: length of the run in steps of the optimiser, where it is counted in them.
         published: what is printed about the run that it repeats, if it repeats one.
     """
 
@@ -33,6 +34,7 @@ class RecipeSummary:
     data: str
     batch_size: int
     epochs: int
+    steps: int | None
     published: PublishedRecipe | None
 
 
@@ -50,11 +52,18 @@ def summarize_recipe(name: str) -> RecipeSummary:
         description=describe_recipe(name),
         model=task["init_args"]["model"],
         task=_words(task["class_path"], "Task"),
-        data=published.data if published else _words(data["class_path"], "DataModule"),
+        data=published.data if published else _data_of(data["class_path"]),
         batch_size=data["init_args"]["batch_size"] * trainer.get("devices", 1),
         epochs=trainer["max_epochs"],
+        steps=trainer.get("max_steps"),
         published=published,
     )
+
+
+def _data_of(class_path: str) -> str:
+    # What the task says already is left out: "segmentation folder" is "folder", "coco semantic" is "coco".
+    words = _words(class_path, "DataModule").split()
+    return " ".join(word for word in words if word not in ("segmentation", "semantic"))
 
 
 def _words(class_path: str, ending: str) -> str:

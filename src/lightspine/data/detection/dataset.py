@@ -61,6 +61,9 @@ class DetectionDataset(Dataset[DetectionItem]):
         return len(self.annotations)
 
     def __getitem__(self, index: int) -> DetectionItem:
+        # Without it a loop over the dataset would never end.
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
         bad: list[BadImage] = []
         for offset in range(len(self) if self.replace_bad else 1):
             position = (index + offset) % len(self)

@@ -1,6 +1,7 @@
 """A detector and annotated images in, a report out."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from lightspine.data.detection import CocoAnnotations, DetectionDataset, collate
 from lightspine.dense import load_network
 from lightspine.dense.coco_scores import CocoScores
 from lightspine.errors import LightspineError, UsageError
+from lightspine.evaluation.dense.batches import detect_alike, largest_first
+from lightspine.evaluation.dense.checks import check_detection_options, check_finite, check_loading
 from lightspine.evaluation.dense.places import find_coco
 from lightspine.evaluation.dense.timing import Stopwatch
 from lightspine.evaluation.devices import check_device
@@ -45,7 +48,7 @@ def evaluate_detector(
         score_threshold: least score of a detection that counts, instead of the checkpoint's.
         detections_per_image: most detections of an image, instead of the checkpoint's; scored with at least
             COCO's 100.
-        batch_size: images per forward pass.
+        batch_size: most images per forward pass, which are of one size: filled-up ones score otherwise.
         num_workers: processes that read images; 0 reads in this one.
         device: torch's name of the device.
         results: a file for the detections in COCO's results format.
@@ -61,6 +64,7 @@ def evaluate_detector(
         UsageError: no detector, unknown classes, a value out of its range.
         LightspineError: a file cannot be read or written, or no image can be used.
     """
+    check_loading(batch_size, num_workers)
     check_device(device)
     overrides = {
         "resize": resize,
@@ -68,9 +72,11 @@ def evaluate_detector(
         "detections_per_image": detections_per_image,
     }
     given = {name: value for name, value in overrides.items() if value is not None}
+    check_detection_options(given)
     network, saved = load_network(checkpoint, **given)
     if saved.kind != "detector":
         raise UsageError(f"expected a detector in {checkpoint}, got {saved.head} over {saved.model}")
+    check_finite(network, checkpoint)
     file, folder = find_coco(data, images, split)
     annotations = read_coco(file, folder, masks=saved.head != "retinanet", class_names=saved.class_names)
     if len(annotations.class_names) != saved.num_classes:
@@ -80,7 +86,12 @@ def evaluate_detector(
     most = max(saved.options.get("detections_per_image", 100), 100)
     scores = CocoScores(annotations, most_detections=most)
     loader = DataLoader(
-        DetectionDataset(annotations), batch_size, collate_fn=collate_detection, num_workers=num_workers
+        # The true masks are scored as they stand in the file: none is drawn.
+        DetectionDataset(replace(annotations, segmentations=None)),
+        batch_size,
+        sampler=largest_first(annotations.sizes),
+        collate_fn=collate_detection,
+        num_workers=num_workers,
     )
     clock = Stopwatch(device)
     skipped: dict[str, str] = {}
@@ -89,7 +100,7 @@ def evaluate_detector(
         for batch in clock.reading(with_bar(loader, "evaluating", shown=progress)):
             skipped |= {bad.path: bad.reason for bad in batch.bad}
             with clock.taking("network"):
-                found: Any = network([image.to(device) for image in batch.images]) if batch.images else []
+                found = detect_alike(network, [image.to(device) for image in batch.images])
             with clock.taking("scoring"):
                 scores.add([int(target["image_id"]) for target in batch.targets], found)
             clock.images += len(batch.images)
@@ -105,6 +116,7 @@ def evaluate_detector(
         "head": saved.head,
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": hash_file(checkpoint),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "data": str(file),
         "data_sha256": hash_file(file),
         "listing_sha256": hash_listing(annotations),

@@ -16,7 +16,9 @@ from lightspine.atomic import whole_file, write_whole
 from lightspine.data.detection import encode_mask
 from lightspine.data.images import open_image
 from lightspine.dense import SavedNetwork, load_network
+from lightspine.dense.saving import read_saved_network
 from lightspine.errors import UsageError
+from lightspine.evaluation.dense.checks import FiniteLogits, check_detection_options, check_finite
 from lightspine.evaluation.dense.segmenter import choose_test, eval_transform
 from lightspine.evaluation.devices import check_device
 from lightspine.evaluation.progress import with_bar
@@ -80,6 +82,8 @@ def predict_dense(
         >>> for found in predict_dense("runs/nuclei/model.safetensors", ["a.png"]):  # doctest: +SKIP
         ...     print(found.path, len(found.objects))
     """
+    if not images:
+        raise UsageError("expected at least one image, got none")
     check_device(device)
     if labels and out is None:
         raise UsageError("expected a folder out for the label maps")
@@ -87,11 +91,14 @@ def predict_dense(
     finder: Any = _find_objects if saved.kind == "detector" else _find_classes
     names = saved.class_names or [str(number) for number in range(saved.num_classes)]
     pictures = _picture_paths(images, None if out is None else Path(out))
+    network = network.to(device)
+    if saved.kind == "segmenter":
+        network = FiniteLogits(network, checkpoint)
     found = []
     for path, picture in zip(with_bar(images, "predicting", shown=progress), pictures, strict=True):
         image = open_image(path)
         with torch.inference_mode():
-            found.append(finder(network.to(device), saved, image, Path(path), picture, names, labels, device))
+            found.append(finder(network, saved, image, Path(path), picture, names, labels, device))
     if coco is not None:
         _write_coco(found, names, Path(coco))
     return found
@@ -100,15 +107,17 @@ def predict_dense(
 def _load(
     checkpoint: str | Path, score_threshold: float, *, labels: bool, coco: bool
 ) -> tuple[Any, SavedNetwork]:
-    network, saved = load_network(checkpoint)
-    if saved.kind == "detector":
-        if labels:
-            raise UsageError(f"expected a segmenter for label maps, {checkpoint} holds a detector")
-        return load_network(checkpoint, score_threshold=score_threshold)
-    if coco:
+    is_detector = read_saved_network(checkpoint).kind == "detector"
+    if is_detector and labels:
+        raise UsageError(f"expected a segmenter for label maps, {checkpoint} holds a detector")
+    if not is_detector and coco:
         raise UsageError(f"expected a detector for COCO results, {checkpoint} holds a segmenter")
-    if score_threshold != DRAWN:
+    if not is_detector and score_threshold != DRAWN:
         raise UsageError(f"expected no score threshold for the segmenter in {checkpoint}")
+    options = {"score_threshold": score_threshold} if is_detector else {}
+    check_detection_options(options)
+    network, saved = load_network(checkpoint, **options)
+    check_finite(network, checkpoint)
     return network, saved
 
 

@@ -56,7 +56,13 @@ def write_dense_report(report: dict[str, Any], folder: str | Path) -> dict[str, 
         title = (
             f"{report['head']} over {report['model']}: mIoU {report['scores']['mIoU']:.2f} %, share of pixels"
         )
-        plot_confusion(report["confusion"], [row["name"] for row in report["classes"]], picture, title=title)
+        plot_confusion(
+            report["confusion"],
+            [row["name"] for row in report["classes"]],
+            picture,
+            title=title,
+            counted="pixels",
+        )
         written[picture.name] = picture
     return written
 

@@ -1,5 +1,6 @@
 """A segmenter and labelled images in, a report out."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from lightspine.data.transforms import Preprocessing
 from lightspine.dense import SavedNetwork, load_network
 from lightspine.dense.segmentation_scores import SegmentationScores
 from lightspine.errors import LightspineError, UsageError
+from lightspine.evaluation.dense.checks import FiniteLogits, check_finite, check_loading
 from lightspine.evaluation.dense.places import find_coco, is_coco
 from lightspine.evaluation.dense.timing import Stopwatch
 from lightspine.evaluation.devices import check_device
@@ -77,10 +79,12 @@ def evaluate_segmenter(
         UsageError: no segmenter, other classes, a value out of its range.
         LightspineError: a file cannot be read, or no image can be used.
     """
+    check_loading(1, num_workers)
     check_device(device)
     network, saved = load_network(checkpoint)
     if saved.kind != "segmenter":
         raise UsageError(f"expected a segmenter in {checkpoint}, got {saved.head} over {saved.model}")
+    check_finite(network, checkpoint)
     test = choose_test(saved, window=window, stride=stride, ratios=ratios, flip=flip)
     pairs, reader, names = _open(saved, data, split, val_fraction, seed)
     settings = saved.settings | {"scale": list(scale) if scale else saved.settings.get("scale")}
@@ -88,7 +92,7 @@ def evaluate_segmenter(
     loader = DataLoader(dataset, 1, collate_fn=list_segmentation, num_workers=num_workers)
     scores, clock = SegmentationScores(names), Stopwatch(device)
     skipped: dict[str, str] = {}
-    segmenter: Any = network.to(device)
+    segmenter = FiniteLogits(network.to(device), checkpoint)
     with torch.inference_mode():
         for batch in clock.reading(with_bar(loader, "evaluating", shown=progress)):
             skipped |= {bad.path: bad.reason for bad in batch.bad}
@@ -106,8 +110,10 @@ def evaluate_segmenter(
         "head": saved.head,
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": hash_file(checkpoint),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "data": str(data),
         "split": split or "val",
+        "listing_sha256": hashlib.sha256("\n".join(dataset.images).encode()).hexdigest(),
         "images": clock.images,
         "scores": scores.scores(),
         "classes": scores.classes(),
@@ -181,13 +187,14 @@ def _open(
             data, num_classes=saved.num_classes if unnamed else None, val_fraction=val_fraction, seed=seed
         )
         pairs, reader, names = getattr(splits, split or "val"), splits.reader, splits.class_names
-    if len(names) != saved.num_classes or (saved.class_names is not None and names != saved.class_names):
-        expected_names = saved.class_names or [f"{saved.num_classes} classes"]
+    if len(names) != saved.num_classes:
         raise UsageError(
-            f"expected the classes of the checkpoint ({_few(expected_names)}) in {data}, got {_few(names)}"
+            f"expected the {saved.num_classes} classes of the checkpoint in {data}, got {len(names)}"
         )
+    for number, (known, name) in enumerate(zip(saved.class_names or names, names, strict=True)):
+        if known != name:
+            raise UsageError(
+                f"expected the classes of the checkpoint in {data}, but class {number} is {name!r} there and "
+                f"{known!r} in the checkpoint"
+            )
     return pairs, reader, names
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
