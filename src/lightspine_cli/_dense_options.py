@@ -12,6 +12,7 @@ EVALUATE = {
     "score_threshold": {"detector"},
     "detections_per_image": {"detector"},
     "scale": {"segmenter"},
+    "own_size": {"segmenter"},
     "window": {"segmenter"},
     "stride": {"segmenter"},
     "ratios": {"segmenter"},
@@ -69,6 +70,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     segmenters.add_argument(
         "--scale", type=int, nargs=2, metavar=("LONG", "SHORT"), help="rectangle that images fit into"
     )
+    segmenters.add_argument("--own-size", action="store_true", help="leave the images at their own size")
     segmenters.add_argument(
         "--window", type=int, nargs=2, metavar=("H", "W"), help="slide a window over each image"
     )

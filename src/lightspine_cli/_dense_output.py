@@ -45,6 +45,7 @@ def evaluate_dense(args: argparse.Namespace, kind: str) -> int:
             val_fraction=0.2 if args.val_fraction is None else args.val_fraction,
             seed=args.seed,
             scale=_pair(args.scale),
+            own_size=args.own_size,
             window=_pair(args.window),
             stride=_pair(args.stride),
             ratios=MULTI_SCALE if args.multi_scale else args.ratios,
@@ -82,6 +83,8 @@ def predict_dense_files(args: argparse.Namespace) -> int:
         if not inside:
             raise UsageError(f"expected images in the folder {path}, found none")
         files += inside
+    # A file that is named has to be an image; of a folder's the rest goes on.
+    skipped: dict[str, str] | None = {} if any(path.is_dir() for path in args.images) else None
     found = predict_dense(
         args.checkpoint,
         files,
@@ -89,6 +92,7 @@ def predict_dense_files(args: argparse.Namespace) -> int:
         labels=args.labels,
         coco=args.coco,
         score_threshold=DRAWN if args.score_threshold is None else args.score_threshold,
+        skipped=skipped,
         device=args.device,
         progress=sys.stderr.isatty(),
     )
@@ -96,6 +100,8 @@ def predict_dense_files(args: argparse.Namespace) -> int:
         print_json([_as_object(prediction) for prediction in found])
         return 0
     print_table(("image", "found", "picture"), [_row(prediction) for prediction in found])
+    for reason in (skipped or {}).values():
+        print(f"skipped: {reason}")
     return 0
 
 

@@ -117,3 +117,14 @@ def test_predict_of_a_folder_without_images_is_a_wrong_call(
 def test_predict_without_images_is_a_wrong_call(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "--checkpoint", str(folder / "detector.safetensors")]) == 2
     assert "expected image files or folders" in capsys.readouterr().err
+
+
+def test_damaged_image_of_a_folder_is_skipped_and_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(tmp_path / "a.png", (90, 60, 200), size=(64, 48), seed=1)
+    (tmp_path / "b.png").write_bytes(b"no image")
+    command = ["predict", "--checkpoint", str(folder / "segmenter.safetensors")]
+    assert main([*command, str(tmp_path)]) == 0
+    assert "skipped: cannot read image" in capsys.readouterr().out
+    assert main([*command, str(tmp_path / "b.png")]) == 1

@@ -219,6 +219,18 @@ def test_way_of_looking_replaces_that_of_the_checkpoint(tmp_path: Path) -> None:
     assert other["ratios"] == MULTI_SCALE
 
 
+def test_images_are_left_at_their_own_size(tmp_path: Path) -> None:
+    file = write_coco(tmp_path / "val", content(square()))
+    (tmp_path / "annotations").mkdir()
+    file.rename(tmp_path / "annotations" / "instances_val.json")
+    checkpoint = segmenter_file(tmp_path / "segmenter.safetensors", ["background", "cat", "dog"])
+    own = evaluate_segmenter(checkpoint, tmp_path, own_size=True)
+    # The images of this file are 64 x 48 px.
+    fitted = evaluate_segmenter(checkpoint, tmp_path, scale=(64, 48))
+    assert own["settings"]["scale"] is None
+    assert own["confusion"] == fitted["confusion"] != evaluate_segmenter(checkpoint, tmp_path)["confusion"]
+
+
 def test_other_classes_than_the_segmenters_are_refused(labelled: Path, tmp_path: Path) -> None:
     checkpoint = segmenter_file(tmp_path / "segmenter.safetensors", ["sky", "sea"])
     with pytest.raises(UsageError, match=r"expected the 2 classes of the checkpoint in .*, got 133"):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from lightspine.dense import load_network
 from lightspine.errors import UsageError
+from lightspine.evaluation import evaluate_segmenter
 from lightspine.tasks.cli import main
 from support.coco import content, square, write_coco
 from support.dense_runs import SMALL_MODEL
@@ -113,3 +114,13 @@ def test_wrong_schedule_names_the_schedules_and_their_fields(tmp_path: Path) -> 
         UsageError, match=r"CosineSchedule \(epochs, .*MilestoneSchedule \(milestones, .*steps"
     ):
         main([*flags, "--folder", str(tmp_path / "run")])
+
+
+def test_label_maps_that_were_remapped_in_training_are_so_in_the_evaluation(tmp_path: Path) -> None:
+    flags = segmentation_flags(tmp_path / "data")
+    for path in (tmp_path / "data" / "labels").iterdir():
+        Image.open(path).point(lambda value: 255 * value).save(path)
+    remap = "--data.remap={0: 0, 255: 1}"
+    result = main([*flags, remap, "--data.ignored=null", "--folder", str(tmp_path / "run")])
+    report = evaluate_segmenter(result.weights, tmp_path / "data")
+    assert report["scores"]["mIoU"] == pytest.approx(result.score, abs=1e-3)

@@ -16,7 +16,7 @@ from lightspine._version import __version__
 from lightspine.atomic import write_whole
 from lightspine.errors import UsageError
 
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow")
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow", "faster-coco-eval")
 
 
 def describe_software() -> dict[str, str]:

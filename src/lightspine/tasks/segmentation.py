@@ -99,7 +99,8 @@ class SegmentationTask(DenseTask):
     def settings(self, data: ImageDataModule) -> dict[str, Any]:
         """Return the size of the images and the test, for the file."""
         assert isinstance(data, SegmentationDataModule)
-        return {"scale": data.val_scale, "divisor": data.val_divisor} | asdict(self.test)
+        sizes = {"scale": data.val_scale, "divisor": data.val_divisor}
+        return sizes | data.reading | asdict(self.test)
 
     def on_fit_start(self) -> None:
         """Refuse data without label maps."""

@@ -76,6 +76,8 @@ class SegmentationDataModule(ImageDataModule):
         super().__init__(class_names, found, batch_size, num_workers, seed, max_bad_share=max_bad_share)
         self.val_scale = val_scale
         self.val_divisor = val_divisor
+        # What reads label maps like these again, beside the class names.
+        self.reading: dict[str, Any] = {}
         # Made once here, so that a wrong setting is refused before training starts.
         self._train = SegmentationDataset(
             *train,
@@ -153,6 +155,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             seed=seed,
             **options,
         )
+        self.reading = {"ignored": ignored, "remap": None if remap is None else dict(remap)}
 
 
 class CocoSemanticDataModule(SegmentationDataModule):

@@ -17,7 +17,7 @@ from lightspine.data.detection import encode_mask
 from lightspine.data.images import open_image
 from lightspine.dense import SavedNetwork, load_network
 from lightspine.dense.saving import read_saved_network
-from lightspine.errors import UsageError
+from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.dense.checks import FiniteLogits, check_detection_options, check_finite
 from lightspine.evaluation.dense.segmenter import choose_test, eval_transform
 from lightspine.evaluation.devices import check_device
@@ -53,6 +53,7 @@ def predict_dense(
     labels: bool = False,
     coco: str | Path | None = None,
     score_threshold: float = DRAWN,
+    skipped: dict[str, str] | None = None,
     device: str = "cpu",
     progress: bool = False,
 ) -> list[DensePrediction]:
@@ -67,11 +68,13 @@ def predict_dense(
         coco: of a detector, a file for the objects in COCO's results format. Images are numbered from 1 in
             their order; a list of them with their names lies beside it, `NAME_images.json`.
         score_threshold: least score of the objects.
+        skipped: takes path -> reason of images that cannot be read, which are then left out; without it the
+            first one is an error.
         device: torch's name of the device.
         progress: show a bar on the standard error.
 
     Returns:
-        One prediction per image, in their order.
+        One prediction per image that could be read, in their order.
 
     Raises:
         UsageError: a missing or too small image, an option that the network has no use for.
@@ -85,6 +88,9 @@ def predict_dense(
     if not images:
         raise UsageError("expected at least one image, got none")
     check_device(device)
+    for path in images:
+        if not Path(path).is_file():
+            raise UsageError(f"expected an image file, but {path} does not exist")
     if labels and out is None:
         raise UsageError("expected a folder out for the label maps")
     network, saved = _load(checkpoint, score_threshold, labels=labels, coco=coco is not None)
@@ -96,7 +102,13 @@ def predict_dense(
         network = FiniteLogits(network, checkpoint)
     found = []
     for path, picture in zip(with_bar(images, "predicting", shown=progress), pictures, strict=True):
-        image = open_image(path)
+        try:
+            image = open_image(path)
+        except LightspineError as error:
+            if skipped is None:
+                raise
+            skipped[str(path)] = str(error)
+            continue
         with torch.inference_mode():
             found.append(finder(network, saved, image, Path(path), picture, names, labels, device))
     if coco is not None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightspine.data.detection import read_coco
 from lightspine.data.segmentation import (
+    IGNORED,
     LabelledImage,
     PaintedLabels,
     ReadsLabels,
@@ -43,6 +44,7 @@ def evaluate_segmenter(
     val_fraction: float = 0.2,
     seed: int = 0,
     scale: tuple[int, int] | None = None,
+    own_size: bool = False,
     window: tuple[int, int] | None = None,
     stride: tuple[int, int] | None = None,
     ratios: Sequence[float] | None = None,
@@ -62,6 +64,7 @@ def evaluate_segmenter(
         seed: of the held-out share.
         scale: longer and shorter side of the rectangle that images are resized to fit into, instead of the
             checkpoint's.
+        own_size: leave the images at their own size, as the published test at several sizes of VMamba does.
         window: height and width of a sliding window, instead of the checkpoint's.
         stride: of the window, down and across.
         ratios: factors of the image's size whose probabilities are averaged; `MULTI_SCALE` is the published
@@ -87,7 +90,9 @@ def evaluate_segmenter(
     check_finite(network, checkpoint)
     test = choose_test(saved, window=window, stride=stride, ratios=ratios, flip=flip)
     pairs, reader, names = _open(saved, data, split, val_fraction, seed)
-    settings = saved.settings | {"scale": list(scale) if scale else saved.settings.get("scale")}
+    if own_size and scale is not None:
+        raise UsageError(f"expected either own_size or a scale, got both ({list(scale)})")
+    settings = saved.settings | ({"scale": list(scale)} if scale else {"scale": None} if own_size else {})
     dataset = SegmentationDataset(pairs, reader, eval_transform(saved, settings))
     loader = DataLoader(dataset, 1, collate_fn=list_segmentation, num_workers=num_workers)
     scores, clock = SegmentationScores(names), Stopwatch(device)
@@ -183,8 +188,15 @@ def _open(
         if split not in (None, "train", "val"):
             raise UsageError(f"expected the split train or val of {data}, got {split!r}")
         unnamed = saved.class_names == [str(number) for number in range(saved.num_classes)]
+        # JSON has no numbers for keys.
+        remap = {int(value): number for value, number in (saved.settings.get("remap") or {}).items()}
         splits = scan_segmentation_folder(
-            data, num_classes=saved.num_classes if unnamed else None, val_fraction=val_fraction, seed=seed
+            data,
+            num_classes=saved.num_classes if unnamed else None,
+            ignored=saved.settings.get("ignored", IGNORED),
+            remap=remap or None,
+            val_fraction=val_fraction,
+            seed=seed,
         )
         pairs, reader, names = getattr(splits, split or "val"), splits.reader, splits.class_names
     if len(names) != saved.num_classes:
