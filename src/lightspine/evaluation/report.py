@@ -58,22 +58,15 @@ def write_report(report: dict[str, Any], folder: str | Path) -> dict[str, Path]:
         UsageError: the folder is a file.
         LightspineError: a file cannot be written.
     """
+    written = write_files(
+        folder,
+        {
+            "report.json": json.dumps(report, indent=2) + "\n",
+            "classes.csv": _classes_csv(report["classes"]),
+            "skipped.csv": skipped_csv(report["skipped"]),
+        },
+    )
     folder = Path(folder)
-    if folder.is_file():
-        raise UsageError(f"expected a folder for the report, but {folder} is a file")
-    contents: dict[str, str | None] = {
-        "report.json": json.dumps(report, indent=2) + "\n",
-        "classes.csv": _classes_csv(report["classes"]),
-        "skipped.csv": _csv([("path", "reason"), *report["skipped"].items()]) if report["skipped"] else None,
-    }
-    written = {}
-    for name, content in contents.items():
-        path = folder / name
-        if content is None:
-            path.unlink(missing_ok=True)
-        else:
-            write_whole(path, content)
-            written[name] = path
     picture = folder / "confusion.png"
     picture.unlink(missing_ok=True)
     # Imported here: half a second that predictions need not pay.
@@ -86,21 +79,51 @@ def write_report(report: dict[str, Any], folder: str | Path) -> dict[str, Path]:
     return written
 
 
+def write_files(folder: str | Path, contents: Mapping[str, str | None]) -> dict[str, Path]:
+    """Write files into a folder, which is made; those without a content are removed.
+
+    Args:
+        folder: where they go.
+        contents: file name -> text.
+
+    Returns:
+        File name -> path of what was written.
+
+    Raises:
+        UsageError: the folder is a file.
+        LightspineError: a file cannot be written.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise UsageError(f"expected a folder for the report, but {folder} is a file")
+    written = {}
+    for name, content in contents.items():
+        path = folder / name
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_whole(path, content)
+            written[name] = path
+    return written
+
+
+def skipped_csv(skipped: Mapping[str, str]) -> str | None:
+    """Return a table of path and reason, or None where nothing was skipped."""
+    return to_csv([("path", "reason"), *skipped.items()]) if skipped else None
+
+
+def to_csv(rows: Sequence[Sequence[Any]]) -> str:
+    """Return rows as CSV, numbers that are not whole with four digits behind the point."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in rows:
+        writer.writerow([f"{value:.4f}" if isinstance(value, float) else value for value in row])
+    return text.getvalue()
+
+
 def _classes_csv(classes: Mapping[str, Mapping[str, Any]] | None) -> str | None:
     if classes is None:
         return None
     columns = list(next(iter(classes.values())))
-    rows = [
-        [number, name, *map(_rounded, entry.values())] for number, (name, entry) in enumerate(classes.items())
-    ]
-    return _csv([("class", "name", *columns), *rows])
-
-
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
-def _rounded(value: Any) -> Any:
-    return f"{value:.4f}" if isinstance(value, float) else value
+    rows = [[number, name, *entry.values()] for number, (name, entry) in enumerate(classes.items())]
+    return to_csv([("class", "name", *columns), *rows])

@@ -1,13 +1,10 @@
 """What an evaluation of a detector or segmenter leaves in its folder."""
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-from lightspine.atomic import write_whole
-from lightspine.errors import UsageError
+from lightspine.evaluation.report import skipped_csv, to_csv, write_files
 
 
 def write_dense_report(report: dict[str, Any], folder: str | Path) -> dict[str, Path]:
@@ -29,24 +26,15 @@ def write_dense_report(report: dict[str, Any], folder: str | Path) -> dict[str, 
         UsageError: the folder is a file.
         LightspineError: a file cannot be written.
     """
+    written = write_files(
+        folder,
+        {
+            "report.json": json.dumps(report, indent=2) + "\n",
+            "classes.csv": to_csv(_class_rows(report)),
+            "skipped.csv": skipped_csv(report["skipped"]),
+        },
+    )
     folder = Path(folder)
-    if folder.is_file():
-        raise UsageError(f"expected a folder for the report, but {folder} is a file")
-    contents: dict[str, str | None] = {
-        "report.json": json.dumps(report, indent=2) + "\n",
-        "classes.csv": _csv(_class_rows(report)),
-        "skipped.csv": _csv([["path", "reason"], *map(list, report["skipped"].items())])
-        if report["skipped"]
-        else None,
-    }
-    written = {}
-    for name, content in contents.items():
-        path = folder / name
-        if content is None:
-            path.unlink(missing_ok=True)
-        else:
-            write_whole(path, content)
-            written[name] = path
     picture = folder / "confusion.png"
     picture.unlink(missing_ok=True)
     # Imported here: half a second that predictions need not pay.
@@ -77,11 +65,3 @@ def _class_rows(report: dict[str, Any]) -> list[list[Any]]:
         header,
         *([number, name, *scores.values()] for number, (name, scores) in enumerate(classes.items())),
     ]
-
-
-def _csv(rows: list[list[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for row in rows:
-        writer.writerow([f"{value:.4f}" if isinstance(value, float) else value for value in row])
-    return text.getvalue()
