@@ -1,6 +1,7 @@
-"""Settings for every test: two tests run at a time, so each keeps to one thread."""
+"""Settings for every test: two run at a time, so each keeps to one thread; Ctrl-C works in the background too."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -13,3 +14,7 @@ def _one_seed() -> None:
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# A shell starts what runs in its background with Ctrl-C ignored, which some tests send to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
