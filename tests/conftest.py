@@ -1,4 +1,4 @@
-"""Settings for every test: two run at a time, so each keeps to one thread; Ctrl-C works in the background too."""
+"""Settings for every test: one thread each, as two run at a time; Ctrl-C works in the background too."""
 
 import os
 import signal
