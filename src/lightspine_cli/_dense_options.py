@@ -5,9 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 # option -> what kinds of network it means something for
-EVALUATE = {
-    "images": {"detector"},
-    "split": {"detector", "segmenter"},
+_TESTS = {
     "resize": {"detector"},
     "score_threshold": {"detector"},
     "detections_per_image": {"detector"},
@@ -18,6 +16,10 @@ EVALUATE = {
     "ratios": {"segmenter"},
     "flip": {"segmenter"},
     "multi_scale": {"segmenter"},
+}
+EVALUATE = _TESTS | {
+    "images": {"detector"},
+    "split": {"detector", "segmenter"},
     "model": {"classifier"},
     "class_mapping": {"classifier"},
     "weights": {"classifier"},
@@ -28,8 +30,7 @@ EVALUATE = {
     "seed": {"classifier", "segmenter"},
     "batch_size": {"classifier", "detector"},
 }
-PREDICT = {
-    "score_threshold": {"detector"},
+PREDICT = _TESTS | {
     "coco": {"detector"},
     "labels": {"segmenter"},
     "model": {"classifier"},
@@ -57,15 +58,32 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     detectors.add_argument(
         "--images", type=Path, metavar="DIR", help="images of a COCO file that lie elsewhere than COCO's"
     )
-    detectors.add_argument(
+    _add_detector_options(detectors, "the checkpoint's")
+    _add_segmenter_options(parser)
+
+
+def add_prediction(parser: argparse.ArgumentParser) -> None:
+    """Declare what the predictions of detectors and segmenters have of their own."""
+    detectors = parser.add_argument_group("detectors (--out is the folder for the pictures)")
+    _add_detector_options(detectors, "0.5")
+    detectors.add_argument("--coco", type=Path, metavar="FILE", help="write the objects as COCO results")
+    segmenters = _add_segmenter_options(parser)
+    segmenters.add_argument("--labels", action="store_true", help="write the label maps into --out too")
+
+
+def _add_detector_options(group: argparse._ArgumentGroup, least_score: str) -> None:
+    group.add_argument(
         "--resize", type=int, nargs=2, metavar=("SHORT", "LONG"), help="sides of the images in pixels"
     )
-    detectors.add_argument(
-        "--score-threshold", type=float, help="least score that counts (default: the checkpoint's)"
+    group.add_argument(
+        "--score-threshold", type=float, help=f"least score that counts (default: {least_score})"
     )
-    detectors.add_argument(
+    group.add_argument(
         "--detections-per-image", type=int, metavar="N", help="most detections (default: the checkpoint's)"
     )
+
+
+def _add_segmenter_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     segmenters = parser.add_argument_group("segmenters (default: as the checkpoint says)")
     segmenters.add_argument(
         "--scale", type=int, nargs=2, metavar=("LONG", "SHORT"), help="rectangle that images fit into"
@@ -82,16 +100,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     segmenters.add_argument(
         "--multi-scale", action="store_true", help="the published test: ratios 0.5 to 1.75, mirrored"
     )
-
-
-def add_prediction(parser: argparse.ArgumentParser) -> None:
-    """Declare what the predictions of detectors and segmenters have of their own."""
-    group = parser.add_argument_group("detectors and segmenters (--out is the folder for the pictures)")
-    group.add_argument(
-        "--score-threshold", type=float, help="least score of the objects (default: 0.5)", metavar="S"
-    )
-    group.add_argument("--coco", type=Path, metavar="FILE", help="write the objects as COCO results")
-    group.add_argument("--labels", action="store_true", help="write the label maps of a segmenter too")
+    return segmenters
 
 
 def find_kind(args: argparse.Namespace) -> str:

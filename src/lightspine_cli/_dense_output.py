@@ -13,9 +13,7 @@ _SHOWN = 50
 
 def evaluate_dense(args: argparse.Namespace, kind: str) -> int:
     """Score a detector or segmenter, print the scores and write the report if asked for."""
-    from lightspine.errors import UsageError
     from lightspine.evaluation.dense import evaluate_detector, evaluate_segmenter, write_dense_report
-    from lightspine.evaluation.dense.segmenter import MULTI_SCALE
 
     shared = {
         "split": args.split,
@@ -28,28 +26,19 @@ def evaluate_dense(args: argparse.Namespace, kind: str) -> int:
             args.checkpoint,
             args.data,
             images=args.images,
-            resize=_pair(args.resize),
-            score_threshold=args.score_threshold,
-            detections_per_image=args.detections_per_image,
+            **_detector_test(args),
             # The usual 64 of classifiers are too many images of a thousand pixels.
             batch_size=1 if args.batch_size is None else args.batch_size,
             results=None if args.out is None else args.out / "detections.json",
             **shared,
         )
     else:
-        if args.multi_scale and args.ratios is not None:
-            raise UsageError("expected either --multi-scale or --ratios, got both")
         report = evaluate_segmenter(
             args.checkpoint,
             args.data,
             val_fraction=0.2 if args.val_fraction is None else args.val_fraction,
             seed=args.seed,
-            scale=_pair(args.scale),
-            own_size=args.own_size,
-            window=_pair(args.window),
-            stride=_pair(args.stride),
-            ratios=MULTI_SCALE if args.multi_scale else args.ratios,
-            flip=args.flip or args.multi_scale,
+            **_segmenter_test(args),
             **shared,
         )
     report["command"] = shlex.join(["lightspine", "evaluate", *args.arguments])
@@ -73,7 +62,6 @@ def predict_dense_files(args: argparse.Namespace) -> int:
     from lightspine.data.image_folder import find_images
     from lightspine.errors import UsageError
     from lightspine.evaluation.dense import predict_dense
-    from lightspine.evaluation.dense.predict import DRAWN
 
     if not args.images:
         raise UsageError("expected image files or folders")
@@ -91,7 +79,8 @@ def predict_dense_files(args: argparse.Namespace) -> int:
         out=args.out,
         labels=args.labels,
         coco=args.coco,
-        score_threshold=DRAWN if args.score_threshold is None else args.score_threshold,
+        **_detector_test(args),
+        **_segmenter_test(args),
         skipped=skipped,
         device=args.device,
         progress=sys.stderr.isatty(),
@@ -103,6 +92,30 @@ def predict_dense_files(args: argparse.Namespace) -> int:
     for reason in (skipped or {}).values():
         print(f"skipped: {reason}")
     return 0
+
+
+def _detector_test(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "resize": _pair(args.resize),
+        "score_threshold": args.score_threshold,
+        "detections_per_image": args.detections_per_image,
+    }
+
+
+def _segmenter_test(args: argparse.Namespace) -> dict[str, Any]:
+    from lightspine.errors import UsageError
+    from lightspine.evaluation.dense.segmenter import MULTI_SCALE
+
+    if args.multi_scale and args.ratios is not None:
+        raise UsageError("expected either --multi-scale or --ratios, got both")
+    return {
+        "scale": _pair(args.scale),
+        "own_size": args.own_size,
+        "window": _pair(args.window),
+        "stride": _pair(args.stride),
+        "ratios": MULTI_SCALE if args.multi_scale else args.ratios,
+        "flip": args.flip or args.multi_scale,
+    }
 
 
 def _pair(values: list[int] | None) -> tuple[int, int] | None:

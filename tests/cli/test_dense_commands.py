@@ -88,6 +88,7 @@ def test_predict_tells_shares_as_json(
         ("evaluate", "segmenter", ["--size", "64"], "--image-size is for a classifier, but"),
         ("evaluate", "segmenter", ["--multi-scale", "--ratios", "1"], "either --multi-scale or --ratios"),
         ("predict", "detector", ["--topk", "3"], "--topk is for a classifier, but"),
+        ("predict", "detector", ["--flip"], "--flip is for a segmenter, but"),
         ("predict", "detector", ["--topk=5"], "--topk is for a classifier, but"),
         ("predict", "detector", ["--workers", "2"], "--workers is for a classifier, but"),
         ("predict", "classifier", ["--labels"], "--labels is for a segmenter, but"),

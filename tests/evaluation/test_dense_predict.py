@@ -13,7 +13,7 @@ from PIL import Image
 from lightspine.data.detection import decode_segmentation
 from lightspine.dense import load_network
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.dense import predict_dense
+from lightspine.evaluation.dense import evaluate_segmenter, predict_dense
 from support.dense_files import detector_file, segmenter_file
 from support.images import write_image
 
@@ -98,9 +98,12 @@ def test_coco_results_are_read_back_by_the_scorer(detector: Path, image: Path, t
     ("kind", "options", "sentence"),
     [
         ("detector", {"labels": True}, "expected a folder out for the label maps"),
-        ("detector", {"labels": True, "out": "x"}, "expected a segmenter for label maps"),
-        ("segmenter", {"coco": "x.json"}, "expected a detector for COCO results"),
-        ("segmenter", {"score_threshold": 0.9}, "expected no score threshold for the segmenter"),
+        ("detector", {"labels": True, "out": "x"}, "labels means nothing for the detector in"),
+        ("detector", {"flip": True}, "flip means nothing for the detector in"),
+        ("segmenter", {"coco": "x.json"}, "coco means nothing for the segmenter in"),
+        ("segmenter", {"score_threshold": 0.9}, "score_threshold means nothing for the segmenter in"),
+        ("segmenter", {"scale": (64, 64), "own_size": True}, "either own_size or a scale"),
+        ("detector", {"resize": (90, 60)}, "the shorter side first"),
     ],
 )
 def test_option_without_a_use_is_refused(
@@ -115,3 +118,41 @@ def test_file_that_is_no_image_is_named(segmenter: Path, tmp_path: Path) -> None
     path.write_text("no image")
     with pytest.raises(LightspineError, match=r"cannot read image .*a\.png"):
         predict_dense(segmenter, [path])
+
+
+def test_most_objects_are_those_asked_for(detector: Path, image: Path) -> None:
+    [found] = predict_dense(detector, [image], score_threshold=0.0, detections_per_image=2)
+    assert found.objects is not None
+    assert len(found.objects) == 2
+
+
+def test_resized_image_gives_the_objects_of_a_network_of_that_size(detector: Path, image: Path) -> None:
+    [found] = predict_dense(detector, [image], score_threshold=0.0, resize=(48, 80))
+    pixels = torch.from_numpy(np.array(Image.open(image).convert("RGB"))).permute(2, 0, 1) / 255
+    with torch.inference_mode():
+        expected: Any = load_network(detector, resize=(48, 80))[0]([pixels])[0]  # type: ignore[arg-type]
+    assert found.objects is not None
+    assert [entry["score"] for entry in found.objects] == pytest.approx(expected["scores"].tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"scale": (48, 48)}, {"window": (32, 32)}, {"ratios": (0.5, 1.0)}, {"flip": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_way_of_looking_is_that_of_the_evaluation(
+    options: dict[str, Any], segmenter: Path, image: Path, tmp_path: Path
+) -> None:
+    for split in ("train", "val"):
+        for folder in ("images", "annotations"):
+            (tmp_path / folder / split).mkdir(parents=True)
+        (tmp_path / "images" / split / "cat.png").write_bytes(image.read_bytes())
+    # What is found as the truth: an evaluation that looks the same way finds it all.
+    [found] = predict_dense(segmenter, [image], out=tmp_path / "out", labels=True, **options)
+    labels = (tmp_path / "out" / "cat_labels.png").read_bytes()
+    for split in ("train", "val"):
+        (tmp_path / "annotations" / split / "cat.png").write_bytes(labels)
+    (tmp_path / "classes.txt").write_text("sky\nsea\nland\n")
+    assert found.shares is not None
+    assert evaluate_segmenter(segmenter, tmp_path, **options)["scores"]["aAcc"] == pytest.approx(100)
+    assert evaluate_segmenter(segmenter, tmp_path)["scores"]["aAcc"] < 100

@@ -2,47 +2,24 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
 
-from lightspine.atomic import whole_file, write_whole
-from lightspine.data.detection import encode_mask
+from lightspine.atomic import write_whole
 from lightspine.data.images import open_image
-from lightspine.dense import SavedNetwork, load_network
+from lightspine.dense import load_network
 from lightspine.dense.saving import read_saved_network
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.dense.checks import FiniteLogits, check_detection_options, check_finite
-from lightspine.evaluation.dense.segmenter import choose_test, eval_transform
+from lightspine.evaluation.dense.finders import ClassFinder, DensePrediction, Finder, ObjectFinder
+from lightspine.evaluation.dense.segmenter import choose_settings, choose_test
 from lightspine.evaluation.devices import check_device
 from lightspine.evaluation.progress import with_bar
 
 DRAWN = 0.5
 """Least score of the objects that are told, where nothing else is asked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DensePrediction:
-    """What was found in one image.
-
-    Attributes:
-        path: the image.
-        objects: of a detector, the likeliest first: `name`, `score`, `box` (left, top, right, bottom in
-            pixels) and, with a mask head, `mask` (compressed run lengths, as in COCO files).
-        shares: of a segmenter: class name -> share of the pixels, the largest first.
-        picture: the drawing, if one was made.
-    """
-
-    path: Path
-    objects: list[dict[str, Any]] | None = None
-    shares: dict[str, float] | None = None
-    picture: Path | None = None
 
 
 def predict_dense(
@@ -52,7 +29,15 @@ def predict_dense(
     out: str | Path | None = None,
     labels: bool = False,
     coco: str | Path | None = None,
-    score_threshold: float = DRAWN,
+    score_threshold: float | None = None,
+    resize: tuple[int, int] | None = None,
+    detections_per_image: int | None = None,
+    scale: tuple[int, int] | None = None,
+    own_size: bool = False,
+    window: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
+    ratios: Sequence[float] | None = None,
+    flip: bool = False,
     skipped: dict[str, str] | None = None,
     device: str = "cpu",
     progress: bool = False,
@@ -67,7 +52,15 @@ def predict_dense(
             is its value.
         coco: of a detector, a file for the objects in COCO's results format. Images are numbered from 1 in
             their order; a list of them with their names lies beside it, `NAME_images.json`.
-        score_threshold: least score of the objects.
+        score_threshold: of a detector, least score of the objects; `DRAWN` by default.
+        resize: of a detector, as in `evaluate_detector`.
+        detections_per_image: of a detector, most objects of an image, instead of the checkpoint's.
+        scale: of a segmenter, as in `evaluate_segmenter`, like all that follow.
+        own_size: leave the images at their own size.
+        window: height and width of a sliding window.
+        stride: of the window, down and across.
+        ratios: factors of the image's size whose probabilities are averaged.
+        flip: average over the mirrored image too.
         skipped: takes path -> reason of images that cannot be read, which are then left out; without it the
             first one is an error.
         device: torch's name of the device.
@@ -93,13 +86,26 @@ def predict_dense(
             raise UsageError(f"expected an image file, but {path} does not exist")
     if labels and out is None:
         raise UsageError("expected a folder out for the label maps")
-    network, saved = _load(checkpoint, score_threshold, labels=labels, coco=coco is not None)
-    finder: Any = _find_objects if saved.kind == "detector" else _find_classes
-    names = saved.class_names or [str(number) for number in range(saved.num_classes)]
+    of_detectors = {
+        "score_threshold": score_threshold,
+        "resize": resize,
+        "detections_per_image": detections_per_image,
+    }
+    of_segmenters = {
+        "scale": scale,
+        "own_size": own_size,
+        "window": window,
+        "stride": stride,
+        "ratios": ratios,
+        "flip": flip,
+    }
+    if read_saved_network(checkpoint).kind == "detector":
+        _refuse(checkpoint, "detector", of_segmenters | {"labels": labels})
+        finder, names = _open_detector(checkpoint, of_detectors, device)
+    else:
+        _refuse(checkpoint, "segmenter", of_detectors | {"coco": coco})
+        finder, names = _open_segmenter(checkpoint, of_segmenters, labels, device)
     pictures = _picture_paths(images, None if out is None else Path(out))
-    network = network.to(device)
-    if saved.kind == "segmenter":
-        network = FiniteLogits(network, checkpoint)
     found = []
     for path, picture in zip(with_bar(images, "predicting", shown=progress), pictures, strict=True):
         try:
@@ -110,80 +116,45 @@ def predict_dense(
             skipped[str(path)] = str(error)
             continue
         with torch.inference_mode():
-            found.append(finder(network, saved, image, Path(path), picture, names, labels, device))
+            found.append(finder.find(image, Path(path), picture))
     if coco is not None:
         _write_coco(found, names, Path(coco))
     return found
 
 
-def _load(
-    checkpoint: str | Path, score_threshold: float, *, labels: bool, coco: bool
-) -> tuple[Any, SavedNetwork]:
-    is_detector = read_saved_network(checkpoint).kind == "detector"
-    if is_detector and labels:
-        raise UsageError(f"expected a segmenter for label maps, {checkpoint} holds a detector")
-    if not is_detector and coco:
-        raise UsageError(f"expected a detector for COCO results, {checkpoint} holds a segmenter")
-    if not is_detector and score_threshold != DRAWN:
-        raise UsageError(f"expected no score threshold for the segmenter in {checkpoint}")
-    options = {"score_threshold": score_threshold} if is_detector else {}
-    check_detection_options(options)
-    network, saved = load_network(checkpoint, **options)
+def _refuse(checkpoint: str | Path, kind: str, options: dict[str, Any]) -> None:
+    if given := [name for name, value in options.items() if value is not None and value is not False]:
+        raise UsageError(f"{given[0]} means nothing for the {kind} in {checkpoint}")
+
+
+def _open_detector(
+    checkpoint: str | Path, options: dict[str, Any], device: str
+) -> tuple[Finder, Sequence[str]]:
+    given = {"score_threshold": DRAWN} | {name: value for name, value in options.items() if value is not None}
+    check_detection_options(given)
+    network, saved = load_network(checkpoint, **given)
     check_finite(network, checkpoint)
-    return network, saved
+    names = saved.class_names or [str(number) for number in range(saved.num_classes)]
+    return ObjectFinder(network=network.to(device), names=names, device=device), names
 
 
-def _find_objects(
-    network: Any,
-    saved: SavedNetwork,  # noqa: ARG001  as of _find_classes
-    image: Image.Image,
-    path: Path,
-    picture: Path | None,
-    names: Sequence[str],
-    labels: bool,  # noqa: ARG001
-    device: str,
-) -> DensePrediction:
-    pixels = F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True).to(device)
-    found = {name: value.cpu() for name, value in network([pixels])[0].items()}
-    objects: list[dict[str, Any]] = [
-        {"name": names[label - 1], "score": score, "box": box}
-        for label, score, box in zip(
-            found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True
-        )
-    ]
-    for entry, mask in zip(objects, found.get("masks", []), strict=False):
-        entry["mask"] = encode_mask((mask[0] >= 0.5).numpy())
-    if picture is not None:
-        from lightspine.evaluation.draw import draw_detections
-
-        draw_detections(image, found, names, picture, least_score=0.0)
-    return DensePrediction(path=path, objects=objects, picture=picture)
-
-
-def _find_classes(
-    network: Any,
-    saved: SavedNetwork,
-    image: Image.Image,
-    path: Path,
-    picture: Path | None,
-    names: Sequence[str],
-    labels: bool,
-    device: str,
-) -> DensePrediction:
-    nothing = tv_tensors.Mask(torch.zeros(image.height, image.width, dtype=torch.uint8))
-    pixels, _ = eval_transform(saved, saved.settings)(tv_tensors.Image(F.pil_to_tensor(image)), nothing)
-    classes = choose_test(saved).classify(network, pixels.to(device), (image.height, image.width)).cpu()
-    counts = torch.bincount(classes.flatten(), minlength=len(names))
-    order = counts.argsort(descending=True).tolist()
-    shares = {names[number]: int(counts[number]) / classes.numel() for number in order if counts[number]}
-    if picture is not None:
-        from lightspine.evaluation.draw import draw_classes
-
-        draw_classes(image, classes.numpy(), names, picture)
-        if labels:
-            with whole_file(picture.with_name(f"{picture.stem}_labels.png")) as file:
-                Image.fromarray(classes.numpy().astype(np.uint8)).save(file, format="PNG")
-    return DensePrediction(path=path, shares=shares, picture=picture)
+def _open_segmenter(
+    checkpoint: str | Path, options: dict[str, Any], labels: bool, device: str
+) -> tuple[Finder, Sequence[str]]:
+    network, saved = load_network(checkpoint)
+    check_finite(network, checkpoint)
+    names = saved.class_names or [str(number) for number in range(saved.num_classes)]
+    looks = {name: value for name, value in options.items() if name not in ("scale", "own_size")}
+    finder = ClassFinder(
+        network=FiniteLogits(network.to(device), checkpoint),
+        names=names,
+        device=device,
+        saved=saved,
+        settings=choose_settings(saved, scale=options["scale"], own_size=options["own_size"]),
+        test=choose_test(saved, **looks),
+        labels=labels,
+    )
+    return finder, names
 
 
 def _picture_paths(images: Sequence[str | Path], out: Path | None) -> Iterator[Path | None]:

@@ -90,9 +90,7 @@ def evaluate_segmenter(
     check_finite(network, checkpoint)
     test = choose_test(saved, window=window, stride=stride, ratios=ratios, flip=flip)
     pairs, reader, names = _open(saved, data, split, val_fraction, seed)
-    if own_size and scale is not None:
-        raise UsageError(f"expected either own_size or a scale, got both ({list(scale)})")
-    settings = saved.settings | ({"scale": list(scale)} if scale else {"scale": None} if own_size else {})
+    settings = choose_settings(saved, scale=scale, own_size=own_size)
     dataset = SegmentationDataset(pairs, reader, eval_transform(saved, settings))
     loader = DataLoader(dataset, 1, collate_fn=list_segmentation, num_workers=num_workers)
     scores, clock = SegmentationScores(names), Stopwatch(device)
@@ -163,6 +161,19 @@ def choose_test(
         test = replace(test, ratios=tuple(ratios))
     test.check()
     return test
+
+
+def choose_settings(
+    saved: SavedNetwork, *, scale: tuple[int, int] | None = None, own_size: bool = False
+) -> dict[str, Any]:
+    """Return how a segmenter's images are prepared: as its file says, or as asked for.
+
+    Raises:
+        UsageError: both a scale and the images' own size.
+    """
+    if own_size and scale is not None:
+        raise UsageError(f"expected either own_size or a scale, got both ({list(scale)})")
+    return saved.settings | ({"scale": list(scale)} if scale else {"scale": None} if own_size else {})
 
 
 def eval_transform(saved: SavedNetwork, settings: dict[str, Any]) -> Any:
