@@ -1,19 +1,27 @@
-"""Measure on this machine, against targets: `lightspine bench ops` the scans, `bench export` ONNX files.
+"""Measure on this machine: `lightspine bench MODELS`, `bench ops` the scans, `bench export` ONNX files.
 
 Keep the machine idle meanwhile: what is compared takes turns, but a busy processor still blurs it.
 """
 
 import argparse
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
+from lightspine_cli import _bench_models
 from lightspine_cli._output import print_json
 
 PARTS = ("time", "memory", "models")
+KINDS = ("ops", "export")
+
+# Models and kinds stand in the same place, which one parser of the standard library cannot tell apart.
+PASSES_ARGUMENTS_THROUGH = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine bench`."""
+    """Declare the options of the command, and below `ops` and `export` those of these kinds."""
+    _bench_models.add_options(parser)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="ops|export")
     ops = kinds.add_parser(
         "ops",
@@ -52,20 +60,40 @@ def _add_export(kinds: Any) -> None:
     )
     export.add_argument("--threads", type=int, default=2, help="of both (default: %(default)s)")
     export.add_argument("--repeats", type=int, default=15, help="timed calls of each (default: %(default)s)")
+    export.add_argument("--out", type=Path, metavar="FILE", help="write all numbers as JSON")
     export.add_argument("--json", action="store_true", help="print one object with all numbers")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; status 0 whether or not the targets are met."""
-    return _run_export(args) if args.kind == "export" else _run_ops(args)
+    """Measure and print.
+
+    Returns:
+        0 for the scans and exported files, whether or not their targets are met; 1 if a model could not be
+        measured.
+    """
+    from lightspine_cli.main import SentenceParser
+
+    parser = SentenceParser(
+        prog="lightspine bench", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    if args.arguments and args.arguments[0] in KINDS:
+        add_arguments(parser)
+        chosen = parser.parse_args(args.arguments, argparse.Namespace(arguments=args.arguments))
+        return _run_export(chosen) if chosen.kind == "export" else _run_ops(chosen)
+    _bench_models.add_arguments(parser)
+    return _bench_models.run(parser.parse_args(args.arguments), args.arguments)
 
 
 def _run_export(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from lightspine.atomic import whole_file
     from lightspine.benchmark.export_speed import SMALL_MODELS, measure_export
+    from lightspine.export.onnx_file import check_writable
 
+    if args.out is not None:
+        check_writable(args.out)
     names = args.models or list(SMALL_MODELS)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("measuring", total=len(names))
@@ -76,6 +104,9 @@ def _run_export(args: argparse.Namespace) -> int:
             repeats=args.repeats,
             on_step=lambda text: progress.update(task, advance=1, description=f"{text}: done"),
         )
+    if args.out is not None:
+        with whole_file(args.out) as file:
+            file.write(json.dumps(report.as_dict(), indent=2).encode())
     if args.json:
         print_json(report.as_dict())
         return 0

@@ -25,7 +25,10 @@ COMMANDS = {
     "compare": "train several models on the same images: one table, one plot, the checkpoints",
     "convert": "turn an official checkpoint into our safetensors",
     "export": "write a model as ONNX or for torch.export, compared with PyTorch",
-    "bench": "measure the scans on this machine: time, memory, their share of whole models",
+    "bench": "measure models, ours and timm's, scans and exported files on this machine: time and memory",
+    "profile": "where the time of one model goes: per module and per operator",
+    "report": "one HTML page of charts and tables from results of bench",
+    "analyze": "pictures of what a network sees: receptive fields, Grad-CAM, attention, contexts, heads",
     "demo": "train all five families on handwritten digits and compare them",
 }
 USAGE_STATUS = 2
@@ -118,15 +121,25 @@ def _dispatch(arguments: list[str]) -> int:
     module = importlib.import_module(f"lightspine_cli.{command}_command")
     if getattr(module, "PASSES_ARGUMENTS_THROUGH", False):
         return int(module.run(argparse.Namespace(arguments=rest)))
-    command_parser = SentenceParser(
+    # The arguments as given belong to what a report says about itself.
+    return int(module.run(parser_of(command).parse_args(rest, argparse.Namespace(arguments=rest))))
+
+
+def parser_of(command: str) -> SentenceParser:
+    """Return the parser of a command that does not pass its arguments through.
+
+    Args:
+        command: one of `COMMANDS`.
+    """
+    module = importlib.import_module(f"lightspine_cli.{command}_command")
+    parser = SentenceParser(
         prog=f"lightspine {command}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    module.add_arguments(command_parser)
-    # The arguments as given belong to what a report says about itself.
-    return int(module.run(command_parser.parse_args(rest, argparse.Namespace(arguments=rest))))
+    module.add_arguments(parser)
+    return parser
 
 
 def _top_parser() -> SentenceParser:

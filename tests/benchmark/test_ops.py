@@ -8,12 +8,7 @@ import torch.nn as nn
 
 from lightspine.benchmark.ops import count_steps, measure_ops
 from lightspine.benchmark.ops_cases import CASES, ScanCase, find_cases
-from lightspine.benchmark.ops_memory import (
-    RESOLUTION_BYTES,
-    ScanMemory,
-    can_measure_memory,
-    measure_scan_memory,
-)
+from lightspine.benchmark.ops_memory import ScanMemory, measure_scan_memory
 from lightspine.benchmark.ops_targets import check_row, check_share
 from lightspine.benchmark.ops_time import (
     BLOCKED,
@@ -23,6 +18,7 @@ from lightspine.benchmark.ops_time import (
     SCAN,
     SCAN_TRAINING,
 )
+from lightspine.benchmark.resident import RESOLUTION_BYTES, can_measure_memory
 from lightspine.benchmark.scan_share import ScanShare, measure_scan_share
 from lightspine.benchmark.turns import Timing
 from lightspine.blocks import VimBlock, VSSBlock

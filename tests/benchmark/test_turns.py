@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lightspine.benchmark.turns import time_in_turns
+from lightspine.benchmark.turns import collect_in_turns, time_in_turns
 
 
 def _clock(durations_s: list[float]) -> Callable[[], float]:
@@ -32,3 +32,49 @@ def test_function_over_its_budget_sits_out_after_three_calls() -> None:
 def test_function_within_its_budget_takes_part_in_every_round() -> None:
     found = time_in_turns({"fast": lambda: None}, repeats=9, budget_s=1, clock=_clock([0.1] * 9))["fast"]
     assert found.calls == 9
+
+
+def test_warm_up_is_not_timed() -> None:
+    log: list[str] = []
+    found = collect_in_turns(
+        {"a": lambda: log.append("a")}, repeats=2, warmup=3, clock=_clock([0.5, 0.1]), on_call=log.append
+    )
+    assert found["a"] == pytest.approx([0.5, 0.1])
+    assert log == ["a", "a"] * 5
+
+
+def test_order_is_drawn_anew_in_each_round() -> None:
+    log: list[str] = []
+    collect_in_turns({name: lambda name=name: log.append(name) for name in "abcd"}, repeats=8, warmup=0)
+    rounds = {tuple(log[i : i + 4]) for i in range(0, len(log), 4)}
+    assert len(rounds) > 1
+
+
+def test_function_that_fails_leaves_and_the_others_go_on() -> None:
+    calls = {"good": 0, "bad": 0}
+    failures: list[tuple[str, str]] = []
+
+    def good() -> None:
+        calls["good"] += 1
+
+    def bad() -> None:
+        calls["bad"] += 1
+        if calls["bad"] == 3:
+            raise RuntimeError("worn out")
+
+    found = collect_in_turns(
+        {"good": good, "bad": bad},
+        repeats=4,
+        warmup=1,
+        on_error=lambda name, error: failures.append((name, str(error))),
+    )
+    assert failures == [("bad", "worn out")]
+    assert (list(found), len(found["good"]), calls) == (["good"], 4, {"good": 5, "bad": 3})
+
+
+def test_first_failure_ends_everything_where_nobody_takes_it() -> None:
+    def bad() -> None:
+        raise RuntimeError("worn out")
+
+    with pytest.raises(RuntimeError, match="worn out"):
+        collect_in_turns({"bad": bad}, repeats=1)

@@ -1,4 +1,4 @@
-"""What `lightspine bench ops` prints and refuses."""
+"""What `lightspine bench` prints and refuses."""
 
 import json
 
@@ -42,13 +42,20 @@ def test_help_of_ops_names_its_options(capsys: pytest.CaptureFixture[str]) -> No
     ("arguments", "part"),
     [
         (["bench"], "ops"),
-        (["bench", "models"], "models"),
+        (["bench", "model-of-nobody"], "unknown model 'model-of-nobody'"),
+        (["bench", "shvit_s1", "--size", "224x"], "expected sizes such as 224,448x672, got '224x'"),
+        (["bench", "shvit_s1", "--size", "16"], "at least 32 x 32 pixels, got 16 x 16"),
+        (["bench", "shvit_s1", "--batch", "0"], "must be at least 1, got [0]"),
+        (["bench", "shvit_s1", "--mode", "fast"], "expected modes out of eager, optimized, compile, onnx"),
+        (["bench", "shvit_s1", "--dtype", "int4"], "expected dtypes out of float32, bfloat16, float16"),
+        (["bench", "shvit_s1", "--device", "abacus"], "expected devices out of cpu, cuda, got abacus"),
+        (["bench", "shvit_s1", "--resume"], "expected --out with the folder of the run to resume"),
+        (["bench", "--preset", "vim-resolutions"], "the closest are vim-resolution"),
         (["bench", "ops", "--shapes", "vmamba-9"], "got vmamba-9"),
         (["bench", "ops", "--batch", "one"], "expected numbers such as 1,8, got 'one'"),
         (["bench", "ops", "--batch", "0"], "must be at least 1, got 0"),
         (["bench", "ops", "--parts", "speed"], "got speed"),
     ],
-    ids=["no kind", "unknown kind", "unknown shape", "no number", "batch of none", "unknown part"],
 )
 def test_wrong_use_is_one_sentence_and_status_2(
     arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]
@@ -57,3 +64,42 @@ def test_wrong_use_is_one_sentence_and_status_2(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert part in lines[0]
+
+
+def test_list_of_presets_tells_how_many_models_each_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--list-presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [steps] = [line.split() for line in lines if line.startswith("vmamba-steps")]
+    assert steps[:3] == ["vmamba-steps", "11", "1"]
+
+
+def test_help_names_the_options_and_the_other_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("--preset", "--size", "--mode", "--resume", "bench ops", "bench export"):
+        assert word in shown
+
+
+def test_table_of_models_shows_measured_beside_published(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The processes that measure memory import everything anew.
+    monkeypatch.setattr("lightspine.benchmark.models.run.can_measure_memory", lambda: False)
+    arguments = [
+        "shvit_s1",
+        "--threads",
+        "1",
+        "--repeats",
+        "1",
+        "--mode",
+        "eager,onnx",
+        "--dtype",
+        "bfloat16",
+    ]
+    assert main(["bench", *arguments]) == 0
+    shown = capsys.readouterr().out
+    measured, why = shown.split("not measured")
+    cells = measured.splitlines()[-2].split()
+    assert cells[:6] == ["shvit_s1", "lightspine", "eager", "bfloat16", "1", "224x224"]
+    assert cells[-2:] == ["72.8", "33489"]
+    assert "absent   the exported files are measured in float32, not in bfloat16" in why

@@ -61,32 +61,33 @@ def measure_latency_ms(
     if repeats < 1:
         raise UsageError(f"repeats must be at least 1, got {repeats}")
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    with _eval_mode(models.values()), _torch_threads(threads), torch.inference_mode():
+    with _eval_mode(models.values()), torch_threads(threads), torch.inference_mode():
         for round_ in range(-warmup, repeats):
             for name, model in models.items():
                 elapsed = _time_once(model, inputs[name], clock)
                 if round_ >= 0:
                     seconds[name].append(elapsed)
-    return {name: _summarise(values) for name, values in seconds.items()}
+    return {name: summarise(values) for name, values in seconds.items()}
 
 
 def _time_once(model: nn.Module, batch: Tensor, clock: Callable[[], float]) -> float:
-    _wait_for(batch.device)
+    wait_for(batch.device)
     start = clock()
     model(batch)
-    _wait_for(batch.device)
+    wait_for(batch.device)
     return clock() - start
 
 
-def _wait_for(device: torch.device) -> None:
-    # Accelerators return before they have computed.
+def wait_for(device: torch.device) -> None:
+    """Return when an accelerator has computed what it was given: it returns before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
-def _summarise(seconds: list[float]) -> Latency:
+def summarise(seconds: list[float]) -> Latency:
+    """Return the median and the 90th percentile (nearest rank) of one or more durations."""
     ordered = sorted(seconds)
     return Latency(
         median_ms=1000 * statistics.median(ordered),
@@ -108,7 +109,8 @@ def _eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Compute on so many threads meanwhile; `None` leaves them as they are."""
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)

@@ -11,9 +11,10 @@ import torch.nn as nn
 
 import lightspine
 from lightspine.benchmark.ops_cases import ScanCase
-from lightspine.benchmark.ops_memory import ScanMemory, can_measure_memory, measure_scan_memory
+from lightspine.benchmark.ops_memory import ScanMemory, measure_scan_memory
 from lightspine.benchmark.ops_targets import Check, check_row, check_share
 from lightspine.benchmark.ops_time import time_scan
+from lightspine.benchmark.resident import can_measure_memory
 from lightspine.benchmark.saved import count_saved_bytes
 from lightspine.benchmark.scan_share import ScanShare, measure_scan_share
 from lightspine.benchmark.system import describe_system

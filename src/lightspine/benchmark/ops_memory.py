@@ -1,31 +1,23 @@
 """How much memory a scan takes beyond its inputs, by the high-water mark of a fresh process (Linux).
 
-The mark of resident memory is set back just before the call and read just after it. In that process every
-block from 64 KiB up is mapped when it is asked for and unmapped when it is freed, so nothing that an earlier
-call left behind is used again unseen, and huge pages are off. The kernels are compiled and have run once. The
-system counts pages in lots for each processor, so a difference below `RESOLUTION_BYTES` means nothing.
+`lightspine.benchmark.resident` says how it is read. The kernels are compiled and have run once.
 """
 
-import ctypes
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from lightspine.benchmark.ops_cases import ScanCase
+from lightspine.benchmark.resident import measuring_environment, peak_bytes_of, start_measuring
 from lightspine.errors import LightspineError
 
-RESOLUTION_BYTES = 2**19
 _REPEATS = 3
-_MAPPED_FROM_BYTES = 2**16
-_PR_SET_THP_DISABLE = 41
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +38,6 @@ class ScanMemory:
     backward: int
 
 
-def can_measure_memory() -> bool:
-    """Tell whether this system lets a process set its own high-water mark back."""
-    return os.access("/proc/self/clear_refs", os.W_OK)
-
-
 def measure_scan_memory(
     jobs: Sequence[tuple[ScanCase, int]], threads: int
 ) -> Iterator[tuple[ScanCase, int, ScanMemory]]:
@@ -68,9 +55,8 @@ def measure_scan_memory(
     """
     work = {"threads": threads, "jobs": [[dataclasses.asdict(case), batch] for case, batch in jobs]}
     command = [sys.executable, "-m", "lightspine.benchmark.ops_memory", json.dumps(work)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(_MAPPED_FROM_BYTES)}
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=measuring_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -83,7 +69,7 @@ def measure_scan_memory(
 
 
 def _main(work: str) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    start_measuring()
     settings = json.loads(work)
     torch.set_num_threads(settings["threads"])
     for case, batch in settings["jobs"]:
@@ -98,9 +84,9 @@ def _measure(case: ScanCase, batch: int) -> ScanMemory:
     forward, backward = [], []
     for _ in range(1 + _REPEATS):
         with torch.no_grad():
-            forward.append(_peak_of(operator, *leaves))
+            forward.append(peak_bytes_of(operator, *leaves))
         out = operator(*leaves)
-        backward.append(_peak_of(torch.autograd.grad, out, leaves, torch.ones_like(out)))
+        backward.append(peak_bytes_of(torch.autograd.grad, out, leaves, torch.ones_like(out)))
     # The operator over a sequence also hands over the last state.
     state = 0 if case.directions else batch * case.dim * case.state_dim * out.element_size()
     return ScanMemory(
@@ -110,23 +96,6 @@ def _measure(case: ScanCase, batch: int) -> ScanMemory:
         forward=int(statistics.median(forward[1:])),
         backward=int(statistics.median(backward[1:])),
     )
-
-
-def _peak_of(function: Callable[..., object], *arguments: object) -> int:
-    """Return by how much the resident memory rose at its highest while the function ran."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
-    result = function(*arguments)
-    peak = _status_bytes("VmHWM")
-    del result
-    return peak - before
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise LightspineError(f"the system does not tell {field} in /proc/self/status")
 
 
 def _bytes_of(t: torch.Tensor) -> int:

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lightspine.benchmark.ops_cases import ScanCase
-from lightspine.benchmark.ops_memory import RESOLUTION_BYTES, ScanMemory
+from lightspine.benchmark.ops_memory import ScanMemory
 from lightspine.benchmark.ops_time import BLOCKED, FLOOR, REFERENCE, SCAN, SCAN_TRAINING
+from lightspine.benchmark.resident import RESOLUTION_BYTES
 from lightspine.benchmark.scan_share import ScanShare
 from lightspine.benchmark.turns import Timing
 

@@ -40,7 +40,7 @@ def measure_scan_share(model: nn.Module, images: Tensor, *, repeats: int = 5, wa
     """
     model.eval()
     passes = []
-    with torch.inference_mode(), _quiet_profiler():
+    with torch.inference_mode(), quiet_profiler():
         for _ in range(warmup):
             model(images)
         for _ in range(repeats):
@@ -60,8 +60,9 @@ def measure_scan_share(model: nn.Module, images: Tensor, *, repeats: int = 5, wa
 
 
 @contextmanager
-def _quiet_profiler() -> Iterator[None]:
-    # PyTorch's profiler writes to the standard error when it starts, unless told not to before its first use.
+def quiet_profiler() -> Iterator[None]:
+    """Keep PyTorch's profiler from writing to the standard error, as it does when it starts."""
+    # It reads this before its first use.
     level = os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         yield

@@ -1,0 +1,1 @@
+"""The protocol of `lightspine bench MODELS`: whole models, ours and timm's, measured in turns."""

@@ -1,0 +1,1 @@
+"""The page of a report: what it says, in which order, and how it becomes HTML."""

@@ -1,0 +1,127 @@
+"""Tell where the time of one model goes: per module, per kind of module and per operator of PyTorch."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightspine_cli._output import print_facts, print_json, print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `lightspine profile`."""
+    parser.add_argument("model", metavar="NAME", help="a name of ours, or timm/NAME")
+    parser.add_argument("--size", metavar="224|448x672", help="pixels (default: the model's own)")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time (default: %(default)s)")
+    parser.add_argument(
+        "--mode",
+        choices=("eager", "optimized"),
+        default="eager",
+        help="as it is trained, or for inference (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)"
+    )
+    parser.add_argument("--train", action="store_true", help="profile a training step")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--top", type=int, default=15, help="lines of each list (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write profile.json and trace.json")
+    parser.add_argument("--json", action="store_true", help="print one object with all numbers")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Profile and print."""
+    from rich.console import Console
+
+    from lightspine.benchmark.models.specs import parse_model
+    from lightspine.benchmark.profiling import ProfileSettings, profile_model
+    from lightspine.errors import UsageError
+
+    if args.top < 1:
+        raise UsageError(f"--top must be at least 1, got {args.top}")
+    settings = ProfileSettings(
+        batch=args.batch,
+        size=_size(args.size),
+        mode=args.mode,
+        dtype=args.dtype,
+        device=args.device,
+        threads=args.threads,
+        train=args.train,
+        repeats=args.repeats,
+    )
+    spec = parse_model(args.model)
+    console = Console(stderr=True)
+    if sys.stderr.isatty():
+        with console.status("starting") as status:
+            profile = profile_model(spec, settings, args.out, on_step=lambda text: status.update(text))
+    else:
+        profile = profile_model(spec, settings, args.out)
+    if args.json:
+        print_json(profile.as_dict())
+    else:
+        _print(profile, args.top, args.out)
+    return 0
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    from lightspine.errors import UsageError
+
+    if text is None:
+        return None
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise UsageError(f"expected a size such as 224 or 448x672, got {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
+def _print(profile: Any, top: int, folder: Path | None) -> None:
+    settings, operators = profile.settings, profile.operators
+    height, width = settings["size"]
+    what = "training step" if settings["train"] else "forward pass"
+    print_facts(
+        [
+            ("model", f"{profile.model}, {profile.source}, {settings['mode']}, {settings['dtype']}"),
+            ("images", f"{settings['batch']} x {height} x {width}"),
+            ("processor", f"{profile.system['processor']}, threads: {settings['threads']}"),
+            (what, f"{profile.run_ms:.1f} ms; under the profiler {operators.run_ms:.1f} ms"),
+            ("scans", f"{operators.scan_ms:.1f} ms, {100 * operators.scan_share:.1f} % of it"),
+        ]
+    )
+    whole = profile.modules[0].total_ms
+    print()
+    print_table(
+        ("kind of module", ">own ms", ">% of forward"),
+        [(kind, f"{ms:.2f}", f"{100 * ms / whole:.1f}") for kind, ms in list(profile.kinds.items())[:top]],
+    )
+    print()
+    print_table(
+        ("module", "kind", ">calls", ">ms", ">own ms", ">% of forward"),
+        [
+            (
+                module.name or "(the model)",
+                module.kind,
+                str(module.calls),
+                f"{module.total_ms:.2f}",
+                f"{module.own_ms:.2f}",
+                f"{100 * module.total_ms / whole:.1f}",
+            )
+            for module in profile.modules[:top]
+        ],
+    )
+    print()
+    print_table(
+        ("operator", ">calls", ">own ms", ">% of run"),
+        [
+            (
+                operator.name,
+                str(operator.calls),
+                f"{operator.own_ms:.2f}",
+                f"{100 * operator.own_ms / operators.run_ms:.1f}",
+            )
+            for operator in operators.operators[:top]
+        ],
+    )
+    if folder is not None:
+        print(f"\n{folder}: profile.json has every module and operator, trace.json opens in Perfetto")
