@@ -1,0 +1,172 @@
+"""Look into a network: receptive fields, class activation, attention, contexts, importance, redundant heads.
+
+  erf         which pixels the centre of a map depends on, before and after training; any model
+  cam         Grad-CAM and activation maps of every stage; any model
+  attention   what one pixel reads: scans of VMamba and Vim, SHViT, EfficientMod, transformers
+  context     averages of EfficientMod's context layers
+  importance  what EfficientViM's positions write to the hidden state, and read from it
+  redundancy  how alike the heads of a multi-head model are, and its score without each
+
+Each image gets NAME.png, NAME.svg and NAME.npz in --out, several a contact_sheet as well.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightspine.analysis import ImageResult, Subject
+
+KINDS = ("erf", "cam", "attention", "context", "importance", "redundancy")
+
+_OF_KIND = {
+    "query": ("attention",),
+    "class": ("cam",),
+    "stage": ("erf", "cam", "attention", "context", "importance"),
+    "data": ("redundancy",),
+}
+_MOST_ON_SHEET = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `lightspine analyze`."""
+    parser.add_argument("kind", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint file, or the name of a model")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files or folders")
+    parser.add_argument("--checkpoint", type=Path, help="weights, where MODEL is a name; else initial ones")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for what comes out")
+    parser.add_argument(
+        "--query",
+        metavar="Y,X|class",
+        help="attention: a pixel of the image as the network sees it (default: the middle), or the class "
+        "token, layer by layer",
+    )
+    parser.add_argument("--stage", type=int, metavar="N", help="number of a stage, from 0")
+    parser.add_argument("--class", metavar="NAME", help="cam: the class to explain (default: the top one)")
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="redundancy: CLASS/*, to score without each head"
+    )
+    parser.add_argument(
+        "--size", metavar="HxW|native", help="what the network sees, in px (default: the checkpoint's own)"
+    )
+    parser.add_argument("--device", default="cpu", help="torch's name of the device (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compute, draw and write; print what was written."""
+    from lightspine.analysis import list_files, open_subject
+    from lightspine.errors import UsageError
+
+    for option, kinds in _OF_KIND.items():
+        if getattr(args, option) is not None and args.kind not in kinds:
+            raise UsageError(f"--{option} belongs to {', '.join(kinds)}, got it with {args.kind}")
+    if args.out.is_file():
+        raise UsageError(f"expected a folder for --out, got the file {args.out}")
+    query, files = _parse_query(args.query), list_files(args.images)
+    # What is written is called like the images: beside them it would take their place.
+    if beside := [file for file in files if file.resolve().parent == args.out.resolve()]:
+        raise UsageError(f"expected another folder for --out than that of the image {beside[0]}")
+    subject = open_subject(args.model, args.checkpoint, size=_parse_size(args.size), device=args.device)
+    if args.kind in ("erf", "redundancy"):
+        return _run_on_all(args, subject, files)
+    return _run_on_each(args, subject, files, query)
+
+
+def _run_on_all(args: argparse.Namespace, subject: "Subject", files: list[Path]) -> int:
+    """Average over the images: one figure."""
+    from lightspine.analysis import erf, redundancy
+
+    result: Any
+    if args.kind == "erf":
+        result = erf(subject, _with_bar(files, "erf"), stage=args.stage)
+        for field in result.fields:
+            print(f"{field.state}: half of the contribution within {field.side_of(0.5)} px")
+    else:
+        labelled = [] if args.data is None else _labelled(args.data, subject)
+        result = redundancy(subject, files, labelled=labelled, bar=_with_bar)
+        for module, cosine in zip(result.modules, result.mean_similarity(), strict=True):
+            print(f"{module}: mean cosine between two heads {cosine:.3f}")
+    _write(result, args.out / args.kind)
+    return 0
+
+
+def _run_on_each(args: argparse.Namespace, subject: "Subject", files: list[Path], query: Any) -> int:
+    from lightspine.analysis import attention, cam, context, draw_results, importance, save_figure
+
+    functions: dict[str, Any] = {
+        "cam": lambda image: cam(subject, [image], stage=args.stage, target=getattr(args, "class")),
+        "attention": lambda image: attention(subject, [image], query=query, stage=args.stage),
+        "context": lambda image: context(subject, [image], stage=args.stage),
+        "importance": lambda image: importance(subject, [image], stage=args.stage),
+    }
+    names = _names(files)
+    on_sheet: list[ImageResult] = []
+    for file in _with_bar(files, args.kind):
+        (result,) = functions[args.kind](file)
+        _write(result, args.out / names[file], said=len(files) == 1)
+        if len(on_sheet) < _MOST_ON_SHEET:
+            on_sheet.append(result)
+    if len(files) > 1:
+        save_figure(draw_results(on_sheet), args.out / "contact_sheet")
+        print(f"wrote {len(files)} images' maps to {args.out}, {len(on_sheet)} on contact_sheet.png")
+    print(f"{subject.name}, {subject.state}; {on_sheet[0].picture.note}")
+    return 0
+
+
+def _write(result: Any, base: Path, *, said: bool = True) -> None:
+    from lightspine.analysis import save_arrays, save_figure
+
+    written = [*save_figure(result.figure(), base), save_arrays(result.arrays(), base)]
+    for path in written if said else ():
+        print(f"wrote {path}")
+
+
+def _names(files: list[Path]) -> dict[Path, str]:
+    """Return names for what is written: the file's own, with its folder's where two would be alike."""
+    stems = [file.stem for file in files]
+    named: dict[Path, str] = {}
+    for file in files:
+        name = file.stem if stems.count(file.stem) == 1 else f"{file.parent.name}_{file.stem}"
+        while name in named.values() or name == "contact_sheet":
+            name += "_"
+        named[file] = name
+    return named
+
+
+def _labelled(folder: Path, subject: "Subject") -> Any:
+    from lightspine.data import list_images
+
+    return list_images(folder, subject.class_names)[1]
+
+
+def _with_bar(items: Any, what: str) -> Any:
+    import sys
+
+    from rich.console import Console
+    from rich.progress import track
+
+    if not sys.stderr.isatty():
+        return items
+    return track(items, what, transient=True, console=Console(file=sys.stderr))
+
+
+def _parse_query(text: str | None) -> Any:
+    from lightspine.errors import UsageError
+
+    if text is None or text == "class":
+        return text
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise UsageError(f"expected --query as Y,X in pixels or class, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _parse_size(text: str | None) -> Any:
+    from lightspine.errors import UsageError
+
+    if text is None or text == "native":
+        return text
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+        raise UsageError(f"expected --size as HxW or N in pixels, or native, got {text!r}")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
