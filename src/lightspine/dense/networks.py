@@ -56,7 +56,7 @@ def create_detector(
         UsageError: an unknown name or argument, a value out of its range, a file of another head or model.
         LightspineError: the checkpoint cannot be read or does not fit.
 
-    Example:
+    Examples:
         >>> from lightspine.dense import create_detector
         >>> detector = create_detector("retinanet", "shvit_s1", num_classes=80, freeze_batch_norm=True)
     """
@@ -108,7 +108,7 @@ def create_segmenter(
         UsageError: as `create_detector`.
         LightspineError: as `create_detector`.
 
-    Example:
+    Examples:
         >>> from lightspine.dense import create_segmenter
         >>> segmenter = create_segmenter("semantic_fpn", "shvit_s1", num_classes=150)
     """

@@ -61,7 +61,7 @@ def predict(
         UsageError: a name without a checkpoint, a missing or too small image, topk below 1.
         LightspineError: an image or the checkpoint cannot be read; the message names it.
 
-    Example:
+    Examples:
         >>> from lightspine.evaluation import predict
         >>> for prediction in predict("runs/digits/model.safetensors", ["seven.png"]):  # doctest: +SKIP
         ...     print(prediction.path, prediction.classes[0].name)

@@ -18,7 +18,7 @@ class CountedDetector(nn.Module):
         proposals: boxes that each box head sees.
         masks: boxes that the mask head sees.
 
-    Example:
+    Examples:
         >>> import lightspine, torch
         >>> from lightspine.benchmark.macs import count_macs
         >>> from lightspine.heads import FeatureBackbone, build_detector

@@ -88,7 +88,7 @@ def build_detector(
         UsageError: an unknown name, no class, an anchor scale that is not above 0, or a backbone whose
             strides no pyramid fits.
 
-    Example:
+    Examples:
         >>> import lightspine, torch
         >>> model = lightspine.create_model("shvit_s1", features_only=True)
         >>> detector = build_detector("retinanet", FeatureBackbone(model), num_classes=80, resize=None)

@@ -41,7 +41,7 @@ class FeatureBackbone(nn.Module):
         UsageError: not a `features_only` model, more frozen stages than the model has, or a model that does
             not tell its stages.
 
-    Example:
+    Examples:
         >>> import lightspine, torch
         >>> model = lightspine.create_model("shvit_s1", features_only=True)
         >>> backbone = FeatureBackbone(model, freeze_batch_norm=True)

@@ -137,7 +137,7 @@ def build_segmenter(
         UsageError: an unknown name, no class, an auxiliary weight below 0, a plain backbone with neither one
             nor four maps, strides that the FPN cannot join.
 
-    Example:
+    Examples:
         >>> import lightspine, torch
         >>> model = lightspine.create_model("shvit_s1", features_only=True)
         >>> segmenter = build_segmenter("upernet", FeatureBackbone(model), num_classes=150).eval()

@@ -73,7 +73,7 @@ def predict_dense(
         UsageError: a missing or too small image, an option that the network has no use for.
         LightspineError: a file cannot be read or written; the message names it.
 
-    Example:
+    Examples:
         >>> from lightspine.evaluation.dense import predict_dense
         >>> for found in predict_dense("runs/nuclei/model.safetensors", ["a.png"]):  # doctest: +SKIP
         ...     print(found.path, len(found.objects))

@@ -1,0 +1,42 @@
+"""The Python in the documentation runs; the blocks of a page are one session."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import lightspine
+from lightspine.data import export_digits
+from lightspine.export import export_onnx
+from support.pages import PAGES, ROOT, blocks, page_name
+
+# README.md has a test of its own, which compares what is printed too.
+# The page on exports writes and compares files of several precisions: some 16 s.
+WITH_CODE = [
+    pytest.param(page, marks=pytest.mark.slow) if page.name == "export.md" else page
+    for page in PAGES
+    if blocks(page, "python") and page != ROOT / "README.md"
+]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=page_name)
+def test_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if page.name == "adding.md":
+        pytest.skip(
+            "its family would stay registered here: test_adding_a_family.py runs it in a process of its own"
+        )
+    if page.name == "export.md":
+        # What the page takes for granted.
+        export_onnx(lightspine.create_model("shvit_s1", num_classes=3).eval(), tmp_path / "model.onnx")
+        Image.effect_noise((80, 97), 40).convert("RGB").save(tmp_path / "image.jpg")
+    if page.name == "analysis.md":
+        # The files of `lightspine demo`, with a smaller network.
+        small = lightspine.create_model(
+            "vmamba_tiny", num_classes=10, embed_dims=(8, 16, 32, 64), depths=[1] * 4
+        )
+        export_digits(tmp_path / "lightspine-demo" / "images", count=10)
+        lightspine.save_checkpoint(small, tmp_path / "lightspine-demo" / "vmamba_tiny.safetensors")
+    namespace: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page_name(page), "exec"), namespace)
