@@ -31,21 +31,17 @@ def print_export(report: Any) -> None:
     print_table(_COLUMNS, rows, title="medians of calls in turns, 224 pixels")
     print()
     print_table(
-        ("target", "", ">met", "not met"),
-        [_summary(report.checks, target) for target in dict.fromkeys(map(_target, report.checks))],
+        ("model", "quotient", ">measured", ">target", ""),
+        [
+            (
+                check.where,
+                check.what,
+                f"{check.value:.3f}",
+                f"{check.rule} {check.limit:g}",
+                "met" if check.met else "missed",
+            )
+            for check in report.checks
+        ],
     )
-
-
-def _target(check: Any) -> tuple[str, str, float]:
-    return check.what, check.rule, check.limit
-
-
-def _summary(checks: list[Any], target: tuple[str, str, float]) -> tuple[str, str, str, str]:
-    same = [check for check in checks if _target(check) == target]
-    missed = [f"{check.where} ({check.value:.2f})" for check in same if not check.met]
-    return (
-        target[0],
-        f"{target[1]} {target[2]:g}",
-        f"{len(same) - len(missed)} of {len(same)}",
-        "; ".join(missed),
-    )
+    print()
+    print(f"{sum(check.met for check in report.checks)} of {len(report.checks)} targets met")

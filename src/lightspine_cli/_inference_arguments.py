@@ -6,6 +6,7 @@ from typing import Any
 
 # As the library calls them: there "model" is also the name of the entry in official files.
 _WEIGHTS = {"auto": "auto", "raw": "model", "ema": "ema"}
+_CHECKPOINT_ENDINGS = {".onnx", ".safetensors", ".pth", ".pt", ".ckpt"}
 
 
 def add_preparation(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,27 @@ def add_preparation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--crop-mode", choices=("center", "squash", "border"), help="squash: both sides alike, ratio lost"
     )
+
+
+def take_checkpoint(args: argparse.Namespace, files: list[Path]) -> list[Path]:
+    """Let the first of some files be the checkpoint, where its name ends as a checkpoint's; return the rest.
+
+    Raises:
+        UsageError: no checkpoint, or one more than `--checkpoint` names.
+    """
+    from lightspine.errors import UsageError
+
+    first = files[0] if files and files[0].suffix.lower() in _CHECKPOINT_ENDINGS else None
+    if first is None and args.checkpoint is None:
+        raise UsageError(
+            "expected a checkpoint: an .onnx or .safetensors file as first argument, or --checkpoint"
+        )
+    if first is None:
+        return files
+    if args.checkpoint is not None:
+        raise UsageError(f"expected one checkpoint, got {first} and --checkpoint {args.checkpoint}")
+    args.checkpoint = first
+    return files[1:]
 
 
 def add_bulk(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightspine_cli._dense_options import EVALUATE, add_evaluation, find_kind, refuse_foreign
 from lightspine_cli._dense_output import evaluate_dense
-from lightspine_cli._inference_arguments import add_preparation, preparation
+from lightspine_cli._inference_arguments import add_preparation, preparation, take_checkpoint
 from lightspine_cli._output import print_facts, print_json, print_table
 
 _SHOWN = 50
@@ -16,8 +16,13 @@ _SHOWN = 50
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lightspine evaluate`."""
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="weights: ours, an official file or timm's"
+        "file",
+        nargs="?",
+        type=Path,
+        metavar="FILE",
+        help="a checkpoint or an exported .onnx file, unless --checkpoint names it",
     )
+    parser.add_argument("--checkpoint", type=Path, help="weights: ours, an official file or timm's")
     parser.add_argument(
         "--data",
         required=True,
@@ -58,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out is not None and (args.out.suffix == ".json" or args.out.is_file()):
         raise UsageError(f"expected a folder for --out, got {args.out}")
+    if take_checkpoint(args, [args.file] if args.file is not None else []):
+        raise UsageError(f"expected a checkpoint as the only argument without an option, got {args.file}")
     kind = find_kind(args)
     refuse_foreign(args, kind, EVALUATE)
     if kind != "classifier":

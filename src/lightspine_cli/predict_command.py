@@ -12,6 +12,7 @@ from lightspine_cli._inference_arguments import (
     bulk_options,
     preparation,
     print_run,
+    take_checkpoint,
 )
 from lightspine_cli._output import print_json, print_table
 
@@ -22,12 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "images",
         nargs="*",
         type=Path,
-        metavar="IMAGE",
-        help="image files; of a detector or segmenter folders too",
+        metavar="FILE",
+        help="a checkpoint or an exported .onnx file, unless --checkpoint names it; then image files, for a "
+        "detector or segmenter folders too",
     )
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="weights: ours, an official file or timm's"
-    )
+    parser.add_argument("--checkpoint", type=Path, help="weights: ours, an official file or timm's")
     parser.add_argument("--model", metavar="NAME", help="the model's name, for a file that does not tell")
     parser.add_argument("--topk", type=int, default=5, help="how many classes to tell (default: %(default)s)")
     add_preparation(parser)
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the classes and probabilities of each image, or write those of many."""
     from lightspine.errors import UsageError
 
+    args.images = take_checkpoint(args, args.images)
     kind = find_kind(args)
     refuse_foreign(args, kind, PREDICT)
     if kind != "classifier":

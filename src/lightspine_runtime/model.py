@@ -54,7 +54,7 @@ class OnnxModel:
         UsageError: no such file, or one that lightspine did not write.
         LightspineError: ONNX Runtime cannot run the file.
 
-    Example:
+    Examples:
         >>> from lightspine_runtime import OnnxModel
         >>> model = OnnxModel("model.onnx")  # doctest: +SKIP
         >>> model.predict(["seven.png"])[0].classes[0]  # doctest: +SKIP

@@ -10,6 +10,7 @@ from lightspine.errors import UsageError
 from lightspine.export.check import compare, open_session, random_batches, session_function
 from lightspine.export.onnx_graph import to_onnx, write_scans_out
 from lightspine.export.program import trace
+from lightspine.export.scan_loops import IN_CACHE
 from lightspine.ops.cross_scan import cross_scan, list_scan_orders, register_scan_order, scan_order
 from lightspine.ops.selective_scan import scan
 from support.exporting import disturb
@@ -80,8 +81,9 @@ FORMS = {
 @pytest.mark.parametrize("network", FORMS.values(), ids=FORMS)
 def test_loop_gives_the_operator_s_values_at_any_size(network: nn.Module) -> None:
     run = session_function(open_session(as_onnx(disturb(network)).SerializeToString()))
-    # One pixel in a block, blocks that are full, and blocks that are not.
-    sizes = [(1, 2, 2), (2, 5, 7), (1, 8, 8), (1, 3, 40)]
+    # The last: two blocks of the loop with one state, of which the second is not full.
+    sizes = [(1, 2, 2), (2, 5, 7), (1, 8, 8), (1, 3, 40), (1, 53, 60)]
+    assert IN_CACHE / (4 * DIM) < 53 * 60 < 2 * (IN_CACHE // (4 * DIM))
     for found in compare(network, run, random_batches(DIM, sizes)):
         assert found.relative < 2e-6, found
 

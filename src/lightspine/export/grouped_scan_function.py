@@ -1,45 +1,37 @@
-"""The scan as a function of ONNX operators: two levels of loops, of about the square root of the length each.
-
-ONNX Runtime spends some microseconds on every step of a loop, so one loop over all positions costs several
-times what its arithmetic does. The sequence is cut into J blocks of T positions, T the root of the length:
-one loop over T finds what every block adds to the state, one over J the state before each block, a second
-one over T the outputs. All shapes stay free.
-"""
+"""The scans as functions of ONNX operators, in which all shapes stay free; their loops are `scan_loops`'."""
 
 from typing import Any
 
+from lightspine.export.scan_loops import IN_CACHE, loop_text
+
 FUNCTION_DOMAIN = "lightspine"
 
-# Behind the last position the last pixel is read again: what that adds comes after every output.
-_BEFORE = """
+_BEGINNING = """
 <opset_import: ["" : {opset}], domain: "lightspine">
-{name} (x, delta, bias, A, B, C, order) => (y)
+{name} ({arguments}) => (y)
 {{
   none = Constant<value_int=0>()
   single = Constant<value_int=1>()
-  first = Constant<value_ints=[0]>()
   one = Constant<value_ints=[1]>()
   two = Constant<value_ints=[2]>()
   last = Constant<value_ints=[-1]>()
   last_but_one = Constant<value_ints=[-2]>()
-  column = Constant<value_ints=[-1, 1]>()
-  leading = Constant<value_ints=[-1, 1, 1]>()
-
+  full = Constant<value_float=1.0>()
   batch = Shape<start=0, end=1>(delta)
   pixels = Shape<start=1, end=2>(delta)
+"""
+
+# Rows of D or N numbers are gathered in the order in which the groups visit them, positions outermost. Behind
+# the last position the last pixel is read again: what that adds comes after every output.
+_GATHER = """
+  column = Constant<value_ints=[-1, 1]>()
+  first = Constant<value_ints=[0]>()
   groups = Shape<start=2, end=3>(delta)
   dim = Shape<start=3, end=4>(delta)
   state = Shape<start=2, end=3>(A)
   maps = Shape<start=2, end=3>(x)
-
-  length_f = Cast<to=1>(pixels)
-  root = Sqrt(length_f)
-  side = Ceil(root)
-  T = Cast<to=7>(side)
   end = Sub(pixels, one)
-  rounded = Add(end, T)
-  J = Div(rounded, T)
-  padded = Mul(J, T)
+  {blocks}
 
   n_padded = Squeeze(padded)
   n_pixels = Squeeze(pixels)
@@ -48,14 +40,12 @@ _BEFORE = """
   positions = Range(none, n_padded, single)
   inside = Min(positions, end)
   visits = Gather<axis=1>(order, inside)
-  blocks_shape = Concat<axis=0>(groups, J, T)
-  visits_kjt = Reshape(visits, blocks_shape)
-  visits_tjk = Transpose<perm=[2, 1, 0]>(visits_kjt)
-  visits_tbjk = Unsqueeze(visits_tjk, one)
+  visits_sk = Transpose<perm=[1, 0]>(visits)
+  visits_sbk = Unsqueeze(visits_sk, one)
   images = Range(none, n_batch, single)
-  images_b = Reshape(images, leading)
+  images_b = Reshape(images, column)
   starts_b = Mul(images_b, pixels)
-  rows = Add(visits_tbjk, starts_b)
+  rows = Add(visits_sbk, starts_b)
   group = Range(none, n_groups, single)
   rows_k = Mul(rows, groups)
   group_rows = Add(rows_k, group)
@@ -76,126 +66,113 @@ _BEFORE = """
   Cs = Gather<axis=0>(C_rows, group_rows)
 """
 
-# (T, B, J, K, N or 1, D or 1): a step's element is the states of all groups of all blocks.
-# The first loop makes the steps as well: the elements of one step stay in the processor's cache meanwhile.
-_SCAN = """
-  At = Transpose<perm=[0, 2, 1]>(A)
-  shift = Unsqueeze(bias, last_but_one)
-  raw = Unsqueeze(deltas, last_but_one)
-  entering = Unsqueeze(xs, last_but_one)
-  writing = Unsqueeze(Bs, last)
-  reading = Unsqueeze(Cs, {read_axis})
-  raw_0 = Gather<axis=0>(raw, none)
-  no_step = Sub(raw_0, raw_0)
-  no_state = Mul(no_step, At)
-  full = Constant<value_float=1.0>()
-  {summed_start}
-  block_added, {summed}, {kept} = Scan<num_scan_inputs=3, body = add_up
-    (float[b,j,k,n,d] h, float[b,j,k,m,d] before, float[b,j,k,o,d] delta_t, float[b,j,k,o,d] x_t,
-     float[b,j,k,n,o] B_t) => (float[b,j,k,n,d] h2, float[b,j,k,m,d] after, {outputs}) {{
-    biased = Add(delta_t, shift)
-    {steps}
-    input = Mul(step, x_t) log = Mul(step, At) decay = Exp(log) added = Mul(input, B_t)
-    kept_state = Mul(decay, h) h2 = Add(kept_state, added) {summing}
-    }}>(no_state, start, raw, entering, writing)
-  {block_decay}
-  decays_j = Transpose<perm=[1, 0, 2, 3, 4]>(block_decay)
-  added_j = Transpose<perm=[1, 0, 2, 3, 4]>(block_added)
-  some = Gather<axis=0>(added_j, none)
-  empty = Sub(some, some)
-  final, starts_j = Scan<num_scan_inputs=2, body = chain
-    (float[b,k,n,d] h, float[b,k,n,d] decay, float[b,k,n,d] added)
-    => (float[b,k,n,d] h2, float[b,k,n,d] before) {{
-    kept_state = Mul(decay, h) h2 = Add(kept_state, added) before = Identity(h) }}>(empty, decays_j, added_j)
-  starts = Transpose<perm=[1, 0, 2, 3, 4]>(starts_j)
-  ends, ys = Scan<num_scan_inputs={count}, body = read_out
-    ({arguments}, float[b,j,k,p,q] c) => (float[b,j,k,n,d] h2, float[b,j,k,o,d] out) {{
-    {again} h2 = Add(kept_state, added) out = {read}(c, h2) }}>(starts, {kept}{written}, reading)
+_SINGLE_POSITIONS = "padded = Identity(pixels)"
+_BLOCKS = f"""
+  wanted = Constant<value_ints=[{IN_CACHE}]>()
+  rows_per_position = Mul(batch, groups)
+  numbers_per_position = Mul(rows_per_position, dim)
+  fitting = Div(wanted, numbers_per_position)
+  at_least_one = Max(fitting, one)
+  T = Min(at_least_one, pixels)
+  rounded = Add(end, T)
+  J = Div(rounded, T)
+  padded = Mul(J, T)
 """
 
-_AFTER = """
+# Back to the pixels: the inverse of the order tells at which position each of them was visited.
+_PLACE = """
   y_rows = Reshape(ys, rows_shape)
   walk = Range(none, n_pixels, single)
   order_shape = Shape(order)
   walks = Expand(walk, order_shape)
   places = ScatterElements<axis=1>(order, order, walks)
-  place_t = Mod(places, T)
-  place_j = Div(places, T)
-  place_tb = Mul(place_t, batch)
-  place_1tb = Unsqueeze(place_tb, first)
-  place_b = Add(place_1tb, images_b)
-  place_bj = Mul(place_b, J)
-  place_j_in = Add(place_bj, place_j)
-  place_k = Mul(place_j_in, groups)
-  group_column = Reshape(group, column)
-  place_bkp = Add(place_k, group_column)
-  place_bpk = Transpose<perm=[0, 2, 1]>(place_bkp)
-  found = Gather<axis=0>(y_rows, place_bpk)
+  places_pk = Transpose<perm=[1, 0]>(places)
+  places_b = Mul(places_pk, batch)
+  places_1b = Unsqueeze(places_b, first)
+  images_11 = Unsqueeze(images_b, last)
+  places_bpk = Add(places_1b, images_11)
+  place_rows = Mul(places_bpk, groups)
+  places_of_groups = Add(place_rows, group)
+  found = Gather<axis=0>(y_rows, places_of_groups)
   y = ReduceSum<keepdims=0>(found, two)
 }}
 """
 
-# ONNX Runtime's own Softplus takes three times as long. log(1 + e) loses the last digits of a small e, which
-# `e - (u - 1)`, the rounding error of u = 1 + e, gives back.
-_SOFTPLUS = """
-    positive = Relu(biased) size = Abs(biased) below = Neg(size) e = Exp(below) u = Add(e, full)
-    grown = Log(u) u_1 = Sub(u, full) lost = Sub(e, u_1) rest = Add(grown, lost) step = Add(positive, rest)
+# A sequence is one group whose order is that of its positions.
+_SEQUENCE = """
+  groups = Identity(one)
+  dim = Shape<start=2, end=3>(delta)
+  state = Shape<start=2, end=3>(A)
+  deltas_s = Transpose<perm=[1, 0, 2]>(delta)
+  xs_s = Transpose<perm=[1, 0, 2]>(x)
+  Bs_s = Transpose<perm=[1, 0, 2]>(B)
+  Cs_s = Transpose<perm=[1, 0, 2]>(C)
+  deltas = Unsqueeze(deltas_s, two)
+  xs = Unsqueeze(xs_s, two)
+  Bs = Unsqueeze(Bs_s, two)
+  Cs = Unsqueeze(Cs_s, two)
+"""
+_SEQUENCE_END = """
+  inner = Constant<value_ints=[2, 3]>()
+  ys_s = Squeeze(ys, inner)
+  y = Transpose<perm=[1, 0, 2]>(ys_s)
+}}
 """
 
-# With one state the decays are kept for the second loop; with many it makes them again from the steps, which
-# are far fewer.
-_ONE_STATE = {
-    "read_axis": "last",
-    "summed_start": "start = Exp(no_state)",
-    "summed": "block_decay",
-    "summing": "after = Mul(before, decay)",
-    "block_decay": "",
-    "kept": "decays, writes",
-    "outputs": "float[b,j,k,n,d] decay, float[b,j,k,n,d] added",
-    "count": "3",
-    "arguments": "float[b,j,k,n,d] h, float[b,j,k,n,d] decay, float[b,j,k,n,d] added",
-    "again": "kept_state = Mul(decay, h)",
-    "written": "",
-    "read": "Mul",
-}
-_MANY_STATES = {
-    "read_axis": "last_but_one",
-    "summed_start": "start = Identity(no_step)",
-    "summed": "total",
-    "summing": "after = Add(before, step)",
-    "block_decay": "total_log = Mul(total, At) block_decay = Exp(total_log)",
-    "kept": "all_steps, inputs",
-    "outputs": "float[b,j,k,o,d] step, float[b,j,k,o,d] input",
-    "count": "4",
-    "arguments": "float[b,j,k,n,d] h, float[b,j,k,m,d] step, float[b,j,k,m,d] input, float[b,j,k,n,m] B_t",
-    "again": "log = Mul(step, At) decay = Exp(log) kept_state = Mul(decay, h) added = Mul(input, B_t)",
-    "written": ", writing",
-    "read": "MatMul",
-}
+
+def _grouped(one_state: bool, softplus: bool) -> str:
+    beginning = _BEGINNING + _GATHER.replace("{blocks}", _BLOCKS if one_state else _SINGLE_POSITIONS)
+    loop = loop_text(one_state=one_state, delta_softplus=softplus)
+    return beginning.replace("{arguments}", "x, delta, bias, A, B, C, order") + _escape(loop) + _PLACE
+
+
+def _sequence(backwards: bool, softplus: bool) -> str:
+    loop = loop_text(one_state=False, delta_softplus=softplus, backwards=backwards)
+    beginning = (_BEGINNING + _SEQUENCE).replace("{arguments}", "x, delta, bias, A, B, C")
+    return beginning + _escape(loop) + _SEQUENCE_END
+
+
+def _escape(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
 
 _FORMS = {
-    "GroupedScan": _MANY_STATES | {"steps": _SOFTPLUS},
-    "GroupedScanOneState": _ONE_STATE | {"steps": _SOFTPLUS},
-    "GroupedScanOfSteps": _MANY_STATES | {"steps": "step = Identity(biased)"},
-    "GroupedScanOneStateOfSteps": _ONE_STATE | {"steps": "step = Identity(biased)"},
+    f"{kind}{'' if softplus else 'OfSteps'}": text(choice, softplus)
+    for softplus in (True, False)
+    for kind, text, choice in (
+        ("GroupedScan", _grouped, False),
+        ("GroupedScanOneState", _grouped, True),
+        ("SequenceScan", _sequence, False),
+        ("SequenceScanBackwards", _sequence, True),
+    )
 }
 
 SCAN_FUNCTIONS = tuple(_FORMS)
-"""The names of all functions; see `scan_name`."""
+"""The names of all functions; see `grouped_name` and `sequence_name`."""
+
+SCAN_FLOATS = 6
+"""So many arguments of each function are floats; the order of a grouped scan comes behind them."""
 
 
-def scan_name(state_dim: int, delta_softplus: bool) -> str:
+def grouped_name(state_dim: int, delta_softplus: bool) -> str:
     """Return the name of the function for so many states, with or without a softplus of the steps."""
     return f"GroupedScan{'OneState' if state_dim == 1 else ''}{'' if delta_softplus else 'OfSteps'}"
 
 
-def scan_function(name: str, opset: int) -> Any:
-    """Return the `onnx.FunctionProto` of a scan over K groups.
+def sequence_name(reverse: bool, delta_softplus: bool) -> str:
+    """Return the name of the function for a sequence, ahead or backwards."""
+    return f"SequenceScan{'Backwards' if reverse else ''}{'' if delta_softplus else 'OfSteps'}"
 
-    Its arguments are x (B, P, M, D), one map for all groups (M = 1) or one each (M = K); delta (B, P, K, D);
-    bias (K, D), added to delta; A (K, D, N); B and C (B, P, K, N); order (K, P), the pixel that each group
-    visits at each position. It gives the sum over the groups, back at the pixels, (B, P, D). All floats are
-    float32.
+
+def scan_function(name: str, opset: int) -> Any:
+    """Return the `onnx.FunctionProto` of a scan.
+
+    A grouped scan takes x (B, P, M, D), one map for all groups (M = 1) or one each (M = K); delta
+    (B, P, K, D); bias (K, D), added to delta; A (K, D, N); B and C (B, P, K, N); order (K, P), the pixel that
+    each group visits at each position. It gives the sum over the groups, back at the pixels, (B, P, D).
+
+    A scan of a sequence takes x and delta (B, L, D), bias (1, D), A (1, D, N), B and C (B, L, N) and gives
+    (B, L, D). All floats are float32.
 
     Args:
         name: one of `SCAN_FUNCTIONS`.
@@ -203,5 +180,4 @@ def scan_function(name: str, opset: int) -> Any:
     """
     import onnx.parser
 
-    text = _BEFORE + _SCAN.format(**_FORMS[name]).replace("{", "{{").replace("}", "}}") + _AFTER
-    return onnx.parser.parse_function(text.format(opset=opset, name=name))
+    return onnx.parser.parse_function(_FORMS[name].format(opset=opset, name=name))

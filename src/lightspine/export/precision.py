@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.export.grouped_scan_function import SCAN_FUNCTIONS
+from lightspine.export.grouped_scan_function import SCAN_FLOATS, SCAN_FUNCTIONS
 from lightspine_runtime.images import open_image
 from lightspine_runtime.preprocessing import Preparation, crop_image, normalise
 
@@ -22,22 +22,55 @@ _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 CALIBRATION_IMAGES = 100
 """At most so many images of a folder are looked at, spread evenly over it."""
 
-# A scan multiplies hundreds of decays: like its steps it stays in float32.
-_FLOAT32_OPERATORS = SCAN_FUNCTIONS
-
 
 def to_half(model: Any) -> Any:
-    """Return an ONNX model in float16, but for its inputs, its outputs and its scans."""
+    """Return an ONNX model in float16, but for its inputs, its outputs and its scans.
+
+    A scan multiplies hundreds of decays: like its steps it stays in float32.
+    """
+    import onnx
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
+    model = _with_own_inputs(model)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    # The converter puts casts around a scan only where it is told that a computed value is a float.
+    for node in model.graph.node:
+        if node.op_type in SCAN_FUNCTIONS:
+            for name in {*node.input[:SCAN_FLOATS], *node.output} - weights:
+                model.graph.value_info.append(
+                    onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+                )
     with _quiet():
         # Weights that float16 has no number for become its least one; what that costs, the comparison tells.
-        return convert_float_to_float16(
+        half = convert_float_to_float16(
             model,
             keep_io_types=True,
             disable_shape_infer=True,
-            op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_FLOAT32_OPERATORS],
+            op_block_list=[*DEFAULT_OP_BLOCK_LIST, *SCAN_FUNCTIONS],
         )
+    del half.graph.value_info[:]
+    return half
+
+
+def _with_own_inputs(model: Any) -> Any:
+    """Let no two scans read the same computed value: the converter would name its two casts alike."""
+    import onnx
+
+    weights = {tensor.name for tensor in model.graph.initializer}
+    nodes, read = [], set(weights)
+    for node in model.graph.node:
+        if node.op_type in SCAN_FUNCTIONS:
+            for place, name in enumerate(node.input[:SCAN_FLOATS]):
+                if name in read and name not in weights:
+                    own = f"{name}_for_{node.output[0]}_{place}"
+                    nodes.append(onnx.helper.make_node("Identity", [name], [own], name=own))
+                    node.input[place] = own
+                read.add(name)
+        nodes.append(node)
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return model
 
 
 def quantise(model: Any, images: Sequence[Path] | None, preparation: dict[str, Any], pixels: bool) -> Any:

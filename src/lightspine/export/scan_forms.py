@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.export.grouped_scan_function import FUNCTION_DOMAIN, scan_name
+from lightspine.export.grouped_scan_function import FUNCTION_DOMAIN, grouped_name, sequence_name
 from lightspine.ops.cross_scan import torch_backend as cross_backend
 from lightspine.ops.cross_scan.checks import CrossScanInputs
 from lightspine.ops.grouped_scan.torch_unrolled import unrolled_scan
@@ -59,14 +59,14 @@ def _cross_scan_loop(
 ) -> tuple[Tensor, Tensor]:
     height, width = x.shape[1], x.shape[2]
     y = _call(
+        grouped_name(A.shape[2], delta_softplus),
         x.flatten(1, 2).unsqueeze(2),
         delta.flatten(1, 2),
-        delta_bias,
+        _or_zeros(delta_bias, A),
         A,
         B.flatten(1, 2),
         C.flatten(1, 2),
         _visits(order, height, width, x.device),
-        delta_softplus,
     ).unflatten(1, (height, width))
     if D is not None:
         y = y + x * D.sum(0)
@@ -91,45 +91,35 @@ def _selective_scan_loop(
     if groups != 1:
         raise UsageError(f"a selective scan in a loop has one group of channels in an export, got {groups}")
     x = u.transpose(1, 2)
-    positions = torch.arange(u.shape[2], device=u.device)[None]
     y = _call(
-        x.unsqueeze(2),
-        delta.transpose(1, 2).unsqueeze(2),
-        None if delta_bias is None else delta_bias[None],
+        sequence_name(reverse, delta_softplus),
+        x,
+        delta.transpose(1, 2),
+        _or_zeros(None if delta_bias is None else delta_bias[None], A[None]),
         A[None],
-        B.permute(0, 3, 1, 2),
-        C.permute(0, 3, 1, 2),
-        positions.flip(1) if reverse else positions,
-        delta_softplus,
+        B[:, 0].transpose(1, 2),
+        C[:, 0].transpose(1, 2),
     )
     if D is not None:
         y = y + x * D
-    y = y.transpose(1, 2)
     if z is not None:
-        y = y * F.silu(z)
-    return y, y.new_empty(u.shape[0], *A.shape), y.new_empty(0)
+        y = y * F.silu(z.transpose(1, 2))
+    return y.transpose(1, 2), y.new_empty(u.shape[0], *A.shape), y.new_empty(0)
 
 
-def _call(
-    x: Tensor,
-    delta: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    order: Tensor,
-    delta_softplus: bool,
-) -> Tensor:
-    if bias is None:
-        bias = torch.zeros(A.shape[:2], device=A.device)
+def _call(name: str, x: Tensor, *others: Tensor) -> Tensor:
     result: Tensor = torch.onnx.ops.symbolic(
-        f"{FUNCTION_DOMAIN}::{scan_name(A.shape[2], delta_softplus)}",
-        (x, delta, bias, A, B, C, order),
+        f"{FUNCTION_DOMAIN}::{name}",
+        (x, *others),
         dtype=torch.float32,
-        shape=(x.shape[0], x.shape[1], x.shape[3]),
+        shape=(x.shape[0], x.shape[1], x.shape[-1]),
         version=1,
     )
     return result
+
+
+def _or_zeros(bias: Tensor | None, A: Tensor) -> Tensor:
+    return torch.zeros(A.shape[:2], device=A.device) if bias is None else bias
 
 
 def _visits(

@@ -1,6 +1,8 @@
 """An exported classifier as a PyTorch module, to score and predict with as with a checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn as nn
@@ -21,7 +23,8 @@ class OnnxNetwork(nn.Module):
         Normalised images `(B, C, H, W)`, of the sizes that the file takes, to logits `(B, classes)`.
 
     Raises:
-        UsageError: the file holds no classifier, or takes pixels that are not normalised.
+        UsageError: the file holds no classifier, or takes pixels that are not normalised, or the module
+            is moved to another device or dtype than cpu and float32.
     """
 
     def __init__(self, model: OnnxModel):
@@ -39,6 +42,16 @@ class OnnxNetwork(nn.Module):
         self.num_classes = int(shape[-1])
         self.default_cfg = self.pretrained_cfg = dict(model.preprocessing)
         self.eval()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # There is no tensor to move: `to` would silently do nothing.
+        moved = fn(torch.empty(0))
+        if (moved.device.type, moved.dtype) != ("cpu", torch.float32):
+            raise UsageError(
+                f"expected the exported file {self.model.path} on the device cpu and in torch.float32, where "
+                f"ONNX Runtime runs it, got {moved.device} and {moved.dtype}"
+            )
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images to logits."""
