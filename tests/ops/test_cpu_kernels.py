@@ -14,7 +14,7 @@ from lightspine.ops.cross_scan import cross_scan
 from lightspine.ops.grouped_scan import cpu_threads
 from lightspine.ops.grouped_scan.cpu_chunks import SCRATCH_VECTORS, chunk_length
 from lightspine.ops.grouped_scan.cpu_compile import kernel
-from lightspine.ops.grouped_scan.cpu_math import exp, sigmoid, softplus
+from lightspine.ops.grouped_scan.cpu_math import exp, exp2, sigmoid, softplus
 from lightspine.ops.grouped_scan.simd import VECTOR_BYTES, load, store
 from support.scans import (
     assert_all_close,
@@ -37,6 +37,11 @@ def vector_exp(x: Any) -> Any:
     return exp(x)
 
 
+@njit
+def vector_exp2(x: Any) -> Any:
+    return exp2(x)
+
+
 def apply(function: Any, x: np.ndarray) -> np.ndarray:
     out = np.full_like(x, np.nan)
     by_vectors(function, x, out)
@@ -47,10 +52,11 @@ def apply(function: Any, x: np.ndarray) -> np.ndarray:
     ("function", "exact", "bound"),
     [
         (vector_exp, np.exp, 1.5e-7),
+        (vector_exp2, np.exp2, 1.5e-7),
         (softplus, lambda x: np.logaddexp(0, x), 2.5e-7),
         (sigmoid, lambda x: 1 / (1 + np.exp(-x)), 3e-7),
     ],
-    ids=["exp", "softplus", "sigmoid"],
+    ids=["exp", "exp2", "softplus", "sigmoid"],
 )
 def test_float32_function_is_within_its_stated_error(function: Any, exact: Any, bound: float) -> None:
     x = np.concatenate([np.linspace(-87, 88, 500_001), np.linspace(-1e-3, 1e-3, 100_001)]).astype(np.float32)
@@ -61,6 +67,11 @@ def test_float32_function_is_within_its_stated_error(function: Any, exact: Any, 
 def test_exp_at_its_ends() -> None:
     x = np.array([0, -0.0, -88, -np.inf, 100, np.inf, np.nan], np.float32)
     np.testing.assert_array_equal(apply(vector_exp, x), [1, 1, 0, 0, np.inf, np.inf, np.nan])
+
+
+def test_exp2_at_its_ends() -> None:
+    x = np.array([0, -0.0, -127, -np.inf, 130, np.inf, np.nan], np.float32)
+    np.testing.assert_array_equal(apply(vector_exp2, x), [1, 1, 0, 0, np.inf, np.inf, np.nan])
 
 
 def test_softplus_and_sigmoid_at_their_ends() -> None:

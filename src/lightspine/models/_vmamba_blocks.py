@@ -111,7 +111,7 @@ class SS2D(nn.Module):
         UsageError: an option has an unknown value. VMamba's "cascade2d" order, which scans the rows' result
             along the columns, is not offered.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightspine.blocks import SS2D
         >>> SS2D(32, state_dim=4)(torch.zeros(1, 32, 5, 7)).shape
@@ -255,7 +255,7 @@ class VSSBlock(nn.Module):
     Raises:
         UsageError: an option has an unknown value.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightspine.blocks import VSSBlock
         >>> VSSBlock(32, mlp_ratio=2.0)(torch.zeros(1, 32, 5, 7)).shape

@@ -64,7 +64,7 @@ def options_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: an argument is missing or unknown, or asks for what is not offered: the cascaded scan
             (`v052dc`), a gated MLP, batch norm, a patch size other than 4.
 
-    Example:
+    Examples:
         >>> options_from_official({
         ...     "dims": 96, "depths": [2, 2, 5, 2], "ssm_d_state": 1, "ssm_ratio": 2.0, "ssm_conv": 3,
         ...     "forward_type": "v051d_nozact_oact", "mlp_ratio": 4.0, "downsample_version": "v3",

@@ -4,44 +4,48 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightspine.export.inference import inference_rule
 from lightspine.export.inference.norms import scale_output, set_weights
+from lightspine.export.inference.packed import PackedConv2d, PackedLinear
 from lightspine.models._vim_blocks import ScanDirection, VimMixer, at_least_float32
 from lightspine.ops.selective_scan import scan
 
 
 @inference_rule(ScanDirection)
 class FoldedScanDirection(nn.Module):
-    """`ScanDirection` with its state matrix computed and its kernel mirrored."""
+    """`ScanDirection` with its state matrix computed, its kernel mirrored, and its layers packed."""
 
     def __init__(self, module: ScanDirection):
         super().__init__()
         self.reverse = module.reverse
         self.sizes = [module.dt_rank, module.state_dim, module.state_dim]
-        kernel = module.conv1d.weight.flip(2) if module.reverse else module.conv1d.weight
-        self.reach = kernel.shape[2] - 1
-        self.register_buffer("kernel", kernel.unsqueeze(2).contiguous())
-        self.conv_bias = module.conv1d.bias
-        self.x_proj = module.x_proj
-        self.dt_weight, self.dt_bias = module.dt_proj.weight, module.dt_proj.bias
+        self.reach = module.conv1d.weight.shape[2] - 1
+        # As in `ScanDirection`, tokens are a channels-last image of height 1.
+        dim, kernel = module.D.shape[0], module.conv1d.weight
+        conv = nn.Conv2d(dim, dim, (1, self.reach + 1), padding=(0, self.reach), groups=dim, device="meta")
+        conv.weight = nn.Parameter((kernel.flip(2) if module.reverse else kernel).unsqueeze(2).contiguous())
+        conv.bias = module.conv1d.bias
+        self.conv = PackedConv2d(conv, nn.SiLU())
+        self.x_proj = PackedLinear(module.x_proj)
+        # The bias goes into the scan, which adds it in float32.
+        dt_proj: Any = module.dt_proj
+        self.dt_bias, dt_proj.bias = dt_proj.bias, None
+        self.dt_proj = PackedLinear(dt_proj)
         self.register_buffer("A", -torch.exp(at_least_float32(module.A_log)))
         self.D = module.D
 
-    kernel: Tensor
     A: Tensor
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what `ScanDirection.project` does."""
         length = x.shape[1]
         image = x.transpose(1, 2).unsqueeze(2).contiguous(memory_format=torch.channels_last)
-        u = F.conv2d(image, self.kernel, self.conv_bias, padding=(0, self.reach), groups=self.D.shape[0])
         first = self.reach if self.reverse else 0
-        u = F.silu(u.squeeze(2)[:, :, first : first + length])
+        u = self.conv(image).squeeze(2)[:, :, first : first + length]
         step, B, C = self.x_proj(u.transpose(1, 2)).split(self.sizes, dim=2)
-        delta = F.linear(step, self.dt_weight).transpose(1, 2)
+        delta = self.dt_proj(step).transpose(1, 2)
         return u, delta, B.transpose(1, 2).unsqueeze(1), C.transpose(1, 2).unsqueeze(1)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
@@ -58,19 +62,22 @@ class FoldedVimMixer(nn.Module):
     def __init__(self, module: VimMixer):
         super().__init__()
         self.layout = module.layout
-        self.in_proj, self.out_proj = module.in_proj, module.out_proj
+        out_proj = module.out_proj
         self.ahead, self.back = module.ahead, module.back
         if module.divide_out:
-            set_weights(self.out_proj, self.out_proj.weight.double() / 2, None)
+            set_weights(out_proj, out_proj.weight.double() / 2, None)
         if module.gamma is not None:
-            scale_output(self.out_proj, module.gamma)
+            scale_output(out_proj, module.gamma)
+        self.out_proj = PackedLinear(out_proj)
+        # By two products each half lies in memory as the convolution and the scan read it.
+        self.x_part, self.z_part = (PackedLinear(half) for half in _halves(module.in_proj))
         self.A_back: Tensor | None
         log = module.A_log_back
         self.register_buffer("A_back", None if log is None else -torch.exp(at_least_float32(log)))
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """Mix a sequence of tokens (B, L, C)."""
-        x, z = self.in_proj(x).chunk(2, dim=2)
+        x, z = self.x_part(x), self.z_part(x)
         if self.A_back is not None:
             y = self._scan_shared(x, z, self.A_back)
         else:
@@ -92,3 +99,11 @@ class FoldedVimMixer(nn.Module):
         if self.layout == "NLC":
             return self.forward_tokens(x)
         return self.forward_tokens(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+
+def _halves(linear: nn.Linear) -> tuple[nn.Linear, nn.Linear]:
+    """Return the linear maps, without bias, to the first and to the second half of what one gives."""
+    first, second = nn.Linear(1, 1, bias=False, device="meta"), nn.Linear(1, 1, bias=False, device="meta")
+    weight = linear.weight.detach().chunk(2)
+    first.weight, second.weight = (nn.Parameter(half.clone()) for half in weight)
+    return first, second

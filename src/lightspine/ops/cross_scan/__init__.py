@@ -63,7 +63,7 @@ def cross_scan(
         UsageError: shapes, dtypes or devices that do not fit, an unknown order or one with another number of
             directions, or a backend that is unknown or cannot run here.
 
-    Example:
+    Examples:
         >>> x, delta = torch.randn(1, 5, 7, 8), torch.randn(1, 5, 7, 4, 8)
         >>> A, B, C = -torch.rand(4, 8, 1), torch.randn(1, 5, 7, 4, 1), torch.randn(1, 5, 7, 4, 1)
         >>> cross_scan(x, delta, A, B, C).shape

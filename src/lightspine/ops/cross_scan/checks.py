@@ -30,8 +30,12 @@ class CrossScanInputs(NamedTuple):
     delta_bias: Tensor | None
 
 
-def check_inputs(inputs: CrossScanInputs) -> None:
+def check_inputs(inputs: CrossScanInputs, rank: int | None = None) -> None:
     """Raise unless the tensors fit together.
+
+    Args:
+        inputs: the tensors.
+        rank: last axis of `delta` where it does not hold the steps of D channels.
 
     Raises:
         UsageError: a wrong shape, an empty axis, a complex or integer dtype, or tensors on several devices.
@@ -46,7 +50,7 @@ def check_inputs(inputs: CrossScanInputs) -> None:
     for name, size in (("H", height), ("W", width), ("D", dim), ("K", groups), ("N", state_dim)):
         if size == 0:
             raise UsageError(f"cross_scan expects {name} of at least 1, received {name} = 0")
-    steps = (batch, height, width, groups, dim)
+    steps = (batch, height, width, groups, dim if rank is None else rank)
     projection = (batch, height, width, groups, state_dim)
     shapes = (x.shape, steps, A.shape, projection, projection, (groups, dim), (groups, dim))
     for name, tensor, shape in zip(CrossScanInputs._fields, inputs, shapes, strict=True):

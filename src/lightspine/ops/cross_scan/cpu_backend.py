@@ -20,6 +20,21 @@ def forward(inputs: CrossScanInputs, delta_softplus: bool, order: str, keep: boo
     return out, kept
 
 
+def forward_projected(inputs: CrossScanInputs, step_weight: Tensor, order: str) -> Tensor:
+    """Return the sum over the directions, (B, H, W, D), in the dtype of the state.
+
+    Args:
+        inputs: with R numbers in place of the D steps in `delta`, (B, H, W, K, R).
+        step_weight: maps them to steps, (K, R, D).
+        order: registered scan order.
+    """
+    dtype = torch.promote_types(inputs.x.dtype, torch.float32)
+    grouped = _grouped(inputs, True, order)._replace(step_weight=step_weight.to(dtype).contiguous())
+    out = torch.empty(inputs.x.shape, dtype=dtype)
+    grouped_scan(grouped, _shared(out, dtype), False)
+    return out
+
+
 def backward(
     grad_out: Tensor, inputs: CrossScanInputs, kept: Tensor, delta_softplus: bool, order: str
 ) -> CrossScanInputs:

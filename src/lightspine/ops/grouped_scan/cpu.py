@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightspine.ops.grouped_scan.cpu_arguments import Strided, table_of, type_examples
 from lightspine.ops.grouped_scan.cpu_backward import backward_on_team, backward_tasks
-from lightspine.ops.grouped_scan.cpu_chunks import chunk_length, kept_shape
+from lightspine.ops.grouped_scan.cpu_chunks import PROJECTED_STEPS, chunk_length, kept_shape
 from lightspine.ops.grouped_scan.cpu_forward import forward_on_team, forward_tasks
 from lightspine.ops.grouped_scan.cpu_threads import run_tasks
 from lightspine.ops.grouped_scan.simd import VECTOR_BYTES
@@ -44,6 +44,8 @@ class GroupedInputs(NamedTuple):
         delta_bias: added to delta, (K, D).
         delta_softplus: pass the steps through softplus.
         order: position that each step visits, int64 (1, L) for all groups or (K, L).
+        step_weight: forward only: `delta` has R numbers in place of D, (B, L, K, R) of the dtype above, which
+            this maps to the steps; (K, R, D), contiguous and of the dtype above.
     """
 
     sizes: tuple[int, int, int, int, int]
@@ -58,6 +60,7 @@ class GroupedInputs(NamedTuple):
     delta_bias: Tensor | None
     delta_softplus: bool
     order: np.ndarray
+    step_weight: Tensor | None = None
 
 
 class ParameterGradients(NamedTuple):
@@ -94,7 +97,11 @@ def grouped_scan(inputs: GroupedInputs, out: Strided, keep: bool) -> tuple[Tenso
     state = torch.empty(batch, groups, states, dim, dtype=inputs.dtype)
     kept = torch.empty(kept_shape(*inputs.sizes) if keep else (0,), dtype=inputs.dtype)
     slices, threads = _split(inputs)
-    chunk = chunk_length(length, states) if kept.numel() else length
+    chunk = length
+    if kept.numel():
+        chunk = chunk_length(length, states)
+    elif inputs.step_weight is not None:
+        chunk = min(length, PROJECTED_STEPS)
     operands = _operands(inputs)
     table = table_of(_numbers(inputs, slices, chunk), (*operands, out, state, kept))
     z = inputs.z or inputs.x
@@ -173,7 +180,8 @@ def _split(inputs: GroupedInputs) -> tuple[int, int]:
 
 
 def _numbers(inputs: GroupedInputs, slices: int, chunk: int) -> tuple[int, ...]:
-    return *inputs.sizes, slices, chunk, int(inputs.delta_softplus)
+    rank = 0 if inputs.step_weight is None else inputs.step_weight.shape[1]
+    return *inputs.sizes, slices, chunk, int(inputs.delta_softplus), rank
 
 
 def _operands(inputs: GroupedInputs) -> tuple[Strided | Tensor | None, ...]:
@@ -185,4 +193,6 @@ def _operands(inputs: GroupedInputs) -> tuple[Strided | Tensor | None, ...]:
     if inputs.D is None or inputs.delta_bias is None:
         nothing = torch.zeros(A.shape[0], inputs.sizes[3], dtype=dtype)
     D, bias = (nothing if t is None else t.to(dtype).contiguous() for t in (inputs.D, inputs.delta_bias))
-    return inputs.x, inputs.delta, inputs.B, inputs.C, inputs.z, A, D, bias
+    # Where there is none, any address will do: it is not read.
+    weight = A if inputs.step_weight is None else inputs.step_weight
+    return inputs.x, inputs.delta, inputs.B, inputs.C, inputs.z, A, D, bias, weight

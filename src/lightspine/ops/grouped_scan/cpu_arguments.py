@@ -59,15 +59,17 @@ class Operands(NamedTuple):
         slices: slices per image.
         chunk: steps of a chunk.
         softplus: whether the steps pass through softplus.
+        rank: R, or 0 where the steps are given for every channel.
         gated: whether there is a gate.
         x: input, (B, L, K, D).
-        delta: steps before bias and softplus, (B, L, K, D).
+        delta: steps before bias and softplus, (B, L, K, D), or what `step_weight` maps to them, (B, L, K, R).
         B: input projections, (B, L, K, N).
         C: output projections, (B, L, K, N).
         z: gate, (B, L, K, D).
         A: state matrices, contiguous (K, N, D).
         D: skips, contiguous (K, D).
         delta_bias: added to delta, contiguous (K, D).
+        step_weight: maps R numbers to the steps of all channels, contiguous (K, R, D).
     """
 
     batch: int
@@ -78,6 +80,7 @@ class Operands(NamedTuple):
     slices: int
     chunk: int
     softplus: bool
+    rank: int
     gated: bool
     x: Rows
     delta: Rows
@@ -87,10 +90,11 @@ class Operands(NamedTuple):
     A: Any
     D: Any
     delta_bias: Any
+    step_weight: Any
 
 
-# Entries of the table that are `Operands`: eight numbers, five `Rows`, three addresses.
-OPERANDS = 8 + 5 * 5 + 3
+# Entries of the table that are `Operands`: nine numbers, five `Rows`, four addresses.
+OPERANDS = 9 + 5 * 5 + 4
 
 
 @functools.lru_cache(maxsize=64)
@@ -186,13 +190,15 @@ def read_operands(table: Any, x: Any, delta: Any, state: Any, z: Any) -> Operand
         table[5],
         table[6],
         table[7] != 0,
-        table[28] != 0,
-        read_rows(table, 8, x),
-        read_rows(table, 13, delta),
-        read_rows(table, 18, state),
-        read_rows(table, 23, state),
-        read_rows(table, 28, z),
-        memory_at(state, table[33]),
+        table[8],
+        table[29] != 0,
+        read_rows(table, 9, x),
+        read_rows(table, 14, delta),
+        read_rows(table, 19, state),
+        read_rows(table, 24, state),
+        read_rows(table, 29, z),
         memory_at(state, table[34]),
         memory_at(state, table[35]),
+        memory_at(state, table[36]),
+        memory_at(state, table[37]),
     )

@@ -9,6 +9,8 @@ SCRATCH_VECTORS = 8192
 # Vectors per step beside decay and state of each n: step, slope of the softplus, input, gradient of the
 # output.
 STEP_ROWS = 4
+# Steps that a forward which projects them itself computes in advance: they stay in the first-level cache.
+PROJECTED_STEPS = 64
 
 
 def chunk_length(length: int, states: int) -> int:

@@ -23,6 +23,8 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 VECTOR_BYTES = 64
+# Added to a float32, it leaves no bit for the fraction: the sum is SHIFT + the nearest whole number.
+SHIFT = 1.5 * 2**23
 
 # A multiply and an add may become one instruction; -0 equals 0. Nothing is reordered: the polynomials rely on
 # it.
@@ -217,6 +219,19 @@ def broadcast(typingctx: Any, scalar: types.Float) -> Any:
 
 
 @intrinsic
+def spread(typingctx: Any, array: types.Array, index: types.Integer) -> Any:
+    """Return a vector whose lanes all hold one element of a flat array."""
+    vector = _memory_vector(array.dtype)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
+        pointer, memory = _pointer(context, builder, sig.args[0], args[0], args[1])
+        element = builder.load(builder.bitcast(pointer, memory.element.as_pointer()))
+        return _widen(builder, _splat(builder, element, memory), sig.args[0].dtype, vector)
+
+    return vector(array, types.intp), codegen
+
+
+@intrinsic
 def totals(typingctx: Any, array: types.Array, index: types.Integer) -> Any:
     """Return the sums of as many vectors as one has lanes; they stand in a row from `index` on.
 
@@ -251,15 +266,20 @@ def totals(typingctx: Any, array: types.Array, index: types.Integer) -> Any:
     return vector(array, types.intp), codegen
 
 
-@intrinsic
-def at_least(typingctx: Any, vector: VectorType, limit: types.Float) -> Any:
-    """Return max(vector, limit) in every lane; a NaN stays a NaN."""
+def _declare_limit(beyond: str, doc: str) -> Any:
+    def function(typingctx: Any, vector: VectorType, limit: types.Float) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
+            limits = _as_vector(context, builder, args[1], sig.args[1], vector)
+            return builder.select(builder.fcmp_ordered(beyond, args[0], limits), limits, args[0])
 
-    def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
-        limits = _as_vector(context, builder, args[1], sig.args[1], vector)
-        return builder.select(builder.fcmp_ordered("<", args[0], limits), limits, args[0])
+        return vector(vector, types.float64), codegen
 
-    return vector(vector, types.float64), codegen
+    function.__doc__ = doc
+    return intrinsic(function)
+
+
+at_least = _declare_limit("<", "Return max(vector, limit) in every lane; a NaN stays a NaN.")
+at_most = _declare_limit(">", "Return min(vector, limit) in every lane; a NaN stays a NaN.")
 
 
 @intrinsic
@@ -274,6 +294,18 @@ def where_negative(typingctx: Any, condition: VectorType, yes: types.Type, no: t
     return condition(condition, yes, no), codegen
 
 
+@intrinsic
+def zero_below(typingctx: Any, condition: VectorType, limit: types.Float, value: types.Type) -> Any:
+    """Return `value`, but 0 in the lanes where `condition` is below the limit."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
+        limits = _as_vector(context, builder, args[1], sig.args[1], condition)
+        below = builder.fcmp_ordered("<", args[0], limits)
+        return builder.select(below, ir.Constant(condition.llvm, None), args[2])
+
+    return condition(condition, types.float64, condition), codegen
+
+
 def _declare_llvm_function(name: str, doc: str) -> Any:
     def function(typingctx: Any, vector: VectorType) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
@@ -286,7 +318,6 @@ def _declare_llvm_function(name: str, doc: str) -> Any:
     return intrinsic(function)
 
 
-nearest = _declare_llvm_function("rint", "Return every lane rounded to the nearest whole number.")
 magnitude = _declare_llvm_function("fabs", "Return the absolute value of every lane.")
 llvm_exp = _declare_llvm_function(
     "exp", "Return e to the power of every lane, by the C library: one call per lane."
@@ -298,11 +329,15 @@ llvm_log = _declare_llvm_function(
 
 @intrinsic
 def power_of_two(typingctx: Any, vector: VectorType) -> Any:
-    """Return 2 to the power of every lane: float32 lanes that hold whole numbers from -126 to 127."""
+    """Return 2^n for every lane: float32 lanes that hold SHIFT + n, n a whole number from -126 to 128.
+
+    The lowest bits of such a lane are those of n. 2^128 is infinity.
+    """
 
     def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
         whole = ir.VectorType(_I32, vector.lanes)
-        exponent = builder.add(builder.fptosi(args[0], whole), ir.Constant(whole, [127] * vector.lanes))
-        return builder.bitcast(builder.shl(exponent, ir.Constant(whole, [23] * vector.lanes)), vector.llvm)
+        exponent = builder.shl(builder.bitcast(args[0], whole), ir.Constant(whole, [23] * vector.lanes))
+        one = ir.Constant(whole, [127 << 23] * vector.lanes)
+        return builder.bitcast(builder.add(exponent, one), vector.llvm)
 
     return vector(vector), codegen

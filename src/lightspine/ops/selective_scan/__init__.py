@@ -61,7 +61,7 @@ def selective_scan(
         UsageError: shapes, dtypes or devices that do not fit, or a backend that is unknown or cannot run
             here.
 
-    Example:
+    Examples:
         >>> u, delta = torch.randn(2, 8, 50), torch.randn(2, 8, 50)
         >>> A, B, C = -torch.rand(8, 4), torch.randn(2, 4, 50), torch.randn(2, 4, 50)
         >>> selective_scan(u, delta, A, B, C, delta_softplus=True).shape
