@@ -34,7 +34,7 @@ def optimize(model: Module) -> Module:
     Raises:
         UsageError: the model is in training mode, or has a BatchNorm that cannot be folded.
 
-    Example:
+    Examples:
         >>> import lightspine, torch
         >>> model = lightspine.create_model("shvit_s1").eval()
         >>> fast = lightspine.optimize(model)

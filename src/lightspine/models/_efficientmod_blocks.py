@@ -83,7 +83,7 @@ class EfficientModBlock(nn.Module):
     Raises:
         UsageError: `kernel_size` is not odd and positive, `expand_ratio` is below 1, or `fusion` is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightspine.blocks import EfficientModBlock
         >>> block = EfficientModBlock(dim=32, expand_ratio=6, kernel_size=7)
@@ -157,7 +157,7 @@ class EfficientModAttentionBlock(nn.Module):
     Raises:
         UsageError: `num_heads` or `min_head_dim` below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightspine.blocks import EfficientModAttentionBlock
         >>> block = EfficientModAttentionBlock(dim=128)

@@ -102,7 +102,7 @@ class HSMSSD(_StateMixer):
     Raises:
         UsageError: a size is not positive.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightspine.blocks import HSMSSD
         >>> mixer = HSMSSD(64, state_dim=16)
@@ -147,7 +147,7 @@ class NCSSD(_StateMixer):
     Raises:
         UsageError: a size is not positive.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightspine.blocks import NCSSD
         >>> mixer = NCSSD(64, state_dim=16)
@@ -199,7 +199,7 @@ class EfficientViMBlock(nn.Module):
     Raises:
         UsageError: unknown mixer, or a size that is not positive.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightspine.blocks import EfficientViMBlock
         >>> block = EfficientViMBlock(64, state_dim=16)

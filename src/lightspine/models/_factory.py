@@ -40,7 +40,7 @@ def create_model(
         UsageError: unknown name (the closest ones are given), no such file or entry.
         LightspineError: the checkpoint cannot be read or is of another family or variant.
 
-    Example:
+    Examples:
         >>> import lightspine, torch
         >>> model = lightspine.create_model("shvit_s1", num_classes=10).eval()
         >>> model(torch.zeros(1, 3, 97, 161)).shape

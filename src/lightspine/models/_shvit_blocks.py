@@ -63,7 +63,7 @@ class SHSA(nn.Module):
     Raises:
         UsageError: `partial_dim` is not in 1..`dim`, or `qk_dim` is not positive.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightspine.blocks import SHSA
         >>> attention = SHSA(dim=64, partial_dim=16)
@@ -118,7 +118,7 @@ class SHViTBlock(nn.Module):
     Raises:
         UsageError: as `SHSA`; or `partial_dim` is given to a block without attention.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightspine.blocks import SHViTBlock
         >>> block = SHViTBlock(dim=64)

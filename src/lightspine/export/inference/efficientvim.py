@@ -10,6 +10,9 @@ from torch import Tensor
 from lightspine.export.inference import inference_rule
 from lightspine.export.inference.heads import average_heads
 from lightspine.export.inference.norms import add_input, scale_output
+from lightspine.export.inference.packed import PackedConv2d, PackedLinear
+from lightspine.export.inference.pointwise import PackedPointwise
+from lightspine.export.inference.sequences import pack_sequence
 from lightspine.models._efficientvim_blocks import (
     HSMSSD,
     NCSSD,
@@ -17,6 +20,7 @@ from lightspine.models._efficientvim_blocks import (
     EfficientViMBlock,
     FusionHead,
     PatchMerging,
+    Stem,
 )
 from lightspine.models.efficientvim import EfficientViM
 
@@ -34,21 +38,18 @@ class _FoldedMixer(nn.Module):
         )
         self.norm.weight.copy_(norm.weight.flatten())
         self.norm.bias.copy_(norm.bias.flatten())
-        self.register_buffer("bcdt_weight", module.bcdt_proj.weight.flatten(1), persistent=True)
-        self.dwconv = module.dwconv
+        self.bcdt_proj = PackedPointwise(module.bcdt_proj)
+        self.dwconv = PackedConv2d(module.dwconv)
         self.register_buffer("skip", module.D)
-        self.out_proj = module.out_proj
 
-    bcdt_weight: Tensor
     skip: Tensor
 
     def _read_write(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the normed tokens (B, L, C), what they write to the states and read, both (B, N, L)."""
-        height, width = x.shape[2], x.shape[3]
-        tokens = self.norm(x.flatten(2).transpose(1, 2))
-        bcdt = F.linear(tokens, self.bcdt_weight).transpose(1, 2).unflatten(2, (height, width))
-        b, c, dt = self.dwconv(bcdt).flatten(2).chunk(3, dim=1)
-        return tokens, b * dt.softmax(dim=2), c
+        """Return the normed tokens (B, L, C), what they write to the states and read, both (B, L, N)."""
+        tokens = self.norm(x.permute(0, 2, 3, 1))
+        bcdt = self.dwconv(self.bcdt_proj(tokens.permute(0, 3, 1, 2)))
+        b, c, dt = bcdt.permute(0, 2, 3, 1).flatten(1, 2).chunk(3, dim=2)
+        return tokens.flatten(1, 2), b * dt.softmax(dim=1), c
 
 
 class FoldedHSMSSD(_FoldedMixer):
@@ -56,19 +57,21 @@ class FoldedHSMSSD(_FoldedMixer):
 
     def __init__(self, module: HSMSSD, norm: ChannelNorm, gate: Tensor):
         super().__init__(module, norm)
-        self.hz_proj = module.hz_proj
+        self.hz_proj = PackedLinear(module.hz_proj)
+        self.out_proj = PackedLinear(module.out_proj)
         self.register_buffer("gate", gate)
 
     gate: Tensor
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gated map (B, C, H, W) and the hidden state (B, C, N), not gated."""
+    def forward(self, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `kept * x` plus the gated map (B, C, H, W), and the hidden state (B, C, N), not gated."""
         tokens, write, read = self._read_write(x)
-        h, z = self.hz_proj(write @ tokens).chunk(2, dim=2)
+        h, z = self.hz_proj(write.transpose(1, 2) @ tokens).chunk(2, dim=2)
         state = self.out_proj(h * (F.silu(z) + self.skip))  # B N C
         # The gate meets N states in place of L positions.
-        y = (state * self.gate).transpose(1, 2) @ read
-        return y.view(x.shape), state.transpose(1, 2)
+        x = x.permute(0, 2, 3, 1) * kept
+        y = torch.baddbmm(x.flatten(1, 2), read, state * self.gate)
+        return y.view(x.shape).permute(0, 3, 1, 2), state.transpose(1, 2)
 
 
 class FoldedNCSSD(_FoldedMixer):
@@ -76,16 +79,18 @@ class FoldedNCSSD(_FoldedMixer):
 
     def __init__(self, module: NCSSD, norm: ChannelNorm, gate: Tensor):
         super().__init__(module, norm)
-        self.uz_proj = module.uz_proj
-        scale_output(self.out_proj, gate)
+        self.uz_proj = PackedLinear(module.uz_proj)
+        scale_output(module.out_proj, gate)
+        self.out_proj = PackedLinear(module.out_proj)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gated map (B, C, H, W) and the hidden state (B, expand C, N)."""
+    def forward(self, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `kept * x` plus the gated map (B, C, H, W), and the hidden state (B, expand C, N)."""
         tokens, write, read = self._read_write(x)
         u, z = self.uz_proj(tokens).chunk(2, dim=2)
-        state = write @ u  # B N C
-        y = self.out_proj((read.transpose(1, 2) @ state + self.skip * u) * F.silu(z))
-        return y.transpose(1, 2).unflatten(2, (x.shape[2], x.shape[3])), state.transpose(1, 2)
+        state = write.transpose(1, 2) @ u  # B N C
+        y = self.out_proj((read @ state + self.skip * u) * F.silu(z))
+        x = x.permute(0, 2, 3, 1) * kept
+        return (x + y.view(x.shape)).permute(0, 3, 1, 2), state.transpose(1, 2)
 
 
 @inference_rule(EfficientViMBlock)
@@ -99,46 +104,42 @@ class FoldedEfficientViMBlock(nn.Module):
         mixer: Any = FoldedHSMSSD if isinstance(module.mixer, HSMSSD) else FoldedNCSSD
         self.mixer = mixer(module.mixer, module.norm, gates[1].to(module.alpha.dtype))
         self.dwconv2 = _blend_in(module.dwconv2.conv, gates[2])
-        self.ffn = module.ffn
-        scale_output(self.ffn.fc2.conv, gates[3])
-        kept = (1 - gates[[1, 3]]).to(module.alpha.dtype)[:, :, None, None]
-        self.register_buffer("kept", kept)
+        scale_output(module.ffn.fc2.conv, gates[3])
+        self.fc1 = PackedPointwise(module.ffn.fc1.conv, module.ffn.fc1.act)
+        self.fc2 = PackedPointwise(module.ffn.fc2.conv)
+        self.register_buffer("kept", (1 - gates[[1, 3]]).to(module.alpha.dtype))
 
     kept: Tensor
 
     def forward_with_state(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the map (B, C, H, W) and the mixer's hidden state (B, C, N)."""
-        x = self.dwconv1(x)
-        update, state = self.mixer(x)
-        x = self.dwconv2(x * self.kept[0] + update)
-        return x * self.kept[1] + self.ffn(x), state
+        x, state = self.mixer(self.dwconv1(x), self.kept[0])
+        x = self.dwconv2(x)
+        return self.fc2(self.fc1(x), x * self.kept[1, :, None, None]), state
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, H, W)."""
         return self.forward_with_state(x)[0]
 
 
-def _blend_in(conv: nn.Conv2d, gate: Tensor) -> nn.Conv2d:
+def _blend_in(conv: nn.Conv2d, gate: Tensor) -> PackedConv2d:
     scale_output(conv, gate)
     add_input(conv, 1 - gate)
-    return conv
+    return PackedConv2d(conv)
 
 
 @inference_rule(PatchMerging)
-class FoldedPatchMerging(nn.Module):
-    """`PatchMerging` whose depthwise branches are one convolution each with their residual connections."""
+def pack_merging(module: Any) -> nn.Module:
+    """Return the layers in a row, the depthwise branches one convolution each with their connections."""
+    add_input(module.dwconv1.conv)
+    add_input(module.dwconv2.conv)
+    return pack_sequence(module.dwconv1, module.conv, module.dwconv2)
 
-    def __init__(self, module: Any):
-        super().__init__()
-        self.dwconv1: nn.Conv2d = module.dwconv1.conv
-        self.conv = module.conv
-        self.dwconv2: nn.Conv2d = module.dwconv2.conv
-        add_input(self.dwconv1)
-        add_input(self.dwconv2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
-        return self.dwconv2(self.conv(self.dwconv1(x)))
+@inference_rule(Stem)
+def pack_stem(module: Stem) -> nn.Module:
+    """Return the convolutions in a row, packed."""
+    return pack_sequence(module)
 
 
 @inference_rule(FusionHead)

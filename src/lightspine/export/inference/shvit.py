@@ -10,7 +10,10 @@ from torch import Tensor
 from lightspine.export.inference import inference_rule
 from lightspine.export.inference.heads import average_heads
 from lightspine.export.inference.norms import absorb_input, add_input, affine_of, scale_output
-from lightspine.models._shvit_blocks import SHSA, SHViTBlock
+from lightspine.export.inference.packed import PackedConv2d
+from lightspine.export.inference.pointwise import PackedPointwise
+from lightspine.export.inference.sequences import pack_sequence
+from lightspine.models._shvit_blocks import SHSA, FeedForward, PatchMerging, SHViTBlock
 from lightspine.models.shvit import Classifier, SHViT
 
 
@@ -23,22 +26,38 @@ class FoldedSHSA(nn.Module):
         self.sizes = [module.qk_dim, module.qk_dim, module.partial_dim]
         self.widths = [module.partial_dim, module.dim - module.partial_dim]
         self.eps = module.norm.eps
-        self.qkv: nn.Conv2d = module.qkv.conv
-        self.act = module.act
-        self.proj: nn.Conv2d = module.proj.conv
-        absorb_input(self.qkv, module.norm.weight, module.norm.bias)
-        scale = torch.ones(sum(self.sizes), dtype=torch.float64, device=self.qkv.weight.device)
+        qkv: nn.Conv2d = module.qkv.conv
+        absorb_input(qkv, module.norm.weight, module.norm.bias)
+        scale = torch.ones(sum(self.sizes), dtype=torch.float64, device=qkv.weight.device)
         scale[: module.qk_dim] = module.qk_dim**-0.5
-        scale_output(self.qkv, scale)
+        scale_output(qkv, scale)
+        self.qkv = PackedPointwise(qkv)
+        self.act = module.act
+        self.proj = PackedPointwise(module.proj.conv)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, C, H, W)."""
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W), with `add` added."""
         attending, waiting = torch.split(x, self.widths, dim=1)
         qkv = self.qkv(F.group_norm(attending, 1, eps=self.eps)).flatten(2)
         q, k, v = torch.split(qkv, self.sizes, dim=1)  # (B, channels, N)
         weights = (q.transpose(1, 2) @ k).softmax(dim=2)
-        attended = (v @ weights.transpose(1, 2)).view(attending.shape)
-        return self.proj(self.act(torch.cat([attended, waiting], dim=1)))
+        # This order of the product leaves the channels innermost.
+        attended = (weights @ v.transpose(1, 2)).transpose(1, 2).view(attending.shape)
+        return self.proj(self.act(torch.cat([attended, waiting], dim=1)), add)
+
+
+@inference_rule(FeedForward)
+class FoldedFeedForward(nn.Module):
+    """`FeedForward` as two matrix products, the second of which adds the residual connection."""
+
+    def __init__(self, module: Any):
+        super().__init__()
+        self.pw1 = PackedPointwise(module.pw1.conv, module.act)
+        self.pw2 = PackedPointwise(module.pw2.conv)
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W), with `add` added."""
+        return self.pw2(self.pw1(x), add)
 
 
 @inference_rule(SHViTBlock)
@@ -47,8 +66,8 @@ class FoldedSHViTBlock(nn.Module):
 
     def __init__(self, module: Any):
         super().__init__()
-        self.dwconv: nn.Conv2d = module.dwconv.conv
-        add_input(self.dwconv)
+        add_input(module.dwconv.conv)
+        self.dwconv = PackedConv2d(module.dwconv.conv)
         self.attn = module.attn
         self.ffn = module.ffn
 
@@ -56,8 +75,14 @@ class FoldedSHViTBlock(nn.Module):
         """Map (B, C, H, W) to (B, C, H, W)."""
         x = self.dwconv(x)
         if self.attn is not None:
-            x = x + self.attn(x)
-        return x + self.ffn(x)
+            x = self.attn(x, x)
+        return self.ffn(x, x)
+
+
+@inference_rule(PatchMerging)
+def pack_merging(module: PatchMerging) -> nn.Module:
+    """Return the layers in a row, packed."""
+    return pack_sequence(module.conv1, module.act1, module.conv2, module.act2, module.se, module.conv3)
 
 
 @inference_rule(Classifier)
@@ -72,5 +97,6 @@ def fold_classifier(module: Classifier) -> nn.Module:
 
 @inference_rule(SHViT)
 def fold_model(module: SHViT) -> nn.Module:
-    """Merge the classifiers of a distilled model."""
+    """Pack the stem and merge the classifiers of a distilled model."""
+    module.stem = pack_sequence(module.stem)
     return average_heads(module)
