@@ -178,10 +178,19 @@ def test_prefix_asks_for_the_model_of_timm() -> None:
     assert type(theirs).__module__ == "timm.models.shvit"
 
 
+def test_prefix_asks_for_the_official_order() -> None:
+    with torch.device("meta"):
+        official = build_model(parse_model("official/efficientmod_xxs"), 224, 224)
+        ours = build_model(parse_model("efficientmod_xxs"), 224, 224)
+    assert type(official) is not type(ours)
+    assert sum(p.numel() for p in official.parameters()) == sum(p.numel() for p in ours.parameters())
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
         ("timm/shvit_s9", "unknown model 'shvit_s9'; the closest names are shvit_s"),
+        ("official/vim_tiny", "expected official/efficientmod_.*, the only baselines, got 'official/vim_tiny'"),
         ("timm/vim_tiny", "timm has no model 'vim_tiny' of its own: ours is called vim_tiny"),
     ],
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightspine.benchmark.macs import Macs, count_macs
 from lightspine.benchmark.models.scan_backend import WithScanBackend
 from lightspine.benchmark.models.settings import Job
-from lightspine.benchmark.models.specs import build_model
+from lightspine.benchmark.models.specs import OFFICIAL_PREFIX, build_model
 from lightspine.benchmark.results import Row
 from lightspine.export.check import open_session
 from lightspine.export.folding import optimize
@@ -160,7 +160,7 @@ def _built(job: Job) -> nn.Module:
 
 def _optimized(model: nn.Module, row: Row, images: Tensor) -> tuple[nn.Module, Tensor]:
     """Return a model as its library offers it for inference, and the images in the layout that it likes."""
-    if row.source == "lightspine":
+    if row.source == "lightspine" and not row.model.startswith(OFFICIAL_PREFIX):
         return optimize(model), images
     fused = timm.utils.reparameterize_model(model)
     layout: Any = {"memory_format": torch.channels_last}

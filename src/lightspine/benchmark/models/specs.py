@@ -8,12 +8,15 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg
 
+from lightspine.benchmark.baselines.efficientmod_official import OfficialEfficientMod
 from lightspine.benchmark.results import PublishedFigures, Source
 from lightspine.errors import UsageError
 from lightspine.models import find_record
 from lightspine.models._registry import unknown_model
 
 TIMM_PREFIX = "timm/"
+OFFICIAL_PREFIX = "official/"
+"""Our weights in the official order of steps, in plain PyTorch; of EfficientMod only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +45,16 @@ class ModelSpec:
 
 
 def parse_model(text: str) -> ModelSpec:
-    """Return the model that a name means: ours first, `timm/NAME` for timm's.
+    """Return the model that a name means: ours first, `timm/NAME` for timm's, `official/NAME` for a baseline.
 
     Raises:
-        UsageError: neither has it.
+        UsageError: none has it.
     """
+    if text.startswith(OFFICIAL_PREFIX):
+        record = find_record(text.removeprefix(OFFICIAL_PREFIX))
+        if record is None or record.family != "efficientmod":
+            raise UsageError(f"expected {OFFICIAL_PREFIX}efficientmod_*, the only baselines, got {text!r}")
+        return ModelSpec(name=text, source="lightspine", note="official order of steps, plain PyTorch")
     name = text.removeprefix(TIMM_PREFIX)
     if not text.startswith(TIMM_PREFIX) and find_record(name) is not None:
         return ModelSpec(name=name, source="lightspine")
@@ -61,7 +69,7 @@ def parse_model(text: str) -> ModelSpec:
 
 def own_size(spec: ModelSpec) -> tuple[int, int]:
     """Return the (height, width) in pixels that a model is evaluated at by its authors."""
-    record = find_record(spec.name)
+    record = find_record(spec.name.removeprefix(OFFICIAL_PREFIX))
     if spec.source == "lightspine" and record is not None:
         return record.input_size[1], record.input_size[2]
     size = _timm_cfg(spec).input_size
@@ -91,11 +99,13 @@ def build_model(spec: ModelSpec, height: int, width: int) -> nn.Module:
     torch.manual_seed(0)
     kwargs = dict(spec.kwargs)
     if spec.source == "lightspine":
-        record = find_record(spec.name)
+        record = find_record(spec.name.removeprefix(OFFICIAL_PREFIX))
         assert record is not None
         if record.family == "vim":
             kwargs["img_size"] = (height, width)
         model = record.create(**kwargs)
+        if spec.name.startswith(OFFICIAL_PREFIX):
+            model = OfficialEfficientMod(model)
     else:
         if _timm_cfg(spec).fixed_input_size and (height, width) != own_size(spec):
             kwargs["img_size"] = (height, width)
