@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightspine
+from lightspine.benchmark.models.specs import OFFICIAL_PREFIX, ModelSpec, own_size
 from lightspine.models import get_record
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -70,7 +71,12 @@ def choosing(_: str) -> str:
     ]
     found = {}
     for row in _measured():
-        if row["mode"] == "optimized" and row["dtype"] == "float32" and row["batch"] in (1, 8):
+        if (
+            row["mode"] == "optimized"
+            and row["dtype"] == "float32"
+            and row["batch"] in (1, 8)
+            and _own_size(row)
+        ):
             found.setdefault((row["source"], row["model"]), {})[row["batch"]] = row
     ordered = sorted(
         ((key, by) for key, by in found.items() if 1 in by),
@@ -78,7 +84,7 @@ def choosing(_: str) -> str:
     )
     for (source, name), by in ordered:
         one, eight = by[1], by.get(8)
-        top1 = _top1(source, name)
+        top1 = _top1(source, name, one["published"])
         label = f"`{name}`" if source == "lightspine" else f"{name} (timm)"
         rows.append(
             f"| {label} | {top1} | {one['parameters'] / 1e6:.1f} M "
@@ -87,6 +93,14 @@ def choosing(_: str) -> str:
             f"| {'-' if one['peak_memory_mib'] is None else format(one['peak_memory_mib'], '.0f')} |"
         )
     return "\n".join([*rows, "", _systems()])
+
+
+def _own_size(row: dict[str, Any]) -> bool:
+    """Return whether a row is at the size that the model's accuracy is published for, and of no baseline."""
+    if row["model"].startswith(OFFICIAL_PREFIX):
+        return False
+    spec = ModelSpec(name=row["model"], source=row["source"])
+    return (row["height"], row["width"]) == own_size(spec)
 
 
 def measured(family: str) -> str:
@@ -106,10 +120,10 @@ def measured(family: str) -> str:
     return "\n".join([*rows, "", _systems()])
 
 
-def _top1(source: str, name: str) -> str:
+def _top1(source: str, name: str, peer: dict[str, Any] | None) -> str:
     """Return what the authors publish, as the page of the variants has it."""
     if source != "lightspine":
-        return "-"
+        return str((peer or {}).get("top1") or "-")
     published = get_record(name).published
     note = f" ({published.note})" if published.note else ""
     return f"{published.top1 or '-'}{note}"

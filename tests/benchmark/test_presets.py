@@ -190,7 +190,10 @@ def test_prefix_asks_for_the_official_order() -> None:
     ("name", "sentence"),
     [
         ("timm/shvit_s9", "unknown model 'shvit_s9'; the closest names are shvit_s"),
-        ("official/vim_tiny", "expected official/efficientmod_.*, the only baselines, got 'official/vim_tiny'"),
+        (
+            "official/vim_tiny",
+            "expected official/efficientmod_.*, the only baselines, got 'official/vim_tiny'",
+        ),
         ("timm/vim_tiny", "timm has no model 'vim_tiny' of its own: ours is called vim_tiny"),
     ],
 )

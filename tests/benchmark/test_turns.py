@@ -78,3 +78,13 @@ def test_first_failure_ends_everything_where_nobody_takes_it() -> None:
 
     with pytest.raises(RuntimeError, match="worn out"):
         collect_in_turns({"bad": bad}, repeats=1)
+
+
+def test_turn_of_several_calls_begins_with_an_untimed_one() -> None:
+    log: list[str] = []
+    clock = _clock([0.5, 0.1, 0.3, 0.2])
+    found = collect_in_turns(
+        {"a": lambda: log.append("a")}, repeats=4, warmup=0, calls_per_turn=3, clock=clock
+    )
+    assert found == {"a": pytest.approx([0.5, 0.1, 0.3, 0.2])}
+    assert len(log) == (1 + 3) + (1 + 1)

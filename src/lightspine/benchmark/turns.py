@@ -1,5 +1,6 @@
 """Time several functions side by side: they take turns, so that a slow moment falls on all of them."""
 
+import math
 import random
 import statistics
 import time
@@ -26,6 +27,7 @@ def collect_in_turns(
     repeats: int,
     warmup: int = 1,
     budget_s: float = 10.0,
+    calls_per_turn: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
     on_call: Callable[[str], None] = lambda _: None,
     on_error: Callable[[str, Exception], None] | None = None,
@@ -41,6 +43,9 @@ def collect_in_turns(
         warmup: untimed calls of each before the first timed one.
         budget_s: a function that has spent so many seconds in at least three timed calls sits the other
             rounds out.
+        calls_per_turn: a turn is an untimed call and so many timed ones, where functions drive each other out
+            of a cache that they need: oneDNN keeps the compiled code of 1,024 operators, those of some twenty
+            networks, and compiles anew what fell out. By default a turn is one timed call.
         clock: returns seconds.
         on_call: called with the name after each call, timed or not.
         on_error: called with the name and what a function raised, which then takes no further part and has no
@@ -49,34 +54,58 @@ def collect_in_turns(
     Returns:
         Seconds of each timed call, by name.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-
-    def call(name: str) -> None:
-        try:
-            functions[name]()
-        except Exception as error:
-            if on_error is None:
-                raise
-            del seconds[name]
-            on_error(name, error)
-
+    turns = _Turns(functions, clock, on_call, on_error)
     names, draw = list(functions), random.Random(0)
     for name in names:
         for _ in range(warmup):
-            if name in seconds:
-                call(name)
-                on_call(name)
-    for _ in range(repeats):
+            turns.call(name)
+    for _ in range(math.ceil(repeats / (calls_per_turn or 1))):
         draw.shuffle(names)
         for name in names:
-            spent = seconds.get(name)
-            if spent is None or (len(spent) >= 3 and sum(spent) > budget_s):
-                continue
-            start = clock()
-            call(name)
-            spent.append(clock() - start)
-            on_call(name)
-    return seconds
+            if calls_per_turn is not None and not turns.is_done(name, repeats, budget_s):
+                turns.call(name)
+            for _ in range(calls_per_turn or 1):
+                if not turns.is_done(name, repeats, budget_s):
+                    turns.time(name)
+    return turns.seconds
+
+
+class _Turns:
+    """The functions that still take part, and their durations."""
+
+    def __init__(
+        self,
+        functions: Mapping[str, Callable[[], object]],
+        clock: Callable[[], float],
+        on_call: Callable[[str], None],
+        on_error: Callable[[str, Exception], None] | None,
+    ):
+        self.functions, self.clock, self.on_call, self.on_error = functions, clock, on_call, on_error
+        self.seconds: dict[str, list[float]] = {name: [] for name in functions}
+
+    def call(self, name: str) -> None:
+        if name in self.seconds:
+            self._run(name)
+            self.on_call(name)
+
+    def time(self, name: str) -> None:
+        spent, start = self.seconds[name], self.clock()
+        self._run(name)
+        spent.append(self.clock() - start)
+        self.on_call(name)
+
+    def is_done(self, name: str, repeats: int, budget_s: float) -> bool:
+        spent = self.seconds.get(name)
+        return spent is None or len(spent) == repeats or (len(spent) >= 3 and sum(spent) > budget_s)
+
+    def _run(self, name: str) -> None:
+        try:
+            self.functions[name]()
+        except Exception as error:
+            if self.on_error is None:
+                raise
+            del self.seconds[name]
+            self.on_error(name, error)
 
 
 def time_in_turns(

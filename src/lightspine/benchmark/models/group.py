@@ -132,6 +132,7 @@ def _time_in_turns(entries: list[_Entry], tools: GroupTools) -> dict[str, float]
         repeats=settings.repeats,
         warmup=settings.warmup,
         budget_s=settings.budget_s,
+        calls_per_turn=settings.calls_per_turn,
         clock=tools.clock,
         on_call=note_call,
         on_error=note_error,

@@ -75,7 +75,7 @@ def bench_models(
     )
     done = {row.key for row in result.rows}
     groups = [_left(group, done) for group in plan_groups(specs, settings)]
-    calls = (settings.warmup + settings.repeats) * (2 if settings.train else 1)
+    calls = settings.calls * (2 if settings.train else 1)
     on_plan(sum(len(group) * (1 + calls) for group in groups))
     with (
         torch_threads(settings.threads),

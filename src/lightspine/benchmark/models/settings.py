@@ -1,5 +1,6 @@
 """How a benchmark of models is to be run, and the rows that follow from it."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
@@ -25,7 +26,8 @@ class BenchSettings:
         threads: of torch and of ONNX Runtime.
         train: measure a training step too, in the modes that can train.
         repeats: timed calls of each row.
-        warmup: untimed calls of each row before them.
+        warmup: untimed calls of each row before all turns.
+        calls_per_turn: timed calls of each turn, behind an untimed one.
         budget_s: a row that has spent so many seconds in at least three timed calls sits the rest out.
     """
 
@@ -38,7 +40,13 @@ class BenchSettings:
     train: bool = False
     repeats: int = 15
     warmup: int = 2
+    calls_per_turn: int = 3
     budget_s: float = 10.0
+
+    @property
+    def calls(self) -> int:
+        """Calls of a row that stays within its budget, untimed ones included."""
+        return self.warmup + self.repeats + math.ceil(self.repeats / self.calls_per_turn)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
@@ -48,11 +56,12 @@ class BenchSettings:
         for name in ("batches", "sizes"):
             if not getattr(self, name):
                 raise UsageError(f"expected one or more {name} to measure at, got none")
-        counts = (*self.batches, self.threads, self.repeats, self.warmup)
+        counts = (*self.batches, self.threads, self.repeats, self.warmup, self.calls_per_turn)
         if min(counts) < 1 or self.budget_s <= 0:
             raise UsageError(
-                "batches, threads, repeats, warm-up calls and the budget must be at least 1, got "
-                f"{list(self.batches)}, {self.threads}, {self.repeats}, {self.warmup} and {self.budget_s}"
+                "batches, threads, repeats, warm-up calls, calls per turn and the budget must be at least 1, "
+                f"got {list(self.batches)}, {self.threads}, {self.repeats}, {self.warmup}, "
+                f"{self.calls_per_turn} and {self.budget_s}"
             )
         if small := [size for size in self.sizes if size is not None and min(size) < 32]:
             raise UsageError(
