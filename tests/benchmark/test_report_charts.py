@@ -95,6 +95,17 @@ def test_conditions_are_never_mixed_in_a_scatter() -> None:
     assert [("4 threads" in group[0].description) for group in groups] == [False, True, False]
 
 
+def test_charts_of_two_types_have_titles_of_their_own() -> None:
+    best = PublishedFigures(top1=76.1)
+    rows = [
+        a_row(name, published=best, dtype=dtype)
+        for name in ("shvit_s1", "vim_tiny")
+        for dtype in ("float32", "bfloat16")
+    ]
+    titles = [chart.title for charts in scatter_charts(rows, "run") for chart in charts]
+    assert len(titles) == len(set(titles)) == 2
+
+
 def test_ratio_of_a_mode_is_eager_time_over_its_own() -> None:
     rows = [a_row("shvit_s1", forward=a_pass(10.0)), a_row("shvit_s1", mode="onnx", forward=a_pass(4.0))]
     (model,) = compare_modes(rows)

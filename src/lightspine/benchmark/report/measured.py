@@ -35,6 +35,11 @@ class Conditions(NamedTuple):
         return "one image" if self.batch == 1 else f"{self.batch} images"
 
     @property
+    def headline(self) -> str:
+        """The batch and, where it is not the usual one, the type in words."""
+        return self.images if self.dtype == "float32" else f"{self.images}, {self.dtype}"
+
+    @property
     def machine(self) -> str:
         """Device, type and threads in words."""
         threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.device == "cpu" else ""

@@ -88,7 +88,7 @@ def mode_charts(rows: Sequence[Row], name: str) -> list[list[Chart]]:
 
 
 def _chart(models: Sequence[ModelBars], conditions: Conditions, name: str) -> Chart:
-    title = f"Speed by mode against eager, {conditions.images}"
+    title = f"Speed by mode against eager, {conditions.headline}"
     told = "; ".join(
         f"{name_of(model.eager)} {', '.join(f'{bar.row.mode} {_in_words(bar)}' for bar in model.bars)}"
         for model in models

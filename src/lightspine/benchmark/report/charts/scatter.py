@@ -40,7 +40,7 @@ def scatter_charts(rows: Sequence[Row], name: str) -> list[list[Chart]]:
 def _chart(points: list[Point], timed: list[Timed], conditions: Conditions, mode: str, name: str) -> Chart:
     front = pareto_front([point.latency_ms for point in points], [point.top1 for point in points])
     best = [points[index] for index in front]
-    title = f"Accuracy against latency, {mode}, {conditions.images}"
+    title = f"Accuracy against latency, {mode}, {conditions.headline}"
     return Chart(
         name=name,
         title=title,

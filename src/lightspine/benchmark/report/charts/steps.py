@@ -74,7 +74,7 @@ def _has_published(rows: Sequence[Row]) -> bool:
 
 
 def _chart(rows: Sequence[Row], conditions: Conditions, mode: str, name: str) -> Chart:
-    title = f"Throughput step by step, {mode}, {conditions.images}"
+    title = f"Throughput step by step, {mode}, {conditions.headline}"
     told = "; ".join(
         f"{name_of(row)} {status_in_words(row) if (rate := _measured(row)) is None else number(rate, 4)}"
         for row in rows

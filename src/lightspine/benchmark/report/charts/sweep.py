@@ -57,7 +57,7 @@ def sweep_charts(series: Sequence[Series], name: str) -> list[Chart]:
 def _chart(
     series: Sequence[Series], quantities: Sequence[Quantity], conditions: Conditions, kind: str, name: str
 ) -> Chart:
-    title = f"Cost against image size, {kind}, {conditions.images}"
+    title = f"Cost against image size, {kind}, {conditions.headline}"
     fits = [
         f"{one.name}, {quantity.name}: {curve.fit}"
         for quantity in quantities

@@ -52,7 +52,7 @@ def time_charts(rows: Sequence[Row], name: str) -> list[list[Chart]]:
 
 
 def _chart(bars: Sequence[_Bar], conditions: Conditions, mode: str, name: str) -> Chart:
-    title = f"Latency, {mode}, {conditions.images}"
+    title = f"Latency, {mode}, {conditions.headline}"
     return Chart(
         name=name,
         title=title,
