@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightspine.analysis.pictures import ImageLike, read_picture
 from lightspine.analysis.results import ImageResult, Panel
-from lightspine.analysis.stages import list_stages, pick_stage
+from lightspine.analysis.stages import choose_layers
 from lightspine.analysis.subject import Subject
 from lightspine.errors import UsageError
 from lightspine.models._efficientmod_blocks import ContextLayer
@@ -68,12 +68,7 @@ def context(
     layers = {name: module for name, module in network.named_modules() if isinstance(module, ContextLayer)}
     if not layers:
         raise UsageError(f"{subject.name} has no context layers: only the EfficientMod family has")
-    stages = list_stages(network)
-    by_stage = {each.index: [n for n in layers if n.startswith(f"{each.module}.")] for each in stages}
-    if stage is None:
-        chosen = [names[-1] for names in by_stage.values() if names]
-    else:
-        chosen = by_stage[pick_stage(stages, stage).index]
+    chosen = choose_layers(network, layers, stage)
     found = []
     for image in images:
         picture = read_picture(subject, image)

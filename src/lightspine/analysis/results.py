@@ -1,5 +1,6 @@
 """What every map of one image has in common: panels for a figure, arrays for a file."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,7 +38,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class ImageResult:
+class ImageResult(ABC):
     """Maps of one image. `figure()` draws them, `arrays()` are what a .npz file holds.
 
     Attributes:
@@ -48,9 +49,9 @@ class ImageResult:
     picture: Picture
     subject: str
 
+    @abstractmethod
     def rows(self) -> list[list[Panel]]:
         """Return the maps by row of the figure; a contact sheet joins the rows."""
-        raise NotImplementedError
 
     def image_panel(self) -> Panel:
         """Return what stands before the maps: the image."""

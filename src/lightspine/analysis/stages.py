@@ -1,7 +1,7 @@
 """The stages of any timm model: their modules, and their outputs as maps."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +76,24 @@ def choose_stages(network: nn.Module, stage: int | None) -> list[Stage]:
     if len(stages) <= MOST_STAGES:
         return stages
     return [stages[math.ceil(len(stages) * (i + 1) / _SHOWN_OF_MANY) - 1] for i in range(_SHOWN_OF_MANY)]
+
+
+def choose_layers(network: nn.Module, layers: Iterable[str], stage: int | None) -> list[str]:
+    """Return those of some layers that lie in one stage, or with `None` the last one of every stage.
+
+    Args:
+        network: a model with stages.
+        layers: names of modules.
+        stage: number in the model's `feature_info`.
+
+    Raises:
+        UsageError: no stage has this number.
+    """
+    stages, names = list_stages(network), list(layers)
+    by_stage = {each.index: [n for n in names if n.startswith(f"{each.module}.")] for each in stages}
+    if stage is None:
+        return [inside[-1] for inside in by_stage.values() if inside]
+    return by_stage[pick_stage(stages, stage).index]
 
 
 def pick_stage(stages: Sequence[Stage], stage: int) -> Stage:

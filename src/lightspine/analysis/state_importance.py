@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightspine.analysis.pictures import ImageLike, read_picture
 from lightspine.analysis.results import ImageResult, Panel
-from lightspine.analysis.stages import list_stages, pick_stage
+from lightspine.analysis.stages import choose_layers
 from lightspine.analysis.subject import Subject
 from lightspine.errors import UsageError
 from lightspine.models._efficientvim_blocks import HSMSSD, NCSSD
@@ -77,12 +77,7 @@ def importance(
     }
     if not mixers:
         raise UsageError(f"{subject.name} has no hidden-state mixers: only the EfficientViM family has")
-    stages = list_stages(subject.network)
-    by_stage = {each.index: [n for n in mixers if n.startswith(f"{each.module}.")] for each in stages}
-    if stage is None:
-        chosen = [names[-1] for names in by_stage.values() if names]
-    else:
-        chosen = by_stage[pick_stage(stages, stage).index]
+    chosen = choose_layers(subject.network, mixers, stage)
     found = []
     for image in images:
         picture = read_picture(subject, image)
