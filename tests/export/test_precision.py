@@ -1,6 +1,7 @@
 """Fewer bits: smaller files, scans that stay exact, classes that stay the same."""
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -12,11 +13,17 @@ from support.images import write_folder
 
 
 @pytest.mark.parametrize(
-    "family",
-    ["shvit", pytest.param("vmamba", marks=pytest.mark.slow), pytest.param("vim", marks=pytest.mark.slow)],
+    ("family", "options"),
+    [
+        ("shvit", {}),
+        pytest.param("vmamba", {}, marks=pytest.mark.slow),
+        pytest.param("vim", {}, marks=pytest.mark.slow),
+        pytest.param("vim", {"directions": "v1"}, marks=pytest.mark.slow),
+    ],
+    ids=["shvit", "vmamba", "vim", "vim v1"],
 )
-def test_half_precision_halves_the_file(family: str, tmp_path: Path) -> None:
-    model = small_model(family, num_classes=1000)
+def test_half_precision_halves_the_file(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = small_model(family, num_classes=1000, **options)
     report = export_onnx(model, tmp_path / "half.onnx", precision="fp16", shapes=[(1, 64, 96)])
     assert 0.01 < report.bytes / report.weight_bytes < (0.6 if family == "shvit" else 1.2)
     # Half precision has eleven bits; a scan in it would be far worse.

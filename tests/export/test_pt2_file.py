@@ -1,6 +1,7 @@
 """`export_pt2`, and the compiler: programs of PyTorch that give the model's values."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,11 +44,14 @@ def test_unrolled_program_runs_without_the_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compiled_copy_gives_the_same_values(family: str) -> None:
+def test_compiled_copy_gives_the_same_values(family: str, backend: str) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
     model = small_model(family)
     images = torch.randn(2, 3, 64, 64)
-    compiled = torch.compile(lightspine.optimize(model), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lightspine.optimize(model), fullgraph=True, backend=backend)
     with torch.no_grad():
         assert relative_l2(compiled(images), model(images)) < 1e-5
 

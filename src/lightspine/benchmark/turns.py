@@ -113,6 +113,7 @@ def time_in_turns(
     *,
     repeats: int,
     budget_s: float = 10.0,
+    calls_per_turn: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Call each function once untimed, then all of them in turn: see `collect_in_turns`.
@@ -121,9 +122,12 @@ def time_in_turns(
         functions: by name.
         repeats: timed calls of each.
         budget_s: seconds after which a function sits the other rounds out.
+        calls_per_turn: a turn is an untimed call and so many timed ones; by default one timed call.
         clock: returns seconds.
     """
-    seconds = collect_in_turns(functions, repeats=repeats, budget_s=budget_s, clock=clock)
+    seconds = collect_in_turns(
+        functions, repeats=repeats, budget_s=budget_s, calls_per_turn=calls_per_turn, clock=clock
+    )
     return {
         name: Timing(median_ms=1000 * statistics.median(spent), calls=len(spent))
         for name, spent in seconds.items()

@@ -49,6 +49,8 @@ def open_session(path: str | Path | bytes, threads: int | None = None) -> Any:
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
+        # Threads that wait for more work on a core of their own would slow down whatever is called next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     content = path if isinstance(path, bytes) else str(path)
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

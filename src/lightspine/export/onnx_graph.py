@@ -10,6 +10,8 @@ from torch.export import ExportedProgram
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.export.grouped_scan_function import FUNCTION_DOMAIN, scan_function
+from lightspine.export.onnx_tidying import drop_neutral, drop_unused
+from lightspine.export.pooling_form import pooling_table
 from lightspine.export.scan_forms import ScanForm, scan_table
 
 OPSETS = range(18, 27)
@@ -57,7 +59,7 @@ def to_onnx(
             warnings.simplefilter("ignore")
             # It tells on the way what it decomposes.
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-            program = program.run_decompositions(scan_table(scan))
+            program = program.run_decompositions(scan_table(scan) | pooling_table())
             found: Any = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -73,6 +75,7 @@ def to_onnx(
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
     model = found.model_proto
+    drop_neutral(model.graph)
     _strip(model.graph)
     _name_axes(model.graph.input[0], input_axes)
     return model
@@ -97,6 +100,7 @@ def write_scans_out(model: Any, opset: int) -> Any:
         if FUNCTION_DOMAIN not in {entry.domain for entry in model.opset_import}:
             model.opset_import.append(onnx.helper.make_opsetid(FUNCTION_DOMAIN, 1))
     inlined = onnx.inliner.inline_local_functions(model)
+    drop_unused(inlined.graph)
     standard = [entry for entry in inlined.opset_import if entry.domain == ""]
     del inlined.opset_import[:]
     inlined.opset_import.extend(standard)
