@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted.
     """
-    status = _run(list(sys.argv[1:] if argv is None else argv))
+    status = _run(list(sys.argv[1:] if argv is None else argv), own_process=argv is None)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -71,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], own_process: bool) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     handler = _log_to_stderr(debug)
     try:
-        return _dispatch(arguments)
+        return _dispatch(arguments, own_process)
     except SystemExit as exit_:
         return _status_of(exit_)
     except BrokenPipeError:
@@ -107,7 +107,7 @@ def _log_to_stderr(debug: bool) -> logging.Handler:
     return handler
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch(arguments: list[str], own_process: bool) -> int:
     parser = _top_parser()
     if not arguments:
         parser.print_help()
@@ -118,6 +118,10 @@ def _dispatch(arguments: list[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
         parser.error(_unknown_command(command))
+    if own_process:
+        from lightspine_runtime import keep_freed_memory
+
+        keep_freed_memory()
     module = importlib.import_module(f"lightspine_cli.{command}_command")
     if getattr(module, "PASSES_ARGUMENTS_THROUGH", False):
         return int(module.run(argparse.Namespace(arguments=rest)))

@@ -26,10 +26,11 @@ def conv(**options: int) -> nn.Conv2d:
     return nn.Conv2d(8, 16, 3, **({"padding": 1} | options)).requires_grad_(False)
 
 
+@pytest.mark.parametrize("count", [5, 50], ids=["small", "large"])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @torch.inference_mode()
-def test_linear_map_and_its_activation_keep_their_values(activation: nn.Module) -> None:
-    layer, x = linear(), torch.randn(2, 5, 7, 24)
+def test_linear_map_and_its_activation_keep_their_values(activation: nn.Module, count: int) -> None:
+    layer, x = linear(), torch.randn(2, count, 7, 24)
     assert relative_l2(PackedLinear(layer, activation)(x), activation(layer(x))) < TOLERANCE
 
 
@@ -49,7 +50,7 @@ def test_every_kind_of_convolution_keeps_its_values(options: dict[str, int]) -> 
 
 @torch.inference_mode()
 def test_tokens_that_lie_apart_in_memory_keep_their_values() -> None:
-    layer, wide = linear(), torch.randn(3, 5, 60)
+    layer, wide = linear(), torch.randn(3, 500, 60)
     x = wide[..., 7:31]
     assert relative_l2(PackedLinear(layer)(x), layer(x)) < TOLERANCE
 
@@ -91,13 +92,13 @@ def test_bfloat16_stays_within_its_rounding() -> None:
 @torch.no_grad()
 def test_copy_gives_the_same(layer: nn.Linear | nn.Conv2d, through) -> None:
     packed = PackedLinear(layer) if isinstance(layer, nn.Linear) else PackedConv2d(layer)
-    x = torch.randn(2, 8, 5, 24)
+    x = torch.randn(2, 8, 25, 24)
     assert torch.equal(through(packed)(x), packed(x))
 
 
 @torch.no_grad()
 def test_loaded_weights_are_packed_anew() -> None:
-    packed, x = PackedLinear(linear()), torch.randn(3, 24)
+    packed, x = PackedLinear(linear()), torch.randn(300, 24)
     expected = -packed(x)
     packed.load_state_dict({key: -value for key, value in packed.state_dict().items()})
     assert torch.equal(packed(x), expected)

@@ -23,18 +23,19 @@ TOLERANCE = 1e-6
 
 @pytest.mark.parametrize("activation", [None, nn.ReLU(), nn.GELU(), nn.Sigmoid()], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(5, 3), (23, 21)], ids=["small", "large"])
 @torch.inference_mode()
-def test_packed_pointwise_gives_the_values_of_the_convolution(activation, memory_format):
+def test_packed_pointwise_gives_the_values_of_the_convolution(activation, memory_format, size):
     conv = nn.Conv2d(17, 33, 1)
-    x = torch.randn(2, 17, 5, 3).contiguous(memory_format=memory_format)
-    other = torch.randn(2, 33, 5, 3)
+    x = torch.randn(2, 17, *size).contiguous(memory_format=memory_format)
+    other = torch.randn(2, 33, *size)
     expected = conv(x) if activation is None else activation(conv(x))
     packed = PackedPointwise(conv, activation)
     assert relative_l2(packed(x), expected) < TOLERANCE
     assert relative_l2(packed(x, other), expected + other) < TOLERANCE
 
 
-@pytest.mark.parametrize("size", [(1, 1), (4, 3)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (4, 3), (63, 61)], ids=str)
 @torch.inference_mode()
 def test_packed_pointwise_reads_part_of_the_channels(size):
     conv = nn.Conv2d(6, 9, 1, bias=False)
@@ -43,9 +44,10 @@ def test_packed_pointwise_reads_part_of_the_channels(size):
 
 
 @pytest.mark.parametrize("operation", ["add", "mul"])
+@pytest.mark.parametrize("count", [5, 500], ids=["small", "large"])
 @torch.inference_mode()
-def test_combining_linear_adds_or_multiplies(operation):
-    linear, x, other = nn.Linear(19, 35), torch.randn(2, 5, 3, 19), torch.randn(2, 5, 3, 35)
+def test_combining_linear_adds_or_multiplies(operation, count):
+    linear, x, other = nn.Linear(19, 35), torch.randn(2, count, 3, 19), torch.randn(2, count, 3, 35)
     expected = linear(x) + other if operation == "add" else linear(x) * other
     assert relative_l2(CombiningLinear(linear, operation)(x, other), expected) < TOLERANCE
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lightspine_runtime.allocation import keeps_freed_memory
+
 _PACKAGES = (
     "lightspine",
     "torch",
@@ -42,6 +44,7 @@ def describe_system() -> dict[str, Any]:
         "processor": _processor_name(),
         "processors_usable": _usable_processors(),
         "torch_threads": torch.get_num_threads(),
+        "freed_memory": "kept" if keeps_freed_memory() else "handed back",
         "devices": _devices(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
     }

@@ -57,7 +57,9 @@ class TrainingStep:
     def __init__(self, model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, dtype: torch.dtype):
         self.model, self._run, self._images, self._dtype = model.train(), run, images, dtype
         self._labels = torch.arange(len(images), device=images.device) % 10
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        # As in training: one pass over the weights on a CPU.
+        on_cpu = images.device.type == "cpu"
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=on_cpu or None)
 
     def __call__(self) -> None:
         """Train on the batch once."""

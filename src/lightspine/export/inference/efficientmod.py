@@ -6,6 +6,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lightspine.export.inference import inference_rule
+from lightspine.export.inference.heads import pack_head
 from lightspine.export.inference.norms import scale_output, set_weights
 from lightspine.export.inference.packed import PackedConv2d, PackedLinear
 from lightspine.export.inference.pointwise import CombiningLinear
@@ -17,6 +18,7 @@ from lightspine.models._efficientmod_blocks import (
     EfficientModBlock,
     ModulationMlp,
 )
+from lightspine.models.efficientmod import EfficientMod
 
 
 @inference_rule(ContextLayer)
@@ -124,3 +126,9 @@ def pack_convolution(module: Any) -> nn.Module:
     """Pack the convolution of the stem or of a down-sampling."""
     module.conv = PackedConv2d(module.conv)
     return module
+
+
+@inference_rule(EfficientMod)
+def pack_classifier(model: EfficientMod) -> EfficientMod:
+    """Pack the classifier."""
+    return pack_head(model)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightspine.export.inference import inference_rule
-from lightspine.export.inference.heads import average_heads
+from lightspine.export.inference.heads import average_heads, pack_head
 from lightspine.export.inference.norms import add_input, scale_output
 from lightspine.export.inference.packed import PackedConv2d, PackedLinear
 from lightspine.export.inference.pointwise import PackedPointwise
@@ -158,5 +158,5 @@ def merge_classifiers(module: FusionHead) -> nn.Linear:
 
 @inference_rule(EfficientViM)
 def fold_model(module: EfficientViM) -> nn.Module:
-    """Merge the classifiers of a distilled model."""
-    return average_heads(module)
+    """Pack the classifier, which is one for a distilled model too."""
+    return pack_head(average_heads(module))

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import torch.nn as nn
 
 from lightspine.export.inference.norms import set_weights
+from lightspine.export.inference.packed import PackedLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -18,4 +19,12 @@ def average_heads(model: Model) -> Model:
         set_weights(head, weight, (head.bias.double() + other.bias.double()) / 2)
         distilled.head_dist = nn.Identity()
         distilled.distilled = False
+    return model
+
+
+def pack_head(model: Model) -> Model:
+    """Pack the classifier, if there is one: a whole matrix is read for each image."""
+    owner: Any = model
+    if isinstance(owner.head, nn.Linear):
+        owner.head = PackedLinear(owner.head)
     return model

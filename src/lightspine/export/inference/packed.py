@@ -35,6 +35,8 @@ _OPERATORS = (
 )
 # Input sizes for which a convolution remembers its weights.
 _SIZES_KEPT = 4
+# Products of fewer multiplications in float32 take less time than a call of oneDNN.
+_SMALL_PRODUCT = 2**18
 
 
 def packing_available() -> tuple[bool, str]:
@@ -60,6 +62,7 @@ class _Packed(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     can_pack: bool
+    _made_anew: tuple[str, ...] = ("_bias",)
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, activation: nn.Module | None):
         super().__init__()
@@ -75,11 +78,15 @@ class _Packed(nn.Module):
     def _start(self) -> None:
         """Forget packed weights and see whether the present ones can be packed."""
         weight = self.weight
+        # Plain attributes: a module looks its parameters up several times as slowly.
+        self._dtype = weight.dtype
+        self._bias = None if self.bias is None else self.bias.detach()
         self.can_pack = weight.device.type == "cpu" and packing_available()[0]
         if self.can_pack and weight.dtype == torch.bfloat16:
             self.can_pack = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         elif weight.dtype != torch.float32:
             self.can_pack = False
+        self._few_numbers = _SMALL_PRODUCT // weight.shape[0] if weight.dtype == torch.float32 else 0
 
     def _takes(self, x: Any) -> bool:
         """Return whether a call is an ordinary one, of a tensor that the packed weights serve."""
@@ -90,11 +97,15 @@ class _Packed(nn.Module):
             self.can_pack
             and not tracing
             and not torch.compiler.is_compiling()
-            and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype
+            and x.is_cpu
+            and x.dtype == self._dtype
             and not (torch.is_grad_enabled() and x.requires_grad)
             and not torch.is_autocast_enabled("cpu")
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Whatever `_start` makes: a packed tensor can neither be copied nor pickled.
+        return {**self.__dict__, **dict.fromkeys(self._made_anew)}
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)
@@ -129,6 +140,8 @@ class PackedLinear(_Packed):
         UsageError: another activation.
     """
 
+    _made_anew = ("_bias", "_packed")
+
     def __init__(self, linear: nn.Linear, activation: nn.Module | None = None):
         super().__init__(linear, activation)
 
@@ -138,16 +151,12 @@ class PackedLinear(_Packed):
         if self.can_pack:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A packed tensor can neither be copied nor pickled.
-        return {**self.__dict__, "_packed": None}
-
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        if not self._takes(x):
+        if not self._takes(x) or x.numel() < self._few_numbers:
             return self.activation(F.linear(x, self.weight, self.bias))
-        return torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, self.bias, self.attribute, [], self.variant
+        return torch.ops.mkldnn._linear_pointwise.default(
+            x, self._packed, self._bias, self.attribute, [], self.variant
         )
 
 
@@ -166,6 +175,8 @@ class PackedConv2d(_Packed):
         UsageError: another activation, or a padding that is not a number of zeros.
     """
 
+    _made_anew = ("_bias", "_by_size")
+
     def __init__(self, conv: nn.Conv2d, activation: nn.Module | None = None):
         if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
             raise UsageError(f"expected a convolution padded with a number of zeros, got {conv}")
@@ -177,9 +188,6 @@ class PackedConv2d(_Packed):
         super()._start()
         self._by_size: OrderedDict[torch.Size, Tensor] = OrderedDict()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_by_size": None}
-
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to the convolved and activated map."""
         if not self._takes(x):
@@ -189,10 +197,10 @@ class PackedConv2d(_Packed):
         packed = self._by_size.get(x.shape)
         if packed is None:
             packed = self._pack(x.shape)
-        return torch.ops.mkldnn._convolution_pointwise(
+        return torch.ops.mkldnn._convolution_pointwise.default(
             x,
             packed,
-            self.bias,
+            self._bias,
             self.padding,
             self.stride,
             self.dilation,

@@ -5,7 +5,7 @@ does for a convolution: to lay the weights out anew at each call and, for a sing
 to copy the map. A sum or a product with another tensor is done while the result is still in registers.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -41,6 +41,8 @@ class PackedPointwise(_Packed):
         UsageError: another kind of convolution, or of activation.
     """
 
+    _made_anew = ("_bias", "_packed", "_matrix")
+
     def __init__(self, conv: nn.Conv2d, activation: nn.Module | None = None):
         if not is_pointwise(conv):
             raise UsageError(f"expected a 1x1 convolution without groups, stride or padding, got {conv}")
@@ -49,12 +51,9 @@ class PackedPointwise(_Packed):
     def _start(self) -> None:
         super()._start()
         self._packed: Tensor | None = None
+        self._matrix = self.weight.detach().flatten(1)
         if self.can_pack:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().flatten(1))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A packed tensor can neither be copied nor pickled.
-        return {**self.__dict__, "_packed": None}
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._matrix)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Map (B, in_channels, H, W) to `activation(conv(x))`, or to `activation(conv(x)) + add`."""
@@ -62,14 +61,17 @@ class PackedPointwise(_Packed):
             y = self.activation(F.conv2d(x, self.weight, self.bias))
             return y if add is None else y + add
         tokens = x.permute(0, 2, 3, 1)
+        if x.numel() < self._few_numbers:
+            y = self.activation(F.linear(tokens, self._matrix, self._bias)).permute(0, 3, 1, 2)
+            return y if add is None else y + add
         if add is None or self.attribute != "none":
             y = torch.ops.mkldnn._linear_pointwise.default(
-                tokens, self._packed, self.bias, self.attribute, [], self.variant
+                tokens, self._packed, self._bias, self.attribute, [], self.variant
             ).permute(0, 3, 1, 2)
             return y if add is None else y + add
         # Named, since PyTorch, which tries "default" first, would print the tensors into an error it drops.
         y = torch.ops.mkldnn._linear_pointwise.binary(
-            tokens, add.permute(0, 2, 3, 1), self._packed, self.bias, "add"
+            tokens, add.permute(0, 2, 3, 1), self._packed, self._bias, "add"
         )
         return y.permute(0, 3, 1, 2)
 
@@ -88,9 +90,9 @@ class CombiningLinear(PackedLinear):
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
         """Map (..., in_features) and another tensor (..., out_features) to (..., out_features)."""
-        if self._takes(x):
+        if self._takes(x) and x.numel() >= self._few_numbers:
             return torch.ops.mkldnn._linear_pointwise.binary(
-                x, other, self._packed, self.bias, self.operation
+                x, other, self._packed, self._bias, self.operation
             )
         y = F.linear(x, self.weight, self.bias)
         return y + other if self.operation == "add" else y * other

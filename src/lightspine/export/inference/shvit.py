@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightspine.export.inference import inference_rule
-from lightspine.export.inference.heads import average_heads
+from lightspine.export.inference.heads import average_heads, pack_head
 from lightspine.export.inference.norms import absorb_input, add_input, affine_of, scale_output
 from lightspine.export.inference.packed import PackedConv2d
 from lightspine.export.inference.pointwise import PackedPointwise
@@ -37,9 +36,9 @@ class FoldedSHSA(nn.Module):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Map (B, C, H, W) to (B, C, H, W), with `add` added."""
-        attending, waiting = torch.split(x, self.widths, dim=1)
-        qkv = self.qkv(F.group_norm(attending, 1, eps=self.eps)).flatten(2)
-        q, k, v = torch.split(qkv, self.sizes, dim=1)  # (B, channels, N)
+        attending, waiting = x.split_with_sizes(self.widths, dim=1)
+        qkv = self.qkv(torch.group_norm(attending, 1, eps=self.eps)).flatten(2)
+        q, k, v = qkv.split_with_sizes(self.sizes, dim=1)  # (B, channels, N)
         weights = (q.transpose(1, 2) @ k).softmax(dim=2)
         # This order of the product leaves the channels innermost.
         attended = (weights @ v.transpose(1, 2)).transpose(1, 2).view(attending.shape)
@@ -97,6 +96,6 @@ def fold_classifier(module: Classifier) -> nn.Module:
 
 @inference_rule(SHViT)
 def fold_model(module: SHViT) -> nn.Module:
-    """Pack the stem and merge the classifiers of a distilled model."""
+    """Pack the stem and the classifier, which is one for a distilled model too."""
     module.stem = pack_sequence(module.stem)
-    return average_heads(module)
+    return pack_head(average_heads(module))

@@ -7,9 +7,11 @@ import torch.nn as nn
 from torch import Tensor
 
 from lightspine.export.inference import inference_rule
+from lightspine.export.inference.heads import pack_head
 from lightspine.export.inference.norms import scale_output, set_weights
 from lightspine.export.inference.packed import PackedConv2d, PackedLinear
 from lightspine.models._vim_blocks import ScanDirection, VimMixer, at_least_float32
+from lightspine.models.vim import Vim
 from lightspine.ops.selective_scan import scan
 
 
@@ -99,6 +101,14 @@ class FoldedVimMixer(nn.Module):
         if self.layout == "NLC":
             return self.forward_tokens(x)
         return self.forward_tokens(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+
+@inference_rule(Vim)
+def pack_ends(model: Vim) -> Vim:
+    """Pack the embedding of the patches and the classifier."""
+    stem: Any = PackedConv2d(model.stem)
+    model.stem = stem
+    return pack_head(model)
 
 
 def _halves(linear: nn.Linear) -> tuple[nn.Linear, nn.Linear]:

@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lightspine.export.inference import inference_rule
+from lightspine.export.inference.heads import pack_head
 from lightspine.export.inference.packed import PackedConv2d, PackedLinear, can_fuse
 from lightspine.models._vmamba_blocks import SS2D, VSSBlock
 from lightspine.models.vmamba import VMamba
@@ -65,11 +66,11 @@ def pack_block(block: VSSBlock) -> VSSBlock:
 
 
 @inference_rule(VMamba)
-def pack_convolutions(model: VMamba) -> VMamba:
-    """Pack the convolutions of the stem and between the stages."""
+def pack_ends(model: VMamba) -> VMamba:
+    """Pack the convolutions of the stem and between the stages, and the classifier."""
     stages: Any = model.stages
     for part in (model.stem, *(stage.downsample for stage in stages)):
         for name, layer in list(part.named_children()):
             if isinstance(layer, nn.Conv2d):
                 setattr(part, name, PackedConv2d(layer))
-    return model
+    return pack_head(model)
