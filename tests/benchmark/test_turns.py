@@ -19,6 +19,15 @@ def test_every_round_calls_every_function_once() -> None:
     assert [sorted(calls) for calls in rounds] == [["a", "b", "c"]] * 5
 
 
+def test_turn_of_several_calls_starts_with_an_untimed_one() -> None:
+    log: list[str] = []
+    functions = {name: lambda name=name: log.append(name) for name in "ab"}
+    found = time_in_turns(functions, repeats=6, calls_per_turn=3)
+    turns = ["".join(log[i : i + 4]) for i in range(2, len(log), 4)]
+    assert sorted(turns) == ["aaaa", "aaaa", "bbbb", "bbbb"]
+    assert [timing.calls for timing in found.values()] == [6, 6]
+
+
 def test_median_is_in_milliseconds() -> None:
     found = time_in_turns({"a": lambda: None}, repeats=5, clock=_clock([0.5, 0.1, 0.2, 0.4, 0.3]))["a"]
     assert (found.median_ms, found.calls) == pytest.approx((300, 5))

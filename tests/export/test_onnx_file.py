@@ -96,6 +96,8 @@ def test_model_stays_as_it_is(exported: tuple[nn.Module, ExportReport]) -> None:
 
 
 @pytest.mark.slow
+# VMamba's first version scans 16 states; its base takes ten minutes.
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", lightspine.list_models())
 def test_registered_model_in_a_file(name: str, tmp_path: Path) -> None:
     model = disturb(lightspine.create_model(name))
