@@ -74,6 +74,14 @@ def test_what_matters_stays(body: str, x: str) -> None:
     assert tidy(model) == before
 
 
+def test_what_a_branch_reads_stays() -> None:
+    body = """<float one = {1}>
+    { a = Neg(x) m = Mul(a, one) s = ReduceSum<keepdims = 0>(x) yes = Cast<to = 9>(s)
+    y = If(yes) <then_branch = t () => (float[p, q, r, s] ty) { ty = Exp(m) },
+                 else_branch = e () => (float[p, q, r, s] ey) { ey = Abs(m) }> }"""
+    assert tidy(parse(body)) == ["Neg", "Mul", "ReduceSum", "Cast", "If"]
+
+
 def test_operators_and_constants_that_nothing_reads_go() -> None:
     model = parse(
         "<float one = {1}, float two = {2}> { a = Neg(x) b = Mul(a, two) c = Abs(b) y = Add(a, one) }"

@@ -16,7 +16,9 @@ def drop_neutral(graph: Any) -> None:
 
     constants = {value.name: value for value in graph.initializer}
     shapes = {value.name: _shape(value) for value in (*graph.value_info, *graph.input)}
-    outputs = {value.name for value in graph.output}
+    # Values that are read by name from outside of these operators stay what they are.
+    fixed = {value.name for value in graph.output}
+    fixed.update(name for node in graph.node for name in set(_read_by(node)) - set(node.input))
     instead: dict[str, str] = {}
     measured: dict[str, str] = {}
     kept = []
@@ -30,7 +32,7 @@ def drop_neutral(graph: Any) -> None:
         for value, name in (node.input, reversed(node.input)) if node.op_type in _NEUTRAL else ():
             if (
                 name in constants
-                and node.output[0] not in outputs
+                and node.output[0] not in fixed
                 and _spreads_over(tuple(constants[name].dims), shapes.get(value))
                 and (numpy_helper.to_array(constants[name]) == _NEUTRAL[node.op_type]).all()
             ):
