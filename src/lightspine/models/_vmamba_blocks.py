@@ -214,7 +214,7 @@ class SS2D(nn.Module):
         # The projections are pointwise: one product in pixel order serves every direction.
         projected = self.x_proj(u).view(batch, height, width, self.directions, -1)
         dt, B, C = projected.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
-        delta = self._project_steps(dt)
+        delta = torch.einsum("bhwkr,kdr->bhwkd", dt, self.dt_weight)
         # Float32 or wider whatever the precision of the maps: exp(delta * A) forgives no rounding of A.
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         D = self.D.view(self.directions, -1)
@@ -222,23 +222,6 @@ class SS2D(nn.Module):
         y = cross_scan(u, delta, A, B, C, D, self.dt_bias, True, self.scan_order, keep=keep)
         # The sum stays float32 under autocast; a model that was cast as a whole gets its own precision back.
         return y.to(self.out_proj.weight.dtype)
-
-    def _project_steps(self, dt: Tensor) -> Tensor:
-        """Map (B, H, W, K, R) to (B, H, W, K, D), each direction by a matrix of its own."""
-        # A script compiles no alternative of this condition; the two must not be joined by `and`.
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            pass
-        elif _is_trained_on_cpu(dt):
-            # R is small: K products, and the layouts that they and their gradients want, take longer than one
-            # with K times the multiply-adds. For inference `optimize` puts them into the scan.
-            matrix = torch.block_diag(*self.dt_weight)
-            return F.linear(dt.flatten(3), matrix).unflatten(3, (self.directions, -1))
-        return torch.einsum("bhwkr,kdr->bhwkd", dt, self.dt_weight)
-
-
-def _is_trained_on_cpu(x: Tensor) -> bool:
-    # The stand-ins of tracers are of other types.
-    return torch.is_grad_enabled() and type(x) is Tensor and x.device.type == "cpu"
 
 
 class VSSBlock(nn.Module):
