@@ -75,15 +75,16 @@ def run(args: argparse.Namespace) -> int:
 def _run_on_all(args: argparse.Namespace, subject: "Subject", files: list[Path]) -> int:
     """Average over the images: one figure."""
     from lightspine.analysis import erf, redundancy
+    from lightspine.utils.progress import progress_bar
 
     result: Any
     if args.kind == "erf":
-        result = erf(subject, _with_bar(files, "erf"), stage=args.stage)
+        result = erf(subject, progress_bar(files, "erf"), stage=args.stage)
         for field in result.fields:
             print(f"{field.state}: half of the contribution within {field.side_of(0.5)} px")
     else:
         labelled = [] if args.data is None else _labelled(args.data, subject)
-        result = redundancy(subject, files, labelled=labelled, bar=_with_bar)
+        result = redundancy(subject, files, labelled=labelled, bar=progress_bar)
         for module, cosine in zip(result.modules, result.mean_similarity(), strict=True):
             print(f"{module}: mean cosine between two heads {cosine:.3f}")
     _write(result, args.out / args.kind)
@@ -92,6 +93,7 @@ def _run_on_all(args: argparse.Namespace, subject: "Subject", files: list[Path])
 
 def _run_on_each(args: argparse.Namespace, subject: "Subject", files: list[Path], query: Any) -> int:
     from lightspine.analysis import attention, cam, context, draw_results, importance, save_figure
+    from lightspine.utils.progress import progress_bar
 
     functions: dict[str, Any] = {
         "cam": lambda image: cam(subject, [image], stage=args.stage, target=getattr(args, "class")),
@@ -101,7 +103,7 @@ def _run_on_each(args: argparse.Namespace, subject: "Subject", files: list[Path]
     }
     names = _names(files)
     on_sheet: list[ImageResult] = []
-    for file in _with_bar(files, args.kind):
+    for file in progress_bar(files, args.kind):
         (result,) = functions[args.kind](file)
         _write(result, args.out / names[file], said=len(files) == 1)
         if len(on_sheet) < _MOST_ON_SHEET:
@@ -137,17 +139,6 @@ def _labelled(folder: Path, subject: "Subject") -> Any:
     from lightspine.data import list_images
 
     return list_images(folder, subject.class_names)[1]
-
-
-def _with_bar(items: Any, what: str) -> Any:
-    import sys
-
-    from rich.console import Console
-    from rich.progress import track
-
-    if not sys.stderr.isatty():
-        return items
-    return track(items, what, transient=True, console=Console(file=sys.stderr))
 
 
 def _parse_query(text: str | None) -> Any:

@@ -88,9 +88,9 @@ def _run_export(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from lightspine.atomic import whole_file
     from lightspine.benchmark.export_speed import SMALL_MODELS, measure_export
     from lightspine.export.onnx_file import check_writable
+    from lightspine.utils.files import atomic_write
 
     if args.out is not None:
         check_writable(args.out)
@@ -105,7 +105,7 @@ def _run_export(args: argparse.Namespace) -> int:
             on_step=lambda text: progress.update(task, advance=1, description=f"{text}: done"),
         )
     if args.out is not None:
-        with whole_file(args.out) as file:
+        with atomic_write(args.out) as file:
             file.write(json.dumps(report.as_dict(), indent=2).encode())
     if args.json:
         print_json(report.as_dict())

@@ -16,7 +16,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
     # Lightning takes seconds to load: only now.
-    from lightspine.tasks.cli import main
+    from lightspine.training.cli import main
 
     result = main(args.arguments)
     score = result.score_name.removeprefix("val_")

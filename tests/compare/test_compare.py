@@ -13,7 +13,7 @@ from lightspine.compare.compare import compare
 from lightspine.compare.results import CompareResult
 from lightspine.compare.runs import CompareData, CompareSettings, ModelRun, data_of_settings, runs_of_models
 from lightspine.errors import LightspineError, UsageError
-from lightspine.tasks.fit import TrainingInterruptedError, TrainResult
+from lightspine.training.fit import TrainingInterruptedError, TrainResult
 from lightspine_cli.main import main
 
 MODELS = ["efficientvim_m1", "test_resnet"]

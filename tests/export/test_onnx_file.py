@@ -16,8 +16,8 @@ import lightspine
 from lightspine.errors import LightspineError, UsageError
 from lightspine.export import ExportReport, export_onnx
 from lightspine.export.check import compare, open_session, random_batches, session_function
-from lightspine.export.folding import fold
 from lightspine.heads import FeatureBackbone, build_detector, build_segmenter
+from lightspine.optimize.folding import fold
 from support.dense import MEMBERS
 from support.exporting import FAMILIES, disturb, small_model
 

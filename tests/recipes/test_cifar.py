@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lightspine.recipes import list_recipes
-from lightspine.tasks.cli import train_recipe
+from lightspine.training.cli import train_recipe
 from support.images import shared_archive
 
 

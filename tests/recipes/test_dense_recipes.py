@@ -13,10 +13,10 @@ from PIL import Image
 from lightspine.dense import create_detector, create_segmenter
 from lightspine.models import get_record
 from lightspine.recipes import PublishedRecipe, find_recipe, list_published, list_recipes
-from lightspine.tasks.cli import TrainCLI
-from lightspine.tasks.dense_groups import dense_parameter_groups
-from lightspine.tasks.quiet import quiet_lightning
-from lightspine.tasks.step_schedules import DecaySchedule, MilestoneSchedule
+from lightspine.training.cli import TrainCLI
+from lightspine.training.dense_groups import dense_parameter_groups
+from lightspine.training.quiet import quiet_lightning
+from lightspine.training.step_schedules import DecaySchedule, MilestoneSchedule
 from support.coco import content, square, write_coco
 from support.dense import few_proposals
 from support.images import write_image

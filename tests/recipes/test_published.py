@@ -12,12 +12,12 @@ from torch import nn
 from lightspine.errors import UsageError
 from lightspine.models import get_record
 from lightspine.recipes import find_recipe, list_published, list_recipes
-from lightspine.tasks import distillation
-from lightspine.tasks.classification import ClassificationTask
-from lightspine.tasks.cli import TrainCLI
-from lightspine.tasks.optim import create_optimizer
-from lightspine.tasks.quiet import quiet_lightning
-from lightspine.tasks.schedules import CosineSchedule
+from lightspine.training import distillation
+from lightspine.training.classification import ClassificationTask
+from lightspine.training.cli import TrainCLI
+from lightspine.training.optim import create_optimizer
+from lightspine.training.quiet import quiet_lightning
+from lightspine.training.schedules import CosineSchedule
 from support.images import write_folder
 from support.reference import figure_images, fill_checkpoint, read_figure, write_official_file
 

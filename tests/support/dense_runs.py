@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from lightspine.data.modules import CocoDataModule, SegmentationFolderDataModule
-from lightspine.tasks.detection import DetectionTask
-from lightspine.tasks.fit import TrainResult, train
-from lightspine.tasks.segmentation import SegmentationTask
+from lightspine.training.detection import DetectionTask
+from lightspine.training.fit import TrainResult, train
+from lightspine.training.segmentation import SegmentationTask
 from support.dense import few_proposals
 
 SMALL_MODEL = "test_efficientnet"

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightspine.data.modules import DigitsDataModule
-from lightspine.tasks.classification import ClassificationTask
-from lightspine.tasks.fit import TrainResult, train
+from lightspine.training.classification import ClassificationTask
+from lightspine.training.fit import TrainResult, train
 
 # A plain ResNet of timm with 470 thousand parameters: these tests are about the training and not the model.
 SMALL_MODEL = "test_resnet"

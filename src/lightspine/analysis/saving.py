@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightspine.atomic import whole_file
+from lightspine.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ def save_figure(figure: "Figure", base: Path) -> list[Path]:
     with rc_context({"svg.hashsalt": base.name}):
         for kind, about in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             path = base.with_name(f"{base.name}.{kind}")
-            with whole_file(path) as file:
+            with atomic_write(path) as file:
                 figure.savefig(file, format=kind, metadata=about)
             paths.append(path)
     return paths
@@ -38,6 +38,6 @@ def save_arrays(arrays: Mapping[str, np.ndarray], base: Path) -> Path:
         LightspineError: the file cannot be written.
     """
     path = base.with_name(f"{base.name}.npz")
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         np.savez_compressed(file, allow_pickle=False, **dict(arrays))
     return path

@@ -15,10 +15,10 @@ from lightspine.benchmark.system import describe_system
 from lightspine.benchmark.turns import Timing, time_in_turns
 from lightspine.errors import UsageError
 from lightspine.export.check import open_session
-from lightspine.export.folding import optimize
 from lightspine.export.onnx_file import export_onnx
 from lightspine.models._factory import create_model
 from lightspine.models._registry import get_record
+from lightspine.optimize.folding import optimize
 
 EAGER, OPTIMIZED, ONNX, TIMM = "eager", "optimized", "onnx", "timm onnx"
 SMALL_MODELS = ("shvit_s1", "efficientvim_m1", "efficientmod_xxs", "vim_tiny", "vmamba_tiny")

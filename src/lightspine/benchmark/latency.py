@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lightspine.errors import UsageError
+from lightspine.utils.devices import synchronize, torch_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +72,11 @@ def measure_latency_ms(
 
 
 def _time_once(model: nn.Module, batch: Tensor, clock: Callable[[], float]) -> float:
-    wait_for(batch.device)
+    synchronize(batch.device)
     start = clock()
     model(batch)
-    wait_for(batch.device)
+    synchronize(batch.device)
     return clock() - start
-
-
-def wait_for(device: torch.device) -> None:
-    """Return when an accelerator has computed what it was given: it returns before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def summarise(seconds: list[float]) -> Latency:
@@ -106,15 +99,3 @@ def _eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
-
-
-@contextmanager
-def torch_threads(threads: int | None) -> Iterator[None]:
-    """Compute on so many threads meanwhile; `None` leaves them as they are."""
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

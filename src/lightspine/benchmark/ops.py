@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from lightspine.benchmark.system import describe_system
 from lightspine.benchmark.turns import Timing
 from lightspine.blocks import VimBlock, VSSBlock
 from lightspine.errors import UsageError
+from lightspine.utils.devices import torch_threads
 
 PARTS = ("time", "memory", "models")
 SHARE_MODELS = ("vmamba_tiny", "vim_tiny")
@@ -123,7 +123,7 @@ def measure_ops(
     rows = {(case.name, batch): OpsRow(case=case, batch=batch) for batch in batches for case in cases}
     shares: dict[str, ScanShare] = {}
     saved: list[SavedBytes] = []
-    with _torch_threads(threads):
+    with torch_threads(threads):
         system = describe_system()
         # Before anything has filled the caches of this process.
         if "models" in parts:
@@ -182,14 +182,3 @@ def _kept_per_token(build: Callable[[bool], nn.Module], switch: bool, dim: int) 
     one, two = (nn.Sequential(*(build(switch) for _ in range(depth))) for depth in (1, 2))
     # What the second block adds: the stream between the two is kept as well.
     return (count_saved_bytes(two, images) - count_saved_bytes(one, images)) / _SIDE**2
-
-
-@contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lightspine.atomic import write_whole
 from lightspine.errors import LightspineError
+from lightspine.utils.files import atomic_write_text
 
 FORMAT = 1
 RESULTS_NAME, TABLE_NAME = "results.json", "results.csv"
@@ -155,8 +155,8 @@ def save_results(result: BenchResult, folder: Path) -> None:
     Raises:
         LightspineError: they cannot be written.
     """
-    write_whole(folder / RESULTS_NAME, json.dumps(result.as_dict(), indent=1, allow_nan=False) + "\n")
-    write_whole(folder / TABLE_NAME, _as_csv(result.rows))
+    atomic_write_text(folder / RESULTS_NAME, json.dumps(result.as_dict(), indent=1, allow_nan=False) + "\n")
+    atomic_write_text(folder / TABLE_NAME, _as_csv(result.rows))
 
 
 def load_results(path: str | Path) -> BenchResult:

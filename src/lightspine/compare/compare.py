@@ -17,8 +17,8 @@ from lightspine.data.images import open_image
 from lightspine.errors import LightspineError
 from lightspine.evaluation import evaluate, predict
 from lightspine.models._loading import load_model
-from lightspine.tasks.fit import TrainingInterruptedError, TrainResult
-from lightspine.tasks.resume import prepare_folder
+from lightspine.training.fit import TrainingInterruptedError, TrainResult
+from lightspine.training.resume import prepare_folder
 
 _SHEET_IMAGES = 10
 

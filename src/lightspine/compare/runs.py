@@ -16,9 +16,9 @@ from lightspine.data.images import open_image
 from lightspine.data.modules import DigitsDataModule, ImageDataModule, ImageFolderDataModule
 from lightspine.errors import LightspineError
 from lightspine.models import find_record
-from lightspine.tasks.classification import ClassificationTask
-from lightspine.tasks.cli import train_recipe
-from lightspine.tasks.fit import TrainResult, train
+from lightspine.training.classification import ClassificationTask
+from lightspine.training.cli import train_recipe
+from lightspine.training.fit import TrainResult, train
 
 DIGITS = "digits"
 

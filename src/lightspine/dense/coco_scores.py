@@ -11,10 +11,10 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
-from lightspine.atomic import write_whole
 from lightspine.data.detection import CocoAnnotations, encode_mask
 from lightspine.dense.gathering import gather_by_image
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.files import atomic_write_text
 
 Kind = Literal["box", "mask"]
 
@@ -92,7 +92,7 @@ class CocoScores:
         Raises:
             LightspineError: the file cannot be written.
         """
-        write_whole(Path(path), json.dumps(self.results()) + "\n")
+        atomic_write_text(Path(path), json.dumps(self.results()) + "\n")
 
     def scores(self) -> dict[Kind, dict[str, float | None]]:
         """Return the 12 numbers of `NUMBERS` in percent for boxes and, where they are scored, masks.

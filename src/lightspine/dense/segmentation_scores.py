@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspine.atomic import write_whole
 from lightspine.dense.gathering import gather_by_image
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.files import atomic_write_text
 
 
 class SegmentationScores:
@@ -135,7 +135,7 @@ class SegmentationScores:
             writer.writerow(
                 {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()}
             )
-        write_whole(Path(path), text.getvalue())
+        atomic_write_text(Path(path), text.getvalue())
 
 
 def _per_class(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

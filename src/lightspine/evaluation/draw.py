@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from scipy import ndimage
 
-from lightspine.atomic import whole_file
 from lightspine.errors import UsageError
+from lightspine.utils.files import atomic_write
 
 _DPI = 100
 _LEGEND_INCHES = 2.6
@@ -267,5 +267,5 @@ def _shorten(name: str) -> str:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    with whole_file(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         figure.savefig(file, format="png")

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 
 from lightspine.data.batch import Batch
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.devices import check_device, synchronize
 from lightspine.evaluation.labelled import open_labelled
 from lightspine.evaluation.networks import Weights, find_preprocessing, load_network
-from lightspine.evaluation.progress import with_bar
 from lightspine.evaluation.report import describe_device, describe_software, hash_file
 from lightspine.evaluation.tally import LARGEST_REPORTED, Tally
+from lightspine.utils.devices import check_device, synchronize
+from lightspine.utils.progress import progress_bar
 
 
 def evaluate(
@@ -102,7 +102,7 @@ def evaluate(
     )
     loader = DataLoader(images.dataset, batch_size, collate_fn=images.collate, num_workers=num_workers)
     tally = Tally(num_classes, right_classes=images.right_classes, candidates=images.candidates)
-    batches = with_bar(loader, "evaluating", shown=progress)
+    batches = progress_bar(loader, "evaluating", shown=progress)
     run = _score(network.to(device), batches, tally, device)
     if tally.images == 0:
         raise LightspineError(f"none of the images of {data} can be used; {next(iter(run.skipped.values()))}")

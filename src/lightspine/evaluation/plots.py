@@ -10,8 +10,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from lightspine.atomic import whole_file
 from lightspine.errors import UsageError
+from lightspine.utils.files import atomic_write
 
 MOST_CLASSES = 50
 """With more classes neither names nor cells can be read on a page."""
@@ -70,7 +70,7 @@ def plot_confusion(
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02, ticks=[0, 1, 5, 10, 20, 40, 60, 80, 100])
     bar.set_label("% of the true class", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
 

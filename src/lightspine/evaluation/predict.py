@@ -9,8 +9,8 @@ import torch
 from lightspine.data.images import open_image
 from lightspine.data.transforms import create_eval_transform
 from lightspine.errors import UsageError
-from lightspine.evaluation.devices import check_device
 from lightspine.evaluation.networks import Weights, class_names, find_preprocessing, load_network
+from lightspine.utils.devices import check_device
 
 
 @dataclass(frozen=True)

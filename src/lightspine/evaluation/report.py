@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lightspine._version import __version__
-from lightspine.atomic import write_whole
 from lightspine.errors import UsageError
+from lightspine.utils.files import atomic_write_text
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow", "faster-coco-eval")
 
@@ -102,7 +102,7 @@ def write_files(folder: str | Path, contents: Mapping[str, str | None]) -> dict[
         if content is None:
             path.unlink(missing_ok=True)
         else:
-            write_whole(path, content)
+            atomic_write_text(path, content)
             written[name] = path
     return written
 

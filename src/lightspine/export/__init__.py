@@ -3,8 +3,8 @@
 `import lightspine` imports this for `optimize`; what needs onnx is imported when it is called.
 """
 
-from lightspine.export.folding import optimize as optimize
 from lightspine.export.onnx_file import ExportReport as ExportReport
 from lightspine.export.onnx_file import export_onnx as export_onnx
+from lightspine.optimize.folding import optimize as optimize
 
 __all__ = ["ExportReport", "export_onnx", "optimize"]

@@ -10,11 +10,11 @@ import torch
 import torch.nn as nn
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.export.folding import fold
 from lightspine.export.onnx_file import ExportReport, count_channels, describe
 from lightspine.export.program import check_size, example_input, trace
 from lightspine.export.scan_forms import scan_table
 from lightspine.export.targets import find_target
+from lightspine.optimize.folding import fold
 
 
 def export_coreml(

@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn as nn
 
-from lightspine.atomic import whole_file
 from lightspine.errors import LightspineError, UsageError
 from lightspine.export.check import (
     CHECKED,
@@ -22,7 +21,6 @@ from lightspine.export.check import (
     random_batches,
     session_function,
 )
-from lightspine.export.folding import fold
 from lightspine.export.metadata import Description
 from lightspine.export.onnx_graph import check_opset, to_onnx, write_scans_out
 from lightspine.export.precision import list_calibration_images, prepared_batches, quantise, to_half
@@ -30,6 +28,8 @@ from lightspine.export.program import check_size, example_input, trace
 from lightspine.export.scan_forms import ScanForm
 from lightspine.export.targets import Target, WithPreprocessing, find_target
 from lightspine.models._saving import default_preprocessing
+from lightspine.optimize.folding import fold
+from lightspine.utils.files import atomic_write
 
 Precision = Literal["fp32", "fp16", "int8-dynamic", "int8-static"]
 
@@ -163,7 +163,7 @@ def export_onnx(
             f"the exported {description.name} differs from PyTorch by {worst.relative:.1e} at {worst.shape}, "
             f"more than {TOLERANCES[precision]:.0e}: no file was written"
         )
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(content)
     return ExportReport(
         path=path,

@@ -9,15 +9,15 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lightspine.atomic import whole_file
 from lightspine.errors import LightspineError, UsageError
 from lightspine.export.check import TOLERANCES, compare, random_batches
-from lightspine.export.folding import fold
 from lightspine.export.metadata import Description
 from lightspine.export.onnx_file import ExportReport, check_writable, count_channels, describe
 from lightspine.export.program import check_size, example_input, trace
 from lightspine.export.scan_forms import ScanForm, scan_table
 from lightspine.export.targets import find_target
+from lightspine.optimize.folding import fold
+from lightspine.utils.files import atomic_write
 
 METADATA = "lightspine.json"
 """The entry of the file that says what it is."""
@@ -84,7 +84,7 @@ def export_pt2(
         raise LightspineError(
             f"the exported program differs from the model by {worst:.1e}: no file was written"
         )
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(buffer.getvalue())
     return ExportReport(
         path=path,

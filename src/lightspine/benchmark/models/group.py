@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lightspine.benchmark.latency import summarise, wait_for
+from lightspine.benchmark.latency import summarise
 from lightspine.benchmark.macs import Macs
 from lightspine.benchmark.models.failures import describe_failure
 from lightspine.benchmark.models.matmul import matrix_product, product_gflops
@@ -16,6 +16,7 @@ from lightspine.benchmark.models.prepare import Prepared, count_row_macs, prepar
 from lightspine.benchmark.models.settings import BenchSettings, Job
 from lightspine.benchmark.results import Pass, Row
 from lightspine.benchmark.turns import collect_in_turns
+from lightspine.utils.devices import synchronize
 
 _FORWARD, _TRAIN = "forward", "training step"
 
@@ -145,7 +146,7 @@ def _time_in_turns(entries: list[_Entry], tools: GroupTools) -> dict[str, float]
 
 def _run(call: Callable[[], object], device: torch.device) -> None:
     call()
-    wait_for(device)
+    synchronize(device)
 
 
 def _prepare(job: Job, tools: GroupTools, counted: dict[tuple[object, ...], tuple[Macs, int]]) -> _Entry:

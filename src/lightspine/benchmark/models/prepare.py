@@ -21,8 +21,8 @@ from lightspine.benchmark.models.settings import Job
 from lightspine.benchmark.models.specs import OFFICIAL_PREFIX, build_model
 from lightspine.benchmark.results import Row
 from lightspine.export.check import open_session
-from lightspine.export.folding import optimize
 from lightspine.export.onnx_file import export_onnx
+from lightspine.optimize.folding import optimize
 
 TRAINABLE_MODES = ("eager", "compile")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from lightspine.benchmark.latency import torch_threads
 from lightspine.benchmark.models.group import GroupTools, measure_group
 from lightspine.benchmark.models.memory import MemoryServer, memory_server
 from lightspine.benchmark.models.prepare import onnx_files
@@ -19,6 +18,7 @@ from lightspine.benchmark.resident import can_measure_memory
 from lightspine.benchmark.results import BenchResult, save_results
 from lightspine.errors import UsageError
 from lightspine.export.onnx_file import check_installed
+from lightspine.utils.devices import torch_threads
 
 
 @dataclass(frozen=True, kw_only=True)

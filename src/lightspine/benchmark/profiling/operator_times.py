@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lightspine.atomic import whole_file
 from lightspine.benchmark.scan_share import quiet_profiler
+from lightspine.utils.files import atomic_write
 
 _MARK = "lightspine.run"
 _OURS = "lightspine::"
@@ -71,7 +71,7 @@ def measure_operators(
                 run()
     if trace is not None:
         # The profiler writes a file of that name itself, piece by piece.
-        with whole_file(trace) as file:
+        with atomic_write(trace) as file:
             profiler.export_chrome_trace(file.name)
     events: list[Any] = [event for event in profiler.key_averages() if event.key != _MARK]
     [mark] = [event for event in profiler.key_averages() if event.key == _MARK]

@@ -12,8 +12,6 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 
-from lightspine.atomic import write_whole
-from lightspine.benchmark.latency import torch_threads, wait_for
 from lightspine.benchmark.models.prepare import Prepared, prepare
 from lightspine.benchmark.models.settings import BenchSettings, plan_groups
 from lightspine.benchmark.models.specs import ModelSpec
@@ -21,6 +19,8 @@ from lightspine.benchmark.profiling.module_times import ModuleTime, measure_modu
 from lightspine.benchmark.profiling.operator_times import OperatorTimes, measure_operators
 from lightspine.benchmark.system import describe_system
 from lightspine.errors import UsageError
+from lightspine.utils.devices import synchronize, torch_threads
+from lightspine.utils.files import atomic_write_text
 
 PROFILE_NAME, TRACE_NAME = "profile.json", "trace.json"
 ProfileMode = Literal["eager", "optimized"]
@@ -119,14 +119,14 @@ def profile_model(
 
         def run() -> None:
             call()
-            wait_for(device)
+            synchronize(device)
 
         on_step("plain")
         for _ in range(2):
             run()
         run_ms = 1000 * statistics.median(_duration(run) for _ in range(settings.repeats))
         on_step("modules")
-        modules = measure_modules(model, run, repeats=settings.repeats, wait=lambda: wait_for(device))
+        modules = measure_modules(model, run, repeats=settings.repeats, wait=lambda: synchronize(device))
         on_step("operators")
         operators = measure_operators(
             run,
@@ -145,7 +145,7 @@ def profile_model(
         operators=operators,
     )
     if folder is not None:
-        write_whole(folder / PROFILE_NAME, json.dumps(profile.as_dict(), indent=1) + "\n")
+        atomic_write_text(folder / PROFILE_NAME, json.dumps(profile.as_dict(), indent=1) + "\n")
     return profile
 
 

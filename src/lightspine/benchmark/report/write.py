@@ -6,14 +6,14 @@ from math import isfinite
 from pathlib import Path
 
 from lightspine._version import __version__
-from lightspine.atomic import whole_file, write_whole
 from lightspine.benchmark.report.charts.chart import DrawnChart, draw_chart
 from lightspine.benchmark.report.page.facts import count_in_words, system_facts
 from lightspine.benchmark.report.page.html import render_page
 from lightspine.benchmark.report.page.run import RunPart, make_run_part
-from lightspine.benchmark.report.progress import with_bar
 from lightspine.benchmark.results import BenchResult, load_results
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.files import atomic_write, atomic_write_text
+from lightspine.utils.progress import progress_bar
 
 PAGE_NAME, CHARTS_NAME = "report.html", "charts"
 DEFAULT_TITLE = "Benchmark report"
@@ -60,7 +60,7 @@ def write_report(
     drawn: dict[str, DrawnChart] = {}
     paths: list[Path] = []
     charts = [chart for run in runs for chart in run.charts]
-    for chart in with_bar(charts, "drawing", shown=progress):
+    for chart in progress_bar(charts, "drawing", shown=progress):
         drawn[chart.name] = draw_chart(chart)
         paths += _write_pictures(drawn[chart.name], folder / CHARTS_NAME)
     rows = [row for result in loaded for row in result.rows]
@@ -73,7 +73,7 @@ def write_report(
         chart=drawn.__getitem__,
         version=__version__,
     )
-    write_whole(folder / PAGE_NAME, page)
+    atomic_write_text(folder / PAGE_NAME, page)
     return Report(page=folder / PAGE_NAME, charts=tuple(paths), rows=len(rows), counts=counts)
 
 
@@ -107,7 +107,7 @@ def _write_pictures(drawn: DrawnChart, folder: Path) -> list[Path]:
     paths = []
     for suffix, content in (("png", drawn.png), ("svg", drawn.svg)):
         path = folder / f"{drawn.chart.name}.{suffix}"
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(content)
         paths.append(path)
     return paths

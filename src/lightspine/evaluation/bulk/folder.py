@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from lightspine.atomic import write_whole
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.bulk.formats import Csv, Format
 from lightspine.evaluation.bulk.outputs import Table
+from lightspine.utils.files import atomic_write_text
 
 BAD_IMAGES = "bad_images.csv"
 
@@ -77,7 +77,7 @@ class RunFolder:
         # As JSON gives it back: tuples are lists there.
         asked: dict[str, Any] = json.loads(json.dumps(settings))
         if known is None:
-            write_whole(self.parts / "settings.json", json.dumps(asked, indent=2) + "\n")
+            atomic_write_text(self.parts / "settings.json", json.dumps(asked, indent=2) + "\n")
             return
         for key, value in asked.items():
             if known.get(key) != value:
@@ -126,7 +126,7 @@ class RunFolder:
         )
         self.rows.join([self._part(number) for number in range(parts)], self.target)
         found = {"bad": _count_rows(self.path / BAD_IMAGES)}
-        write_whole(self.path / "run.json", json.dumps({**outcome, **found}, indent=2) + "\n")
+        atomic_write_text(self.path / "run.json", json.dumps({**outcome, **found}, indent=2) + "\n")
         self.tidy()
 
     def tidy(self) -> None:

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lightspine.atomic import whole_file, write_whole
 from lightspine.errors import UsageError
 from lightspine.evaluation.bulk.outputs import Table
+from lightspine.utils.files import atomic_write, atomic_write_text
 
 
 class Format(Protocol):
@@ -41,11 +41,11 @@ class Csv:
         columns = table or {}
         rows = [] if table is None else [("path", *columns)]
         rows += zip(paths, *(map(_as_text, column.tolist()) for column in columns.values()), strict=True)
-        write_whole(part, _as_csv(rows))
+        atomic_write_text(part, _as_csv(rows))
 
     def join(self, parts: Sequence[Path], target: Path, *, head: str = "path") -> None:
         """Write one head, that of the parts or `head` where none has a row, and the rows of all parts."""
-        with whole_file(target) as joined:
+        with atomic_write(target) as joined:
             begun = False
             for part in parts:
                 with part.open("rb") as file:
@@ -69,7 +69,7 @@ class Npy(Csv):
         """Write the arrays, and then the index that says that they are whole."""
         number = part.stem
         for name, column in (table or {}).items():
-            with whole_file(part.parent.parent / "features" / f"{name}-{number}.npy") as file:
+            with atomic_write(part.parent.parent / "features" / f"{name}-{number}.npy") as file:
                 np.save(file, column)
         count = len(paths)
         index = {"part": np.full(count, number, dtype=object), "row": np.arange(count)}
@@ -92,7 +92,7 @@ class Parquet:
     def write_part(self, part: Path, paths: Sequence[str], table: Table | None) -> None:
         """Write the rows of neighbouring images, and an empty file where there is none."""
         if table is None:
-            write_whole(part, "")
+            atomic_write_text(part, "")
             return
         import pyarrow
         from pyarrow import parquet
@@ -100,7 +100,7 @@ class Parquet:
         columns = {"path": pyarrow.array([_as_unicode(path) for path in paths])} | {
             name: _as_arrow(pyarrow, column) for name, column in table.items()
         }
-        with whole_file(part) as file:
+        with atomic_write(part) as file:
             parquet.write_table(pyarrow.table(columns), file)
 
     def join(self, parts: Sequence[Path], target: Path) -> None:
@@ -110,7 +110,7 @@ class Parquet:
 
         filled = [part for part in parts if part.stat().st_size]
         schema = parquet.read_schema(filled[0]) if filled else pyarrow.schema([("path", pyarrow.string())])
-        with whole_file(target) as file, parquet.ParquetWriter(file, schema) as writer:
+        with atomic_write(target) as file, parquet.ParquetWriter(file, schema) as writer:
             for part in filled:
                 writer.write_table(parquet.read_table(part))
 

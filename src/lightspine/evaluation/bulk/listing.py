@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lightspine.atomic import whole_file
 from lightspine.data.image_folder import EXTENSIONS
 from lightspine.data.images import open_image
 from lightspine.data.packed import PackedTexts
 from lightspine.data.shards import ShardSource
 from lightspine.errors import UsageError
+from lightspine.utils.files import atomic_write
 
 _NAMES, _ENDS = "names.bin", "ends.bin"
 
@@ -57,7 +57,7 @@ def write_listing(root: Path, listing: Path) -> None:
     if not root.is_dir():
         raise UsageError(f"expected a folder of images or shards, but {root} is not a folder")
     end = 0
-    with whole_file(listing / _NAMES) as names, whole_file(listing / _ENDS) as ends:
+    with atomic_write(listing / _NAMES) as names, atomic_write(listing / _ENDS) as ends:
         for name in _walk(root):
             encoded = os.fsencode(name)
             end += len(encoded)

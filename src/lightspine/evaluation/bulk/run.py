@@ -20,9 +20,9 @@ from lightspine.evaluation.bulk.listing import hash_names, open_images
 from lightspine.evaluation.bulk.options import InferenceOptions
 from lightspine.evaluation.bulk.outputs import Compute, Features, TopClasses
 from lightspine.evaluation.bulk.worker import Job, count_parts, own_device, places, run_share, spread
-from lightspine.evaluation.devices import check_device
 from lightspine.evaluation.networks import find_preprocessing, load_network
 from lightspine.evaluation.report import describe_device, describe_software, hash_file
+from lightspine.utils.devices import check_device
 
 
 def run_job(

@@ -16,9 +16,9 @@ from lightspine.evaluation.dense.batches import detect_alike, largest_first
 from lightspine.evaluation.dense.checks import check_detection_options, check_finite, check_loading
 from lightspine.evaluation.dense.places import find_coco
 from lightspine.evaluation.dense.timing import Stopwatch
-from lightspine.evaluation.devices import check_device
-from lightspine.evaluation.progress import with_bar
 from lightspine.evaluation.report import describe_device, describe_software, hash_file
+from lightspine.utils.devices import check_device
+from lightspine.utils.progress import progress_bar
 
 
 def evaluate_detector(
@@ -97,7 +97,7 @@ def evaluate_detector(
     skipped: dict[str, str] = {}
     network = network.to(device)
     with torch.inference_mode():
-        for batch in clock.reading(with_bar(loader, "evaluating", shown=progress)):
+        for batch in clock.reading(progress_bar(loader, "evaluating", shown=progress)):
             skipped |= {bad.path: bad.reason for bad in batch.bad}
             with clock.taking("network"):
                 found = detect_alike(network, [image.to(device) for image in batch.images])

@@ -11,11 +11,11 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from lightspine.atomic import whole_file
 from lightspine.data.detection import encode_mask
 from lightspine.data.segmentation import SegmentationTest
 from lightspine.dense import SavedNetwork
 from lightspine.evaluation.dense.segmenter import eval_transform
+from lightspine.utils.files import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +116,6 @@ class ClassFinder:
 
             draw_classes(image, classes.numpy(), self.names, picture)
             if self.labels:
-                with whole_file(picture.with_name(f"{picture.stem}_labels.png")) as file:
+                with atomic_write(picture.with_name(f"{picture.stem}_labels.png")) as file:
                     Image.fromarray(classes.numpy().astype(np.uint8)).save(file, format="PNG")
         return DensePrediction(path=path, shares=shares, picture=picture)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from lightspine.atomic import write_whole
 from lightspine.data.images import open_image
 from lightspine.dense import load_network
 from lightspine.dense.saving import read_saved_network
@@ -15,8 +14,9 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.dense.checks import FiniteLogits, check_detection_options, check_finite
 from lightspine.evaluation.dense.finders import ClassFinder, DensePrediction, Finder, ObjectFinder
 from lightspine.evaluation.dense.segmenter import choose_settings, choose_test
-from lightspine.evaluation.devices import check_device
-from lightspine.evaluation.progress import with_bar
+from lightspine.utils.devices import check_device
+from lightspine.utils.files import atomic_write_text
+from lightspine.utils.progress import progress_bar
 
 DRAWN = 0.5
 """Least score of the objects that are told, where nothing else is asked for."""
@@ -107,7 +107,7 @@ def predict_dense(
         finder, names = _open_segmenter(checkpoint, of_segmenters, labels, device)
     pictures = _picture_paths(images, None if out is None else Path(out))
     found = []
-    for path, picture in zip(with_bar(images, "predicting", shown=progress), pictures, strict=True):
+    for path, picture in zip(progress_bar(images, "predicting", shown=progress), pictures, strict=True):
         try:
             image = open_image(path)
         except LightspineError as error:
@@ -186,5 +186,5 @@ def _write_coco(found: Sequence[DensePrediction], names: Sequence[str], file: Pa
         ],
         "categories": [{"id": number, "name": name} for number, name in enumerate(names, 1)],
     }
-    write_whole(file, json.dumps(results) + "\n")
-    write_whole(file.with_name(f"{file.stem}_images.json"), json.dumps(listing) + "\n")
+    atomic_write_text(file, json.dumps(results) + "\n")
+    atomic_write_text(file.with_name(f"{file.stem}_images.json"), json.dumps(listing) + "\n")

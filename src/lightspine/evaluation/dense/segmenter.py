@@ -28,9 +28,9 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.dense.checks import FiniteLogits, check_finite, check_loading
 from lightspine.evaluation.dense.places import find_coco, is_coco
 from lightspine.evaluation.dense.timing import Stopwatch
-from lightspine.evaluation.devices import check_device
-from lightspine.evaluation.progress import with_bar
 from lightspine.evaluation.report import describe_device, describe_software, hash_file
+from lightspine.utils.devices import check_device
+from lightspine.utils.progress import progress_bar
 
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Factors of the image's size in the published tests at several sizes, which mirror the image too."""
@@ -97,7 +97,7 @@ def evaluate_segmenter(
     skipped: dict[str, str] = {}
     segmenter = FiniteLogits(network.to(device), checkpoint)
     with torch.inference_mode():
-        for batch in clock.reading(with_bar(loader, "evaluating", shown=progress)):
+        for batch in clock.reading(progress_bar(loader, "evaluating", shown=progress)):
             skipped |= {bad.path: bad.reason for bad in batch.bad}
             for name, image, labels in zip(batch.names, batch.images, batch.labels, strict=True):
                 with clock.taking("network"):

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lightspine.evaluation.devices import synchronize
-from lightspine.tasks.step_clock import peak_memory_mib
+from lightspine.training.step_clock import peak_memory_mib
+from lightspine.utils.devices import synchronize
 
 
 class Stopwatch:

@@ -1,0 +1,134 @@
+"""EfficientMod for inference."""
+
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from lightspine.models._efficientmod_blocks import (
+    Attention,
+    ContextLayer,
+    ConvNorm,
+    EfficientModAttentionBlock,
+    EfficientModBlock,
+    ModulationMlp,
+)
+from lightspine.models.efficientmod import EfficientMod
+from lightspine.optimize import inference_rule
+from lightspine.optimize.heads import pack_head
+from lightspine.optimize.norms import scale_output, set_weights
+from lightspine.optimize.packed import PackedConv2d, PackedLinear
+from lightspine.optimize.pointwise import CombiningLinear
+
+
+@inference_rule(ContextLayer)
+def pack_context(module: ContextLayer) -> nn.Module:
+    """Pack the linear map before the convolution, and the convolution with its activation."""
+    for name in ("f", "g"):
+        layer = getattr(module, name)
+        if isinstance(layer, nn.Linear):
+            setattr(module, name, PackedLinear(layer))
+    packed: Any = module
+    packed.conv, packed.act = PackedConv2d(module.conv, module.act), nn.Identity()
+    return module
+
+
+class FoldedModulation(nn.Module):
+    """`ModulationMlp` and its residual connection; the layer scale lies in the last linear map."""
+
+    def __init__(self, module: ModulationMlp, gamma: Tensor):
+        super().__init__()
+        self.expand_ratio = module.expand_ratio
+        self.sums = module.sums
+        self.context = module.context
+        fc1, fc2 = module.fc1, module.fc2
+        scale_output(fc2, gamma)
+        self.fc1: nn.Module
+        if self.expand_ratio == 1:
+            self.fc1 = CombiningLinear(fc1, "add" if self.sums else "mul")
+        else:
+            self.fc1 = PackedLinear(fc1, module.act)
+        self.fc2 = CombiningLinear(fc2, "add")
+
+    def forward(self, x: Tensor, add: Tensor) -> Tensor:
+        """Map (B, H, W, C) to (B, H, W, C), with `add` added."""
+        context = self.context(x)
+        if self.expand_ratio == 1:
+            return self.fc2(self.fc1(x, context), add)
+        value = self.fc1(x).unflatten(3, (self.expand_ratio, -1))
+        context = context.unsqueeze(3)
+        fused = value.add_(context) if self.sums else value.mul_(context)
+        return self.fc2(fused.flatten(3), add)
+
+
+@inference_rule(EfficientModBlock)
+class FoldedEfficientModBlock(nn.Module):
+    """`EfficientModBlock` whose layer scale lies in its last linear map."""
+
+    def __init__(self, module: EfficientModBlock):
+        super().__init__()
+        self.norm = module.norm
+        self.mlp = FoldedModulation(module.mlp, module.gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W)."""
+        x = x.permute(0, 2, 3, 1).contiguous()
+        return self.mlp(self.norm(x), x).permute(0, 3, 1, 2)
+
+
+@inference_rule(Attention)
+class FoldedAttention(nn.Module):
+    """`Attention` and its residual connection; the scale lies in the projection."""
+
+    def __init__(self, module: Attention):
+        super().__init__()
+        self.num_heads = module.num_heads
+        self.inner = module.num_heads * module.head_dim
+        weight = module.qkv.weight.double().clone()
+        weight[: self.inner] *= module.head_dim**-0.5
+        set_weights(module.qkv, weight, None)
+        self.qkv = PackedLinear(module.qkv)
+        self.proj = CombiningLinear(module.proj, "add")
+
+    def forward(self, x: Tensor, add: Tensor) -> Tensor:
+        """Map (B, H, W, C) to (B, H, W, C), with `add` added."""
+        tokens = self.qkv(x).flatten(1, 2)  # B N 3C
+        q, k, v = (
+            part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for part in tokens.split(self.inner, dim=2)
+        )
+        out = (q @ k.transpose(2, 3)).softmax(dim=3) @ v
+        out = out.transpose(1, 2).flatten(2).unflatten(1, (x.shape[1], x.shape[2]))
+        return self.proj(out, add)
+
+
+@inference_rule(EfficientModAttentionBlock)
+class FoldedAttentionBlock(nn.Module):
+    """`EfficientModAttentionBlock`, its residual connections added by the last product of each branch."""
+
+    def __init__(self, module: Any):
+        super().__init__()
+        self.norm1, self.norm2 = module.norm1, module.norm2
+        self.attn = module.attn
+        mlp: Any = module.mlp
+        self.fc1 = PackedLinear(mlp.fc1, mlp.act)
+        self.fc2 = CombiningLinear(mlp.fc2, "add")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W)."""
+        x = x.permute(0, 2, 3, 1).contiguous()
+        x = self.attn(self.norm1(x), x)
+        return self.fc2(self.fc1(self.norm2(x)), x).permute(0, 3, 1, 2)
+
+
+@inference_rule(ConvNorm)
+def pack_convolution(module: Any) -> nn.Module:
+    """Pack the convolution of the stem or of a down-sampling."""
+    module.conv = PackedConv2d(module.conv)
+    return module
+
+
+@inference_rule(EfficientMod)
+def pack_classifier(model: EfficientMod) -> EfficientMod:
+    """Pack the classifier."""
+    return pack_head(model)

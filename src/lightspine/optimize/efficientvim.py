@@ -1,0 +1,162 @@
+"""EfficientViM for inference."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightspine.models._efficientvim_blocks import (
+    HSMSSD,
+    NCSSD,
+    ChannelNorm,
+    EfficientViMBlock,
+    FusionHead,
+    PatchMerging,
+    Stem,
+)
+from lightspine.models.efficientvim import EfficientViM
+from lightspine.optimize import inference_rule
+from lightspine.optimize.heads import average_heads, pack_head
+from lightspine.optimize.norms import add_input, scale_output
+from lightspine.optimize.packed import PackedConv2d, PackedLinear
+from lightspine.optimize.pointwise import PackedPointwise
+from lightspine.optimize.sequences import pack_sequence
+
+
+class _FoldedMixer(nn.Module):
+    """What both mixers share; the norm before them is theirs, because they read it in two layouts.
+
+    A is left out: the softmax over positions forgets what all positions have in common.
+    """
+
+    def __init__(self, module: HSMSSD | NCSSD, norm: ChannelNorm):
+        super().__init__()
+        self.norm = nn.LayerNorm(
+            norm.weight.numel(), norm.eps, device=norm.weight.device, dtype=norm.weight.dtype
+        )
+        self.norm.weight.copy_(norm.weight.flatten())
+        self.norm.bias.copy_(norm.bias.flatten())
+        self.bcdt_proj = PackedPointwise(module.bcdt_proj)
+        self.dwconv = PackedConv2d(module.dwconv)
+        self.register_buffer("skip", module.D)
+
+    skip: Tensor
+
+    def _read_write(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the normed tokens (B, L, C), what they write to the states and read, both (B, L, N)."""
+        tokens = self.norm(x.permute(0, 2, 3, 1))
+        bcdt = self.dwconv(self.bcdt_proj(tokens.permute(0, 3, 1, 2)))
+        b, c, dt = bcdt.permute(0, 2, 3, 1).flatten(1, 2).chunk(3, dim=2)
+        return tokens.flatten(1, 2), b * dt.softmax(dim=1), c
+
+
+class FoldedHSMSSD(_FoldedMixer):
+    """`HSMSSD` behind its norm, its output blended by a gate."""
+
+    def __init__(self, module: HSMSSD, norm: ChannelNorm, gate: Tensor):
+        super().__init__(module, norm)
+        self.hz_proj = PackedLinear(module.hz_proj)
+        self.out_proj = PackedLinear(module.out_proj)
+        self.register_buffer("gate", gate)
+
+    gate: Tensor
+
+    def forward(self, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `kept * x` plus the gated map (B, C, H, W), and the hidden state (B, C, N), not gated."""
+        tokens, write, read = self._read_write(x)
+        h, z = self.hz_proj(write.transpose(1, 2) @ tokens).chunk(2, dim=2)
+        state = self.out_proj(h * (F.silu(z) + self.skip))  # B N C
+        # The gate meets N states in place of L positions.
+        x = x.permute(0, 2, 3, 1) * kept
+        y = torch.baddbmm(x.flatten(1, 2), read, state * self.gate)
+        return y.view(x.shape).permute(0, 3, 1, 2), state.transpose(1, 2)
+
+
+class FoldedNCSSD(_FoldedMixer):
+    """`NCSSD` behind its norm, its output blended by a gate that lies in the last projection."""
+
+    def __init__(self, module: NCSSD, norm: ChannelNorm, gate: Tensor):
+        super().__init__(module, norm)
+        self.uz_proj = PackedLinear(module.uz_proj)
+        scale_output(module.out_proj, gate)
+        self.out_proj = PackedLinear(module.out_proj)
+
+    def forward(self, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `kept * x` plus the gated map (B, C, H, W), and the hidden state (B, expand C, N)."""
+        tokens, write, read = self._read_write(x)
+        u, z = self.uz_proj(tokens).chunk(2, dim=2)
+        state = write.transpose(1, 2) @ u  # B N C
+        y = self.out_proj((read @ state + self.skip * u) * F.silu(z))
+        x = x.permute(0, 2, 3, 1) * kept
+        return (x + y.view(x.shape)).permute(0, 3, 1, 2), state.transpose(1, 2)
+
+
+@inference_rule(EfficientViMBlock)
+class FoldedEfficientViMBlock(nn.Module):
+    """`EfficientViMBlock` whose gates a lie in the weights: `(1 - a) x + a f(x)`, `1 - a` a constant."""
+
+    def __init__(self, module: Any):
+        super().__init__()
+        gates = module.alpha.double().sigmoid()
+        self.dwconv1 = _blend_in(module.dwconv1.conv, gates[0])
+        mixer: Any = FoldedHSMSSD if isinstance(module.mixer, HSMSSD) else FoldedNCSSD
+        self.mixer = mixer(module.mixer, module.norm, gates[1].to(module.alpha.dtype))
+        self.dwconv2 = _blend_in(module.dwconv2.conv, gates[2])
+        scale_output(module.ffn.fc2.conv, gates[3])
+        self.fc1 = PackedPointwise(module.ffn.fc1.conv, module.ffn.fc1.act)
+        self.fc2 = PackedPointwise(module.ffn.fc2.conv)
+        self.register_buffer("kept", (1 - gates[[1, 3]]).to(module.alpha.dtype))
+
+    kept: Tensor
+
+    def forward_with_state(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the map (B, C, H, W) and the mixer's hidden state (B, C, N)."""
+        x, state = self.mixer(self.dwconv1(x), self.kept[0])
+        x = self.dwconv2(x)
+        return self.fc2(self.fc1(x), x * self.kept[1, :, None, None]), state
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W)."""
+        return self.forward_with_state(x)[0]
+
+
+def _blend_in(conv: nn.Conv2d, gate: Tensor) -> PackedConv2d:
+    scale_output(conv, gate)
+    add_input(conv, 1 - gate)
+    return PackedConv2d(conv)
+
+
+@inference_rule(PatchMerging)
+def pack_merging(module: Any) -> nn.Module:
+    """Return the layers in a row, the depthwise branches one convolution each with their connections."""
+    add_input(module.dwconv1.conv)
+    add_input(module.dwconv2.conv)
+    return pack_sequence(module.dwconv1, module.conv, module.dwconv2)
+
+
+@inference_rule(Stem)
+def pack_stem(module: Stem) -> nn.Module:
+    """Return the convolutions in a row, packed."""
+    return pack_sequence(module)
+
+
+@inference_rule(FusionHead)
+def merge_classifiers(module: FusionHead) -> nn.Linear:
+    """Return the weighted sum of the classifiers as one linear map of all their inputs in a row."""
+    weights = module.weights.double().softmax(0)
+    layers: list[Any] = list(module.fc)
+    like = layers[0].weight
+    merged = nn.Linear(sum(module.widths), len(like), device=like.device, dtype=like.dtype)
+    scaled = [weight * fc.weight.double() for weight, fc in zip(weights, layers, strict=True)]
+    merged.weight.copy_(torch.cat(scaled, dim=1))
+    biases = [weight * fc.bias.double() for weight, fc in zip(weights, layers, strict=True)]
+    merged.bias.copy_(torch.stack(biases).sum(0))
+    return merged.eval()
+
+
+@inference_rule(EfficientViM)
+def fold_model(module: EfficientViM) -> nn.Module:
+    """Pack the classifier, which is one for a distilled model too."""
+    return pack_head(average_heads(module))

@@ -1,0 +1,101 @@
+"""SHViT for inference."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lightspine.models._shvit_blocks import SHSA, FeedForward, PatchMerging, SHViTBlock
+from lightspine.models.shvit import Classifier, SHViT
+from lightspine.optimize import inference_rule
+from lightspine.optimize.heads import average_heads, pack_head
+from lightspine.optimize.norms import absorb_input, add_input, affine_of, scale_output
+from lightspine.optimize.packed import PackedConv2d
+from lightspine.optimize.pointwise import PackedPointwise
+from lightspine.optimize.sequences import pack_sequence
+
+
+@inference_rule(SHSA)
+class FoldedSHSA(nn.Module):
+    """`SHSA` whose norm's affine part and scale lie in the projection, without a change of layout."""
+
+    def __init__(self, module: Any):
+        super().__init__()
+        self.sizes = [module.qk_dim, module.qk_dim, module.partial_dim]
+        self.widths = [module.partial_dim, module.dim - module.partial_dim]
+        self.eps = module.norm.eps
+        qkv: nn.Conv2d = module.qkv.conv
+        absorb_input(qkv, module.norm.weight, module.norm.bias)
+        scale = torch.ones(sum(self.sizes), dtype=torch.float64, device=qkv.weight.device)
+        scale[: module.qk_dim] = module.qk_dim**-0.5
+        scale_output(qkv, scale)
+        self.qkv = PackedPointwise(qkv)
+        self.act = module.act
+        self.proj = PackedPointwise(module.proj.conv)
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W), with `add` added."""
+        attending, waiting = x.split_with_sizes(self.widths, dim=1)
+        qkv = self.qkv(torch.group_norm(attending, 1, eps=self.eps)).flatten(2)
+        q, k, v = qkv.split_with_sizes(self.sizes, dim=1)  # (B, channels, N)
+        weights = (q.transpose(1, 2) @ k).softmax(dim=2)
+        # This order of the product leaves the channels innermost.
+        attended = (weights @ v.transpose(1, 2)).transpose(1, 2).view(attending.shape)
+        return self.proj(self.act(torch.cat([attended, waiting], dim=1)), add)
+
+
+@inference_rule(FeedForward)
+class FoldedFeedForward(nn.Module):
+    """`FeedForward` as two matrix products, the second of which adds the residual connection."""
+
+    def __init__(self, module: Any):
+        super().__init__()
+        self.pw1 = PackedPointwise(module.pw1.conv, module.act)
+        self.pw2 = PackedPointwise(module.pw2.conv)
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W), with `add` added."""
+        return self.pw2(self.pw1(x), add)
+
+
+@inference_rule(SHViTBlock)
+class FoldedSHViTBlock(nn.Module):
+    """`SHViTBlock` whose depthwise branch is one convolution with its residual connection."""
+
+    def __init__(self, module: Any):
+        super().__init__()
+        add_input(module.dwconv.conv)
+        self.dwconv = PackedConv2d(module.dwconv.conv)
+        self.attn = module.attn
+        self.ffn = module.ffn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W)."""
+        x = self.dwconv(x)
+        if self.attn is not None:
+            x = self.attn(x, x)
+        return self.ffn(x, x)
+
+
+@inference_rule(PatchMerging)
+def pack_merging(module: PatchMerging) -> nn.Module:
+    """Return the layers in a row, packed."""
+    return pack_sequence(module.conv1, module.act1, module.conv2, module.act2, module.se, module.conv3)
+
+
+@inference_rule(Classifier)
+def fold_classifier(module: Classifier) -> nn.Module:
+    """Fold the norm into the linear map behind it."""
+    affine = affine_of(module.norm)
+    if affine is None:
+        return module
+    absorb_input(module.fc, *affine)
+    return module.fc
+
+
+@inference_rule(SHViT)
+def fold_model(module: SHViT) -> nn.Module:
+    """Pack the stem and the classifier, which is one for a distilled model too."""
+    module.stem = pack_sequence(module.stem)
+    return pack_head(average_heads(module))

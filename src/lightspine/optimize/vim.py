@@ -1,0 +1,119 @@
+"""Vision Mamba for inference."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lightspine.models._vim_blocks import ScanDirection, VimMixer, at_least_float32
+from lightspine.models.vim import Vim
+from lightspine.ops.selective_scan import scan
+from lightspine.optimize import inference_rule
+from lightspine.optimize.heads import pack_head
+from lightspine.optimize.norms import scale_output, set_weights
+from lightspine.optimize.packed import PackedConv2d, PackedLinear
+
+
+@inference_rule(ScanDirection)
+class FoldedScanDirection(nn.Module):
+    """`ScanDirection` with its state matrix computed, its kernel mirrored, and its layers packed."""
+
+    def __init__(self, module: ScanDirection):
+        super().__init__()
+        self.reverse = module.reverse
+        self.sizes = [module.dt_rank, module.state_dim, module.state_dim]
+        self.reach = module.conv1d.weight.shape[2] - 1
+        # As in `ScanDirection`, tokens are a channels-last image of height 1.
+        dim, kernel = module.D.shape[0], module.conv1d.weight
+        conv = nn.Conv2d(dim, dim, (1, self.reach + 1), padding=(0, self.reach), groups=dim, device="meta")
+        conv.weight = nn.Parameter((kernel.flip(2) if module.reverse else kernel).unsqueeze(2).contiguous())
+        conv.bias = module.conv1d.bias
+        self.conv = PackedConv2d(conv, nn.SiLU())
+        self.x_proj = PackedLinear(module.x_proj)
+        # The bias goes into the scan, which adds it in float32.
+        dt_proj: Any = module.dt_proj
+        self.dt_bias, dt_proj.bias = dt_proj.bias, None
+        self.dt_proj = PackedLinear(dt_proj)
+        self.register_buffer("A", -torch.exp(at_least_float32(module.A_log)))
+        self.D = module.D
+
+    A: Tensor
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what `ScanDirection.project` does."""
+        length = x.shape[1]
+        image = x.transpose(1, 2).unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        first = self.reach if self.reverse else 0
+        u = self.conv(image).squeeze(2)[:, :, first : first + length]
+        step, B, C = self.x_proj(u.transpose(1, 2)).split(self.sizes, dim=2)
+        delta = self.dt_proj(step).transpose(1, 2)
+        return u, delta, B.transpose(1, 2).unsqueeze(1), C.transpose(1, 2).unsqueeze(1)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Mix tokens x and gate them with SiLU(z); all (B, L, D)."""
+        u, delta, B, C = self.project(x)
+        y = scan(u, delta, self.A, B, C, self.D, z.transpose(1, 2), self.dt_bias, True, self.reverse)
+        return y.transpose(1, 2)
+
+
+@inference_rule(VimMixer)
+class FoldedVimMixer(nn.Module):
+    """`VimMixer` whose halving and layer scale lie in its last projection."""
+
+    def __init__(self, module: VimMixer):
+        super().__init__()
+        self.layout = module.layout
+        out_proj = module.out_proj
+        self.ahead, self.back = module.ahead, module.back
+        if module.divide_out:
+            set_weights(out_proj, out_proj.weight.double() / 2, None)
+        if module.gamma is not None:
+            scale_output(out_proj, module.gamma)
+        self.out_proj = PackedLinear(out_proj)
+        # By two products each half lies in memory as the convolution and the scan read it.
+        self.x_part, self.z_part = (PackedLinear(half) for half in _halves(module.in_proj))
+        self.A_back: Tensor | None
+        log = module.A_log_back
+        self.register_buffer("A_back", None if log is None else -torch.exp(at_least_float32(log)))
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """Mix a sequence of tokens (B, L, C)."""
+        x, z = self.x_part(x), self.z_part(x)
+        if self.A_back is not None:
+            y = self._scan_shared(x, z, self.A_back)
+        else:
+            y = self.ahead(x, z)
+            if self.back is not None:
+                y = y + self.back(x, z)
+        return self.out_proj(y)
+
+    def _scan_shared(self, x: Tensor, z: Tensor, A_back: Tensor) -> Tensor:
+        ahead: Any = self.ahead
+        u, delta, B, C = ahead.project(x)
+        z = z.transpose(1, 2)
+        y = scan(u, delta, ahead.A, B, C, ahead.D, z, ahead.dt_bias, True, False)
+        y = y + scan(u, delta, A_back, B, C, ahead.D, z, ahead.dt_bias, True, True)
+        return y.transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix a map (B, C, H, W), or tokens (B, L, C) where the mixer was made so."""
+        if self.layout == "NLC":
+            return self.forward_tokens(x)
+        return self.forward_tokens(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+
+@inference_rule(Vim)
+def pack_ends(model: Vim) -> Vim:
+    """Pack the embedding of the patches and the classifier."""
+    stem: Any = PackedConv2d(model.stem)
+    model.stem = stem
+    return pack_head(model)
+
+
+def _halves(linear: nn.Linear) -> tuple[nn.Linear, nn.Linear]:
+    """Return the linear maps, without bias, to the first and to the second half of what one gives."""
+    first, second = nn.Linear(1, 1, bias=False, device="meta"), nn.Linear(1, 1, bias=False, device="meta")
+    weight = linear.weight.detach().chunk(2)
+    first.weight, second.weight = (nn.Parameter(half.clone()) for half in weight)
+    return first, second

@@ -1,0 +1,76 @@
+"""VMamba for inference."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lightspine.models._vmamba_blocks import SS2D, VSSBlock
+from lightspine.models.vmamba import VMamba
+from lightspine.ops.cross_scan.projected import projected_cross_scan
+from lightspine.optimize import inference_rule
+from lightspine.optimize.heads import pack_head
+from lightspine.optimize.packed import PackedConv2d, PackedLinear, can_fuse
+
+
+@inference_rule(SS2D)
+class FoldedSS2D(nn.Module):
+    """`SS2D` with its state matrices computed and its linear maps packed."""
+
+    def __init__(self, module: SS2D):
+        super().__init__()
+        self.directions = module.directions
+        self.scan_order = module.scan_order
+        self.gated = module.gate != "none"
+        gate_proj: Any = module.gate_proj
+        self.in_proj = PackedLinear(module.in_proj)
+        self.gate_proj = PackedLinear(gate_proj, module.gate_act) if self.gated else nn.Identity()
+        self.conv: nn.Module = module.act
+        if isinstance(module.conv, nn.Conv2d):
+            fused = can_fuse(module.act)
+            conv = PackedConv2d(module.conv, module.act if fused else None)
+            self.conv = conv if fused else nn.Sequential(conv, module.act)
+        self.x_proj = PackedLinear(module.x_proj)
+        self.out_norm, self.out_act = module.out_norm, module.out_act
+        self.out_proj = PackedLinear(module.out_proj)
+        self.dt_bias = module.dt_bias
+        self.register_buffer("dt_weight", module.dt_weight.transpose(1, 2).contiguous())
+        dtype = torch.promote_types(module.A_log.dtype, torch.float32)
+        self.register_buffer("A", -torch.exp(module.A_log.to(dtype)))
+        self.register_buffer("D", module.D.view(module.directions, -1))
+
+    dt_weight: Tensor
+    A: Tensor
+    D: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W)."""
+        x = x.permute(0, 2, 3, 1)  # B H W C
+        u = self.conv(self.in_proj(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        projected = self.x_proj(u).unflatten(3, (self.directions, -1))
+        y = projected_cross_scan(u, projected, self.dt_weight, self.A, self.D, self.dt_bias, self.scan_order)
+        y = self.out_act(self.out_norm(y.to(u.dtype)))
+        if self.gated:
+            y = y * self.gate_proj(x)
+        return self.out_proj(y).permute(0, 3, 1, 2)
+
+
+@inference_rule(VSSBlock)
+def pack_block(block: VSSBlock) -> VSSBlock:
+    """Pack the linear maps of the MLP and let the first apply the activation."""
+    mlp: Any = block.mlp
+    if block.has_mlp and can_fuse(mlp.act):
+        mlp.fc1, mlp.fc2, mlp.act = PackedLinear(mlp.fc1, mlp.act), PackedLinear(mlp.fc2), nn.Identity()
+    return block
+
+
+@inference_rule(VMamba)
+def pack_ends(model: VMamba) -> VMamba:
+    """Pack the convolutions of the stem and between the stages, and the classifier."""
+    stages: Any = model.stages
+    for part in (model.stem, *(stage.downsample for stage in stages)):
+        for name, layer in list(part.named_children()):
+            if isinstance(layer, nn.Conv2d):
+                setattr(part, name, PackedConv2d(layer))
+    return pack_head(model)

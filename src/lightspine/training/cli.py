@@ -1,0 +1,287 @@
+"""`lightspine train`: LightningCLI reads the recipe and the flags, `run_training` does the rest."""
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lightspine.data import modules
+from lightspine.data.modules import ImageDataModule, SegmentationDataModule, SourceDataModule
+from lightspine.errors import LightspineError, UsageError
+from lightspine.models._registry import find_record
+from lightspine.models._saving import PREPROCESSING_KEYS, default_preprocessing
+from lightspine.recipes import find_recipe
+from lightspine.training.base import LightspineTask
+from lightspine.training.classification import ClassificationTask
+from lightspine.training.detection import DetectionTask
+from lightspine.training.fit import TRAINER_DEFAULTS, Export, TrainResult, run_callbacks, run_training
+from lightspine.training.progress import has_terminal
+from lightspine.training.quiet import quiet_lightning, show_notes
+from lightspine.training.resume import AUTO, prepare_folder
+from lightspine.training.schedules import CosineSchedule
+from lightspine.training.segmentation import SegmentationTask
+from lightspine.training.step_schedules import DecaySchedule, MilestoneSchedule
+
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_CLASS = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>")
+_ABSTRACT = ("ImageDataModule", "SegmentationDataModule", "SourceDataModule")
+_TASKS = (ClassificationTask, DetectionTask, SegmentationTask)
+_SCHEDULES = (CosineSchedule, MilestoneSchedule, DecaySchedule)
+_SWITCHES = {
+    "grad_checkpointing": "recompute activations in the backward pass: slower, with less memory",
+    "compile": "run the model through torch.compile",
+    "tensorboard": "write the numbers for TensorBoard too",
+}
+# What a recipe or a flag names without an import path.
+_CLASSES = {
+    "data": [name for name in modules.__all__ if name.endswith("DataModule") and name not in _ABSTRACT],
+    "model": [task.__name__ for task in _TASKS],
+}
+_BOILERPLATE = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors",
+    "Problem with given class_path",
+    "Expected a <class 'NoneType'>",
+    "Expected a <class 'collections.abc.Iterable'>",
+    "Given value",
+)
+
+
+def main(args: Sequence[str] | None = None) -> TrainResult:
+    """Train as the command line says: `--config NAME_OR_PATH` and any flag over it.
+
+    Args:
+        args: the arguments after `lightspine train`; those of the process by default.
+
+    Returns:
+        What the run left behind.
+
+    Raises:
+        UsageError: a wrong flag or recipe.
+        LightspineError: what `lightspine.training.fit.train` raises.
+        SystemExit: after `--help` or `--print_config`.
+    """
+    arguments = _resolve_recipes(list(sys.argv[1:] if args is None else args))
+    with quiet_lightning():
+        try:
+            cli = TrainCLI(arguments)
+        except ArgumentError as error:
+            raise UsageError(_one_line(str(error))) from error
+        except ValueError as error:
+            # The parser wraps what the constructor of the task or the data raised.
+            raise _find_ours(error) or error from None
+    return cli.train()
+
+
+def train_recipe(
+    recipe: str | Path, *, folder: str | Path, overrides: Sequence[str] = (), progress: bool = True
+) -> TrainResult:
+    """Train a recipe from Python.
+
+    Args:
+        recipe: name of a shipped recipe, or the path of a YAML file.
+        folder: where everything is saved; see `lightspine.training.fit.train`.
+        overrides: flags as on the command line, such as "--trainer.max_epochs=3".
+        progress: show the progress.
+
+    Returns:
+        What the run left behind.
+
+    Raises:
+        UsageError: an unknown recipe or a wrong override.
+        LightspineError: what `lightspine.training.fit.train` raises.
+    """
+    bar = [] if progress else ["--trainer.enable_progress_bar=false"]
+    return main(["--config", str(recipe), "--folder", str(folder), *bar, *overrides])
+
+
+class TrainCLI(LightningCLI):
+    """The parser of `lightspine train`; making one parses the arguments and builds trainer, task and data."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(
+            LightspineTask,
+            ImageDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"exit_on_error": False, "prog": "lightspine train"},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=list(args),
+            run=False,
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer; what it refuses comes from a flag of the user."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except LightspineError:
+            raise
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise UsageError(f"wrong --trainer option: {str(error).strip().splitlines()[0]}") from error
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the flags that are about the run, in place of Lightning's `--seed_everything`."""
+        parser.add_argument(
+            "--seed", type=int, default=0, help="initial weights, order of the images, augmentation"
+        )
+        parser.add_argument(
+            "--folder", type=str | None, default=None, help="where the run is saved: runs/MODEL"
+        )
+        parser.add_argument(
+            "--resume",
+            type=str | None,
+            default=None,
+            nargs="?",
+            const=AUTO,
+            help="a last.ckpt to go on from; without a value or with auto: the one in --folder, if any",
+        )
+        parser.add_argument(
+            "--export", type=Export, default="last", help="which epoch's weights are exported"
+        )
+        parser.add_argument(
+            "--save-every-steps",
+            "--save_every_steps",
+            type=int | None,
+            default=None,
+            help="write last.ckpt after so many steps too, not only after every epoch",
+        )
+        parser.add_argument(
+            "--effective-batch",
+            "--effective_batch",
+            type=int | None,
+            default=None,
+            help="images per step over all devices: gradients are accumulated up to it",
+        )
+        for name, text in _SWITCHES.items():
+            parser.add_argument(
+                f"--{name.replace('_', '-')}", f"--{name}", action="store_true", default=False, help=text
+            )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let the task know the data's classes."""
+        parser.set_defaults({"model": "ClassificationTask"})
+        parser.link_arguments("seed", "model.init_args.seed")
+        parser.link_arguments("seed", "data.init_args.seed")
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the arguments."""
+        # Lightning's version warns whenever the process has arguments of its own, which is always.
+        self.config = parser.parse_args(cast(Sequence[str], args))
+
+    def _set_seed(self) -> None:
+        # The task and the data seed themselves; the environment is left alone.
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        """Give the data the model's preprocessing; make the folder of the run and what writes into it."""
+        config: Namespace = self.config
+        # No linked arguments: the parser leaves out a link to an option that has no default in the signature.
+        task: type[LightspineTask] = _find_class(config.model.class_path)
+        prepared = issubclass(_find_class(config.data.class_path), (SourceDataModule, SegmentationDataModule))
+        if prepared and config.data.init_args.get("preprocessing") is None:
+            config.data.init_args.preprocessing = published_preprocessing(config.model.init_args.model)
+        parts = (config.model.init_args.get("head"), config.model.init_args.model)
+        folder = config.folder or Path("runs", "_".join(part for part in parts if part))
+        self.folder = prepare_folder(folder, resume=config.resume)
+        config.trainer.default_root_dir = os.fspath(self.folder)
+        self.progress = config.trainer.enable_progress_bar is not False
+        live = self.progress and has_terminal()
+        config.trainer.enable_progress_bar = live
+        self.trainer_defaults["callbacks"] = run_callbacks(
+            self.folder,
+            score=task.score,
+            progress=self.progress,
+            live=live,
+            save_every_steps=config.save_every_steps,
+            effective_batch=config.effective_batch,
+        )
+
+    def train(self) -> TrainResult:
+        """Run the training that was asked for."""
+        switches = {name: self.config[name] for name in _SWITCHES}
+        with show_notes() if self.progress else contextlib.nullcontext():
+            return run_training(
+                self.trainer,
+                self.model,
+                self.datamodule,
+                resume=self.config.resume,
+                export=self.config.export,
+                **switches,
+            )
+
+
+def published_preprocessing(model: str) -> dict[str, Any]:
+    """Return the preprocessing of a model's published evaluation without building the model."""
+    record = find_record(model)
+    if record is not None:
+        with torch.device("meta"):
+            found = default_preprocessing(record.create())
+    else:
+        cfg = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+        found = {} if cfg is None else cfg.to_dict()
+    # Lists, as a YAML file gives them back.
+    return {
+        key: list(found[key]) if isinstance(found[key], tuple) else found[key]
+        for key in PREPROCESSING_KEYS
+        if key in found
+    }
+
+
+def _find_class(class_path: str) -> Any:
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _resolve_recipes(args: list[str]) -> list[str]:
+    """Replace the name behind `--config` by the recipe's path."""
+    resolved = list(args)
+    for i, arg in enumerate(args):
+        if arg in ("--config", "-c") and i + 1 < len(args):
+            resolved[i + 1] = str(find_recipe(args[i + 1]))
+        elif arg.startswith("--config="):
+            resolved[i] = f"--config={find_recipe(arg.removeprefix('--config='))}"
+    return resolved
+
+
+def _one_line(message: str) -> str:
+    """Return what jsonargparse says in one line, without the list of everything that it tried."""
+    key = ".".join(_KEY.findall(message))
+    lines = [_KEY.sub("", line).strip(" -:\n") for line in message.splitlines()]
+    told = [line for line in lines if line and not line.startswith(_BOILERPLATE)]
+    if key in _CLASSES and any("dot import path" in line for line in told):
+        value = told[-1].rpartition(": ")[2]
+        known = ", ".join(_CLASSES[key])
+        return f"expected --{key} with {known} or the import path of a class, got {value!r}"
+    if key == "model.schedule":
+        # The parser tells what each of them does not know, but not their names.
+        known = "; ".join(f"{kind.__name__} ({', '.join(_names(kind))})" for kind in _SCHEDULES)
+        return f"wrong argument {key}: expected the fields of one of {known}"
+    text = _CLASS.sub(r"\1", "; ".join(told[:2])).replace("typing.", "")
+    return f"wrong argument {key}: {text}" if key else text
+
+
+def _names(kind: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _find_ours(error: BaseException | None) -> LightspineError | None:
+    while error is not None and not isinstance(error, LightspineError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -1,0 +1,162 @@
+"""What a run leaves behind besides its weights: numbers per epoch as CSV, curves, lines on the screen."""
+
+import csv
+import io
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightspine.training.base import LightspineTask
+from lightspine.training.step_clock import StepClock, peak_memory_mib
+
+_LABELS = {"val_top1": "accuracy (%)", "lr": "learning rate"}
+
+
+class RunLog(pl.Callback):
+    """Keeps one row of numbers per epoch, in `metrics.csv` and inside every checkpoint.
+
+    Because the rows travel in the checkpoint, a resumed run goes on with the file where it was left.
+    (Lightning's CSVLogger deletes the rows that are there.)
+
+    Args:
+        folder: where `metrics.csv` and `curves.png` are written.
+        announce: write a line per epoch to the standard error, for a run without a progress bar.
+
+    Attributes:
+        rows: per finished epoch: epoch, seconds, every metric that the task logs, `data_share` (of the time
+            of the steps that they waited for their batch), `peak_mib` (memory of the process, of the device
+            on a GPU, so far) and the steps that were skipped so far.
+    """
+
+    def __init__(self, folder: Path, *, announce: bool = False) -> None:
+        self.folder = folder
+        self.announce = announce
+        self.rows: list[dict[str, float]] = []
+        self._started = 0.0
+        self._validated = False
+        self._waiting = StepClock()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Take the folder of the first process, the only one that chooses it."""
+        self.folder = Path(trainer.strategy.broadcast(os.fspath(self.folder)))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Start the clocks of an epoch that is resumed in its middle."""
+        self._start()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Start the clocks."""
+        self._start()
+
+    def on_train_batch_start(
+        self,
+        trainer: pl.Trainer,  # noqa: ARG002
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Note when a batch has come."""
+        self._waiting.batch_came()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,  # noqa: ARG002
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Note when the next one is asked for."""
+        self._waiting.batch_done()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Stop the clock of the steps."""
+        self._waiting.pause()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Remember that the epoch has a validation."""
+        self._validated = True
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: LightspineTask) -> None:  # type: ignore[override]  # the only kind of module here
+        """Write the row of the epoch."""
+        # The training loss of the epoch is known only now; the validation's numbers are from before.
+        row = {"epoch": float(trainer.current_epoch), "seconds": time.perf_counter() - self._started}
+        # Lightning keeps the numbers of the last validation, however long ago it was.
+        row |= {
+            name: value.item()
+            for name, value in trainer.callback_metrics.items()
+            if self._validated or not name.startswith("val_")
+        }
+        row["data_share"] = self._waiting.share()
+        peak = peak_memory_mib(pl_module.device)
+        if peak is not None:
+            row["peak_mib"] = peak
+        row["skipped_steps"] = float(pl_module.guard.skipped)
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            write_rows(self.folder / "metrics.csv", self.rows)
+            if self.announce:
+                numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
+                sys.stderr.write(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {numbers}\n")
+                sys.stderr.flush()
+
+    def _start(self) -> None:
+        self._started = time.perf_counter()
+        self._validated = False
+        self._waiting = StepClock()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows, for the checkpoint."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the rows of a checkpoint."""
+        self.rows = list(state_dict["rows"])
+
+
+def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
+    """Write rows as CSV in one step: a reader never meets half a file."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    part = path.with_suffix(".part")
+    part.write_text(text.getvalue())
+    part.replace(path)
+
+
+def plot_curves(
+    path: Path, rows: list[dict[str, float]], title: str, curves: tuple[tuple[str, ...], ...]
+) -> None:
+    """Draw metrics over the epochs into a PNG file.
+
+    Args:
+        path: the file.
+        rows: what `RunLog` has written.
+        title: of the figure.
+        curves: names of the metrics that share a diagram.
+    """
+    # The figure is built without pyplot: no global state, no window system.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(4 * len(curves), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for axes, names in zip(figure.subplots(1, len(curves)), curves, strict=True):
+        for name in names:
+            points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=name)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(_LABELS.get(names[0], "loss" if names[0].endswith("loss") else "score (%)"))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend()
+    figure.savefig(path, dpi=120)

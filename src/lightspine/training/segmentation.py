@@ -1,0 +1,139 @@
+"""Semantic segmentation."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightspine.data.modules import ImageDataModule, SegmentationDataModule
+from lightspine.data.segmentation import IGNORED, SegmentationBatch, SegmentationTest
+from lightspine.dense import create_segmenter
+from lightspine.dense.segmentation_scores import SegmentationScores
+from lightspine.errors import LightspineError
+from lightspine.heads.features import MapNorm
+from lightspine.heads.segmenters import SegmenterName
+from lightspine.models._reading import Weights
+from lightspine.training.dense import DenseTask
+
+
+class SegmentationTask(DenseTask):
+    """Trains a segmenter over any model of lightspine or timm.
+
+    Args:
+        model: name of the model that gives the maps.
+        num_classes: number of classes; the command line takes it from the data.
+        head: "semantic_fpn" or "upernet".
+        model_args: further arguments of the model, such as `drop_path_rate`.
+        checkpoint: weights to start from: of the model's classifier, or a segmenter of the same head and
+            model.
+        weights: which entry of a classifier's file: "model", "ema" or "auto"; see
+            `lightspine.dense.create_detector`.
+        norm: "layer" puts a LayerNorm over each map; see `lightspine.heads.FeatureBackbone`.
+        freeze_batch_norm: keep the model's batch norms in evaluation mode.
+        channels: width of the head; the published one without it.
+        dropout: share of channels dropped before the classifiers.
+        auxiliary_weight: weight of UPerNet's auxiliary loss; 0 leaves the auxiliary head out.
+        test: how images are looked at outside training: `window`, `stride`, `ratios`, `flip`; see
+            `lightspine.data.segmentation.SegmentationTest`.
+        undecayed: parts of the names of parameters that are not decayed; see
+            `lightspine.training.dense_groups.dense_parameter_groups`.
+        layer_decay_blocks: likewise.
+        **options: see `LightspineTask`: optimiser, schedule, clipping, average, seed.
+
+    Raises:
+        UsageError: an unknown name, a value out of its range.
+        LightspineError: a checkpoint that cannot be read or does not fit.
+    """
+
+    score = "val_mIoU"
+    curves = (("train_loss",), ("val_mIoU", "val_mAcc", "val_aAcc"), ("lr",))
+
+    def __init__(
+        self,
+        model: str,
+        num_classes: int,
+        head: SegmenterName = "upernet",
+        model_args: dict[str, Any] | None = None,
+        checkpoint: str | Path | None = None,
+        weights: Weights = "auto",
+        norm: MapNorm = "none",
+        freeze_batch_norm: bool = False,
+        channels: int | None = None,
+        dropout: float = 0.1,
+        auxiliary_weight: float = 0.4,
+        test: SegmentationTest | None = None,
+        undecayed: Sequence[str] | None = None,
+        layer_decay_blocks: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            create_segmenter,
+            head,
+            model,
+            num_classes,
+            model_args=model_args,
+            checkpoint=checkpoint,
+            weights=weights,
+            norm=norm,
+            freeze_batch_norm=freeze_batch_norm,
+            head_args={
+                "channels": channels,
+                "dropout": dropout,
+                "auxiliary_weight": auxiliary_weight,
+                "ignore_index": IGNORED,
+            },
+            undecayed=undecayed,
+            layer_decay_blocks=layer_decay_blocks,
+            **options,
+        )
+        self.test = test or SegmentationTest()
+        self.test.check()
+        self._scores: SegmentationScores | None = None
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+        """Return logits (N, num_classes, H, W) of images (N, 3, H, W), or with labels the losses."""
+        return self.network(images, labels)
+
+    def settings(self, data: ImageDataModule) -> dict[str, Any]:
+        """Return the size of the images and the test, for the file."""
+        assert isinstance(data, SegmentationDataModule)
+        sizes = {"scale": data.val_scale, "divisor": data.val_divisor}
+        return sizes | data.reading | asdict(self.test)
+
+    def on_fit_start(self) -> None:
+        """Refuse data without label maps."""
+        super().on_fit_start()
+        self.data_module(SegmentationDataModule)
+
+    def training_step(self, batch: SegmentationBatch, batch_idx: int) -> Tensor:  # noqa: ARG002
+        """Return the loss, the auxiliary one added."""
+        self.note_skipped(batch.bad)
+        if not batch.names:
+            raise LightspineError(f"none of the training images can be used; {batch.bad[0].reason}")
+        loss = self.log_losses(self.network(batch.images, batch.labels), len(batch.names))
+        return self.watch(loss, batch.images, batch.labels)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to count pixels."""
+        self._scores = SegmentationScores(
+            self.data_module(SegmentationDataModule).class_names, ignored=IGNORED
+        )
+
+    def validation_step(self, batch: SegmentationBatch, batch_idx: int) -> None:  # noqa: ARG002
+        """Count the pixels of a batch, each image at the size of its labels."""
+        assert self._scores is not None
+        self.note_skipped(batch.bad)
+        found = [
+            self.test.classify(self.network, image, tuple(labels.shape))
+            for image, labels in zip(batch.images, batch.labels, strict=True)
+        ]
+        self._scores.add(batch.names, found, batch.labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Score the pixels of all processes."""
+        assert self._scores is not None
+        self._scores.gather()
+        self.check_validated(self._scores.images)
+        self.log_scores(dict(self._scores.scores()))

@@ -1,0 +1,93 @@
+"""The files of checkpoints: whole at any moment, on a full disk too, and without code."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lightspine.errors import LightspineError, UsageError
+from lightspine.training.checkpoints import AtomicCheckpointIO
+from support.training import run
+
+KILLED_WHILE_WRITING = """
+import os, sys, torch
+from lightspine.training.checkpoints import AtomicCheckpointIO
+
+class Fatal:
+    def __reduce__(self):
+        os.kill(os.getpid(), 9)
+
+io = AtomicCheckpointIO()
+io.save_checkpoint({"epoch": 1}, sys.argv[1])
+io.save_checkpoint({"epoch": 2, "weights": torch.rand(1000), "fatal": Fatal()}, sys.argv[1])
+"""
+
+
+class FullDisk(pl.Callback):
+    """Lets no file of the process grow above 100 kB from an epoch on."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def limits() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("limits")
+def test_full_disk_is_a_sentence_and_the_previous_checkpoint_stays(tmp_path: Path) -> None:
+    message = r"cannot write the checkpoint .*\.ckpt: .*; the previous one is kept; the last checkpoint is"
+    with pytest.raises(LightspineError, match=message) as caught:
+        run(tmp_path / "run", epochs=3, callbacks=[FullDisk(1)], save_every_steps=2)
+    assert caught.value.exit_status == 1
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["epoch"] == 0
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_file_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LightspineError, match=r"cannot write the checkpoint .*last\.ckpt: \w"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "file" / "last.ckpt")
+
+
+def test_kill_during_writing_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_WRITING, str(path)], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert AtomicCheckpointIO().load_checkpoint(path) == {"epoch": 1}
+    # What the kill has left behind does not disturb the next one.
+    AtomicCheckpointIO().save_checkpoint({"epoch": 3}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_code_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    torch.save({"epoch": Harmful()}, tmp_path / "last.ckpt")
+    with pytest.raises(LightspineError, match=r"cannot resume from .*last\.ckpt"):
+        run(tmp_path / "run", resume=tmp_path / "last.ckpt")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_storage_options_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no storage options"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt", storage_options={"key": 1})

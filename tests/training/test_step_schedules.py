@@ -1,0 +1,86 @@
+"""The schedules of the dense tasks against their closed forms."""
+
+import math
+from typing import Any
+
+import pytest
+
+from lightspine.errors import UsageError
+from lightspine.training.step_schedules import DecaySchedule, MilestoneSchedule
+
+COCO_1X = MilestoneSchedule(milestones=(8, 11), length=12, warmup_steps=500, warmup_ratio=0.001)
+
+
+def rate(schedule: Any, step: int, lr: float = 2e-4, steps_per_epoch: int = 7330) -> float:
+    return float(schedule.rate(step, lr=lr, steps_per_epoch=steps_per_epoch, total_batch=16))
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"),
+    [
+        (0, 0.001),
+        (250, 1 - 0.5 * 0.999),
+        (499, 1 - 0.002 * 0.999),
+        (500, 1.0),
+        (8 * 7330 - 1, 1.0),
+        (8 * 7330, 0.1),
+        (11 * 7330 - 1, 0.1),
+        (11 * 7330, 0.01),
+        (12 * 7330 - 1, 0.01),
+    ],
+)
+def test_milestones_of_a_1x_run(step: int, factor: float) -> None:
+    assert rate(COCO_1X, step) == pytest.approx(2e-4 * factor, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"), [(163_888, 1.0), (163_889, 0.1), (177_545, 0.1), (177_546, 0.01)]
+)
+def test_milestones_counted_in_steps(step: int, factor: float) -> None:
+    schedule = MilestoneSchedule(milestones=(163_889, 177_546), length=184_375, unit="step", warmup_steps=250)
+    assert rate(schedule, step) == pytest.approx(2e-4 * factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_polynomial_decay_with_warm_up(after: bool) -> None:
+    schedule = DecaySchedule(
+        steps=160_000, power=0.9, min_lr=1e-6, warmup_steps=1500, warmup_ratio=1e-6, after_warmup=after
+    )
+    for step in (0, 1, 749, 1499, 1500, 80_000, 159_999):
+        share = (max(step - 1500, 0) / 158_500) if after else step / 160_000
+        warm = 1.0 if step >= 1500 else 1 - (1 - step / 1500) * (1 - 1e-6)
+        expected = (1e-6 + (2e-4 - 1e-6) * (1 - share) ** 0.9) * warm
+        assert rate(schedule, step) == pytest.approx(expected, rel=1e-12)
+
+
+def test_cosine_decay_with_warm_up() -> None:
+    schedule = DecaySchedule(steps=40_000, shape="cosine", warmup_steps=1000, warmup_ratio=0.1)
+    assert rate(schedule, 0) == pytest.approx(2e-5, rel=1e-12)
+    assert rate(schedule, 20_000) == pytest.approx(1e-4, rel=1e-12)
+    assert rate(schedule, 39_999) == pytest.approx(1e-4 * (1 + math.cos(math.pi * 39_999 / 40_000)), rel=1e-9)
+
+
+def test_decay_ends_at_the_smallest_rate() -> None:
+    assert rate(DecaySchedule(steps=10, min_lr=1e-6), 10) == pytest.approx(1e-6, rel=1e-12)
+
+
+def test_length_is_told_in_the_schedules_own_unit() -> None:
+    by_step = MilestoneSchedule(milestones=(5,), length=9, unit="step")
+    lengths = [(s.total_epochs, s.total_steps) for s in (COCO_1X, by_step, DecaySchedule(steps=10))]
+    assert lengths == [(12, None), (None, 9), (None, 10)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sentence"),
+    [
+        (MilestoneSchedule(milestones=(11, 8), length=12), "expected milestones that ascend between 0 and"),
+        (MilestoneSchedule(milestones=(8, 12), length=12), "expected milestones that ascend between 0 and"),
+        (MilestoneSchedule(milestones=(8,), length=12, gamma=0), "expected a gamma above 0"),
+        (MilestoneSchedule(milestones=(8,), length=12, warmup_ratio=2), "a warmup_ratio from 0 to 1"),
+        (DecaySchedule(steps=100, warmup_steps=100), "a warm-up from 0 to less than the 100 steps"),
+        (DecaySchedule(steps=100, power=-1), "expected a power of at least 0"),
+    ],
+)
+def test_wrong_value_is_refused(schedule: Any, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        schedule.check()
