@@ -22,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; status 2 when no name matches."""
     from lightspine.errors import UsageError
-    from lightspine.recipes import list_recipes
-    from lightspine.recipes.summary import summarize_recipe
+    from lightspine.recipes import list_recipes, summarize_recipe
 
     summaries = [summarize_recipe(name) for name in list_recipes() if args.pattern in name]
     summaries = [summary for summary in summaries if args.task in (None, summary.task)]

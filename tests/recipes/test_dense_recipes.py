@@ -14,9 +14,9 @@ from lightspine.dense import create_detector, create_segmenter
 from lightspine.models import get_record
 from lightspine.recipes import PublishedRecipe, find_recipe, list_published, list_recipes
 from lightspine.training.cli import TrainCLI
-from lightspine.training.dense_groups import dense_parameter_groups
-from lightspine.training.quiet import quiet_lightning
-from lightspine.training.step_schedules import DecaySchedule, MilestoneSchedule
+from lightspine.training.log_filters import filter_lightning_logs
+from lightspine.training.lr_schedules import DecaySchedule, MilestoneSchedule
+from lightspine.training.optim import dense_parameter_groups
 from support.coco import content, square, write_coco
 from support.dense import few_proposals
 from support.images import write_image
@@ -254,7 +254,7 @@ def test_recipe_builds_and_takes_a_step(name: str, tmp_path: Path) -> None:
         flags += ["--data.shorter=64", "--data.longest=64", "--data.size=64"]
     else:
         flags += ["--data.crop=[64, 64]", "--data.scale=[64, 64]"]
-    with quiet_lightning():
+    with filter_lightning_logs():
         cli = TrainCLI(["--config", str(find_recipe(name)), *flags])
     few_proposals(cli.model.model)
     batch = next(iter(cli.datamodule.train_dataloader()))

@@ -15,9 +15,9 @@ from lightspine.recipes import find_recipe, list_published, list_recipes
 from lightspine.training import distillation
 from lightspine.training.classification import ClassificationTask
 from lightspine.training.cli import TrainCLI
+from lightspine.training.log_filters import filter_lightning_logs
+from lightspine.training.lr_schedules import CosineSchedule
 from lightspine.training.optim import create_optimizer
-from lightspine.training.quiet import quiet_lightning
-from lightspine.training.schedules import CosineSchedule
 from support.images import write_folder
 from support.reference import figure_images, fill_checkpoint, read_figure, write_official_file
 
@@ -129,7 +129,7 @@ def test_average_clipping_and_augmentation_are_the_published_ones(name: str) -> 
     record = get_record(task["model"])
     assert task["ema_decay"] == AVERAGES[record.family]
     raw = record.family in ("vim", "shvit") or name.endswith("vmamba_tiny_v0")
-    assert task["publish"] == ("raw" if raw else "ema")
+    assert task["export_weights"] == ("raw" if raw else "ema")
     assert trainer.get("gradient_clip_val") == {"vmamba": 5.0, "efficientvim": 0.02}.get(record.family)
     assert task.get("agc") == {"shvit": 0.02}.get(record.family)
     assert (task["mixup"], task["cutmix"], task["label_smoothing"]) == (0.8, 1.0, 0.1)
@@ -287,7 +287,7 @@ def test_command_line_takes_the_recipe(name: str, tmp_path: Path, monkeypatch: p
         flags.append("--model.init_args.checkpoint=null")
     if read(name)["trainer"]["precision"] == "16-mixed":
         flags.append("--trainer.precision=32-true")
-    with quiet_lightning():
+    with filter_lightning_logs():
         cli = TrainCLI(["--config", str(find_recipe(name)), "--folder", str(tmp_path / "run"), *flags])
     assert cli.model.model_name == settings(name)["model"]
     images, _, _ = next(iter(cli.datamodule.val_dataloader()))

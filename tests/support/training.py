@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+import lightspine
 from lightspine.data.modules import DigitsDataModule
 from lightspine.training.classification import ClassificationTask
 from lightspine.training.fit import TrainResult, train
@@ -42,3 +43,10 @@ def same_weights(first: Path, second: Path) -> bool:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the weights of the model inside a `.ckpt` file."""
     return torch.load(path, weights_only=True)["state_dict"]
+
+
+def make_loaded_model(name: str, **options: Any) -> nn.Module:
+    """Return a model with weights from a checkpoint; what they are does not matter here."""
+    sizes = {key: value for key, value in options.items() if key == "depth"}
+    weights = lightspine.create_model(name, **sizes).state_dict()
+    return lightspine.create_model(name, checkpoint=weights, **options)

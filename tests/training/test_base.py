@@ -11,7 +11,7 @@ import torch
 
 from lightspine.errors import UsageError
 from lightspine.training.base import seed_generators
-from lightspine.training.schedules import CosineSchedule
+from lightspine.training.lr_schedules import CosineSchedule
 from support.training import make_task, run
 
 # 6 batches of 32 images an epoch.

@@ -12,7 +12,7 @@ from lightspine.errors import UsageError
 from lightspine.models._loading import load_model
 from lightspine.recipes import find_recipe, list_recipes
 from lightspine.training.cli import TrainCLI, main, train_recipe
-from lightspine.training.quiet import quiet_lightning
+from lightspine.training.log_filters import filter_lightning_logs
 from support.images import write_folder
 from support.training import SMALL_MODEL, same_weights
 
@@ -64,7 +64,7 @@ def test_recorded_config_trains_the_same_run(tmp_path: Path) -> None:
 def test_shipped_recipe_is_complete(name: str, tmp_path: Path) -> None:
     root = write_folder(tmp_path / "images", count=2)
     data = [] if name.startswith("digits_") else [f"--data.root={root}"]
-    with quiet_lightning():
+    with filter_lightning_logs():
         cli = TrainCLI(["--config", str(find_recipe(name)), "--folder", str(tmp_path / "run"), *data])
     assert cli.model.top1.num_classes == cli.datamodule.num_classes
     images, labels, _ = next(iter(cli.datamodule.val_dataloader()))
@@ -83,7 +83,7 @@ def test_shipped_recipe_says_what_it_costs_and_how_it_is_run(name: str) -> None:
 def test_data_takes_the_preprocessing_of_the_model(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "images", count=2)
     flags = ["--data=ImageFolderDataModule", f"--data.root={root}", "--model.model=vit_tiny_patch16_224"]
-    with quiet_lightning():
+    with filter_lightning_logs():
         cli = TrainCLI([*flags, "--folder", str(tmp_path / "run")])
     assert cli.datamodule.preprocessing.mean == (0.5, 0.5, 0.5)
 

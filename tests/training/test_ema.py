@@ -44,7 +44,7 @@ def test_average_has_its_closed_form_after_every_step_of_the_optimiser(
 
 
 def test_average_that_is_not_published_changes_nothing(tmp_path: Path) -> None:
-    with_average = run(tmp_path / "a", task=make_task(ema_decay=0.999, publish="raw"))
+    with_average = run(tmp_path / "a", task=make_task(ema_decay=0.999, export_weights="raw"))
     without = run(tmp_path / "b")
     scores = [
         [{k: v for k, v in row.items() if k.startswith(("train_", "val_"))} for row in r.history]
@@ -55,7 +55,7 @@ def test_average_that_is_not_published_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("publish", ["ema", "raw"])
 def test_published_weights_are_the_model_and_the_others_beside_it(publish: str, tmp_path: Path) -> None:
-    result = run(tmp_path / "run", task=make_task(ema_decay=0.9, publish=publish))
+    result = run(tmp_path / "run", task=make_task(ema_decay=0.9, export_weights=publish))
     assert result.weights == {"ema": result.ema_weights, "raw": result.raw_weights}[publish]
     other = "raw" if publish == "ema" else "ema"
     assert {path.name for path in result.folder.glob("*.safetensors")} == {
@@ -70,7 +70,10 @@ def test_published_weights_are_the_model_and_the_others_beside_it(publish: str, 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"ema_decay": 1.0}, "between 0 and 1, got 1.0"), ({"ema_decay": 0.9, "publish": "best"}, "got 'best'")],
+    [
+        ({"ema_decay": 1.0}, "between 0 and 1, got 1.0"),
+        ({"ema_decay": 0.9, "export_weights": "best"}, "got 'best'"),
+    ],
 )
 def test_wrong_average_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):

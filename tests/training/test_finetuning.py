@@ -13,20 +13,12 @@ from lightspine.training.finetuning import (
     describe_start,
     freeze_stages,
     hold_frozen,
-    layer_decay_groups,
-    layer_scales,
 )
 from support.fill import fill_tensor
 from support.reference import assert_close, read_figure
+from support.training import make_loaded_model
 
 FAMILIES = ["vmamba_tiny", "vim_tiny", "efficientvim_m1", "shvit_s1", "efficientmod_xxs"]
-
-
-def make_trained(name: str, **options: Any) -> nn.Module:
-    """Return a model with weights from a checkpoint; what they are does not matter here."""
-    sizes = {key: value for key, value in options.items() if key == "depth"}
-    weights = lightspine.create_model(name, **sizes).state_dict()
-    return lightspine.create_model(name, checkpoint=weights, **options)
 
 
 def first_block(name: str) -> str:
@@ -36,7 +28,7 @@ def first_block(name: str) -> str:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_frozen_stages_keep_weights_and_statistics_in_training(name: str) -> None:
     torch.manual_seed(0)
-    model = make_trained(name, num_classes=3, drop_path_rate=0.1)
+    model = make_loaded_model(name, num_classes=3, drop_path_rate=0.1)
     names = freeze_stages(model, 1)
     assert names == ["stem", first_block(name)]
     hold_frozen(model.train(), names)
@@ -50,7 +42,7 @@ def test_frozen_stages_keep_weights_and_statistics_in_training(name: str) -> Non
 
 
 def test_frozen_stages_follow_the_images_unless_they_are_held() -> None:
-    model = make_trained("shvit_s1", num_classes=3)
+    model = make_loaded_model("shvit_s1", num_classes=3)
     names = freeze_stages(model, 0)
     assert not model.stem.training
     model.train()
@@ -61,7 +53,7 @@ def test_frozen_stages_follow_the_images_unless_they_are_held() -> None:
 
 
 def test_position_table_and_class_token_are_frozen_with_the_stem() -> None:
-    model = make_trained("vim_tiny", depth=4)
+    model = make_loaded_model("vim_tiny", depth=4)
     freeze_stages(model, 0)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {"cls_token", "pos_embed", "stem.weight", "stem.bias"}
@@ -69,7 +61,7 @@ def test_position_table_and_class_token_are_frozen_with_the_stem() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_stages_frozen_leave_norms_and_classifier_to_train(name: str) -> None:
-    model = make_trained(name)
+    model = make_loaded_model(name)
     stages = 24 if name == "vim_tiny" else len(model.stages)
     freeze_stages(model, stages)
     trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -80,7 +72,7 @@ def test_all_stages_frozen_leave_norms_and_classifier_to_train(name: str) -> Non
 
 
 def test_stages_of_a_timm_model_are_frozen() -> None:
-    assert freeze_stages(make_trained("test_resnet"), 1) == ["conv1", "bn1", "layer1"]
+    assert freeze_stages(make_loaded_model("test_resnet"), 1) == ["conv1", "bn1", "layer1"]
 
 
 def test_freezing_random_weights_is_refused() -> None:
@@ -89,67 +81,8 @@ def test_freezing_random_weights_is_refused() -> None:
 
 
 def test_model_without_layers_is_refused() -> None:
-    with pytest.raises(UsageError, match="Linear does not tell its layers apart"):
+    with pytest.raises(UsageError, match="Linear does not assign its parameters to layers"):
         freeze_stages(nn.Linear(2, 2), 0)
-
-
-def test_rates_fall_by_the_same_factor_from_block_to_block() -> None:
-    scales = layer_scales(lightspine.create_model("vim_tiny", depth=4), 0.5)
-    assert scales["head.weight"] == 1.0
-    assert [scales[f"blocks.{i}.norm.weight"] for i in range(4)] == [1 / 16, 1 / 8, 1 / 4, 1 / 2]
-    assert scales["norm.weight"] == 1 / 2
-    assert scales["stem.weight"] == scales["pos_embed"] == 1 / 32
-
-
-def test_downsampling_goes_with_the_block_behind_it() -> None:
-    scales = layer_scales(lightspine.create_model("shvit_s1"), 0.9)
-    assert (
-        scales["stages.1.downsample.merge.conv1.conv.weight"]
-        == scales["stages.1.blocks.0.ffn.pw1.conv.weight"]
-    )
-    # Stem, 2 + 4 + 5 blocks, classifier.
-    assert scales["stem.0.conv.weight"] == pytest.approx(0.9**12)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_groups_hold_every_parameter_once_with_its_rate_and_decay(name: str) -> None:
-    model = lightspine.create_model(name)
-    groups = layer_decay_groups(model, lr=0.01, weight_decay=0.05, layer_decay=0.8)
-    found = {id(p): group for group in groups for p in group["params"]}
-    assert sum(len(group["params"]) for group in groups) == len(found) == len(list(model.parameters()))
-    scales = layer_scales(model, 0.8)
-    spared = model.no_weight_decay()
-    for key, parameter in model.named_parameters():
-        group = found[id(parameter)]
-        assert group["lr"] == pytest.approx(0.01 * scales[key])
-        undecayed = parameter.ndim == 1 or key.endswith(".bias") or key in spared
-        assert group["weight_decay"] == (0.0 if undecayed else 0.05)
-
-
-def test_groups_keep_their_proportions_under_a_schedule() -> None:
-    groups = layer_decay_groups(
-        lightspine.create_model("test_resnet"), lr=0.1, weight_decay=0.0, layer_decay=0.5
-    )
-    before = [group["lr"] for group in groups]
-    optimizer = torch.optim.SGD(groups, lr=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    optimizer.step()
-    schedule.step()
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate / 2 for rate in before])
-
-
-def test_groups_leave_frozen_parameters_out() -> None:
-    model = make_trained("shvit_s1")
-    freeze_stages(model, 2)
-    groups = layer_decay_groups(model, lr=0.1, weight_decay=0.0, layer_decay=0.5)
-    trained = sum(p.numel() for group in groups for p in group["params"])
-    assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("layer_decay", [0.0, 1.5])
-def test_layer_decay_out_of_range_is_refused(layer_decay: float) -> None:
-    with pytest.raises(UsageError, match=f"above 0 and up to 1, got {layer_decay}"):
-        layer_scales(lightspine.create_model("test_resnet"), layer_decay)
 
 
 def test_start_tells_what_was_loaded_what_is_new_and_what_is_frozen(tmp_path: Path) -> None:

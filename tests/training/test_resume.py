@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.training.checkpoints import LastCheckpoint
-from lightspine.training.interruption import TrainingInterruptedError
-from lightspine.training.resume import find_checkpoint, prepare_folder
+from lightspine.training.checkpoint import LastCheckpoint
+from lightspine.training.resume import TrainingInterruptedError, find_checkpoint, prepare_folder
 from support.interruption import KillAtStep
 from support.processes import kill_at, train_command
 from support.training import make_task, run, same_weights

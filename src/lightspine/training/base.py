@@ -19,12 +19,11 @@ from lightspine.data.batch import BadImage
 from lightspine.data.modules import ImageDataModule
 from lightspine.errors import UsageError
 from lightspine.models._factory import create_model
-from lightspine.training.ema import Published, averaged_model, ema_callback
+from lightspine.training.ema import ExportedWeights, averaged_model, ema_callback
 from lightspine.training.finetuning import freeze_stages, hold_frozen
-from lightspine.training.guard import StepGuard
-from lightspine.training.optim import OptimizerName, create_optimizer, schedule_by_step
-from lightspine.training.schedules import CosineSchedule, warmup_cosine
-from lightspine.training.step_schedules import DecaySchedule, MilestoneSchedule
+from lightspine.training.lr_schedules import CosineSchedule, DecaySchedule, MilestoneSchedule, warmup_cosine
+from lightspine.training.nonfinite import NonFiniteGuard
+from lightspine.training.optim import OptimizerName, create_optimizer, lr_scheduler_config
 
 _log = logging.getLogger(__name__)
 _NAMED_IMAGES = 5
@@ -46,8 +45,8 @@ class LightspineTask(pl.LightningModule):
             gradient and weights, unit by unit, over all parameters. The trainer's `gradient_clip_val` clips
             the global norm.
         ema_decay: average the weights exponentially, per step; see `lightspine.training.ema`.
-        publish: with an average, which weights are validated and exported as the model: "ema", the averaged
-            ones, or "raw", the trained ones. The others are exported beside them.
+        export_weights: with `ema_decay`, the weights that are validated and exported as `model.safetensors`:
+            "ema" or "raw". The others are exported to a second file.
         max_bad_steps: so many steps with a non-finite loss or gradient in a row end the run.
         seed: of the initial weights and, with the step, of everything random in training.
 
@@ -83,7 +82,7 @@ class LightspineTask(pl.LightningModule):
         min_lr_ratio: float = 0.01,
         agc: float | None = None,
         ema_decay: float | None = None,
-        publish: Published = "ema",
+        export_weights: ExportedWeights = "ema",
         max_bad_steps: int = 10,
         seed: int = 0,
     ) -> None:
@@ -106,12 +105,12 @@ class LightspineTask(pl.LightningModule):
         self.min_lr_ratio = min_lr_ratio
         self.agc = agc
         self.ema_decay = ema_decay
-        self.publish = publish
+        self.export_weights = export_weights
         self.seed = seed
-        self.guard = StepGuard(max_bad_steps)
+        self.guard = NonFiniteGuard(max_bad_steps)
         self.skipped: dict[str, str] = {}
         self._announced = 0
-        self._ema = None if ema_decay is None else ema_callback(ema_decay, publish)
+        self._ema = None if ema_decay is None else ema_callback(ema_decay, export_weights)
         self._frozen: list[str] = []
 
     @property
@@ -204,12 +203,12 @@ class LightspineTask(pl.LightningModule):
         per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         if self.schedule is None:
             warmup = round(per_epoch * self.warmup_epochs)
-            schedule = schedule_by_step(
+            schedule = lr_scheduler_config(
                 optimizer, lambda step: warmup_cosine(step, warmup, int(total), self.min_lr_ratio)
             )
         else:
             rule, batch = self.schedule, self._total_batch()
-            schedule = schedule_by_step(
+            schedule = lr_scheduler_config(
                 optimizer,
                 lambda step: (
                     rule.rate(step, lr=self.lr, steps_per_epoch=per_epoch, total_batch=batch) / self.lr
@@ -252,11 +251,11 @@ class LightspineTask(pl.LightningModule):
         self.guard.check_loss(loss, self.model, *inputs)
         return loss
 
-    def note_skipped(self, bad: Iterable[BadImage]) -> None:
+    def record_bad_images(self, bad: Iterable[BadImage]) -> None:
         """Remember images that could not be used."""
         self.skipped.update((image.path, image.reason) for image in bad)
 
-    def announce_skipped(self) -> None:
+    def log_bad_images(self) -> None:
         """Name the images that were skipped, if there are new ones."""
         if len(self.skipped) == self._announced:
             return

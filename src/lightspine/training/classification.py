@@ -15,9 +15,8 @@ from lightspine.data.modules import ImageDataModule
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models._saving import save_checkpoint
 from lightspine.training.base import LightspineTask
-from lightspine.training.distillation import Distiller
-from lightspine.training.mesa import Mesa
-from lightspine.training.schedules import CosineSchedule
+from lightspine.training.distillation import Distiller, Mesa
+from lightspine.training.lr_schedules import CosineSchedule
 
 
 class ClassificationTask(LightspineTask):
@@ -124,7 +123,7 @@ class ClassificationTask(LightspineTask):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002  Lightning's signature
         """Return the loss of a batch, over the heads of a distilled model without a teacher its mean."""
         images, labels, bad = batch
-        self.note_skipped(bad)
+        self.record_bad_images(bad)
         if len(images) == 0:
             raise LightspineError(f"none of the training images can be used; {bad[0].reason}")
         targets = labels
@@ -160,7 +159,7 @@ class ClassificationTask(LightspineTask):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Count the hits of a batch."""
         images, labels, bad = batch
-        self.note_skipped(bad)
+        self.record_bad_images(bad)
         if len(images) == 0:
             return
         logits = self.model(images)
@@ -172,7 +171,7 @@ class ClassificationTask(LightspineTask):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores and name the images that were skipped."""
-        self.announce_skipped()
+        self.log_bad_images()
         if not self.top1.update_called:
             reason = next(iter(self.skipped.values()), "there is none")
             raise LightspineError(f"none of the validation images can be used; {reason}")

@@ -27,12 +27,10 @@ from lightspine.training.base import LightspineTask
 from lightspine.training.classification import ClassificationTask
 from lightspine.training.detection import DetectionTask
 from lightspine.training.fit import TRAINER_DEFAULTS, Export, TrainResult, run_callbacks, run_training
-from lightspine.training.progress import has_terminal
-from lightspine.training.quiet import quiet_lightning, show_notes
+from lightspine.training.log_filters import filter_lightning_logs, has_terminal, show_info_logs
+from lightspine.training.lr_schedules import CosineSchedule, DecaySchedule, MilestoneSchedule
 from lightspine.training.resume import AUTO, prepare_folder
-from lightspine.training.schedules import CosineSchedule
 from lightspine.training.segmentation import SegmentationTask
-from lightspine.training.step_schedules import DecaySchedule, MilestoneSchedule
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>")
@@ -75,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> TrainResult:
         SystemExit: after `--help` or `--print_config`.
     """
     arguments = _resolve_recipes(list(sys.argv[1:] if args is None else args))
-    with quiet_lightning():
+    with filter_lightning_logs():
         try:
             cli = TrainCLI(arguments)
         except ArgumentError as error:
@@ -216,7 +214,7 @@ class TrainCLI(LightningCLI):
     def train(self) -> TrainResult:
         """Run the training that was asked for."""
         switches = {name: self.config[name] for name in _SWITCHES}
-        with show_notes() if self.progress else contextlib.nullcontext():
+        with show_info_logs() if self.progress else contextlib.nullcontext():
             return run_training(
                 self.trainer,
                 self.model,

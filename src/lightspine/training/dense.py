@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from lightspine.data.modules import ImageDataModule
@@ -14,7 +13,7 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.heads.features import MapNorm
 from lightspine.models._reading import Weights
 from lightspine.training.base import LightspineTask
-from lightspine.training.dense_groups import dense_parameter_groups
+from lightspine.training.optim import dense_parameter_groups, optimizer_from_groups
 
 
 class DenseTask(LightspineTask):
@@ -32,7 +31,7 @@ class DenseTask(LightspineTask):
         norm: see `lightspine.heads.FeatureBackbone`, also for what the papers set.
         freeze_batch_norm: likewise.
         head_args: arguments of the head.
-        undecayed: see `lightspine.training.dense_groups.dense_parameter_groups`.
+        undecayed: see `lightspine.training.optim.dense_parameter_groups`.
         layer_decay_blocks: likewise.
         **options: see `LightspineTask`: optimiser, schedule, clipping, average, seed.
 
@@ -114,10 +113,7 @@ class DenseTask(LightspineTask):
             layer_decay=self.layer_decay,
             layer_decay_blocks=self.layer_decay_blocks,
         )
-        options = {"fused": True} if fused and self.optimizer_name == "adamw" else {}
-        return create_optimizer_v2(
-            groups, opt=self.optimizer_name, lr=self.lr, weight_decay=0.0, **cast(Any, options)
-        )
+        return optimizer_from_groups(groups, self.optimizer_name, lr=self.lr, fused=fused)
 
     def log_losses(self, losses: dict[str, Tensor], images: int) -> Tensor:
         """Log the parts of the loss and return their sum."""
@@ -139,7 +135,7 @@ class DenseTask(LightspineTask):
 
     def check_validated(self, images: int) -> None:
         """Stop where none of the validation images could be used."""
-        self.announce_skipped()
+        self.log_bad_images()
         if not images:
             reason = next(iter(self.skipped.values()), "there is none")
             raise LightspineError(f"none of the validation images can be used; {reason}")

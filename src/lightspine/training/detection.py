@@ -38,7 +38,7 @@ class DetectionTask(DenseTask):
         detections_per_image: most detections of an image, in the scores too.
         anchor_scale: factor of the published anchors' sides, which begin at 32 px.
         undecayed: parts of the names of parameters that are not decayed; see
-            `lightspine.training.dense_groups.dense_parameter_groups`.
+            `lightspine.training.optim.dense_parameter_groups`.
         layer_decay_blocks: likewise.
         **options: see `LightspineTask`: optimiser, schedule, clipping, average, seed.
 
@@ -113,7 +113,7 @@ class DetectionTask(DenseTask):
     def training_step(self, batch: DetectionBatch, batch_idx: int) -> Tensor:  # noqa: ARG002
         """Return the sum of the detector's losses."""
         images, targets, bad = batch
-        self.note_skipped(bad)
+        self.record_bad_images(bad)
         if not images:
             raise LightspineError(f"none of the training images can be used; {bad[0].reason}")
         loss = self.log_losses(self.network(images, targets), len(images))
@@ -129,7 +129,7 @@ class DetectionTask(DenseTask):
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:  # noqa: ARG002
         """Detect the objects of a batch."""
         assert self._scores is not None
-        self.note_skipped(batch.bad)
+        self.record_bad_images(batch.bad)
         if batch.images:
             numbers = [int(target["image_id"]) for target in batch.targets]
             self._scores.add(numbers, self.network(batch.images))

@@ -9,14 +9,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from lightspine.errors import UsageError
-from lightspine.training.teacher import create_teacher
+from lightspine.errors import LightspineError, UsageError
+from lightspine.models._checkpoints import load_checkpoint_file
+from lightspine.models._factory import create_model
+from lightspine.models._loading import load_model
+from lightspine.models._reading import CheckpointFile, read_checkpoint
+from lightspine.models._registry import find_record
+from lightspine.models._saving import read_saved_model
 
 Kind = Literal["hard", "soft"]
 Heads = Literal["two", "one"]
@@ -210,3 +216,141 @@ def _check(kind: str, alpha: float, temperature: float, heads: str, image_size: 
         raise UsageError(f"a temperature belongs to kind 'soft': got {temperature} with 'hard'")
     if image_size is not None and image_size < 1:
         raise UsageError(f"expected an image_size of at least 1 px for the teacher, got {image_size}")
+
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def create_teacher(
+    name: str, num_classes: int, *, checkpoint: str | Path | None, model_args: dict[str, Any]
+) -> tuple[nn.Module, Statistics]:
+    """Build a frozen teacher in evaluation mode.
+
+    Args:
+        name: a model of lightspine, or of timm with or without the tag of its weights.
+        num_classes: number of classes that it must tell apart.
+        checkpoint: a file of its weights; without it timm's published ones are fetched.
+        model_args: further arguments of the model.
+
+    Returns:
+        The model, and the (mean, std) by which its images are normalised.
+
+    Raises:
+        UsageError: an unknown name, no weights to have, or another number of classes.
+        LightspineError: the weights cannot be read or fetched, or are of another model.
+    """
+    # What is drawn for weights that are then replaced must not change what is drawn for the student.
+    with torch.random.fork_rng(devices=[]):
+        if checkpoint is None:
+            model, config = _published(name, num_classes, model_args)
+        else:
+            model, config = _from_file(name, checkpoint, model_args)
+    _check_classes(name, model.num_classes, num_classes)
+    statistics = (
+        tuple(config.get("mean") or IMAGENET_DEFAULT_MEAN),
+        tuple(config.get("std") or IMAGENET_DEFAULT_STD),
+    )
+    return model.eval().requires_grad_(False), statistics
+
+
+def _published(name: str, num_classes: int, model_args: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    options = {"pretrained": True} | model_args
+    if options["pretrained"] and find_record(name) is None and timm.is_model(name):
+        try:
+            cfg = timm.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            raise UsageError(f"expected a teacher that timm publishes, got {name!r}: {error}") from error
+        if cfg is None or not cfg.has_weights:
+            raise UsageError(f"timm publishes no weights for the teacher {name!r}: give a checkpoint")
+        if "num_classes" not in options:
+            # Before a gigabyte is fetched for nothing.
+            _check_classes(name, cfg.num_classes, num_classes)
+    try:
+        model: Any = create_model(name, **options)
+    # The hub's errors for no connection and for no such file are both of this kind.
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise LightspineError(f"cannot fetch the weights of the teacher {name!r}: {reason}") from error
+    return model, model.pretrained_cfg
+
+
+def _from_file(name: str, checkpoint: str | Path, model_args: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    file = read_checkpoint(checkpoint)
+    saved = read_saved_model(file)
+    if saved is not None and saved.name != name:
+        raise UsageError(f"expected weights of the teacher {name!r}, but {file.label} is of {saved.name!r}")
+    if saved is not None or find_record(name) is not None:
+        # The file tells its own number of classes, sizes and preprocessing.
+        loaded, saved = load_model(checkpoint, name=name, **model_args)
+        return loaded, saved.preprocessing
+    options = _count_classes(name, file) | model_args
+    model: Any = create_model(name, **options)
+    load_checkpoint_file(model, file, drop_head=False)
+    return model, model.pretrained_cfg
+
+
+def _count_classes(name: str, file: CheckpointFile) -> dict[str, Any]:
+    """Return the width of the classifier in a file of timm's layout, where it has one."""
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    classifier = cfg.classifier if cfg is not None else None
+    first = classifier[0] if isinstance(classifier, tuple | list) else classifier
+    weight = next(iter(file.entries.values())).get(f"{first}.weight")
+    return {} if weight is None else {"num_classes": int(weight.shape[0])}
+
+
+def _check_classes(name: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise UsageError(
+            f"expected a teacher with the {expected} classes of the data, but {name!r} has {found}"
+        )
+
+
+class Mesa:
+    """Adds `weight` times the soft cross-entropy with the averaged (EMA) model on the same images.
+
+    The published recipe has it on from a quarter of the epochs, and never together with a teacher.
+
+    Args:
+        start: share of the epochs before it begins, from 0 to 1.
+        weight: factor of its loss.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    def __init__(self, start: float = 0.25, weight: float = 1.0) -> None:
+        if not 0 <= start <= 1:
+            raise UsageError(f"expected MESA to start at a share of the epochs from 0 to 1, got {start}")
+        if weight <= 0:
+            raise UsageError(f"expected a weight of MESA above 0, got {weight}")
+        self.start = start
+        self.weight = weight
+
+    def is_active(self, epoch: int, epochs: int) -> bool:
+        """Return whether the loss counts in an epoch.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            epochs: length of the schedule, without the epochs of a cool-down, which the official code
+                does not count either.
+        """
+        return epoch >= int(self.start * epochs)
+
+    def loss(self, student_logits: Tensor, ema_model: nn.Module, images: Tensor) -> Tensor:
+        """Return the weighted loss of a batch; the gradient reaches the student only.
+
+        Args:
+            student_logits: (N, K), with gradient.
+            ema_model: the averaged model; is put into evaluation mode, in which it belongs.
+            images: what the student saw, (N, C, H, W), mixed or not.
+
+        Raises:
+            UsageError: the student returned more than one tensor of logits.
+        """
+        if not isinstance(student_logits, Tensor):
+            raise UsageError("MESA needs a student with one head, got the output of one with two heads")
+        with torch.no_grad():
+            averaged = ema_model.eval()(images)
+        # Probabilities as targets; half precision would lose the small ones.
+        wide = torch.promote_types(student_logits.dtype, torch.float32)
+        return self.weight * F.cross_entropy(student_logits.to(wide), averaged.to(wide).softmax(1))

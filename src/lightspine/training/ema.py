@@ -12,7 +12,7 @@ from torch import nn
 
 from lightspine.errors import UsageError
 
-Published = Literal["ema", "raw"]
+ExportedWeights = Literal["ema", "raw"]
 
 
 class WeightAverage(EMAWeightAveraging):
@@ -20,30 +20,30 @@ class WeightAverage(EMAWeightAveraging):
 
     Args:
         decay: between 0 and 1.
-        publish: the weights that are validated, and stay in the network when training ends.
+        export_weights: the weights that are validated, and stay in the network when training ends.
     """
 
-    def __init__(self, decay: float, publish: Published) -> None:
+    def __init__(self, decay: float, export_weights: ExportedWeights) -> None:
         super().__init__(decay=decay)
-        self.publish = publish
+        self.export_weights = export_weights
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the average in place of the trained weights."""
-        if self.publish == "ema":
+        if self.export_weights == "ema":
             super().on_validation_epoch_start(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the trained weights back."""
-        if self.publish == "ema":
+        if self.export_weights == "ema":
             super().on_validation_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the published weights in the network."""
-        if self.publish == "ema":
+        if self.export_weights == "ema":
             super().on_train_end(trainer, pl_module)
 
 
-def ema_callback(decay: float, publish: Published = "ema") -> WeightAverage:
+def ema_callback(decay: float, export_weights: ExportedWeights = "ema") -> WeightAverage:
     """Return the callback: after step n the average is decay * average + (1 - decay) * weights.
 
     Parameters and buffers are averaged, as by timm's ModelEma. The average begins with the weights after the
@@ -51,16 +51,16 @@ def ema_callback(decay: float, publish: Published = "ema") -> WeightAverage:
 
     Args:
         decay: between 0 and 1.
-        publish: which weights are validated and exported as the model: the averaged or the trained ones.
+        export_weights: the weights that are validated and exported as `model.safetensors`, "ema" or "raw".
 
     Raises:
-        UsageError: a decay that is not above 0 and below 1, or an unknown `publish`.
+        UsageError: a decay that is not above 0 and below 1, or an unknown `export_weights`.
     """
     if not 0 < decay < 1:
         raise UsageError(f"expected an EMA decay between 0 and 1, got {decay}")
-    if publish not in ("ema", "raw"):
-        raise UsageError(f"expected to publish 'ema' or 'raw', got {publish!r}")
-    return WeightAverage(decay, publish)
+    if export_weights not in ("ema", "raw"):
+        raise UsageError(f"expected export_weights 'ema' or 'raw', got {export_weights!r}")
+    return WeightAverage(decay, export_weights)
 
 
 def averaged_model(trainer: pl.Trainer) -> nn.Module | None:

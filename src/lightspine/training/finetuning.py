@@ -34,11 +34,11 @@ def freeze_stages(model: nn.Module, stages: int) -> list[str]:
             `lightspine.create_model` without weights that are worth keeping.
     """
     _check_weights(model)
-    layers = _layers(model, coarse=True)
+    layers = layer_indices(model, coarse=True)
     # The last layer is the classifier, with the norms before it: frozen too, nothing would be left to train.
     most = max(layers.values()) - 1
     if not 0 <= stages <= most:
-        raise UsageError(f"expected from 0 to {most} frozen stages of {_name(model)}, got {stages}")
+        raise UsageError(f"expected from 0 to {most} frozen stages of {_model_name(model)}, got {stages}")
     frozen = {name for name, layer in layers.items() if layer <= stages}
     for name, parameter in model.named_parameters():
         if name in frozen:
@@ -64,57 +64,23 @@ def hold_frozen(model: nn.Module, names: list[str]) -> None:
         model.get_submodule(name).eval()
 
 
-def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Return by how much each parameter's learning rate is smaller than that of the classifier.
+def layer_indices(model: nn.Module, *, coarse: bool) -> dict[str, int]:
+    """Return the layer of every parameter, counted from the stem, which is 0.
 
     Args:
-        model: a model of lightspine or timm; its `group_matcher` tells the layers.
-        layer_decay: factor from one layer to the one before it, above 0 and up to 1; a layer is a block, with
-            the downsampling before it, or the stem. The classifier has 1.
-
-    Returns:
-        Parameter name -> layer_decay ** (number of layers between it and the classifier).
+        model: a model of lightspine or timm; its `group_matcher` assigns parameters to layers.
+        coarse: count stages instead of blocks; the blocks of a model without stages count as stages.
 
     Raises:
-        UsageError: `layer_decay` is out of its range, or the model does not tell its layers apart.
+        UsageError: the model has no `group_matcher`.
     """
-    if not 0 < layer_decay <= 1:
-        raise UsageError(f"expected a layer_decay above 0 and up to 1, got {layer_decay}")
-    layers = _layers(model, coarse=False)
-    last = max(layers.values())
-    return {name: layer_decay ** (last - layer) for name, layer in layers.items()}
-
-
-def layer_decay_groups(
-    model: nn.Module, *, lr: float, weight_decay: float, layer_decay: float
-) -> list[dict[str, Any]]:
-    """Return an optimiser's parameter groups with a learning rate for each layer.
-
-    The rate stands in each group as `lr`, and not as timm's `lr_scale` that only timm's schedulers read: any
-    schedule that multiplies the groups' own rates keeps the proportions.
-
-    Args:
-        model: see `layer_scales`; frozen parameters are left out.
-        lr: rate of the classifier.
-        weight_decay: of the decayed parameters. As everywhere, 1-d parameters, those whose name ends in
-            `.bias` and those that the model's `no_weight_decay()` names are not.
-        layer_decay: see `layer_scales`.
-
-    Raises:
-        UsageError: as `layer_scales`.
-    """
-    no_weight_decay = getattr(model, "no_weight_decay", None)
-    spared = set(no_weight_decay()) if callable(no_weight_decay) else set()
-    scales = layer_scales(model, layer_decay)
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        decayed = parameter.ndim > 1 and not name.endswith(".bias") and name not in spared
-        decay, rate = weight_decay if decayed else 0.0, lr * scales[name]
-        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
-        group["params"].append(parameter)
-    return list(groups.values())
+    matcher = getattr(model, "group_matcher", None)
+    if not callable(matcher):
+        raise UsageError(
+            f"{_model_name(model)} does not assign its parameters to layers: it has no group_matcher"
+        )
+    layers: dict[str, int] = group_parameters(model, matcher(coarse=coarse), reverse=True)
+    return layers
 
 
 def describe_start(model: nn.Module) -> str:
@@ -136,7 +102,7 @@ def describe_start(model: nn.Module) -> str:
     total = sum(p.numel() for p in model.parameters())
     if frozen:
         parts.append(f"{frozen:,} of {total:,} parameters frozen")
-    return f"{_name(model)} starts from " + ", ".join(parts)
+    return f"{_model_name(model)} starts from " + ", ".join(parts)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -146,14 +112,6 @@ def _check_weights(model: nn.Module) -> None:
     raise UsageError(f"frozen stages of {creation['name']} would keep random weights: give a checkpoint")
 
 
-def _layers(model: nn.Module, *, coarse: bool) -> dict[str, int]:
-    matcher = getattr(model, "group_matcher", None)
-    if not callable(matcher):
-        raise UsageError(f"{_name(model)} does not tell its layers apart: it has no group_matcher")
-    layers: dict[str, int] = group_parameters(model, matcher(coarse=coarse), reverse=True)
-    return layers
-
-
-def _name(model: nn.Module) -> str:
+def _model_name(model: nn.Module) -> str:
     creation: dict[str, Any] = getattr(model, "creation", {"name": type(model).__name__})
     return str(creation["name"])

@@ -3,28 +3,37 @@
 import importlib.util
 import logging
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
 
 from lightspine.data.modules import ImageDataModule
 from lightspine.errors import LightspineError, UsageError
 from lightspine.training.base import LightspineTask
-from lightspine.training.checkpoints import LAST, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
-from lightspine.training.epoch_state import EpochState
+from lightspine.training.callbacks import (
+    FinalValidation,
+    GradientAccumulation,
+    RunLog,
+    RunProgressBar,
+    plot_curves,
+)
+from lightspine.training.checkpoint import BEST, LAST, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lightspine.training.finetuning import describe_start
-from lightspine.training.interruption import TrainingInterruptedError, naming_last_checkpoint
-from lightspine.training.last_validation import LastValidation
-from lightspine.training.peers import PeerWatch
-from lightspine.training.progress import RunProgressBar, has_terminal
-from lightspine.training.quiet import quiet_lightning
-from lightspine.training.results import Export, TrainResult, finish
-from lightspine.training.resume import find_checkpoint, prepare_folder
-from lightspine.training.run_log import RunLog
-from lightspine.training.scale import EffectiveBatch, set_grad_checkpointing
+from lightspine.training.log_filters import filter_lightning_logs, has_terminal
+from lightspine.training.rank_watchdog import RankWatchdog
+from lightspine.training.resume import (
+    EpochState,
+    TrainingInterruptedError,
+    find_checkpoint,
+    prepare_folder,
+    report_last_checkpoint,
+)
 
 __all__ = ["Export", "TrainResult", "TrainingInterruptedError", "run_callbacks", "run_training", "train"]
 
@@ -37,6 +46,48 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
 }
+
+
+Export = Literal["last", "best"]
+
+# Where Lightning puts the trained weights when the averaged ones take the usual place.
+_TRAINED = "current_model_state"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run left behind.
+
+    Attributes:
+        model: name of the model.
+        folder: everything below lies here, with `metrics.csv` and `curves.png`.
+        weights: the exported model, for `evaluate`, `predict` and `lightspine.create_model`; with averaging
+            the one that the task publishes, averaged or raw.
+        raw_weights: with averaging, the trained weights; else None.
+        ema_weights: with averaging, the averaged weights; else None.
+        last_checkpoint: full state of training after the last epoch, to resume from.
+        best_checkpoint: the same after the epoch with the best score.
+        score_name: what the score is: "val_top1", "val_box_AP", "val_mask_AP" or "val_mIoU".
+        score: in percent, of the exported weights on the held-out images.
+        best_score: the highest of any epoch. Chosen on the images it is measured on, so it flatters.
+        seconds: duration of this call of the training, validation included.
+        history: one dictionary per epoch: epoch, seconds, train_loss, val_loss, val_top1, lr, ...
+        skipped: path -> reason of the images that could not be used.
+    """
+
+    model: str
+    folder: Path
+    weights: Path
+    raw_weights: Path | None
+    ema_weights: Path | None
+    last_checkpoint: Path
+    best_checkpoint: Path
+    score_name: str
+    score: float
+    best_score: float
+    seconds: float
+    history: list[dict[str, float]] = field(repr=False)
+    skipped: dict[str, str] = field(repr=False)
 
 
 def train(
@@ -69,7 +120,7 @@ def train(
             `folder`, and begins where there is none.
         export: save the weights of the last epoch, or of the one that scored best on the held-out images.
         save_every_steps: write `last.ckpt` after so many steps too, and not only after every epoch.
-        effective_batch: images per step over all devices, reached by accumulation (see `EffectiveBatch`).
+        effective_batch: images per step over all devices, reached by gradient accumulation.
         grad_checkpointing: recompute activations in the backward pass: slower, with less memory.
         compile: run the model through `torch.compile`.
         tensorboard: write the numbers for TensorBoard too, into `folder/tensorboard`.
@@ -98,7 +149,7 @@ def train(
         effective_batch=effective_batch,
     )
     callbacks += trainer_options.pop("callbacks", [])
-    with quiet_lightning():
+    with filter_lightning_logs():
         trainer = pl.Trainer(
             **TRAINER_DEFAULTS
             | {
@@ -159,7 +210,7 @@ def run_training(
     if hasattr(task.model, "load_report") and trainer.is_global_zero:
         _log.info("%s", describe_start(task.model))
     started = time.perf_counter()
-    with quiet_lightning(), naming_last_checkpoint(log.folder / LAST):
+    with filter_lightning_logs(), report_last_checkpoint(log.folder / LAST):
         _fit(trainer, task, data, checkpoint)
     seconds = time.perf_counter() - started
 
@@ -176,13 +227,13 @@ def run_callbacks(
     effective_batch: int | None = None,
 ) -> list[pl.Callback]:
     """Return the callbacks that every run has: checkpoints, the log and, if asked for, the progress bar."""
-    callbacks: list[pl.Callback] = [PeerWatch()]
+    callbacks: list[pl.Callback] = [RankWatchdog()]
     if effective_batch is not None:
-        callbacks.append(EffectiveBatch(effective_batch))
+        callbacks.append(GradientAccumulation(effective_batch))
     callbacks += [
         RunLog(folder, announce=progress and not live),
         EpochState(),
-        LastValidation(),
+        FinalValidation(),
         # Two of them: Lightning's save_last leaves out the epochs that are not the best. The last one comes
         # last: its file holds the state of the other.
         BestCheckpoint(folder, score),
@@ -193,6 +244,24 @@ def run_callbacks(
     return callbacks
 
 
+def set_grad_checkpointing(model: nn.Module) -> None:
+    """Let a model recompute its activations in the backward pass, which takes time and saves memory.
+
+    Raises:
+        UsageError: the model cannot.
+    """
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        raise UsageError(f"expected a model with gradient checkpointing, got {type(model).__name__}")
+    try:
+        switch(True)
+    # timm's way to say that a model cannot.
+    except AssertionError as error:
+        raise UsageError(
+            f"expected a model with gradient checkpointing, got {type(model).__name__}"
+        ) from error
+
+
 def _fit(trainer: pl.Trainer, task: LightspineTask, data: ImageDataModule, checkpoint: Path | None) -> None:
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -200,7 +269,7 @@ def _fit(trainer: pl.Trainer, task: LightspineTask, data: ImageDataModule, check
         raise
     # What a collective operation says when another process is gone depends on the backend.
     except Exception as error:
-        lost = _callback(trainer, PeerWatch).explain(timeout_s=5.0)
+        lost = _callback(trainer, RankWatchdog).explain(timeout_s=5.0)
         if lost is None:
             raise
         raise LightspineError(f"{lost}, so the run was stopped") from error
@@ -219,3 +288,78 @@ def _callback(trainer: Any, kind: type) -> Any:
 
 def _name(strategy: object) -> str:
     return type(strategy).__name__.lower()
+
+
+def finish(
+    log: RunLog,
+    task: LightspineTask,
+    data: ImageDataModule,
+    *,
+    export: Export,
+    seconds: float,
+    write: bool,
+) -> TrainResult:
+    """Export a run's weights from its checkpoint, draw its curves and sum it up.
+
+    Args:
+        log: with the rows of all epochs.
+        task: receives the exported weights.
+        data: what it was trained on.
+        export: the epoch whose weights are exported.
+        seconds: duration of the training.
+        write: write the files; one process of a distributed run does.
+    """
+    # An epoch may have no validation; the last one has.
+    best = max((row for row in log.rows if task.score in row), key=lambda row: row[task.score])
+    chosen = best if export == "best" else log.rows[-1]
+    # The file and not the memory: a run that was resumed behind its last epoch has trained nothing.
+    path = log.folder / (BEST if export == "best" else LAST)
+    stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    about = {"epochs": str(len(log.rows)), "seed": str(task.seed)}
+    with_score = about | {task.score: f"{chosen[task.score]:.2f}"}
+    weights = log.folder / "model.safetensors"
+    # kind -> entry of the checkpoint; with averaging `state_dict` holds the averaged weights.
+    entries = {"raw": _TRAINED, "ema": "state_dict"} if _TRAINED in stored else {}
+    files = {kind: log.folder / f"model_{kind}.safetensors" for kind in entries}
+    if entries:
+        files[task.export_weights] = weights
+    for kind, file in files.items():
+        if kind != task.export_weights:
+            _export(task, data, stored[entries[kind]], file if write else None, about)
+    # Last, so that the task keeps them.
+    _export(
+        task,
+        data,
+        stored[entries.get(task.export_weights, "state_dict")],
+        weights if write else None,
+        with_score,
+    )
+    if write:
+        plot_curves(log.folder / "curves.png", log.rows, task.model_name, task.curves)
+    return TrainResult(
+        model=task.model_name,
+        folder=log.folder,
+        weights=weights,
+        raw_weights=files.get("raw"),
+        ema_weights=files.get("ema"),
+        last_checkpoint=log.folder / LAST,
+        best_checkpoint=log.folder / BEST,
+        score_name=task.score,
+        score=chosen[task.score],
+        best_score=best[task.score],
+        seconds=seconds,
+        history=log.rows,
+        skipped=dict(task.skipped),
+    )
+
+
+def _export(
+    task: LightspineTask,
+    data: ImageDataModule,
+    state: dict[str, Any],
+    file: Path | None,
+    metadata: dict[str, str],
+) -> None:
+    task.load_state_dict(state)
+    if file is not None:
+        task.save(file, data, metadata)

@@ -1,6 +1,6 @@
-"""The optimiser of a task: which parameters are decayed, and at which rate each layer learns."""
+"""Optimizer construction: weight-decay groups and layer-wise learning-rate decay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,9 +8,12 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightspine.training.finetuning import layer_decay_groups
+from lightspine.dense import DenseNetwork, feature_backbone
+from lightspine.errors import UsageError
+from lightspine.training.finetuning import layer_indices
 
 OptimizerName = Literal["adamw", "sgd", "lamb"]
+ParameterGroups = list[dict[str, Any]]
 
 
 def create_optimizer(
@@ -22,38 +25,179 @@ def create_optimizer(
     layer_decay: float | None = None,
     fused: bool = False,
 ) -> torch.optim.Optimizer:
-    """Make an optimiser by timm.
+    """Create the optimizer of a classifier with timm.
 
-    One-dimensional parameters, those whose name ends in `.bias` and those that the model's
-    `no_weight_decay()` names are not decayed: the rule of all five official repositories.
+    Weight decay leaves out 1-d parameters, parameters whose name ends in `.bias` and parameters that the
+    model's `no_weight_decay()` names: the rule of all five official repositories.
 
     Args:
-        model: the network; frozen parameters are left out.
-        name: timm's name. All have PyTorch's defaults, AdamW betas of 0.9 and 0.999 and an eps of 1e-8.
-        lr: highest rate, that of the classifier.
-        weight_decay: of the decayed parameters.
-        layer_decay: factor of the rate from one layer to the one before it; see `layer_scales`.
-        fused: make AdamW in one pass over the weights instead of ten: on a CPU a plain step costs half a
-            forward pass.
+        model: the model; frozen parameters are left out.
+        name: timm's name of the optimizer. All use PyTorch's defaults: AdamW has betas
+            (0.9, 0.999) and eps 1e-8.
+        lr: peak learning rate, which is that of the classifier.
+        weight_decay: weight decay of the decayed parameters.
+        layer_decay: factor between the learning rates of neighboring layers; see `layer_lr_scales`.
+        fused: use the fused AdamW kernel, which updates in one pass over the weights. On a CPU the unfused
+            step costs half as much as a forward pass.
 
     Raises:
-        UsageError: a `layer_decay` out of its range.
+        UsageError: `layer_decay` is out of range.
     """
-    options: dict[str, Any] = {"fused": True} if name == "adamw" and fused else {}
     if layer_decay is None:
-        # The model itself and not its parameters, so that timm asks for its no_weight_decay().
+        # Pass the model and not its parameters, so that timm calls its no_weight_decay().
+        options = _fused_option(name, fused)
         return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **options)
     groups = layer_decay_groups(model, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
-    return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, **options)
+    return optimizer_from_groups(groups, name, lr=lr, fused=fused)
 
 
-def schedule_by_step(
+def optimizer_from_groups(
+    groups: ParameterGroups, name: OptimizerName, *, lr: float, fused: bool = False
+) -> torch.optim.Optimizer:
+    """Create an optimizer with timm from parameter groups that have their own `lr` and `weight_decay`."""
+    return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, **_fused_option(name, fused))
+
+
+def lr_scheduler_config(
     optimizer: torch.optim.Optimizer, factor: Callable[[int], float]
 ) -> dict[str, LambdaLR | str]:
-    """Return what Lightning wants to know to set the rates before every step.
+    """Return Lightning's scheduler configuration that sets the learning rate before every step.
 
     Args:
-        optimizer: its groups keep their proportions.
-        factor: step of the optimiser, from 0 -> factor of every group's rate.
+        optimizer: its groups keep the proportions of their learning rates.
+        factor: maps an optimizer step, from 0, to the factor of every group's learning rate.
     """
     return {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
+
+
+def layer_lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Return the learning-rate factor of every parameter under layer-wise learning-rate decay.
+
+    Args:
+        model: a model of lightspine or timm; its `group_matcher` assigns parameters to layers.
+        layer_decay: factor from a layer to the one before it, above 0 and at most 1. A layer is a block
+            together with the downsampling before it, or the stem. The classifier has factor 1.
+
+    Returns:
+        Parameter name -> layer_decay ** (number of layers between the parameter and the classifier).
+
+    Raises:
+        UsageError: `layer_decay` is out of range, or the model has no `group_matcher`.
+    """
+    _check_layer_decay(layer_decay)
+    layers = layer_indices(model, coarse=False)
+    last = max(layers.values())
+    return {name: layer_decay ** (last - layer) for name, layer in layers.items()}
+
+
+def layer_decay_groups(
+    model: nn.Module, *, lr: float, weight_decay: float, layer_decay: float
+) -> ParameterGroups:
+    """Return the parameter groups of a classifier with layer-wise learning-rate decay.
+
+    Each group has its rate as `lr`, not as timm's `lr_scale`, which only timm's schedulers read: any
+    scheduler that multiplies the groups' own rates keeps the proportions.
+
+    Args:
+        model: see `layer_lr_scales`; frozen parameters are left out.
+        lr: learning rate of the classifier.
+        weight_decay: weight decay of the decayed parameters; see `create_optimizer` for the rule.
+        layer_decay: see `layer_lr_scales`.
+
+    Raises:
+        UsageError: see `layer_lr_scales`.
+    """
+    scales = layer_lr_scales(model, layer_decay)
+    no_decay = _no_decay_by_shape(model, _no_weight_decay_names(model))
+    return _group_parameters(model, no_decay, scales, lr=lr, weight_decay=weight_decay)
+
+
+def dense_parameter_groups(
+    network: DenseNetwork,
+    *,
+    lr: float,
+    weight_decay: float,
+    undecayed: Sequence[str] | None = None,
+    layer_decay: float | None = None,
+    layer_decay_blocks: bool = True,
+) -> ParameterGroups:
+    """Return the parameter groups of a detector or segmenter.
+
+    Args:
+        network: the detector or segmenter; frozen parameters are left out.
+        lr: learning rate of the head.
+        weight_decay: weight decay of the decayed parameters.
+        undecayed: substrings of the names of parameters without weight decay, as the published dense recipes
+            define them; an empty list decays all parameters. By default the rule of `create_optimizer`
+            applies, with the backbone's `no_weight_decay()`.
+        layer_decay: factor from a layer to the one before it. The head has factor 1, the last block
+            `layer_decay`, the stem its highest power. By default all layers learn at `lr`.
+        layer_decay_blocks: if False, blocks learn at `lr`; only the stem and position embedding are slower.
+
+    Returns:
+        Groups with `params`, `lr` and `weight_decay`.
+
+    Raises:
+        UsageError: `layer_decay` is out of range, or the backbone has no `group_matcher`.
+    """
+    prefix, backbone = _dense_backbone(network)
+    if undecayed is None:
+        no_decay = _no_decay_by_shape(network, {prefix + name for name in _no_weight_decay_names(backbone)})
+    else:
+        no_decay = {name for name, _ in network.named_parameters() if any(part in name for part in undecayed)}
+    scales: dict[str, float] = {}
+    if layer_decay is not None:
+        _check_layer_decay(layer_decay)
+        layers = layer_indices(backbone, coarse=False)
+        head = max(layers.values()) + 1
+        scales = {
+            prefix + name: layer_decay ** (head - layer)
+            for name, layer in layers.items()
+            if layer_decay_blocks or layer == 0
+        }
+    return _group_parameters(network, no_decay, scales, lr=lr, weight_decay=weight_decay)
+
+
+def _group_parameters(
+    model: nn.Module, no_decay: set[str], scales: dict[str, float], *, lr: float, weight_decay: float
+) -> ParameterGroups:
+    """Group trainable parameters by (learning rate, weight decay), in the order of their first parameters."""
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = lr * scales.get(name, 1.0)
+        decay = 0.0 if name in no_decay else weight_decay
+        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _no_decay_by_shape(model: nn.Module, listed: set[str]) -> set[str]:
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim <= 1 or name.endswith(".bias") or name in listed
+    }
+
+
+def _no_weight_decay_names(model: nn.Module) -> set[str]:
+    no_weight_decay = getattr(model, "no_weight_decay", None)
+    return set(no_weight_decay()) if callable(no_weight_decay) else set()
+
+
+def _dense_backbone(network: DenseNetwork) -> tuple[str, nn.Module]:
+    """Return the backbone without timm's `features_only` wrapper, and the prefix of its parameter names."""
+    wrapper: nn.Module = feature_backbone(network).model
+    backbone = getattr(wrapper, "model", wrapper)
+    name = next(name for name, module in network.named_modules() if module is backbone)
+    return f"{name}.", backbone
+
+
+def _check_layer_decay(layer_decay: float) -> None:
+    if not 0 < layer_decay <= 1:
+        raise UsageError(f"expected a layer_decay above 0 and up to 1, got {layer_decay}")
+
+
+def _fused_option(name: OptimizerName, fused: bool) -> dict[str, Any]:
+    return {"fused": True} if fused and name == "adamw" else {}

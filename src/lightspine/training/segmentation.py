@@ -38,7 +38,7 @@ class SegmentationTask(DenseTask):
         test: how images are looked at outside training: `window`, `stride`, `ratios`, `flip`; see
             `lightspine.data.segmentation.SegmentationTest`.
         undecayed: parts of the names of parameters that are not decayed; see
-            `lightspine.training.dense_groups.dense_parameter_groups`.
+            `lightspine.training.optim.dense_parameter_groups`.
         layer_decay_blocks: likewise.
         **options: see `LightspineTask`: optimiser, schedule, clipping, average, seed.
 
@@ -109,7 +109,7 @@ class SegmentationTask(DenseTask):
 
     def training_step(self, batch: SegmentationBatch, batch_idx: int) -> Tensor:  # noqa: ARG002
         """Return the loss, the auxiliary one added."""
-        self.note_skipped(batch.bad)
+        self.record_bad_images(batch.bad)
         if not batch.names:
             raise LightspineError(f"none of the training images can be used; {batch.bad[0].reason}")
         loss = self.log_losses(self.network(batch.images, batch.labels), len(batch.names))
@@ -124,7 +124,7 @@ class SegmentationTask(DenseTask):
     def validation_step(self, batch: SegmentationBatch, batch_idx: int) -> None:  # noqa: ARG002
         """Count the pixels of a batch, each image at the size of its labels."""
         assert self._scores is not None
-        self.note_skipped(batch.bad)
+        self.record_bad_images(batch.bad)
         found = [
             self.test.classify(self.network, image, tuple(labels.shape))
             for image, labels in zip(batch.images, batch.labels, strict=True)

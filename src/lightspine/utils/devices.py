@@ -1,5 +1,6 @@
 """Device availability, synchronization and thread count."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,3 +42,18 @@ def torch_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Return the most memory in MiB so far: on a GPU of torch's allocator, else of this process.
+
+    None on Windows, which does not tell it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from lightspine.training.step_clock import peak_memory_mib
-from lightspine.utils.devices import synchronize
+from lightspine.utils.devices import peak_memory_mib, synchronize
 
 
 class Stopwatch:

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.training.checkpoints import AtomicCheckpointIO
+from lightspine.training.checkpoint import AtomicCheckpointIO
 from support.training import run
 
 KILLED_WHILE_WRITING = """
 import os, sys, torch
-from lightspine.training.checkpoints import AtomicCheckpointIO
+from lightspine.training.checkpoint import AtomicCheckpointIO
 
 class Fatal:
     def __reduce__(self):

@@ -13,7 +13,7 @@ _FAREWELL = b"done"
 _GRACE_S = 20.0
 
 
-class PeerWatch(pl.Callback):
+class RankWatchdog(pl.Callback):
     """Connects every process with the first one; a connection that breaks tells of a death at once.
 
     The operating system closes the connections of a process that is killed. Without this, a process that

@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def quiet_lightning() -> Iterator[None]:
+def filter_lightning_logs() -> Iterator[None]:
     """Keep Lightning's notes and the warnings that do not concern a user's run to itself."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
@@ -43,7 +44,7 @@ class _NotesHandler(logging.Handler):
 
 
 @contextlib.contextmanager
-def show_notes() -> Iterator[None]:
+def show_info_logs() -> Iterator[None]:
     """Show what lightspine logs, such as how a batch was made up, on the standard error."""
     logger = logging.getLogger("lightspine")
     # In place of the command line's own handler, which knows no live bar and would say everything twice.
@@ -55,3 +56,8 @@ def show_notes() -> Iterator[None]:
     finally:
         logger.handlers[:] = handlers
         logger.setLevel(level)
+
+
+def has_terminal() -> bool:
+    """Return whether a live bar can be drawn."""
+    return sys.stderr.isatty() and shutil.get_terminal_size().columns > 40

@@ -11,9 +11,9 @@ from torch import nn
 from lightspine.data.modules import DigitsDataModule
 from lightspine.errors import UsageError
 from lightspine.models._factory import create_model
+from lightspine.training.callbacks import GradientAccumulation
 from lightspine.training.classification import ClassificationTask
-from lightspine.training.fit import TrainResult, train
-from lightspine.training.scale import EffectiveBatch, set_grad_checkpointing
+from lightspine.training.fit import TrainResult, set_grad_checkpointing, train
 from support.training import make_task, read_weights
 
 
@@ -61,7 +61,7 @@ def test_wrong_effective_batch_is_refused_before_the_first_step(
 
 def test_effective_batch_below_one_is_refused() -> None:
     with pytest.raises(UsageError, match="at least 1, got 0"):
-        EffectiveBatch(0)
+        GradientAccumulation(0)
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:

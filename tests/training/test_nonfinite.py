@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.training.guard import StepGuard
+from lightspine.training.nonfinite import NonFiniteGuard
 
 
 class Divide(nn.Module):
@@ -30,7 +30,11 @@ def _net(middle: nn.Module) -> nn.Sequential:
 
 
 def _step(
-    net: nn.Module, guard: StepGuard, optimizer: torch.optim.Optimizer, images: Tensor, scale: float = 1.0
+    net: nn.Module,
+    guard: NonFiniteGuard,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    scale: float = 1.0,
 ) -> bool:
     loss = net(images).square().mean() * scale
     optimizer.zero_grad()
@@ -48,11 +52,11 @@ def images() -> Tensor:
 
 def _prepare(
     middle: nn.Module, images: Tensor, **options: int
-) -> tuple[nn.Module, StepGuard, torch.optim.Optimizer]:
+) -> tuple[nn.Module, NonFiniteGuard, torch.optim.Optimizer]:
     net = _net(middle)
     net.eval()(images)
     net.train()
-    guard = StepGuard(**options)
+    guard = NonFiniteGuard(**options)
     guard.start(net)
     return net, guard, torch.optim.AdamW(net.parameters(), lr=0.1)
 
@@ -159,7 +163,7 @@ def test_infinite_gradient_is_the_scalers_business_while_its_scale_is_high(
 
 
 def test_counts_are_restored() -> None:
-    guard, again = StepGuard(), StepGuard()
+    guard, again = NonFiniteGuard(), NonFiniteGuard()
     guard.skipped, guard.in_a_row = 7, 2
     again.load_state_dict(guard.state_dict())
     assert (again.skipped, again.in_a_row) == (7, 2)
@@ -167,4 +171,4 @@ def test_counts_are_restored() -> None:
 
 def test_max_bad_steps_below_one_is_refused() -> None:
     with pytest.raises(UsageError, match="at least 1, got 0"):
-        StepGuard(max_bad_steps=0)
+        NonFiniteGuard(max_bad_steps=0)

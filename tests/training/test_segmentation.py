@@ -11,7 +11,7 @@ from lightspine.data.segmentation import SegmentationTest
 from lightspine.dense import load_network
 from lightspine.dense.segmentation_scores import SegmentationScores
 from lightspine.errors import UsageError
-from lightspine.training.interruption import TrainingInterruptedError
+from lightspine.training.resume import TrainingInterruptedError
 from support.coco import unpack
 from support.dense_runs import run, segmentation_data, segmentation_task
 from support.interruption import KillAtStep

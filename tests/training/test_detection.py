@@ -15,7 +15,7 @@ from lightspine.data.detection import collate_detection
 from lightspine.dense import load_network
 from lightspine.dense.coco_scores import CocoScores
 from lightspine.errors import UsageError
-from lightspine.training.interruption import TrainingInterruptedError
+from lightspine.training.resume import TrainingInterruptedError
 from support.coco import unpack
 from support.dense_runs import SMALL_MAPS, SMALL_MODEL, detection_data, detection_task, run, segmentation_task
 from support.interruption import KillAtStep
