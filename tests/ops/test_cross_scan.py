@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightspine.ops.cross_scan import cross_scan, orders, register_scan_order, scan_order
+from lightspine.ops import scan_orders as orders
+from lightspine.ops.cross_scan import cross_scan, register_scan_order, scan_order
 from lightspine.ops.cross_scan.checks import CrossScanInputs
 from lightspine.ops.selective_scan.checks import ScanInputs
 from support.reference import assert_close, read_figure

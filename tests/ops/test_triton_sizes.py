@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightspine.ops.grouped_scan.triton_sizes import choose_blocks, programs_per_launch, scratch_size
+from lightspine.ops.triton.config import choose_blocks, programs_per_launch, scratch_size
 
 MIB = 1024 * 1024
 

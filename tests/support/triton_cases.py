@@ -42,8 +42,8 @@ def short_chunks(programs: int = 10**9) -> Iterator[None]:
     Args:
         programs: programs of the backward that share the scratch.
     """
-    from lightspine.ops.grouped_scan import triton_scan
-    from lightspine.ops.grouped_scan.triton_sizes import Blocks, choose_blocks
+    from lightspine.ops.triton import launch as triton_scan
+    from lightspine.ops.triton.config import Blocks, choose_blocks
 
     def choose(length: int, dim: int, state_dim: int, *_: int, backward: bool) -> Blocks:
         blocks = choose_blocks(length, dim, state_dim, 1, 8, backward=backward)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightspine.analysis.recording import OperatorCall
 from lightspine.errors import UsageError
-from lightspine.ops.cross_scan.orders import scan_order
+from lightspine.ops.scan_orders import scan_order
 
 _CROSS2D = ("rows, ahead", "columns, ahead", "rows, back", "columns, back")
 

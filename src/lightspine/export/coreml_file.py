@@ -12,8 +12,8 @@ import torch.nn as nn
 from lightspine.errors import LightspineError, UsageError
 from lightspine.export.onnx_file import ExportReport, count_channels, describe
 from lightspine.export.program import check_size, example_input, trace
-from lightspine.export.scan_forms import scan_table
 from lightspine.export.targets import find_target
+from lightspine.ops.onnx import scan_table
 from lightspine.optimize.folding import fold
 
 

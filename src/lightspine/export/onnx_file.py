@@ -25,9 +25,9 @@ from lightspine.export.metadata import Description
 from lightspine.export.onnx_graph import check_opset, to_onnx, write_scans_out
 from lightspine.export.precision import list_calibration_images, prepared_batches, quantise, to_half
 from lightspine.export.program import check_size, example_input, trace
-from lightspine.export.scan_forms import ScanForm
 from lightspine.export.targets import Target, WithPreprocessing, find_target
 from lightspine.models._saving import default_preprocessing
+from lightspine.ops.onnx import ScanForm
 from lightspine.optimize.folding import fold
 from lightspine.utils.files import atomic_write
 

@@ -9,10 +9,9 @@ import torch
 from torch.export import ExportedProgram
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.export.grouped_scan_function import FUNCTION_DOMAIN, scan_function
 from lightspine.export.onnx_tidying import drop_neutral, drop_unused
 from lightspine.export.pooling_form import pooling_table
-from lightspine.export.scan_forms import ScanForm, scan_table
+from lightspine.ops.onnx import FUNCTION_DOMAIN, ScanForm, scan_function, scan_table
 
 OPSETS = range(18, 27)
 """Versions of the ONNX operators that PyTorch writes and ONNX Runtime reads."""
@@ -45,7 +44,7 @@ def to_onnx(
     Args:
         program: from `lightspine.export.program.trace`.
         opset: see `check_opset`.
-        scan: see `lightspine.export.scan_forms.scan_table`.
+        scan: see `lightspine.ops.onnx.scan_table`.
         input_name: what the input is called.
         input_axes: a name for each free axis of the input, the size of each other one.
         output_names: what the outputs are called.

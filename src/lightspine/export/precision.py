@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.export.grouped_scan_function import SCAN_FLOATS, SCAN_FUNCTIONS
+from lightspine.ops.onnx import SCAN_FLOATS, SCAN_FUNCTIONS
 from lightspine_runtime.images import open_image
 from lightspine_runtime.preprocessing import Preparation, crop_image, normalise
 

@@ -14,8 +14,8 @@ from lightspine.export.check import TOLERANCES, compare, random_batches
 from lightspine.export.metadata import Description
 from lightspine.export.onnx_file import ExportReport, check_writable, count_channels, describe
 from lightspine.export.program import check_size, example_input, trace
-from lightspine.export.scan_forms import ScanForm, scan_table
 from lightspine.export.targets import find_target
+from lightspine.ops.onnx import ScanForm, scan_table
 from lightspine.optimize.folding import fold
 from lightspine.utils.files import atomic_write
 

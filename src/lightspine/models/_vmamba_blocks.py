@@ -19,7 +19,7 @@ from lightspine.errors import UsageError
 from lightspine.layers.recompute import recompute_before_scan
 from lightspine.layers.stem import stem_strides
 from lightspine.ops.cross_scan import cross_scan
-from lightspine.ops.cross_scan.orders import scan_order as pixel_order
+from lightspine.ops.scan_orders import scan_order as pixel_order
 
 EPS = 1e-5
 ACTIVATIONS: dict[str, type[nn.Module]] = {

@@ -5,10 +5,10 @@ in `from lightspine.ops.selective_scan.reference import selective_scan_reference
 """
 
 from lightspine.ops.cross_scan import cross_scan as cross_scan
-from lightspine.ops.cross_scan.orders import list_scan_orders as list_scan_orders
-from lightspine.ops.cross_scan.orders import register_scan_order as register_scan_order
-from lightspine.ops.cross_scan.orders import scan_order as scan_order
 from lightspine.ops.dispatch import available_backends as available_backends
+from lightspine.ops.scan_orders import list_scan_orders as list_scan_orders
+from lightspine.ops.scan_orders import register_scan_order as register_scan_order
+from lightspine.ops.scan_orders import scan_order as scan_order
 from lightspine.ops.selective_scan import selective_scan as selective_scan
 
 __all__ = [

@@ -82,7 +82,7 @@ def cpu_thread_source() -> str:
     """Return whose threads the backend "cpu" runs on."""
     if not _installed("numba"):
         return "none: numba is not installed"
-    from lightspine.ops.grouped_scan.cpu_threads import thread_source
+    from lightspine.ops.cpu.parallel import thread_source
 
     return thread_source()
 

@@ -6,10 +6,10 @@ from torch import Tensor
 from lightspine.ops.cross_scan import torch_backend
 from lightspine.ops.cross_scan.checks import CrossScanInputs, check_directions, check_inputs
 from lightspine.ops.cross_scan.operator import cross_scan_op
-from lightspine.ops.cross_scan.orders import list_scan_orders, register_scan_order, scan_order
 from lightspine.ops.cross_scan.reference import cross_scan_reference
 from lightspine.ops.dispatch import choose_backend
-from lightspine.ops.grouped_scan.torch_exported import exported_scan
+from lightspine.ops.scan_orders import list_scan_orders, register_scan_order, scan_order
+from lightspine.ops.torch_scan import exported_scan
 
 __all__ = [
     "cross_scan",

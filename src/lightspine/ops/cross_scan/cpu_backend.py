@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
+from lightspine.ops.cpu.launch import GroupedInputs, Strided, grouped_scan, grouped_scan_backward, readable
 from lightspine.ops.cross_scan.checks import CrossScanInputs, check_directions
-from lightspine.ops.cross_scan.orders import scan_order
-from lightspine.ops.grouped_scan.cpu import GroupedInputs, grouped_scan, grouped_scan_backward
-from lightspine.ops.grouped_scan.cpu_arguments import Strided, readable
+from lightspine.ops.scan_orders import scan_order
 
 
 def forward(inputs: CrossScanInputs, delta_softplus: bool, order: str, keep: bool) -> tuple[Tensor, Tensor]:

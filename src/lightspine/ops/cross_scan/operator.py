@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lightspine.errors import UsageError
+from lightspine.ops.cpu.config import saved_states_shape
 from lightspine.ops.cross_scan import torch_backend
 from lightspine.ops.cross_scan.checks import CrossScanInputs, check_inputs
 from lightspine.ops.dispatch import choose_backend, keeps_states
 from lightspine.ops.flops import counted_backward, counted_forward, scan_flops
-from lightspine.ops.grouped_scan.cpu_chunks import kept_shape
 
 
 @torch.library.custom_op("lightspine::cross_scan", mutates_args=())
@@ -91,7 +91,7 @@ def _(
     batch, height, width, dim = x.shape
     kept: tuple[int, ...] = (0,)
     if keep and keeps_states(x.device.type, backend):
-        kept = kept_shape(batch, height * width, A.shape[0], dim, A.shape[2])
+        kept = saved_states_shape(batch, height * width, A.shape[0], dim, A.shape[2])
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(kept, dtype=dtype)
 

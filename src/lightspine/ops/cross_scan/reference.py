@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightspine.ops.cross_scan.orders import scan_order
+from lightspine.ops.scan_orders import scan_order
 from lightspine.ops.selective_scan.reference import selective_scan_reference
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lightspine.ops.cross_scan.checks import CrossScanInputs, check_directions
-from lightspine.ops.cross_scan.orders import scan_order
-from lightspine.ops.grouped_scan.torch_blocked import GroupedScan, blocked_scan, blocked_scan_backward
+from lightspine.ops.scan_orders import scan_order
+from lightspine.ops.torch_scan import GroupedScan, blocked_scan, blocked_scan_backward
 
 
 def forward(

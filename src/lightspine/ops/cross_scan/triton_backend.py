@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lightspine.ops.cross_scan.checks import CrossScanInputs, check_directions
-from lightspine.ops.cross_scan.orders import scan_order
-from lightspine.ops.grouped_scan.triton_scan import GroupedInputs, grouped_scan, grouped_scan_backward
+from lightspine.ops.scan_orders import scan_order
+from lightspine.ops.triton.launch import GroupedInputs, grouped_scan, grouped_scan_backward
 
 
 def forward(inputs: CrossScanInputs, delta_softplus: bool, order: str) -> Tensor:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lightspine.errors import UsageError
 from lightspine.ops.dispatch import choose_backend
-from lightspine.ops.grouped_scan.torch_exported import exported_scan
 from lightspine.ops.selective_scan import torch_backend
 from lightspine.ops.selective_scan.checks import ScanInputs, check_inputs
 from lightspine.ops.selective_scan.operator import selective_scan_op
 from lightspine.ops.selective_scan.reference import selective_scan_reference
+from lightspine.ops.torch_scan import exported_scan
 
 __all__ = ["scan", "selective_scan", "selective_scan_op", "selective_scan_reference"]
 

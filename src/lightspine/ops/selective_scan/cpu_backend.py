@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspine.ops.grouped_scan.cpu import GroupedInputs, grouped_scan, grouped_scan_backward
-from lightspine.ops.grouped_scan.cpu_arguments import Strided, readable
+from lightspine.ops.cpu.launch import GroupedInputs, Strided, grouped_scan, grouped_scan_backward, readable
 from lightspine.ops.selective_scan.checks import ScanInputs
 
 

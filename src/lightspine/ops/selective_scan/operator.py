@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lightspine.errors import UsageError
+from lightspine.ops.cpu.config import saved_states_shape
 from lightspine.ops.dispatch import choose_backend, keeps_states
 from lightspine.ops.flops import counted_backward, counted_forward, scan_flops
-from lightspine.ops.grouped_scan.cpu_chunks import kept_shape
 from lightspine.ops.selective_scan import torch_backend
 from lightspine.ops.selective_scan.checks import ScanInputs, check_inputs
 
@@ -102,7 +102,7 @@ def _(
     batch, dim, length = u.shape
     kept: tuple[int, ...] = (0,)
     if keep and keeps_states(u.device.type, backend):
-        kept = kept_shape(batch, length, B.shape[1], dim // B.shape[1], A.shape[1])
+        kept = saved_states_shape(batch, length, B.shape[1], dim // B.shape[1], A.shape[1])
     return (
         _empty_sequence(u),
         u.new_empty(batch, *A.shape, dtype=state_dtype),

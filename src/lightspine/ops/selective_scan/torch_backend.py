@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightspine.ops.grouped_scan.torch_blocked import GroupedScan, blocked_scan, blocked_scan_backward
 from lightspine.ops.selective_scan.checks import ScanInputs
+from lightspine.ops.torch_scan import GroupedScan, blocked_scan, blocked_scan_backward
 
 
 def forward(

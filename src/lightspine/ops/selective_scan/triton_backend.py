@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lightspine.ops.grouped_scan.triton_scan import GroupedInputs, grouped_scan, grouped_scan_backward
 from lightspine.ops.selective_scan.checks import ScanInputs
+from lightspine.ops.triton.launch import GroupedInputs, grouped_scan, grouped_scan_backward
 
 
 def forward(inputs: ScanInputs, delta_softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ of threads would have to be woken for each scan and would then compete with them
 kernels enter the same team, by the function that compilers call for `#pragma omp parallel`.
 
 GNU's runtime offers that function under a stable name, and so do the other runtimes on Linux. Where there is
-none, and in a forked child, whose parent's team does not exist any more, `cpu_threads` uses threads of its
+none, and in a forked child, whose parent's team does not exist any more, `parallel` uses threads of its
 own.
 """
 
@@ -28,7 +28,7 @@ _ENTER = ir.FunctionType(ir.VoidType(), [_BODY.as_pointer(), _BYTES, _I32, _I32]
 
 
 @functools.cache
-def find_team() -> int | None:
+def find_openmp() -> int | None:
     """Return the address of the function that runs code on PyTorch's team of threads, or `None`."""
     if not torch.backends.openmp.is_available():
         return None
@@ -38,7 +38,7 @@ def find_team() -> int | None:
 
 
 @intrinsic
-def run_on_team(
+def run_on_openmp(
     typingctx: Any,
     enter: types.Integer,
     threads: types.Integer,
@@ -50,7 +50,7 @@ def run_on_team(
 
     Args:
         typingctx: numba's.
-        enter: address from `find_team`.
+        enter: address from `find_openmp`.
         threads: size of the team, the calling thread included.
         tasks: number of tasks.
         kernel: a compiled function that returns nothing.

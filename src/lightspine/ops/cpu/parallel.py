@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lightspine.ops.grouped_scan.cpu_team import find_team
+from lightspine.ops.cpu.openmp import find_openmp
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 _forked = False
@@ -30,7 +30,7 @@ os.register_at_fork(after_in_child=_note_fork)
 
 def thread_source() -> str:
     """Return whose threads the kernels run on, for `lightspine doctor`."""
-    return "a pool of their own" if _forked or find_team() is None else "PyTorch's OpenMP threads"
+    return "a pool of their own" if _forked or find_openmp() is None else "PyTorch's OpenMP threads"
 
 
 def run_tasks(
@@ -40,7 +40,7 @@ def run_tasks(
 
     Args:
         kernel: compiled function that releases the interpreter's lock.
-        on_team: the same by `cpu_team.run_on_team`.
+        on_team: the same by `openmp.run_on_openmp`.
         tasks: number of tasks.
         threads: number of threads; 1, or PyTorch's.
         *arguments: passed on.
@@ -51,7 +51,7 @@ def run_tasks(
     if threads == 1 or tasks == 1:
         kernel(0, tasks, *arguments)
         return
-    team = None if _forked else find_team()
+    team = None if _forked else find_openmp()
     if team is None:
         _run_on_pool(kernel, tasks, threads, *arguments)
     elif on_team(team, threads, tasks, *arguments):

@@ -11,21 +11,83 @@ The functions here make no view and no copy that they do not need: for a small s
 kernel.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightspine.ops.grouped_scan.cpu_arguments import Strided, table_of, type_examples
-from lightspine.ops.grouped_scan.cpu_backward import backward_on_team, backward_tasks
-from lightspine.ops.grouped_scan.cpu_chunks import PROJECTED_STEPS, chunk_length, kept_shape
-from lightspine.ops.grouped_scan.cpu_forward import forward_on_team, forward_tasks
-from lightspine.ops.grouped_scan.cpu_threads import run_tasks
-from lightspine.ops.grouped_scan.simd import VECTOR_BYTES
+from lightspine.ops.cpu.config import PROJECTED_STEPS, chunk_length, saved_states_shape
+from lightspine.ops.cpu.kernels import backward_on_openmp, backward_tasks, forward_on_openmp, forward_tasks
+from lightspine.ops.cpu.parallel import run_tasks
+from lightspine.ops.cpu.simd import VECTOR_BYTES
 
 # Below this many states to compute, waking a second thread costs more than it saves.
 _STATES_WORTH_A_THREAD = 32_768
+
+
+# The kernels tell the two 16-bit formats apart by the sign of the integers that carry them.
+_CARRIERS = {
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.bfloat16: np.int16,
+    torch.float16: np.uint16,
+}
+
+
+@functools.lru_cache(maxsize=64)
+def type_examples(*dtypes: torch.dtype) -> tuple[np.ndarray, ...]:
+    """Return an empty array for each dtype, by whose type a kernel is compiled."""
+    return tuple(np.empty(0, _CARRIERS[dtype]) for dtype in dtypes)
+
+
+class Strided(NamedTuple):
+    """A tensor seen as (B, L, K, X), whatever its own axes: no view of it has to be made.
+
+    Attributes:
+        tensor: the memory; index 0 on every axis is where it begins.
+        batch: stride of B in elements.
+        position: stride of L.
+        group: stride of K; 0 where all groups share.
+        last: stride of X.
+    """
+
+    tensor: Tensor
+    batch: int
+    position: int
+    group: int
+    last: int = 1
+
+
+def readable(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `t` itself where a kernel whose states have `dtype` can read its last axis, else a copy.
+
+    The last axis has to be adjacent in memory. Every dtype is read as it is, but 64 bits only beside 64 bits.
+    """
+    if (t.dtype == torch.float64) != (dtype == torch.float64):
+        t = t.to(dtype)
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def table_of(numbers: Sequence[int], entries: Sequence[Strided | Tensor | None]) -> np.ndarray:
+    """Return the table: the numbers, then address and strides of each entry.
+
+    A `Strided` takes five places, as does `None` in its stead; a tensor takes its address only and has to be
+    contiguous. The caller keeps the tensors alive.
+    """
+    table = list(numbers)
+    for entry in entries:
+        if entry is None:
+            table += (0, 0, 0, 0, 0)
+        elif isinstance(entry, Strided):
+            tensor, *strides = entry
+            table.append(tensor.data_ptr())
+            table += strides
+        else:
+            table.append(entry.data_ptr())
+    return np.array(table, np.int64)
 
 
 class GroupedInputs(NamedTuple):
@@ -90,12 +152,12 @@ def grouped_scan(inputs: GroupedInputs, out: Strided, keep: bool) -> tuple[Tenso
         keep: note states on the way, for a backward of the same inputs.
 
     Returns:
-        The last state, (B, K, N, D), and the noted states, of `cpu_chunks.kept_shape`; both in the dtype in
-        which states are computed.
+        The last state, (B, K, N, D), and the saved states, of `config.saved_states_shape`; both in the dtype
+        in which states are computed.
     """
     batch, length, groups, dim, states = inputs.sizes
     state = torch.empty(batch, groups, states, dim, dtype=inputs.dtype)
-    kept = torch.empty(kept_shape(*inputs.sizes) if keep else (0,), dtype=inputs.dtype)
+    kept = torch.empty(saved_states_shape(*inputs.sizes) if keep else (0,), dtype=inputs.dtype)
     slices, threads = _split(inputs)
     chunk = length
     if kept.numel():
@@ -108,7 +170,7 @@ def grouped_scan(inputs: GroupedInputs, out: Strided, keep: bool) -> tuple[Tenso
     types = type_examples(
         inputs.x.tensor.dtype, inputs.delta.tensor.dtype, inputs.dtype, z.tensor.dtype, out.tensor.dtype
     )
-    run_tasks(forward_tasks, forward_on_team, batch * slices, threads, table, types, inputs.order)
+    run_tasks(forward_tasks, forward_on_openmp, batch * slices, threads, table, types, inputs.order)
     return state, kept
 
 
@@ -156,7 +218,7 @@ def grouped_scan_backward(
         grad_out.tensor.dtype,
         grad_x.tensor.dtype,
     )
-    run_tasks(backward_tasks, backward_on_team, batch * slices, threads, table, types, inputs.order)
+    run_tasks(backward_tasks, backward_on_openmp, batch * slices, threads, table, types, inputs.order)
     return ParameterGradients(
         parameters[:, :, :states].sum(0).transpose(1, 2),
         grad_B[0] if slices == 1 else grad_B.sum(0),
@@ -185,7 +247,7 @@ def _numbers(inputs: GroupedInputs, slices: int, chunk: int) -> tuple[int, ...]:
 
 
 def _operands(inputs: GroupedInputs) -> tuple[Strided | Tensor | None, ...]:
-    """Return what the kernels read, A as (K, N, D), in the order of `cpu_arguments.Operands`."""
+    """Return what the kernels read, A as (K, N, D), in the order of `kernels.Operands`."""
     dtype = inputs.dtype
     A = inputs.A.to(dtype)
     A = A.contiguous() if A.shape[2] == 1 else A.transpose(1, 2).contiguous()

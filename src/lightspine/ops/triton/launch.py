@@ -13,10 +13,14 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from lightspine.errors import UsageError
-from lightspine.ops.grouped_scan.torch_blocked import GroupedGradients
-from lightspine.ops.grouped_scan.triton_backward import adjoint_kernel, gradient_kernel
-from lightspine.ops.grouped_scan.triton_forward import chain_kernel, scan_kernel
-from lightspine.ops.grouped_scan.triton_sizes import choose_blocks, programs_per_launch, scratch_size
+from lightspine.ops.torch_scan import GroupedGradients
+from lightspine.ops.triton.config import choose_blocks, programs_per_launch, scratch_size
+from lightspine.ops.triton.kernels import (
+    chunk_scan_bwd_kernel,
+    chunk_scan_fwd_kernel,
+    chunk_state_bwd_kernel,
+    state_passing_kernel,
+)
 
 # Chunks that the chain asks for at once.
 _CHAIN_TILE = 16
@@ -136,7 +140,7 @@ def grouped_scan(inputs: GroupedInputs, out: Tensor) -> Tensor:
         _chain(scan, starts, totals, first=None, last=state)
     for first_group, launched in scan.group_launches:
         _launch(
-            scan_kernel,
+            chunk_scan_fwd_kernel,
             scan.programs(launched),
             p_start=starts,
             p_end=state if starts is None else None,
@@ -199,7 +203,7 @@ def grouped_scan_backward(
     for first_group, launched in scan.group_launches:
         for first in range(0, programs, most):
             _launch(
-                gradient_kernel,
+                chunk_scan_bwd_kernel,
                 min(most, programs - first),
                 p_grad_out=grad_out,
                 p_start=starts,
@@ -238,7 +242,7 @@ def _chunk_states(scan: _Scan) -> tuple[Tensor, Tensor]:
     states = scan.empty(scan.batch, scan.groups, scan.blocks.chunks, scan.states, scan.dim)
     totals = scan.empty(scan.batch, scan.groups, scan.blocks.chunks, scan.dim)
     _launch(
-        scan_kernel,
+        chunk_scan_fwd_kernel,
         scan.programs(scan.groups),
         p_start=None,
         p_end=states,
@@ -258,7 +262,7 @@ def _chunk_flows(scan: _Scan, grad_out: Tensor) -> Tensor:
     """Return what the adjoint sends out of each chunk's start if nothing enters its end, (B, K, J, N, D)."""
     sent = scan.empty(scan.batch, scan.groups, scan.blocks.chunks, scan.states, scan.dim)
     _launch(
-        adjoint_kernel,
+        chunk_state_bwd_kernel,
         scan.programs(scan.groups),
         p_grad_out=grad_out,
         p_sent=sent,
@@ -278,7 +282,7 @@ def _chain(
 ) -> None:
     """Turn in place what each chunk adds into what enters it."""
     _launch(
-        chain_kernel,
+        state_passing_kernel,
         scan.batch * scan.groups * scan.states * scan.channel_blocks,
         p_states=states,
         p_totals=totals,

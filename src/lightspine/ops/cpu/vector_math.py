@@ -17,7 +17,7 @@ from typing import Any
 from numba import njit, types
 from numba.extending import overload
 
-from lightspine.ops.grouped_scan.simd import (
+from lightspine.ops.cpu.simd import (
     SHIFT,
     VectorType,
     at_least,

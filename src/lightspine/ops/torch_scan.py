@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan as higher_order_scan
 
 GroupedScan = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], tuple[Tensor, Tensor]
@@ -203,3 +204,66 @@ def _block_ends(grad_ys: Tensor, grad_last: Tensor, dts: Tensor, A: Tensor, Cs: 
         ends.append(flow)
         flow = decay[:, j] * flow + sent[:, j]
     return torch.stack(ends[::-1], 1)
+
+
+def exported_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """Scan K groups of channels; arguments and results as in `blocked_scan`."""
+    dt = step_sizes(delta, delta_bias, delta_softplus)
+
+    def step(state: Tensor, now: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        dt_t, input_t, B_t, C_t = now  # (B, K, D) twice, (B, K, N) twice
+        state = torch.exp(dt_t[..., None] * A) * state + input_t[..., None] * B_t[:, :, None]
+        return state, (state * C_t[:, :, None]).sum(-1)
+
+    # Scanned along the first axis; ONNX Runtime scans that one without a transpose.
+    sequences = tuple(t.movedim(1, 0) for t in (dt, dt * x, B, C))
+    start = torch.zeros_like(sequences[0][0])[..., None] * A
+    last, y = higher_order_scan(step, start, sequences)
+    y = y.movedim(0, 1)
+    return (y if D is None else y + x * D), last
+
+
+def unrolled_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """Scan K groups of channels; arguments and results as in `blocked_scan`."""
+    length = int(x.shape[1])
+    dt = step_sizes(delta, delta_bias, delta_softplus)
+    block = length_of_blocks(length)
+    dts, Bs, Cs, inputs = (cut_blocks(t, block).unbind(2) for t in (dt, B, C, dt * x))  # (B, J, K, D or N)
+    decays = [torch.exp(dt_t[..., None] * A) for dt_t in dts]
+    writes = [input_t[..., None] * B_t[:, :, :, None] for input_t, B_t in zip(inputs, Bs, strict=True)]
+
+    added, decay = writes[0], decays[0]
+    for decay_t, write in zip(decays[1:], writes[1:], strict=True):
+        added = decay_t * added + write
+        decay = decay * decay_t
+    state = torch.zeros_like(added[:, 0])
+    starts = []
+    for added_j, decay_j in zip(added.unbind(1), decay.unbind(1), strict=True):
+        starts.append(state)
+        state = decay_j * state + added_j
+
+    last, state = state, torch.stack(starts, 1)
+    outputs = []
+    for decay_t, write, C_t in zip(decays, writes, Cs, strict=True):
+        state = decay_t * state + write
+        outputs.append((state * C_t[:, :, :, None]).sum(-1))
+    y = torch.stack(outputs, 2).flatten(1, 2)[:, :length]
+    return (y if D is None else y + x * D), last

@@ -20,6 +20,6 @@ def chunk_length(length: int, states: int) -> int:
     return (length + chunks - 1) // chunks
 
 
-def kept_shape(batch: int, length: int, groups: int, dim: int, states: int) -> tuple[int, ...]:
+def saved_states_shape(batch: int, length: int, groups: int, dim: int, states: int) -> tuple[int, ...]:
     """Return the shape of the noted states: those at the start of every chunk but the first."""
     return batch, groups, (length - 1) // chunk_length(length, states), states, dim

@@ -1,1 +1,0 @@
-"""The one recurrence behind both scans, for K groups of channels, channels innermost."""

@@ -1,0 +1,423 @@
+"""The scans as functions of ONNX operators, in which all shapes stay free; their loops are `scan_loops`'."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightspine.errors import UsageError
+from lightspine.ops.cross_scan import torch_backend as cross_backend
+from lightspine.ops.cross_scan.checks import CrossScanInputs
+from lightspine.ops.selective_scan import torch_backend as selective_backend
+from lightspine.ops.selective_scan.checks import ScanInputs
+from lightspine.ops.torch_scan import unrolled_scan
+
+# ONNX Runtime's own Softplus takes three times as long. log(1 + e) loses the last digits of a small e, which
+# `e - (u - 1)`, the rounding error of u = 1 + e, gives back.
+_SOFTPLUS = """
+  above = Relu(biased) size = Abs(biased) below = Neg(size) e = Exp(below) u = Add(e, full) grown = Log(u)
+  u_1 = Sub(u, full) lost = Sub(e, u_1) rest = Add(grown, lost) step = Add(above, rest)
+"""
+
+# One turn is one position: with N states it has N times the numbers of a position. Their decays are made and
+# used within the turn; they would take N times the memory of the image.
+_MANY_STATES = """
+  biased = Add(deltas, bias)
+  {softplus}
+  inputs = Mul(step, xs)
+  stepping = Unsqueeze(step, last_but_one)
+  entering = Unsqueeze(inputs, last_but_one)
+  writing = Unsqueeze(Bs, last)
+  reading = Unsqueeze(Cs, last_but_one)
+  At = Transpose<perm=[0, 2, 1]>(A)
+  state_shape = Concat<axis=0>(batch, groups, state, dim)
+  start = ConstantOfShape(state_shape)
+  end_state, ys = Scan<num_scan_inputs=4, {directions} body = turn
+    (float[b,k,n,d] h, float[b,k,o,d] step_t, float[b,k,o,d] input_t, float[b,k,n,o] B_t, float[b,k,o,n] C_t)
+    => (float[b,k,n,d] h2, float[b,k,o,d] y_t) {{
+    log = Mul(step_t, At) decay = Exp(log) kept = Mul(decay, h) added = Mul(input_t, B_t)
+    h2 = Add(kept, added) y_t = MatMul(C_t, h2) }}>(start, stepping, entering, writing, reading)
+"""
+_BACKWARDS = "scan_input_directions=[1, 1, 1, 1], scan_output_directions=[1],"
+
+# One state is too little for a turn. An outer turn makes the decays of T positions at once, an inner one does
+# nothing but `decay * h + added`. S is J * T here, T such that T positions have `IN_CACHE` numbers.
+_ONE_STATE = """
+  blocks = Concat<axis=0>(J, T, batch, groups, last)
+  deltas_j = Reshape(deltas, blocks)
+  xs_j = Reshape(xs, blocks)
+  Bs_j = Reshape(Bs, blocks)
+  Cs_j = Reshape(Cs, blocks)
+  A_1 = Squeeze(A, last)
+  state_shape = Concat<axis=0>(batch, groups, dim)
+  start = ConstantOfShape(state_shape)
+  end_state, ys = Scan<num_scan_inputs=4, body = block
+    (float[b,k,d] h, float[t,b,k,d] delta_j, float[t,b,k,d] x_j, float[t,b,k,o] B_j, float[t,b,k,o] C_j)
+    => (float[b,k,d] h2, float[t,b,k,d] y_j) {{
+    biased = Add(delta_j, bias)
+    {softplus}
+    input = Mul(step, x_j) log = Mul(step, A_1) decays = Exp(log) added = Mul(input, B_j)
+    h2, states = Scan<num_scan_inputs=2, body = turn
+      (float[b,k,d] before, float[b,k,d] decay, float[b,k,d] more)
+      => (float[b,k,d] after, float[b,k,d] now) {{
+      kept = Mul(decay, before) after = Add(kept, more) now = Identity(after) }}>(h, decays, added)
+    y_j = Mul(states, C_j) }}>(start, deltas_j, xs_j, Bs_j, Cs_j)
+"""
+
+IN_CACHE = 32768
+"""Numbers of each array in an outer turn of a loop with one state: 128 KiB."""
+
+
+def loop_text(*, one_state: bool, delta_softplus: bool, backwards: bool = False) -> str:
+    """Return the operators of a loop.
+
+    Args:
+        one_state: N is 1, and the positions come in J blocks of T; they cannot be read backwards then.
+        delta_softplus: pass the steps through softplus.
+        backwards: from the last position to the first; the outputs are in the order of the inputs.
+    """
+    form = _ONE_STATE if one_state else _MANY_STATES
+    return form.format(
+        softplus=_SOFTPLUS if delta_softplus else "step = Identity(biased)",
+        directions=_BACKWARDS if backwards else "",
+    )
+
+
+FUNCTION_DOMAIN = "lightspine"
+
+_BEGINNING = """
+<opset_import: ["" : {opset}], domain: "lightspine">
+{name} ({arguments}) => (y)
+{{
+  none = Constant<value_int=0>()
+  single = Constant<value_int=1>()
+  one = Constant<value_ints=[1]>()
+  two = Constant<value_ints=[2]>()
+  last = Constant<value_ints=[-1]>()
+  last_but_one = Constant<value_ints=[-2]>()
+  full = Constant<value_float=1.0>()
+  batch = Shape<start=0, end=1>(delta)
+  pixels = Shape<start=1, end=2>(delta)
+"""
+
+# Rows of D or N numbers are gathered in the order in which the groups visit them, positions outermost. Behind
+# the last position the last pixel is read again: what that adds comes after every output.
+_GATHER = """
+  column = Constant<value_ints=[-1, 1]>()
+  first = Constant<value_ints=[0]>()
+  groups = Shape<start=2, end=3>(delta)
+  dim = Shape<start=3, end=4>(delta)
+  state = Shape<start=2, end=3>(A)
+  maps = Shape<start=2, end=3>(x)
+  end = Sub(pixels, one)
+  {blocks}
+
+  n_padded = Squeeze(padded)
+  n_pixels = Squeeze(pixels)
+  n_batch = Squeeze(batch)
+  n_groups = Squeeze(groups)
+  positions = Range(none, n_padded, single)
+  inside = Min(positions, end)
+  visits = Gather<axis=1>(order, inside)
+  visits_sk = Transpose<perm=[1, 0]>(visits)
+  visits_sbk = Unsqueeze(visits_sk, one)
+  images = Range(none, n_batch, single)
+  images_b = Reshape(images, column)
+  starts_b = Mul(images_b, pixels)
+  rows = Add(visits_sbk, starts_b)
+  group = Range(none, n_groups, single)
+  rows_k = Mul(rows, groups)
+  group_rows = Add(rows_k, group)
+  last_map = Sub(maps, one)
+  map = Min(group, last_map)
+  rows_m = Mul(rows, maps)
+  map_rows = Add(rows_m, map)
+
+  rows_shape = Concat<axis=0>(last, dim)
+  states_shape = Concat<axis=0>(last, state)
+  x_rows = Reshape(x, rows_shape)
+  delta_rows = Reshape(delta, rows_shape)
+  B_rows = Reshape(B, states_shape)
+  C_rows = Reshape(C, states_shape)
+  xs = Gather<axis=0>(x_rows, map_rows)
+  deltas = Gather<axis=0>(delta_rows, group_rows)
+  Bs = Gather<axis=0>(B_rows, group_rows)
+  Cs = Gather<axis=0>(C_rows, group_rows)
+"""
+
+_SINGLE_POSITIONS = "padded = Identity(pixels)"
+_BLOCKS = f"""
+  wanted = Constant<value_ints=[{IN_CACHE}]>()
+  rows_per_position = Mul(batch, groups)
+  numbers_per_position = Mul(rows_per_position, dim)
+  fitting = Div(wanted, numbers_per_position)
+  at_least_one = Max(fitting, one)
+  T = Min(at_least_one, pixels)
+  rounded = Add(end, T)
+  J = Div(rounded, T)
+  padded = Mul(J, T)
+"""
+
+# Back to the pixels: the inverse of the order tells at which position each of them was visited.
+_PLACE = """
+  y_rows = Reshape(ys, rows_shape)
+  walk = Range(none, n_pixels, single)
+  order_shape = Shape(order)
+  walks = Expand(walk, order_shape)
+  places = ScatterElements<axis=1>(order, order, walks)
+  places_pk = Transpose<perm=[1, 0]>(places)
+  places_b = Mul(places_pk, batch)
+  places_1b = Unsqueeze(places_b, first)
+  images_11 = Unsqueeze(images_b, last)
+  places_bpk = Add(places_1b, images_11)
+  place_rows = Mul(places_bpk, groups)
+  places_of_groups = Add(place_rows, group)
+  found = Gather<axis=0>(y_rows, places_of_groups)
+  y = ReduceSum<keepdims=0>(found, two)
+}}
+"""
+
+# A sequence is one group whose order is that of its positions.
+_SEQUENCE = """
+  groups = Identity(one)
+  dim = Shape<start=2, end=3>(delta)
+  state = Shape<start=2, end=3>(A)
+  deltas_s = Transpose<perm=[1, 0, 2]>(delta)
+  xs_s = Transpose<perm=[1, 0, 2]>(x)
+  Bs_s = Transpose<perm=[1, 0, 2]>(B)
+  Cs_s = Transpose<perm=[1, 0, 2]>(C)
+  deltas = Unsqueeze(deltas_s, two)
+  xs = Unsqueeze(xs_s, two)
+  Bs = Unsqueeze(Bs_s, two)
+  Cs = Unsqueeze(Cs_s, two)
+"""
+_SEQUENCE_END = """
+  inner = Constant<value_ints=[2, 3]>()
+  ys_s = Squeeze(ys, inner)
+  y = Transpose<perm=[1, 0, 2]>(ys_s)
+}}
+"""
+
+
+def _grouped(one_state: bool, softplus: bool) -> str:
+    beginning = _BEGINNING + _GATHER.replace("{blocks}", _BLOCKS if one_state else _SINGLE_POSITIONS)
+    loop = loop_text(one_state=one_state, delta_softplus=softplus)
+    return beginning.replace("{arguments}", "x, delta, bias, A, B, C, order") + _escape(loop) + _PLACE
+
+
+def _sequence(backwards: bool, softplus: bool) -> str:
+    loop = loop_text(one_state=False, delta_softplus=softplus, backwards=backwards)
+    beginning = (_BEGINNING + _SEQUENCE).replace("{arguments}", "x, delta, bias, A, B, C")
+    return beginning + _escape(loop) + _SEQUENCE_END
+
+
+def _escape(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+_FORMS = {
+    f"{kind}{'' if softplus else 'OfSteps'}": text(choice, softplus)
+    for softplus in (True, False)
+    for kind, text, choice in (
+        ("GroupedScan", _grouped, False),
+        ("GroupedScanOneState", _grouped, True),
+        ("SequenceScan", _sequence, False),
+        ("SequenceScanBackwards", _sequence, True),
+    )
+}
+
+SCAN_FUNCTIONS = tuple(_FORMS)
+"""The names of all functions; see `grouped_name` and `sequence_name`."""
+
+SCAN_FLOATS = 6
+"""So many arguments of each function are floats; the order of a grouped scan comes behind them."""
+
+
+def grouped_name(state_dim: int, delta_softplus: bool) -> str:
+    """Return the name of the function for so many states, with or without a softplus of the steps."""
+    return f"GroupedScan{'OneState' if state_dim == 1 else ''}{'' if delta_softplus else 'OfSteps'}"
+
+
+def sequence_name(reverse: bool, delta_softplus: bool) -> str:
+    """Return the name of the function for a sequence, ahead or backwards."""
+    return f"SequenceScan{'Backwards' if reverse else ''}{'' if delta_softplus else 'OfSteps'}"
+
+
+def scan_function(name: str, opset: int) -> Any:
+    """Return the `onnx.FunctionProto` of a scan.
+
+    A grouped scan takes x (B, P, M, D), one map for all groups (M = 1) or one each (M = K); delta
+    (B, P, K, D); bias (K, D), added to delta; A (K, D, N); B and C (B, P, K, N); order (K, P), the pixel that
+    each group visits at each position. It gives the sum over the groups, back at the pixels, (B, P, D).
+
+    A scan of a sequence takes x and delta (B, L, D), bias (1, D), A (1, D, N), B and C (B, L, N) and gives
+    (B, L, D). All floats are float32.
+
+    Args:
+        name: one of `SCAN_FUNCTIONS`.
+        opset: version of the ONNX operators.
+    """
+    import onnx.parser
+
+    return onnx.parser.parse_function(_FORMS[name].format(opset=opset, name=name))
+
+
+ScanForm = Literal["loop", "unrolled"]
+Table = dict[Any, Callable[..., Any]]
+
+
+def scan_table(form: ScanForm) -> Table:
+    """Return the functions that replace the scan operators of an exported program.
+
+    Args:
+        form: "loop" calls a function of `scan_function`, for any size of image; "unrolled" has no
+            loop and needs a fixed size.
+    """
+    if form == "loop":
+        return {
+            torch.ops.lightspine.cross_scan.default: _cross_scan_loop,
+            torch.ops.lightspine.selective_scan.default: _selective_scan_loop,
+        }
+    return {
+        torch.ops.lightspine.cross_scan.default: _cross_scan_unrolled,
+        torch.ops.lightspine.selective_scan.default: _selective_scan_unrolled,
+    }
+
+
+# An operator gives the states that its backward reads as well; an export has no backward.
+
+
+def _cross_scan_loop(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    order: str,
+    keep: bool,  # noqa: ARG001
+    backend: str,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    height, width = x.shape[1], x.shape[2]
+    y = _call(
+        grouped_name(A.shape[2], delta_softplus),
+        x.flatten(1, 2).unsqueeze(2),
+        delta.flatten(1, 2),
+        _or_zeros(delta_bias, A),
+        A,
+        B.flatten(1, 2),
+        C.flatten(1, 2),
+        _visits(order, height, width, x.device),
+    ).unflatten(1, (height, width))
+    if D is not None:
+        y = y + x * D.sum(0)
+    return y, y.new_empty(0)
+
+
+def _selective_scan_loop(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    keep: bool,  # noqa: ARG001
+    backend: str,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = B.shape[1]
+    if groups != 1:
+        raise UsageError(f"a selective scan in a loop has one group of channels in an export, got {groups}")
+    x = u.transpose(1, 2)
+    y = _call(
+        sequence_name(reverse, delta_softplus),
+        x,
+        delta.transpose(1, 2),
+        _or_zeros(None if delta_bias is None else delta_bias[None], A[None]),
+        A[None],
+        B[:, 0].transpose(1, 2),
+        C[:, 0].transpose(1, 2),
+    )
+    if D is not None:
+        y = y + x * D
+    if z is not None:
+        y = y * F.silu(z.transpose(1, 2))
+    return y.transpose(1, 2), y.new_empty(u.shape[0], *A.shape), y.new_empty(0)
+
+
+def _call(name: str, x: Tensor, *others: Tensor) -> Tensor:
+    result: Tensor = torch.onnx.ops.symbolic(
+        f"{FUNCTION_DOMAIN}::{name}",
+        (x, *others),
+        dtype=torch.float32,
+        shape=(x.shape[0], x.shape[1], x.shape[-1]),
+        version=1,
+    )
+    return result
+
+
+def _or_zeros(bias: Tensor | None, A: Tensor) -> Tensor:
+    return torch.zeros(A.shape[:2], device=A.device) if bias is None else bias
+
+
+def _visits(
+    order: str, height: int | torch.SymInt, width: int | torch.SymInt, device: torch.device
+) -> Tensor:
+    """Return the pixels that each direction visits, (K, height * width), for a size that may be free."""
+    rows = torch.arange(height * width, device=device)
+    if order == "cross2d":
+        columns = rows.unflatten(0, (height, width)).t().reshape(-1)
+        return torch.stack([rows, columns, rows.flip(0), columns.flip(0)])
+    if order == "unidirectional":
+        return rows.expand(4, -1)
+    if order == "bidirectional":
+        return torch.stack([rows, rows, rows.flip(0), rows.flip(0)])
+    raise UsageError(
+        f"expected a scan order among cross2d, unidirectional and bidirectional to export, got {order!r}"
+    )
+
+
+def _cross_scan_unrolled(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    order: str,
+    keep: bool,  # noqa: ARG001
+    backend: str,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    if order != "cross2d":
+        raise UsageError(f"expected the scan order cross2d to write out its steps, got {order!r}")
+    inputs = CrossScanInputs(x, delta, A, B, C, D, delta_bias)
+    y = cross_backend.forward(inputs, delta_softplus, order, run=unrolled_scan)
+    return y, y.new_empty(0)
+
+
+def _selective_scan_unrolled(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    keep: bool,  # noqa: ARG001
+    backend: str,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
+    y, state = selective_backend.forward(inputs, delta_softplus, reverse, run=unrolled_scan)
+    return y, state, y.new_empty(0)
