@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightspine_cli._output import print_facts, print_table
+from lightspine_cli._output import print_pairs, print_table
 
 _COLUMNS = ("model", ">batch", ">eager ms", ">optimised ms", ">ONNX ms", ">timm ONNX ms", ">file / weights")
 
@@ -12,7 +12,7 @@ def print_export(report: Any) -> None:
     from lightspine.benchmark.export_speed import EAGER, ONNX, OPTIMIZED, TIMM
 
     system = report.system
-    print_facts(
+    print_pairs(
         [
             ("processor", f"{system['processor']}, threads: {report.threads}"),
             (

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightspine_cli._output import print_facts, print_table, with_thousands
+from lightspine_cli._output import print_pairs, print_table, with_thousands
 
 _COLUMNS = (
     "model",
@@ -32,7 +32,7 @@ def print_result(result: Any) -> None:
     system = result.system
     rates = ", ".join(f"{rate:.0f} in {dtype}" for dtype, rate in result.matmul_gflops.items())
     threads = result.settings["threads"]
-    print_facts(
+    print_pairs(
         [
             ("processor", f"{system['processor']}, threads: {threads}"),
             ("torch, timm", f"{system['versions']['torch']}, {system['versions']['timm']}, {system['date']}"),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightspine_cli._output import print_facts, print_table
+from lightspine_cli._output import print_pairs, print_table
 
 _TIME_COLUMNS = (
     "shape",
@@ -38,7 +38,7 @@ def print_ops(report: Any) -> None:
     """Print a `lightspine.benchmark.ops.OpsReport`."""
     system, load = report.system, report.load_before
     busy = "" if load is None or load <= _BUSY else ": the machine was busy, the times below are blurred"
-    print_facts(
+    print_pairs(
         [
             ("processor", f"{system['processor']}, threads: {report.threads}"),
             ("torch", f"{system['versions']['torch']}, {system['date']}"),
@@ -49,12 +49,12 @@ def print_ops(report: Any) -> None:
         print()
         print_table(_TIME_COLUMNS, timed, title=f"medians of up to {report.repeats} calls, in turns")
         print()
-        print_facts(_TIME_FACTS)
+        print_pairs(_TIME_FACTS)
     if weighed := [_memory_row(row) for row in report.rows if row.memory is not None]:
         print()
         print_table(_MEMORY_COLUMNS, weighed)
         print()
-        print_facts([_MEMORY_FACT])
+        print_pairs([_MEMORY_FACT])
     if report.shares:
         print()
         print_table(

@@ -103,10 +103,9 @@ def _add_segmenter_options(parser: argparse.ArgumentParser) -> argparse._Argumen
     return segmenters
 
 
-def find_kind(args: argparse.Namespace) -> str:
+def detect_task(args: argparse.Namespace) -> str:
     """Return "classifier", "detector" or "segmenter", whichever the checkpoint holds."""
-    from lightspine.dense.saving import read_saved_network
-    from lightspine.dense.starting import is_network_file
+    from lightspine.dense.checkpoint import is_network_file, read_network_metadata
 
     # What is no file is reported by the command, which may be given a model's name as well.
     if (
@@ -115,10 +114,10 @@ def find_kind(args: argparse.Namespace) -> str:
         or not is_network_file(args.checkpoint)
     ):
         return "classifier"
-    return read_saved_network(args.checkpoint).kind
+    return read_network_metadata(args.checkpoint).kind
 
 
-def refuse_foreign(args: argparse.Namespace, kind: str, options: dict[str, set[str]]) -> None:
+def reject_inapplicable_options(args: argparse.Namespace, kind: str, options: dict[str, set[str]]) -> None:
     """Refuse options that were given and mean nothing for a kind of network.
 
     Raises:

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._output import print_facts, print_json, print_table
+from lightspine_cli._output import print_json, print_pairs, print_table
 
 _SHOWN = 50
 
 
 def evaluate_dense(args: argparse.Namespace, kind: str) -> int:
     """Score a detector or segmenter, print the scores and write the report if asked for."""
-    from lightspine.evaluation.dense import evaluate_detector, evaluate_segmenter, write_dense_report
+    from lightspine.evaluation import evaluate_detector, evaluate_segmenter, write_dense_report
 
     shared = {
         "split": args.split,
@@ -61,7 +61,7 @@ def predict_dense_files(args: argparse.Namespace) -> int:
     """Find objects or classes of pixels, print them and draw them if asked for."""
     from lightspine.data.image_folder import find_images
     from lightspine.errors import UsageError
-    from lightspine.evaluation.dense import predict_dense
+    from lightspine.evaluation import predict_dense
 
     if not args.images:
         raise UsageError("expected image files or folders")
@@ -104,7 +104,7 @@ def _detector_test(args: argparse.Namespace) -> dict[str, Any]:
 
 def _segmenter_test(args: argparse.Namespace) -> dict[str, Any]:
     from lightspine.errors import UsageError
-    from lightspine.evaluation.dense.segmenter import MULTI_SCALE
+    from lightspine.evaluation.segmentation import MULTI_SCALE
 
     if args.multi_scale and args.ratios is not None:
         raise UsageError("expected either --multi-scale or --ratios, got both")
@@ -160,7 +160,7 @@ def _print_scores(report: dict[str, Any]) -> None:
             f"{report['device']}, {report['threads']} threads{memory}",
         )
     )
-    print_facts(facts)
+    print_pairs(facts)
 
 
 def _percent(value: float | None) -> str:

@@ -105,12 +105,12 @@ def bulk_options(args: argparse.Namespace, checkpoint: Path | None) -> Any:
 
 def print_run(outcome: dict[str, Any], args: argparse.Namespace, rows: str) -> None:
     """Tell what a run over many images left behind."""
-    from lightspine_cli._output import print_facts, print_json
+    from lightspine_cli._output import print_json, print_pairs
 
     if args.json:
         print_json(outcome)
         return
-    print_facts(
+    print_pairs(
         [
             ("images", f"{outcome['images']}, {outcome['bad']} of them bad"),
             (

@@ -32,7 +32,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
     Console(highlight=False, width=max(needed, console.width)).print(table)
 
 
-def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+def print_pairs(facts: Iterable[tuple[str, str]]) -> None:
     """Print `name  value` lines with the values aligned."""
     facts = list(facts)
     width = max((len(name) for name, _ in facts), default=0)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from lightspine_cli._output import print_facts, print_json, print_table
+from lightspine_cli._output import print_json, print_pairs, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +24,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     versions = system.pop("versions")
     devices = system.pop("devices")
-    print_facts((name, str(value)) for name, value in system.items())
+    print_pairs((name, str(value)) for name, value in system.items())
     print()
-    print_facts((name, version or "not installed") for name, version in versions.items())
+    print_pairs((name, version or "not installed") for name, version in versions.items())
     print()
-    print_facts(("device", device) for device in devices)
+    print_pairs(("device", device) for device in devices)
     print()
     print_table(
         ("scan backend", "runs", "why"),

@@ -5,10 +5,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._dense_options import EVALUATE, add_evaluation, find_kind, refuse_foreign
+from lightspine_cli._dense_options import EVALUATE, add_evaluation, detect_task, reject_inapplicable_options
 from lightspine_cli._dense_output import evaluate_dense
 from lightspine_cli._inference_arguments import add_preparation, preparation, take_checkpoint
-from lightspine_cli._output import print_facts, print_json, print_table
+from lightspine_cli._output import print_json, print_pairs, print_table
 
 _SHOWN = 50
 
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"expected a folder for --out, got {args.out}")
     if take_checkpoint(args, [args.file] if args.file is not None else []):
         raise UsageError(f"expected a checkpoint as the only argument without an option, got {args.file}")
-    kind = find_kind(args)
-    refuse_foreign(args, kind, EVALUATE)
+    kind = detect_task(args)
+    reject_inapplicable_options(args, kind, EVALUATE)
     if kind != "classifier":
         return evaluate_dense(args, kind)
     report = evaluate(
@@ -133,7 +133,7 @@ def _print_scores(report: dict[str, Any]) -> None:
         ("top-5", report["top5"], "{:.2f} %"),
         ("loss", report["loss"], "{:.4f}"),
     ]
-    print_facts(
+    print_pairs(
         [
             ("model", f"{report['model']}{weights}, {size[1]}x{size[2]} px"),
             ("images", f"{report['images']} ({report['split']}), {len(report['skipped'])} skipped"),

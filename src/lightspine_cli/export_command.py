@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._output import print_facts, print_json, print_table
+from lightspine_cli._output import print_json, print_pairs, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(_as_object(report))
         return 0
-    print_facts(
+    print_pairs(
         [
             ("file", f"{report.path}, {report.bytes:,} bytes"),
             (
@@ -98,9 +98,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     from lightspine import create_model
     from lightspine.dense import load_network as load_dense
-    from lightspine.dense.starting import is_network_file
+    from lightspine.dense.checkpoint import is_network_file
     from lightspine.errors import UsageError
-    from lightspine.evaluation.networks import class_names, load_network
+    from lightspine.evaluation.classifiers import class_names, load_classifier
 
     file = args.checkpoint or (Path(args.model) if Path(args.model).is_file() else None)
     if file is None:
@@ -117,7 +117,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         network, about = load_dense(file)
         preprocessing = about.preprocessing or None
         return network, {"class_names": about.class_names, "preprocessing": preprocessing, "source": source}
-    model, saved = load_network(args.model, args.checkpoint, weights=args.weights)
+    model, saved = load_classifier(args.model, args.checkpoint, weights=args.weights)
     known = {"preprocessing": saved.preprocessing, "source": source}
     if args.features:
         name = args.model if args.checkpoint else saved.name

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._output import print_facts, print_json, print_table, with_thousands
+from lightspine_cli._output import print_json, print_pairs, print_table, with_thousands
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     stages = facts.pop("stages", None)
     entries = facts.pop("entries", None)
-    print_facts((name, _as_text(value)) for name, value in facts.items() if value not in (None, ""))
+    print_pairs((name, _as_text(value)) for name, value in facts.items() if value not in (None, ""))
     if stages:
         print()
         print_table(

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._dense_options import PREDICT, add_prediction, find_kind, refuse_foreign
+from lightspine_cli._dense_options import PREDICT, add_prediction, detect_task, reject_inapplicable_options
 from lightspine_cli._dense_output import predict_dense_files
 from lightspine_cli._inference_arguments import (
     add_bulk,
@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from lightspine.errors import UsageError
 
     args.images = take_checkpoint(args, args.images)
-    kind = find_kind(args)
-    refuse_foreign(args, kind, PREDICT)
+    kind = detect_task(args)
+    reject_inapplicable_options(args, kind, PREDICT)
     if kind != "classifier":
         return predict_dense_files(args)
     if bool(args.images) == bool(args.data) or (args.data is None) != (args.out is None):

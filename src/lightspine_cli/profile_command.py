@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._output import print_facts, print_json, print_table
+from lightspine_cli._output import print_json, print_pairs, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,7 @@ def _print(profile: Any, top: int, folder: Path | None) -> None:
     settings, operators = profile.settings, profile.operators
     height, width = settings["size"]
     what = "training step" if settings["train"] else "forward pass"
-    print_facts(
+    print_pairs(
         [
             ("model", f"{profile.model}, {profile.source}, {settings['mode']}, {settings['dtype']}"),
             ("images", f"{settings['batch']} x {height} x {width}"),

@@ -10,8 +10,8 @@ import torch
 
 from lightspine.dense import load_network, save_network
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.dense import evaluate_detector, evaluate_segmenter, predict_dense
-from lightspine.evaluation.dense.batches import detect_alike, largest_first
+from lightspine.evaluation import evaluate_detector, evaluate_segmenter, predict_dense
+from lightspine.evaluation.dense_common import detect_by_size, sort_by_size
 from support.coco import content, square, write_coco
 from support.dense_files import detector_file, segmenter_file
 from support.images import write_image
@@ -46,7 +46,7 @@ def test_images_of_a_batch_are_seen_as_if_alone(tmp_path: Path) -> None:
     detector: Any = load_network(path)[0]
     images = [torch.rand(3, height, width) for height, width in ((64, 64), (200, 330), (64, 64), (97, 65))]
     with torch.inference_mode():
-        together = detect_alike(detector, images)
+        together = detect_by_size(detector, images)
         alone = [detector([image])[0] for image in images]
     for expected, found in zip(alone, together, strict=True):
         assert len(expected["boxes"]) == 5
@@ -70,7 +70,7 @@ def test_size_of_a_batch_changes_no_detection(coco: Path) -> None:
 
 def test_images_of_one_size_follow_each_other_the_largest_first() -> None:
     sizes = np.array([[4, 6], [9, 9], [6, 4], [4, 6], [9, 9]])
-    ordered = sizes[largest_first(sizes)].tolist()
+    ordered = sizes[sort_by_size(sizes)].tolist()
     assert ordered[:2] == [[9, 9], [9, 9]]
     assert sorted(ordered[2:]) in (ordered[2:], ordered[2:][::-1])
 

@@ -17,11 +17,11 @@ from lightspine.data.segmentation import (
 from lightspine.data.segmentation.dataset import SegmentationDataset
 from lightspine.data.transforms import Preprocessing
 from lightspine.dense import load_network
-from lightspine.dense.coco_scores import CocoScores
-from lightspine.dense.segmentation_scores import SegmentationScores
+from lightspine.dense.coco_metrics import CocoMetrics
+from lightspine.dense.segmentation_metrics import SegmentationMetrics
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.dense import evaluate_detector, evaluate_segmenter, write_dense_report
-from lightspine.evaluation.dense.segmenter import MULTI_SCALE
+from lightspine.evaluation import evaluate_detector, evaluate_segmenter, write_dense_report
+from lightspine.evaluation.segmentation import MULTI_SCALE
 from support.coco import content, square, unpack, write_coco
 from support.dense_files import PREPROCESSING, detector_file, segmenter_file
 
@@ -67,12 +67,12 @@ def test_detector_has_the_scores_that_are_counted_by_hand(
     report: dict[str, Any], detector: Path, coco: dict[str, Any]
 ) -> None:
     annotations = read_coco(coco["data"], coco["images"])
-    scores, network = CocoScores(annotations), load_network(detector)[0]
+    metrics, network = CocoMetrics(annotations), load_network(detector)[0]
     with torch.inference_mode():
         for item in DetectionDataset(annotations):
             assert item.image is not None
-            scores.add([int(item.target["image_id"])], network([item.image]))  # type: ignore[arg-type]
-    assert report["scores"] == scores.scores()
+            metrics.update([int(item.target["image_id"])], network([item.image]))  # type: ignore[arg-type]
+    assert report["scores"] == metrics.compute()
     assert report["images"] == len(annotations)
 
 
@@ -165,15 +165,15 @@ def test_segmenter_has_the_scores_that_are_counted_by_hand(
 ) -> None:
     splits = scan_segmentation_folder(labelled)
     transform = create_segmentation_eval_transform(Preprocessing.from_config(PREPROCESSING), scale=(96, 64))
-    scores, network = SegmentationScores(splits.class_names), load_network(segmenter)[0]
+    metrics, network = SegmentationMetrics(splits.class_names), load_network(segmenter)[0]
     with torch.inference_mode():
         for item in SegmentationDataset(splits.val, splits.reader, transform):
             assert item.image is not None
             assert item.labels is not None
             found = SegmentationTest().classify(network, item.image, tuple(item.labels.shape))  # type: ignore[arg-type]
-            scores.add([item.name], [found], [item.labels])
-    assert segmenter_report["scores"] == scores.scores()
-    assert segmenter_report["classes"] == scores.classes()
+            metrics.update([item.name], [found], [item.labels])
+    assert segmenter_report["scores"] == metrics.compute()
+    assert segmenter_report["classes"] == metrics.per_class()
 
 
 def test_files_of_a_segmenters_report(segmenter_report: dict[str, Any], tmp_path: Path) -> None:

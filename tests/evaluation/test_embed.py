@@ -11,7 +11,7 @@ import lightspine
 from lightspine.data import create_eval_transform, open_image
 from lightspine.errors import UsageError
 from lightspine.evaluation import InferenceOptions, embed_images
-from lightspine.evaluation.networks import find_preprocessing
+from lightspine.evaluation.classifiers import find_preprocessing
 from lightspine.models._loading import load_model
 from support.checkpoints import save_small
 from support.images import COLOURS, write_folder

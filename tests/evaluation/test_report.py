@@ -12,8 +12,8 @@ from PIL import Image
 import lightspine
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation import evaluate, write_report
-from lightspine.evaluation.plots import plot_confusion
-from lightspine.evaluation.tally import Tally
+from lightspine.evaluation.metrics import ClassificationMetrics
+from lightspine.evaluation.plots import plot_confusion_matrix
 from lightspine.models._saving import save_checkpoint
 from support.checkpoints import save_small
 from support.images import COLOURS, write_folder
@@ -115,7 +115,7 @@ def test_weights_choose_between_trained_and_averaged(
 def test_confusion_picture_is_grey(tmp_path: Path) -> None:
     counts = np.random.default_rng(0).integers(0, 50, (12, 12)) + np.diag([400] * 12)
     names = [f"class number {i} with a long name" for i in range(12)]
-    plot_confusion(counts, names, tmp_path / "confusion.png", title="a title")
+    plot_confusion_matrix(counts, names, tmp_path / "confusion.png", title="a title")
     pixels = np.asarray(Image.open(tmp_path / "confusion.png").convert("RGB")).astype(int)
     assert np.ptp(pixels, axis=2).max() == 0
     assert len(np.unique(pixels)) > 20
@@ -123,7 +123,7 @@ def test_confusion_picture_is_grey(tmp_path: Path) -> None:
 
 def test_picture_of_too_many_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at most 50 classes"):
-        plot_confusion(np.zeros((51, 51)), ["x"] * 51, tmp_path / "confusion.png", title="")
+        plot_confusion_matrix(np.zeros((51, 51)), ["x"] * 51, tmp_path / "confusion.png", title="")
 
 
 def test_folder_that_is_a_file_is_refused(colours: Path, images: Path) -> None:
@@ -133,18 +133,20 @@ def test_folder_that_is_a_file_is_refused(colours: Path, images: Path) -> None:
 
 def test_values_that_are_not_finite_are_an_error() -> None:
     with pytest.raises(LightspineError, match="not finite for 1 images"):
-        Tally(3).add(torch.tensor([[0.0, 1.0, 2.0], [torch.nan, 0.0, 0.0]]), torch.tensor([0, 1]))
+        ClassificationMetrics(3).update(
+            torch.tensor([[0.0, 1.0, 2.0], [torch.nan, 0.0, 0.0]]), torch.tensor([0, 1])
+        )
 
 
 def test_closed_classes_are_never_chosen() -> None:
-    tally = Tally(4, candidates=[0, 2])
-    tally.add(torch.tensor([[1.0, 9.0, 2.0, 8.0]]), torch.tensor([2]))
-    assert tally.scores()["top1"] == 100
+    metrics = ClassificationMetrics(4, candidates=[0, 2])
+    metrics.update(torch.tensor([[1.0, 9.0, 2.0, 8.0]]), torch.tensor([2]))
+    assert metrics.compute()["top1"] == 100
     # Among classes 0 and 2 only: ln(1 + e^(1 - 2)).
-    assert tally.scores()["loss"] == pytest.approx(0.313262, abs=1e-5)
+    assert metrics.compute()["loss"] == pytest.approx(0.313262, abs=1e-5)
 
 
 def test_top5_counts_the_five_best() -> None:
-    tally = Tally(7)
-    tally.add(torch.arange(7.0).repeat(2, 1), torch.tensor([2, 1]))
-    assert (tally.scores()["top1"], tally.scores()["top5"]) == (0, 50)
+    metrics = ClassificationMetrics(7)
+    metrics.update(torch.arange(7.0).repeat(2, 1), torch.tensor([2, 1]))
+    assert (metrics.compute()["top1"], metrics.compute()["top5"]) == (0, 50)

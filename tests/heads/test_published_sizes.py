@@ -10,7 +10,7 @@ import torch
 
 from lightspine.benchmark.macs import count_macs
 from lightspine.heads import build_detector, build_segmenter
-from lightspine.heads.counting import CountedDetector
+from support.counted_detector import CountedDetector
 from support.dense import full_backbone
 
 # model: parameters in millions and multiply-adds in 10^9, of Mask R-CNN and of UPerNet

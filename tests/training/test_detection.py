@@ -13,7 +13,7 @@ import torch
 import lightspine
 from lightspine.data.detection import collate_detection
 from lightspine.dense import load_network
-from lightspine.dense.coco_scores import CocoScores
+from lightspine.dense.coco_metrics import CocoMetrics
 from lightspine.errors import UsageError
 from lightspine.training.resume import TrainingInterruptedError
 from support.coco import unpack
@@ -53,11 +53,11 @@ def test_validation_scores_are_those_of_the_exported_detector(coco: Path, tmp_pa
     task = detection_task(lr=3e-3, score_threshold=0.01)
     result = run(tmp_path / "run", task, data, limit_train_batches=1.0, limit_val_batches=1.0, epochs=3)
     network, _ = load_network(result.weights)
-    scores = CocoScores(data.val_annotations)
+    metrics = CocoMetrics(data.val_annotations)
     with torch.inference_mode():
         for batch in data.val_dataloader():
-            scores.add([int(t["image_id"]) for t in batch.targets], network(batch.images))
-    expected = scores.scores()["box"]
+            metrics.update([int(t["image_id"]) for t in batch.targets], network(batch.images))
+    expected = metrics.compute()["box"]
     assert result.history[-1]["val_box_AR"] == pytest.approx(expected["AR"], abs=1e-6)
     assert result.history[-1]["val_box_AR"] > 0
 

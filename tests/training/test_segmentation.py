@@ -9,7 +9,7 @@ import torch
 
 from lightspine.data.segmentation import SegmentationTest
 from lightspine.dense import load_network
-from lightspine.dense.segmentation_scores import SegmentationScores
+from lightspine.dense.segmentation_metrics import SegmentationMetrics
 from lightspine.errors import UsageError
 from lightspine.training.resume import TrainingInterruptedError
 from support.coco import unpack
@@ -33,12 +33,12 @@ def test_run_leaves_scores_and_a_segmenter_that_reaches_them(semantic: Path, tmp
         [96, 64],
     )
     batch = next(iter(data.val_dataloader()))
-    scores = SegmentationScores(data.class_names)
+    metrics = SegmentationMetrics(data.class_names)
     with torch.inference_mode():
         for name, image, labels in zip(batch.names, batch.images, batch.labels, strict=True):
             found = SegmentationTest().classify(network, image, tuple(labels.shape))
-            scores.add([name], [found], [labels])
-    expected = {f"val_{name}": pytest.approx(value, abs=1e-4) for name, value in scores.scores().items()}
+            metrics.update([name], [found], [labels])
+    expected = {f"val_{name}": pytest.approx(value, abs=1e-4) for name, value in metrics.compute().items()}
     assert {name: result.history[-1][name] for name in expected} == expected
 
 

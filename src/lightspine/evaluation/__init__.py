@@ -1,15 +1,11 @@
 """Scores, predictions and features of a checkpoint; nothing here imports Lightning."""
 
-from lightspine.evaluation.bulk import InferenceOptions, embed_images, predict_images
-from lightspine.evaluation.dense import (
-    evaluate_detector,
-    evaluate_segmenter,
-    predict_dense,
-    write_dense_report,
-)
-from lightspine.evaluation.evaluate import evaluate
-from lightspine.evaluation.predict import ClassScore, Prediction, predict
-from lightspine.evaluation.report import write_report
+from lightspine.evaluation.batch_inference import InferenceOptions, embed_images, predict_images
+from lightspine.evaluation.classification import ClassScore, Prediction, evaluate, predict
+from lightspine.evaluation.detection import evaluate_detector
+from lightspine.evaluation.predictors import predict_dense
+from lightspine.evaluation.report import write_dense_report, write_report
+from lightspine.evaluation.segmentation import evaluate_segmenter
 
 __all__ = [
     "ClassScore",

@@ -20,7 +20,7 @@ _NUMBERED = 25
 _NAME_LETTERS = 22
 
 
-def plot_confusion(
+def plot_confusion_matrix(
     confusion: ArrayLike, names: Sequence[str], path: Path, *, title: str, counted: str = "images"
 ) -> None:
     """Draw the share of every true class (row) that was taken for each class (column), in grey, as PNG.

@@ -3,9 +3,9 @@
 from lightspine.heads.detectors import build_detector as build_detector
 from lightspine.heads.features import FeatureBackbone as FeatureBackbone
 from lightspine.heads.fpn import FeaturePyramid as FeaturePyramid
-from lightspine.heads.plain_pyramid import RescaledMaps as RescaledMaps
-from lightspine.heads.plain_pyramid import SimpleFeaturePyramid as SimpleFeaturePyramid
 from lightspine.heads.segmenters import build_segmenter as build_segmenter
+from lightspine.heads.simple_fpn import RescaledMaps as RescaledMaps
+from lightspine.heads.simple_fpn import SimpleFeaturePyramid as SimpleFeaturePyramid
 
 __all__ = [
     "FeatureBackbone",

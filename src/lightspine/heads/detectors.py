@@ -8,13 +8,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.heads.detection_input import DetectionInput
+from lightspine.heads.detection_transform import DetectionTransform
 from lightspine.heads.features import FeatureBackbone
 from lightspine.heads.fpn import FeaturePyramid
 from lightspine.heads.mask_rcnn import MaskRCNN, build_roi_heads
-from lightspine.heads.plain_pyramid import SimpleFeaturePyramid
 from lightspine.heads.retinanet import RetinaNet
 from lightspine.heads.rpn import ProposalNetwork
+from lightspine.heads.simple_fpn import SimpleFeaturePyramid
 
 DetectorName = Literal["retinanet", "mask_rcnn", "cascade_mask_rcnn"]
 
@@ -102,7 +102,9 @@ def build_detector(
     if anchor_scale <= 0:
         raise UsageError(f"anchor_scale must be above 0, got {anchor_scale}")
     retina = name == "retinanet"
-    inputs = DetectionInput(backbone.image_mean, backbone.image_std, resize, num_classes, masks=not retina)
+    inputs = DetectionTransform(
+        backbone.image_mean, backbone.image_std, resize, num_classes, masks=not retina
+    )
     body = PyramidBackbone(backbone, _build_pyramid(backbone, channels, retina))
     if retina:
         return RetinaNet(

@@ -7,9 +7,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPH
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-from lightspine.heads.detection_input import Target
-from lightspine.heads.roi_heads import CASCADE, CascadeRoIHeads, Stage
-from lightspine.heads.roi_pooling import RoIPooler
+from lightspine.heads.detection_transform import Target
+from lightspine.heads.roi_heads import CASCADE, CascadeRoIHeads, RoIPooler, Stage
 
 
 class MaskRCNN(GeneralizedRCNN):
@@ -21,7 +20,7 @@ class MaskRCNN(GeneralizedRCNN):
         """Return the losses in training, else the predictions.
 
         Raises:
-            UsageError: images or targets that do not fit (`DetectionInput.check`).
+            UsageError: images or targets that do not fit (`DetectionTransform.check`).
         """
         self.transform.check(images, targets)
         result: dict[str, Tensor] | list[Target] = super().forward(images, targets)

@@ -6,10 +6,8 @@ from torch import Tensor
 from torchvision.models import detection
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
-from lightspine.heads.anchors import StridedAnchors
-from lightspine.heads.detection_input import DetectionInput, Target
-from lightspine.heads.precision import PreciseRetinaNetHead
-from lightspine.heads.rpn import FlooredMatcher
+from lightspine.heads.detection_transform import DetectionTransform, Target
+from lightspine.heads.rpn import Float32RetinaNetHead, MinOverlapMatcher, StridedAnchors
 
 
 class RetinaNet(detection.RetinaNet):
@@ -34,7 +32,7 @@ class RetinaNet(detection.RetinaNet):
         backbone: nn.Module,
         strides: tuple[int, ...],
         num_classes: int,
-        inputs: DetectionInput,
+        inputs: DetectionTransform,
         *,
         score_threshold: float = 0.05,
         detections_per_image: int = 100,
@@ -46,8 +44,8 @@ class RetinaNet(detection.RetinaNet):
             backbone,
             num_classes,
             anchor_generator=anchors,
-            head=PreciseRetinaNetHead(width, anchors.num_anchors_per_location()[0], num_classes),
-            proposal_matcher=FlooredMatcher(0.5, 0.4, least=0.0),
+            head=Float32RetinaNetHead(width, anchors.num_anchors_per_location()[0], num_classes),
+            proposal_matcher=MinOverlapMatcher(0.5, 0.4, least=0.0),
             score_thresh=score_threshold,
             nms_thresh=0.5,
             detections_per_img=detections_per_image,
@@ -60,7 +58,7 @@ class RetinaNet(detection.RetinaNet):
         """Return the losses in training, else the predictions; see `build_detector`.
 
         Raises:
-            UsageError: images or targets that do not fit (`DetectionInput.check`).
+            UsageError: images or targets that do not fit (`DetectionTransform.check`).
         """
         self.transform.check(images, targets)
         result: dict[str, Tensor] | list[Target] = super().forward(images, targets)

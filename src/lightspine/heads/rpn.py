@@ -1,16 +1,88 @@
-"""The region proposal network with the published loss and matching."""
+"""Anchors, anchor matching and the region proposal network."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
-from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from lightspine.heads.anchors import StridedAnchors
-from lightspine.heads.precision import PreciseRPNHead
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return the tensor in float32, or in its own precision where that is higher."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class FlooredMatcher(Matcher):
+class Float32RPNHead(RPNHead):
+    """torchvision's head of the proposal network, its outputs in full precision."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Map the levels to objectness logits and box offsets, one tensor per level each."""
+        logits, offsets = super().forward(x)
+        return [at_least_float32(y) for y in logits], [at_least_float32(y) for y in offsets]
+
+
+class Float32RetinaNetHead(RetinaNetHead):
+    """torchvision's head of RetinaNet, its outputs in full precision."""
+
+    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+        """Map the levels to class logits (B, N, classes) and box offsets (B, N, 4)."""
+        return {name: at_least_float32(y) for name, y in super().forward(x).items()}
+
+
+class StridedAnchors(AnchorGenerator):
+    """Anchors of given strides and exact sizes.
+
+    torchvision infers the strides from the sizes of the maps, which is wrong where a map's size was rounded
+    (800 px at stride 64 are 13 pixels: 61), and rounds the anchors' corners, which the published detectors
+    do not.
+
+    Args:
+        strides: stride of each level, in pixels of the image.
+        scales: sides of the square anchors, in strides.
+        aspect_ratios: height over width; the area stays.
+    """
+
+    def __init__(
+        self,
+        strides: Sequence[int],
+        scales: Sequence[float],
+        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+    ):
+        self.strides = tuple(strides)
+        sizes = tuple(tuple(stride * scale for scale in scales) for stride in strides)
+        super().__init__(sizes, (tuple(aspect_ratios),) * len(sizes))
+
+    def generate_anchors(
+        self,
+        scales: Sequence[float],
+        aspect_ratios: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (torchvision's signature)
+    ) -> Tensor:
+        """Return one level's anchors (x1, y1, x2, y2) around the origin, the scales of a ratio together."""
+        sides = torch.tensor(scales, dtype=dtype, device=device)
+        roots = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
+        widths = (sides[None, :] / roots[:, None]).flatten()
+        heights = (sides[None, :] * roots[:, None]).flatten()
+        return torch.stack((-widths, -heights, widths, heights), dim=1) / 2
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Return the anchors of all levels, (N, 4) for each image."""
+        device = feature_maps[0].device
+        # In float32 though the maps be in half precision, which cannot hold pixel coordinates.
+        self.set_cell_anchors(torch.float32, device)
+        strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        levels = self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides)
+        anchors = torch.cat(levels)
+        return [anchors for _ in image_list.image_sizes]
+
+
+class MinOverlapMatcher(Matcher):
     """torchvision's matcher, whose last resort needs a least overlap.
 
     Where no anchor overlaps an object by `high`, the best ones are matched all the same, but only from
@@ -39,7 +111,7 @@ class ProposalNetwork(RegionProposalNetwork):
         channels: width of the pyramid.
         strides: strides of its levels.
         convs: 3x3 convolutions before the predictions, 1 in Mask R-CNN and 2 in ViTDet.
-        least_overlap: see `FlooredMatcher`.
+        least_overlap: see `MinOverlapMatcher`.
         anchor_scale: factor of the anchors' sides.
     """
 
@@ -55,7 +127,7 @@ class ProposalNetwork(RegionProposalNetwork):
         anchors = StridedAnchors(strides, scales=(8.0 * anchor_scale,))
         super().__init__(
             anchors,
-            PreciseRPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=convs),
+            Float32RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=convs),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
@@ -64,7 +136,7 @@ class ProposalNetwork(RegionProposalNetwork):
             post_nms_top_n={"training": 1000, "testing": 1000},
             nms_thresh=0.7,
         )
-        self.proposal_matcher = FlooredMatcher(0.7, 0.3, least_overlap)
+        self.proposal_matcher = MinOverlapMatcher(0.7, 0.3, least_overlap)
 
     def compute_loss(
         self,

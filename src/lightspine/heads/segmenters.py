@@ -10,7 +10,7 @@ from torch import Tensor
 from lightspine.errors import UsageError
 from lightspine.heads.decoders import FCNDecoder, SemanticFPNDecoder, UPerDecoder
 from lightspine.heads.features import FeatureBackbone
-from lightspine.heads.plain_pyramid import RescaledMaps
+from lightspine.heads.simple_fpn import RescaledMaps
 
 SegmenterName = Literal["semantic_fpn", "upernet"]
 

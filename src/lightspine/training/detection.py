@@ -9,7 +9,7 @@ from torch import Tensor
 from lightspine.data.detection import DetectionBatch
 from lightspine.data.modules import CocoDataModule
 from lightspine.dense import create_detector
-from lightspine.dense.coco_scores import CocoScores
+from lightspine.dense.coco_metrics import CocoMetrics
 from lightspine.errors import LightspineError, UsageError
 from lightspine.heads.detectors import DetectorName
 from lightspine.heads.features import MapNorm
@@ -92,7 +92,7 @@ class DetectionTask(DenseTask):
         )
         self.has_masks = head != "retinanet"
         self.detections_per_image = detections_per_image
-        self._scores: CocoScores | None = None
+        self._metrics: CocoMetrics | None = None
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
@@ -124,20 +124,20 @@ class DetectionTask(DenseTask):
         data = self.data_module(CocoDataModule)
         # 100 by the definition of COCO's numbers; a limit above it is meant for crowded images.
         most = max(self.detections_per_image, 100)
-        self._scores = CocoScores(data.val_annotations, most_detections=most)
+        self._metrics = CocoMetrics(data.val_annotations, most_detections=most)
 
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:  # noqa: ARG002
         """Detect the objects of a batch."""
-        assert self._scores is not None
+        assert self._metrics is not None
         self.record_bad_images(batch.bad)
         if batch.images:
             numbers = [int(target["image_id"]) for target in batch.targets]
-            self._scores.add(numbers, self.network(batch.images))
+            self._metrics.update(numbers, self.network(batch.images))
 
     def on_validation_epoch_end(self) -> None:
         """Score the detections of all processes: COCO's 12 numbers for boxes and masks."""
-        assert self._scores is not None
-        self._scores.gather()
-        self.check_validated(self._scores.images)
-        for kind, numbers in self._scores.scores().items():
+        assert self._metrics is not None
+        self._metrics.all_gather()
+        self.check_validated(self._metrics.num_images)
+        for kind, numbers in self._metrics.compute().items():
             self.log_scores({f"{kind}_{name}": value for name, value in numbers.items()})

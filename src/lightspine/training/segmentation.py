@@ -10,7 +10,7 @@ from torch import Tensor
 from lightspine.data.modules import ImageDataModule, SegmentationDataModule
 from lightspine.data.segmentation import IGNORED, SegmentationBatch, SegmentationTest
 from lightspine.dense import create_segmenter
-from lightspine.dense.segmentation_scores import SegmentationScores
+from lightspine.dense.segmentation_metrics import SegmentationMetrics
 from lightspine.errors import LightspineError
 from lightspine.heads.features import MapNorm
 from lightspine.heads.segmenters import SegmenterName
@@ -90,7 +90,7 @@ class SegmentationTask(DenseTask):
         )
         self.test = test or SegmentationTest()
         self.test.check()
-        self._scores: SegmentationScores | None = None
+        self._metrics: SegmentationMetrics | None = None
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """Return logits (N, num_classes, H, W) of images (N, 3, H, W), or with labels the losses."""
@@ -117,23 +117,23 @@ class SegmentationTask(DenseTask):
 
     def on_validation_epoch_start(self) -> None:
         """Begin to count pixels."""
-        self._scores = SegmentationScores(
+        self._metrics = SegmentationMetrics(
             self.data_module(SegmentationDataModule).class_names, ignored=IGNORED
         )
 
     def validation_step(self, batch: SegmentationBatch, batch_idx: int) -> None:  # noqa: ARG002
         """Count the pixels of a batch, each image at the size of its labels."""
-        assert self._scores is not None
+        assert self._metrics is not None
         self.record_bad_images(batch.bad)
         found = [
             self.test.classify(self.network, image, tuple(labels.shape))
             for image, labels in zip(batch.images, batch.labels, strict=True)
         ]
-        self._scores.add(batch.names, found, batch.labels)
+        self._metrics.update(batch.names, found, batch.labels)
 
     def on_validation_epoch_end(self) -> None:
         """Score the pixels of all processes."""
-        assert self._scores is not None
-        self._scores.gather()
-        self.check_validated(self._scores.images)
-        self.log_scores(dict(self._scores.scores()))
+        assert self._metrics is not None
+        self._metrics.all_gather()
+        self.check_validated(self._metrics.num_images)
+        self.log_scores(dict(self._metrics.compute()))

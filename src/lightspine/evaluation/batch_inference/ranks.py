@@ -1,0 +1,155 @@
+"""Ranks of a batch inference run: launch with torchrun's elastic agent, barrier, device of a rank."""
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from lightspine.errors import LightspineError, UsageError
+
+# A rank that finished its share waits in a barrier for the slowest one; a dead rank is the agent's business.
+_BARRIER_TIMEOUT = timedelta(days=30)
+_KEPT = "finished parts are kept: resume the run to continue"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among the ranks of a run; rank 0 of 1 outside torchrun.
+
+    Attributes:
+        rank: global rank.
+        world_size: number of ranks.
+        local_rank: rank among those of this machine.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    def barrier(self) -> None:
+        """Wait until every rank has reached this point.
+
+        Raises:
+            LightspineError: another rank has ended.
+        """
+        if self.world_size == 1:
+            return
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise LightspineError(f"another rank of this run ended early; {_KEPT}") from error
+
+    def device(self, device: str) -> str:
+        """Return the device of this rank: "cuda" is one GPU per rank of the machine."""
+        return f"cuda:{self.local_rank}" if device == "cuda" else device
+
+
+def read_rank() -> Rank:
+    """Read the rank from the environment variables that torchrun sets."""
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    )
+    return Rank(rank, world_size, local_rank)
+
+
+@contextmanager
+def join_ranks() -> Iterator[Rank]:
+    """Join the process group that torchrun describes, if any."""
+    rank = read_rank()
+    if rank.world_size == 1:
+        yield rank
+        return
+    # Only barriers, no tensors: gloo serves GPUs as well.
+    dist.init_process_group("gloo", timeout=_BARRIER_TIMEOUT)
+    try:
+        yield rank
+    finally:
+        dist.destroy_process_group()
+
+
+def launch_ranks(function: Callable[..., Any], *args: Any, ranks: int) -> Any:
+    """Run a function in several processes of this machine, as `torchrun --standalone` does.
+
+    When a rank fails, torchrun's agent ends the others; when this process dies, the ranks end themselves.
+
+    Args:
+        function: module-level function; `join_ranks` inside it joins the process group.
+        *args: its arguments, which are pickled.
+        ranks: number of processes.
+
+    Returns:
+        What rank 0 returned.
+
+    Raises:
+        UsageError: raised by a rank.
+        LightspineError: raised by a rank, or a rank failed or was killed.
+        KeyboardInterrupt: this process was interrupted.
+    """
+    # They take half a second to import.
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="lightspine-") as log_dir, _quiet_agent():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=log_dir),
+        )
+        try:
+            return elastic_launch(config, function)(*args)[0]
+        except ChildFailedError as error:
+            raise _as_lightspine_error(error.get_first_failure()[1]) from None
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + error.sigval) from None
+
+
+def _as_lightspine_error(failure: Any) -> LightspineError:
+    """Turn a rank's failure, which the agent reads from the rank's error file, into one sentence."""
+    if failure.exitcode < 0:
+        return LightspineError(f"rank {failure.local_rank} was killed by {failure.signal_name()}; {_KEPT}")
+    details = failure.error_file_data.get("message", {})
+    kind, _, sentence = (details.get("message", "") if isinstance(details, dict) else "").partition(": ")
+    for known in (UsageError, LightspineError):
+        if kind == known.__name__:
+            return known(sentence)
+    reason = f"{kind}: {sentence}" if kind else f"exit status {failure.exitcode}"
+    return LightspineError(f"rank {failure.local_rank} failed with {reason}; {_KEPT}")
+
+
+@contextmanager
+def _quiet_agent() -> Iterator[None]:
+    """Keep the agent's log off the terminal, as the raised error says the same; restore signal handlers."""
+    logger = logging.getLogger("torch.distributed.elastic")
+    silence = logging.NullHandler()
+    logger.addHandler(silence)
+    logger.propagate = False
+    # The agent installs its handlers from the main thread only, the one thread that may do so.
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in signals} if in_main_thread else {}
+    try:
+        yield
+    finally:
+        logger.propagate = True
+        logger.removeHandler(silence)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,219 @@
+"""Labeled evaluation datasets with labels in the class order of a checkpoint."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from lightspine.data.batch import collate_images
+from lightspine.data.class_mapping import ClassMapping, load_class_mapping
+from lightspine.data.class_names import number_labels
+from lightspine.data.dataset import ImageDataset
+from lightspine.data.digits import CLASS_NAMES, DigitsDataset
+from lightspine.data.image_folder import (
+    VAL_NAMES,
+    FileSource,
+    Sample,
+    find_class_folders,
+    list_images,
+    scan_image_folder,
+)
+from lightspine.data.imagenet import imagenet_class_mapping, list_imagenet_val
+from lightspine.data.shards import ShardSource
+from lightspine.data.synsets import imagenet_synsets, is_synset, synset_descriptions
+from lightspine.data.transforms import Preprocessing, create_eval_transform
+from lightspine.errors import UsageError
+from lightspine.evaluation.batch_inference.sources import is_shards
+from lightspine.evaluation.classifiers import class_names
+from lightspine.models._saving import SavedModel
+
+DIGITS = "digits"
+IMAGENET = "imagenet"
+"""The class mapping by the folders' own names: WordNet ids or class numbers of ImageNet-1k."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDataset:
+    """What to score on.
+
+    Attributes:
+        dataset: gives `Item`s, or whole batches where `collate` says so.
+        class_names: in the order of the checkpoint's class numbers.
+        split: which part of the data this is.
+        listing_sha256: of the lines "NAME<tab>CLASSES" of all images in order; paths relative to the data.
+        right_classes: the classes that count as right for each label of the dataset, where an image may
+            have several; a label is the class itself without it.
+        candidates: the classes that the model may choose among; all without it.
+        collate: of the data loader.
+    """
+
+    dataset: Dataset
+    class_names: list[str]
+    split: str
+    listing_sha256: str
+    right_classes: Sequence[tuple[int, ...]] | None = None
+    candidates: tuple[int, ...] | None = None
+    collate: Callable[[Any], Any] = field(default=collate_images)
+
+
+def open_eval_dataset(
+    data: str | Path,
+    saved: SavedModel,
+    preprocessing: Preprocessing,
+    num_classes: int,
+    *,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    class_mapping: str | Path | None = None,
+) -> EvalDataset:
+    """Find the images and number their classes; see `lightspine.evaluation.evaluate` for the arguments.
+
+    Raises:
+        UsageError: the data is missing, or its classes are not the checkpoint's.
+        LightspineError: a list of classes cannot be read.
+    """
+    if val_fraction is not None and (class_mapping is not None or is_shards(data)):
+        raise UsageError("expected val_fraction with a folder of classes only, neither shards nor a mapping")
+    if str(data) == DIGITS:
+        if class_mapping is not None:
+            raise UsageError("expected no class mapping for the digits, whose classes are their own")
+        return _digits(preprocessing, num_classes)
+    if class_mapping is not None:
+        return _mapped(Path(data), class_mapping, saved, preprocessing, num_classes)
+    if is_shards(data):
+        return _shards(data, saved, preprocessing, num_classes)
+    names, samples, split = _find_samples(Path(data), saved, num_classes, val_fraction, seed)
+    _check_count(len(names), num_classes, str(data))
+    return EvalDataset(
+        dataset=ImageDataset(FileSource(samples), create_eval_transform(preprocessing)),
+        class_names=names,
+        split=split,
+        listing_sha256=_hash_listing([(_relative(path, data), str(label)) for path, label in samples]),
+    )
+
+
+def _digits(preprocessing: Preprocessing, num_classes: int) -> EvalDataset:
+    _check_count(len(CLASS_NAMES), num_classes, "the digits")
+    dataset = DigitsDataset("test", image_size=preprocessing.input_size[1])
+    labels = [(str(position), str(label)) for position, label in enumerate(dataset.labels.tolist())]
+    return EvalDataset(
+        dataset=dataset,
+        class_names=CLASS_NAMES,
+        split="test",
+        listing_sha256=_hash_listing(labels),
+        collate=_as_is,
+    )
+
+
+def _mapped(
+    root: Path,
+    mapping_file: str | Path,
+    saved: SavedModel,
+    preprocessing: Preprocessing,
+    num_classes: int,
+) -> EvalDataset:
+    by_name = str(mapping_file) == IMAGENET
+    mapping: ClassMapping = imagenet_class_mapping(root) if by_name else load_class_mapping(mapping_file)
+    found = mapping.find(root)
+    largest = max((max(image.labels) for image in found), default=0)
+    if largest >= num_classes:
+        raise UsageError(
+            f"expected classes below {num_classes}, as many as the checkpoint has, in the class mapping "
+            f"{mapping_file}, got {largest}"
+        )
+    if not found:
+        raise UsageError(f"expected images with a class in {root}, but the class mapping gives none one")
+    several = any(len(image.labels) > 1 for image in found)
+    samples = [
+        Sample(image.path, position if several else image.labels[0]) for position, image in enumerate(found)
+    ]
+    return EvalDataset(
+        dataset=ImageDataset(FileSource(samples), create_eval_transform(preprocessing)),
+        class_names=class_names(saved, num_classes),
+        split="all images of the class mapping",
+        listing_sha256=_hash_listing(
+            [(_relative(image.path, root), ",".join(map(str, image.labels))) for image in found]
+        ),
+        right_classes=[image.labels for image in found] if several else None,
+        candidates=mapping.candidates,
+    )
+
+
+def _shards(
+    data: str | Path, saved: SavedModel, preprocessing: Preprocessing, num_classes: int
+) -> EvalDataset:
+    source = ShardSource(data)
+    # Labels in shards are class numbers, class names or, for ImageNet, WordNet ids.
+    written = source.written_labels()
+    names = class_names(saved, num_classes)
+    ids = imagenet_synsets() if _knows_imagenet(saved, num_classes) and is_synset(written[0]) else names
+    source.labels = number_labels(written, ids, str(data))
+    return EvalDataset(
+        dataset=ImageDataset(source, create_eval_transform(preprocessing)),
+        class_names=names,
+        split="all images of the shards",
+        listing_sha256=_hash_listing(
+            [(Path(source.name(i)).name, str(label)) for i, label in enumerate(source.labels)]
+        ),
+    )
+
+
+def _find_samples(
+    root: Path, saved: SavedModel, num_classes: int, val_fraction: float | None, seed: int
+) -> tuple[list[str], list[Sample], str]:
+    val_root = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
+    if val_fraction is None:
+        names, samples = _list(val_root or root, saved, num_classes)
+        return names, samples, val_root.name if val_root else "all images"
+    if val_root is not None:
+        raise UsageError(f"expected no val_fraction for {root}, which has a folder {val_root.name}")
+    splits = scan_image_folder(root, val_fraction=val_fraction, seed=seed)
+    names = saved.class_names or splits.class_names
+    if unknown := sorted(set(splits.class_names) - set(names)):
+        raise UsageError(f"class {unknown[0]} of {root} is not among the model's {len(names)} classes")
+    samples = [Sample(path, names.index(splits.class_names[label])) for path, label in splits.val]
+    return names, samples, f"{val_fraction:g} held out with seed {seed}"
+
+
+def _list(root: Path, saved: SavedModel, num_classes: int) -> tuple[list[str], list[Sample]]:
+    if not _knows_imagenet(saved, num_classes) or not root.is_dir():
+        return list_images(root, saved.class_names)
+    names = class_names(saved, num_classes)
+    if not any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir()):
+        return names, list_imagenet_val(root, imagenet_synsets())
+    folders = find_class_folders(root)
+    # In the order of the alphabet "10" comes before "2", and a part of the ids is not numbered from 0.
+    if all(is_synset(name) or name.isdecimal() for name in folders):
+        found = imagenet_class_mapping(root).find(root)
+        return names, [Sample(image.path, image.labels[0]) for image in found]
+    return list_images(root, saved.class_names)
+
+
+def _knows_imagenet(saved: SavedModel, num_classes: int) -> bool:
+    """Return whether the classes are those of ImageNet-1k; an official file of 1000 classes has no names."""
+    if num_classes != 1000:
+        return False
+    return saved.class_names in (None, synset_descriptions(imagenet_synsets()))
+
+
+def _check_count(found: int, expected: int, where: str) -> None:
+    if found != expected:
+        raise UsageError(f"expected {expected} classes, as many as the checkpoint's, but {where} has {found}")
+
+
+def _relative(path: Path, root: str | Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _hash_listing(rows: list[tuple[str, str]]) -> str:
+    digest = hashlib.sha256()
+    for name, label in rows:
+        digest.update(f"{name}\t{label}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

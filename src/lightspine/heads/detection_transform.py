@@ -1,0 +1,156 @@
+"""Input transform of detectors: target checks, normalization, resizing, padding and mask pasting."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from lightspine.errors import UsageError
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return each mask in its place in the image, 0 outside its box.
+
+    The mask is read by bilinear interpolation at the centre of every pixel, as the published detectors do
+    (torchvision rounds the boxes to whole pixels): at 0.5 a mask of ones holds the pixels whose centres lie
+    in the box.
+
+    Args:
+        masks: probabilities (N, 1, M, M).
+        boxes: x1, y1, x2, y2 (N, 4) in pixels of the image.
+        size: height and width of the image.
+
+    Returns:
+        Probabilities (N, 1, height, width).
+    """
+    height, width = size
+    pasted = masks.new_zeros((len(masks), 1, height, width))
+    # All corners at once: on a GPU each transfer waits for it.
+    for i, (left, top, right, bottom) in enumerate(boxes.tolist()):
+        # A pixel more at each side, where the interpolation fades out.
+        rows = slice(max(math.floor(top) - 1, 0), min(math.ceil(bottom) + 1, height))
+        columns = slice(max(math.floor(left) - 1, 0), min(math.ceil(right) + 1, width))
+        if rows.start >= rows.stop or columns.start >= columns.stop or right <= left or bottom <= top:
+            continue
+        y = torch.arange(rows.start, rows.stop, device=boxes.device) + 0.5
+        x = torch.arange(columns.start, columns.stop, device=boxes.device) + 0.5
+        # -1 and 1 are the sides of the box.
+        y = (y - top) / (bottom - top) * 2 - 1
+        x = (x - left) / (right - left) * 2 - 1
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).to(masks.dtype)
+        pasted[i, :, rows, columns] = F.grid_sample(masks[i, None], grid[None], align_corners=False)[0]
+    return pasted
+
+
+Target = dict[str, Tensor]
+
+
+class DetectionTransform(GeneralizedRCNNTransform):
+    """Check the targets, normalise, resize and pad the images, and bring the predictions back.
+
+    The batch is padded to multiples of 32.
+
+    Args:
+        image_mean: mean of each channel, for pixels in 0..1.
+        image_std: standard deviation of each channel.
+        resize: (shorter side, longest side) that images are brought to outside training; `None` leaves them
+            as they are. In training they always stay: augmentation has given them their size.
+        num_classes: classes of objects; labels are 1 to `num_classes`.
+        masks: whether the targets must have masks.
+    """
+
+    def __init__(
+        self,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        resize: tuple[int, int] | None,
+        num_classes: int,
+        masks: bool,
+    ):
+        shorter, longest = resize or (0, 0)
+        super().__init__(shorter, longest, list(image_mean), list(image_std), size_divisible=32)
+        self.resizes = resize is not None
+        self.num_classes = num_classes
+        self.masks = masks
+
+    def check(self, images: list[Tensor], targets: list[Target] | None) -> None:
+        """Refuse images and targets that do not fit each other or the detector.
+
+        Raises:
+            UsageError: an image that is no (C, H, W) tensor of floats, training without targets, a target
+                without its parts, with parts of another shape or kind, labels out of range, empty boxes.
+        """
+        for number, image in enumerate(images):
+            if image.ndim != 3 or not image.is_floating_point():
+                raise UsageError(
+                    f"image {number} must be a (C, H, W) tensor of floats in 0..1, "
+                    f"got shape {tuple(image.shape)} of {image.dtype}"
+                )
+        if targets is None:
+            if self.training:
+                raise UsageError("a detector in training needs a target for every image, got none")
+            return
+        if len(targets) != len(images):
+            raise UsageError(
+                f"every image needs a target, got {len(images)} images and {len(targets)} targets"
+            )
+        for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+            self._check_target(number, image, target)
+
+    def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
+        """Resize one image and its target outside training."""
+        if self.training or not self.resizes:
+            return image, target
+        resized: tuple[Tensor, Target | None] = super().resize(image, target)
+        return resized
+
+    def postprocess(
+        self,
+        result: list[Target],
+        image_shapes: list[tuple[int, int]],
+        original_image_sizes: list[tuple[int, int]],
+    ) -> list[Target]:
+        """Bring boxes and masks of each image to its size as given."""
+        if self.training:
+            return result
+        masks = [found.pop("masks", None) for found in result]
+        resized: list[Target] = super().postprocess(result, image_shapes, original_image_sizes)
+        for found, mask, size in zip(resized, masks, original_image_sizes, strict=True):
+            if mask is not None:
+                found["masks"] = paste_masks(mask, found["boxes"], size)
+        return resized
+
+    def _check_target(self, number: int, image: Tensor, target: Target) -> None:
+        wanted = ("boxes", "labels", "masks") if self.masks else ("boxes", "labels")
+        for key in wanted:
+            if key not in target:
+                raise UsageError(f"target {number} has no {key!r}, expected {', '.join(wanted)}")
+        boxes, labels = target["boxes"], target["labels"]
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
+            raise UsageError(
+                f"the boxes of target {number} must be floats of shape (N, 4), "
+                f"got {tuple(boxes.shape)} of {boxes.dtype}"
+            )
+        if labels.shape != boxes.shape[:1] or labels.dtype != torch.int64:
+            raise UsageError(
+                f"target {number} has {len(boxes)} boxes, so its labels must be int64 of shape "
+                f"({len(boxes)},), got {tuple(labels.shape)} of {labels.dtype}"
+            )
+        expected = (len(boxes), *image.shape[-2:])
+        if self.masks and tuple(target["masks"].shape) != expected:
+            raise UsageError(
+                f"the masks of target {number} must have shape {expected}, got {tuple(target['masks'].shape)}"
+            )
+        if not len(boxes):
+            return
+        if labels.min() < 1 or labels.max() > self.num_classes:
+            raise UsageError(
+                f"labels must be 1 to {self.num_classes}, target {number} has "
+                f"{int(labels.min())} to {int(labels.max())}"
+            )
+        flat = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
+        if flat.any():
+            box = [round(side, 2) for side in boxes[flat][0].tolist()]
+            raise UsageError(f"boxes must have x1 < x2 and y1 < y2, target {number} has {box}")

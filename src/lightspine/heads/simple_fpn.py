@@ -1,0 +1,134 @@
+"""Feature pyramids for plain backbones, whose maps all have one stride."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import Tensor
+
+from lightspine.errors import UsageError
+
+NormLayer = Callable[[int], nn.Module]
+
+
+def _doublings(from_stride: int, to_stride: int) -> int:
+    """Return how often a map doubles in size (negative: halves) from one stride to another."""
+    power = math.log2(from_stride / to_stride)
+    if not power.is_integer():
+        raise UsageError(
+            f"a map of stride {from_stride} cannot be brought to stride {to_stride} by doubling or halving"
+        )
+    return int(power)
+
+
+def _halve(times: int) -> nn.Module:
+    # Rounded up, so that a map of one pixel stays one; at the published sizes there is nothing to round.
+    return nn.MaxPool2d(2**times, 2**times, ceil_mode=True)
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """ViTDet's pyramid (Li et al., arXiv:2203.16527): every level from the backbone's last map alone.
+
+    A finer level begins with transposed 2x2 convolutions that halve the width each, LayerNorm and GELU
+    between them; a coarser one with max-pooling. Each ends with a 1x1 and a 3x3 convolution, normed.
+
+    Args:
+        in_channels: width of the map.
+        in_stride: its stride.
+        strides: strides of the levels, the finest first.
+        channels: width of the levels.
+        coarser: number of levels more, each every second pixel of the one before.
+
+    Shape:
+        Input `(B, in_channels, H, W)` alone in a list, output an ordered dict, stride (as a string) to
+        `(B, channels, ...)`, the finest first.
+
+    Raises:
+        UsageError: a level that doubling or halving does not reach.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        in_stride: int = 16,
+        *,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        channels: int = 256,
+        coarser: int = 1,
+    ):
+        super().__init__()
+        self.channels = channels
+        self.coarser = coarser
+        self.strides = (*strides, *(strides[-1] * 2**i for i in range(1, coarser + 1)))
+        self.levels = nn.ModuleList(
+            self._make_level(in_channels, _doublings(in_stride, stride)) for stride in strides
+        )
+
+    def _make_level(self, width: int, doublings: int) -> nn.Sequential:
+        layers: list[nn.Module] = [_halve(-doublings)] if doublings < 0 else []
+        for i in range(doublings):
+            if i:
+                layers += [LayerNorm2d(width), nn.GELU()]
+            layers.append(nn.ConvTranspose2d(width, width // 2, 2, 2))
+            width //= 2
+        layers += [
+            nn.Conv2d(width, self.channels, 1, bias=False),
+            LayerNorm2d(self.channels),
+            nn.Conv2d(self.channels, self.channels, 3, padding=1, bias=False),
+            LayerNorm2d(self.channels),
+        ]
+        return nn.Sequential(*layers)
+
+    def forward(self, maps: Sequence[Tensor]) -> OrderedDict[str, Tensor]:
+        """Map the backbone's one map to the levels, by stride."""
+        levels = [level(maps[0]) for level in self.levels]
+        for _ in range(self.coarser):
+            levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
+        return OrderedDict((str(stride), level) for stride, level in zip(self.strides, levels, strict=True))
+
+
+class RescaledMaps(nn.Module):
+    """Maps of one stride, each brought to a stride of its own, as the UperNet of Vim (and BEiT) reads them.
+
+    A finer map comes from transposed 2x2 convolutions of the same width with a norm and GELU between them, a
+    coarser one from max-pooling, the one of the same stride as it is.
+
+    Args:
+        channels: width of the maps.
+        in_stride: their stride.
+        strides: the stride that each is brought to.
+        norm_layer: makes the norm of a width.
+
+    Shape:
+        Maps `(B, channels, H, W)` in, maps `(B, channels, H * in_stride / stride, ...)` out.
+
+    Raises:
+        UsageError: a stride that doubling or halving does not reach.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        in_stride: int = 16,
+        *,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        norm_layer: NormLayer = nn.BatchNorm2d,
+    ):
+        super().__init__()
+        self.strides = tuple(strides)
+        self.scales = nn.ModuleList()
+        for stride in strides:
+            doublings = _doublings(in_stride, stride)
+            layers: list[nn.Module] = [_halve(-doublings)] if doublings < 0 else []
+            for i in range(doublings):
+                if i:
+                    layers += [norm_layer(channels), nn.GELU()]
+                layers.append(nn.ConvTranspose2d(channels, channels, 2, 2))
+            self.scales.append(nn.Sequential(*layers))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Bring each map to its stride."""
+        return [scale(x) for scale, x in zip(self.scales, maps, strict=True)]
