@@ -28,14 +28,14 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml runtime/pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=")'
 	@if command -v uv >/dev/null 2>&1; then \
 		test -d $(VENV) || uv venv --python $(PYTHON) $(VENV); \
-		uv pip install --python $(BIN)/python -e '.[dev]'; \
+		uv pip install --python $(BIN)/python -e ./runtime -e '.[dev]'; \
 	else \
 		test -d $(VENV) || $(PYTHON) -m venv $(VENV); \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ./runtime -e '.[dev]'; \
 	fi
 	@touch $@
 

@@ -11,12 +11,14 @@ from lightspine.models._loading import convert_checkpoint as convert_checkpoint
 from lightspine.models._loading import load_model as load_model
 from lightspine.models._saving import save_checkpoint as save_checkpoint
 from lightspine.ops import selective_scan as selective_scan
+from lightspine.utils.allocation import keep_freed_memory as keep_freed_memory
 
 __all__ = [
     "__version__",
     "blocks",
     "convert_checkpoint",
     "create_model",
+    "keep_freed_memory",
     "list_models",
     "load_checkpoint",
     "load_model",

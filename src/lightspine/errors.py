@@ -1,9 +1,13 @@
-"""The two kinds of error that a user can cause or meet; the command line turns them into one sentence.
+"""The two exceptions that lightspine raises; the command line prints them as one sentence."""
 
-They live in `lightspine_runtime`, which works without PyTorch and raises them too.
-"""
 
-from lightspine_runtime.errors import LightspineError as LightspineError
-from lightspine_runtime.errors import UsageError as UsageError
+class LightspineError(Exception):
+    """A valid call that failed, for example on an unreadable file or a diverged training (exit status 1)."""
 
-__all__ = ["LightspineError", "UsageError"]
+    exit_status = 1
+
+
+class UsageError(LightspineError, ValueError):
+    """An invalid call, for example an unknown name or a wrong shape (exit status 2)."""
+
+    exit_status = 2

@@ -118,15 +118,17 @@ def _dispatch(arguments: list[str], own_process: bool) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
         parser.error(_unknown_command(command))
+    module = importlib.import_module(f"lightspine_cli.{command}_command")
+    # Commands that write a report record the arguments as given.
+    parsed = argparse.Namespace(arguments=rest)
+    if not getattr(module, "PASSES_ARGUMENTS_THROUGH", False):
+        parsed = parser_of(command).parse_args(rest, parsed)
     if own_process:
-        from lightspine_runtime import keep_freed_memory
+        # After the arguments are parsed, because the import loads torch.
+        from lightspine import keep_freed_memory
 
         keep_freed_memory()
-    module = importlib.import_module(f"lightspine_cli.{command}_command")
-    if getattr(module, "PASSES_ARGUMENTS_THROUGH", False):
-        return int(module.run(argparse.Namespace(arguments=rest)))
-    # The arguments as given belong to what a report says about itself.
-    return int(module.run(parser_of(command).parse_args(rest, argparse.Namespace(arguments=rest))))
+    return int(module.run(parsed))
 
 
 def parser_of(command: str) -> SentenceParser:
@@ -184,11 +186,12 @@ def _status_of(exit_: SystemExit) -> int:
 
 
 def _report(error: Exception, debug: bool) -> int:
-    # Only code of the library raises its errors, so its module is loaded when this is one of them.
-    errors = sys.modules.get("lightspine_runtime.errors")
-    if errors is not None and isinstance(error, errors.LightspineError):
-        say(_one_line(error))
-        return int(error.exit_status)
+    # If the error is one of these, its module has been imported.
+    for name in ("lightspine.errors", "lightspine_runtime.errors"):
+        errors = sys.modules.get(name)
+        if errors is not None and isinstance(error, errors.LightspineError):
+            say(_one_line(error))
+            return int(error.exit_status)
     hint = "" if debug else " (--debug shows the traceback)"
     say(f"{type(error).__name__}: {_one_line(error)}{hint}")
     return 1

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from lightspine_runtime.allocation import _VARIABLES
+from lightspine.utils.allocation import ALLOCATOR_VARIABLES
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ALLOCATOR_VARIABLES}
 RESIDENT = """
 import numpy as np, re, pathlib
 def resident():
@@ -32,13 +32,13 @@ def run(script: str, **variables: str) -> str:
 
 
 def test_freed_blocks_stay_with_the_process() -> None:
-    keep = "from lightspine_runtime import keep_freed_memory; assert keep_freed_memory()\n"
+    keep = "from lightspine import keep_freed_memory; assert keep_freed_memory()\n"
     assert float(run(f"{RESIDENT}\nprint(left_behind())")) < 0.1
     assert float(run(f"{RESIDENT}\n{keep}\nprint(left_behind())")) > 0.7
 
 
 def test_what_the_environment_says_stands() -> None:
-    script = "from lightspine_runtime import keep_freed_memory; print(keep_freed_memory())"
+    script = "from lightspine import keep_freed_memory; print(keep_freed_memory())"
     assert run(script, MALLOC_TRIM_THRESHOLD_="100000") == "False"
 
 
@@ -47,7 +47,7 @@ def test_program_keeps_it_and_a_call_does_not(arguments: str, kept: str) -> None
     script = (
         "import sys; sys.argv = ['lightspine', 'recipes', 'digits']\n"
         "from lightspine_cli.main import main\n"
-        "from lightspine_runtime.allocation import keeps_freed_memory\n"
+        "from lightspine.utils.allocation import keeps_freed_memory\n"
         f"assert main({arguments}) == 0; print(keeps_freed_memory())"
     )
     assert run(script) == kept

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightspine_runtime.allocation import keeps_freed_memory
+from lightspine.utils.allocation import keeps_freed_memory
 
 _PACKAGES = (
     "lightspine",

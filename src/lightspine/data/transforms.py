@@ -63,9 +63,16 @@ class Preprocessing:
         }
 
 
-def create_eval_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
-    """Return the deterministic transform: resize, central crop, normalise to a float32 (3, H, W) tensor."""
-    return create_transform(is_training=False, **_common_options(preprocessing))
+def create_eval_transform(
+    preprocessing: Preprocessing, *, normalize: bool = True
+) -> Callable[[Image.Image], Tensor]:
+    """Create the deterministic transform: resize, center crop, normalize to a float32 (3, H, W) tensor.
+
+    Args:
+        preprocessing: the size and statistics that the model takes.
+        normalize: `False` returns the pixels as uint8 (3, H, W).
+    """
+    return create_transform(is_training=False, normalize=normalize, **_common_options(preprocessing))
 
 
 def create_train_transform(

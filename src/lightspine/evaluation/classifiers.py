@@ -9,12 +9,12 @@ from lightspine.data.images import MIN_SIDE
 from lightspine.data.synsets import imagenet_synsets, synset_descriptions
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import UsageError
+from lightspine.export.onnx_classifier import is_onnx_file, load_onnx
 from lightspine.models._factory import create_model
 from lightspine.models._loading import load_model
 from lightspine.models._reading import Weights
 from lightspine.models._registry import find_record
 from lightspine.models._saving import SavedModel, default_preprocessing
-from lightspine.runtime.network import is_onnx_file, load_onnx
 
 CROP_MODES = ("center", "squash", "border")
 

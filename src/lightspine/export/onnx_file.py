@@ -74,7 +74,7 @@ def export_onnx(
 
     The file holds the optimised network (`lightspine.optimize`) in standard operators, for any number of
     images and, unless `fixed_size` is given, any height and width from 32 px up. It says what its classes are
-    called and how its images are prepared, so that `lightspine.runtime` needs nothing else.
+    called and how its images are prepared, so that `lightspine_runtime` needs nothing else.
 
     Args:
         model: a classifier, a `features_only` model, a detector (its backbone and pyramid are written) or a

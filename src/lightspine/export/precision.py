@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ from torch import Tensor
 
 from lightspine.errors import UsageError
 from lightspine.ops.onnx import SCAN_FLOATS, SCAN_FUNCTIONS
-from lightspine_runtime.images import open_image
-from lightspine_runtime.preprocessing import Preparation, crop_image, normalise
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 CALIBRATION_IMAGES = 100
@@ -122,24 +120,33 @@ class _Reader:
     def __init__(self, images: Sequence[Path], name: str, preparation: dict[str, Any], pixels: bool):
         self.images = iter(images)
         self.name = name
-        self.preparation = Preparation.from_mapping(preparation, "the model")
-        self.pixels = pixels
+        self.read = _image_reader(preparation, pixels)
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
         path = next(self.images, None)
-        return None if path is None else {self.name: _prepare(path, self.preparation, self.pixels)[None]}
+        return None if path is None else {self.name: self.read(path)[None]}
 
 
 def prepared_batches(images: Sequence[Path], preparation: dict[str, Any], pixels: bool) -> list[Tensor]:
     """Return the first images as batches of one and of up to three; for the arguments see `quantise`."""
-    wanted = Preparation.from_mapping(preparation, "the model")
-    arrays = [_prepare(path, wanted, pixels) for path in images[:3]]
+    read = _image_reader(preparation, pixels)
+    arrays = [read(path) for path in images[:3]]
     return [torch.from_numpy(np.stack(some)) for some in (arrays[:1], arrays)]
 
 
-def _prepare(path: Path, preparation: Preparation, pixels: bool) -> NDArray[Any]:
-    image = crop_image(open_image(path), preparation)
-    return image if pixels else normalise(image, preparation)
+def _image_reader(preparation: dict[str, Any], pixels: bool) -> Callable[[Path], NDArray[Any]]:
+    """Return a function that reads an image file as float32 (3, H, W), or as uint8 (H, W, 3)."""
+    # Imported here because `import lightspine` loads this module.
+    from lightspine.data.images import open_image
+    from lightspine.data.transforms import Preprocessing, create_eval_transform
+
+    transform = create_eval_transform(Preprocessing.from_config(preparation), normalize=not pixels)
+
+    def read(path: Path) -> NDArray[Any]:
+        image = transform(open_image(path))
+        return np.ascontiguousarray(image.permute(1, 2, 0) if pixels else image)
+
+    return read
 
 
 def list_calibration_images(folder: Path) -> list[Path]:

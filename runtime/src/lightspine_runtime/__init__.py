@@ -1,24 +1,24 @@
-"""Run what `lightspine export` wrote with ONNX Runtime, NumPy and Pillow alone: no PyTorch, no timm.
+"""Run models that `lightspine export` wrote, with ONNX Runtime, NumPy and Pillow only.
 
-A package of its own beside `lightspine`, whose import loads PyTorch; there it is `lightspine.runtime`.
+This package imports neither PyTorch nor lightspine, and `pip install ./runtime` installs it alone.
 """
 
-from lightspine_runtime.allocation import keep_freed_memory as keep_freed_memory
+from lightspine_runtime._version import __version__ as __version__
 from lightspine_runtime.errors import LightspineError as LightspineError
 from lightspine_runtime.errors import UsageError as UsageError
 from lightspine_runtime.model import ClassScore as ClassScore
 from lightspine_runtime.model import OnnxModel as OnnxModel
 from lightspine_runtime.model import Prediction as Prediction
 from lightspine_runtime.model import predict as predict
-from lightspine_runtime.preprocessing import Preparation as Preparation
+from lightspine_runtime.preprocessing import Preprocessing as Preprocessing
 
 __all__ = [
     "ClassScore",
     "LightspineError",
     "OnnxModel",
     "Prediction",
-    "Preparation",
+    "Preprocessing",
     "UsageError",
-    "keep_freed_memory",
+    "__version__",
     "predict",
 ]

@@ -1,4 +1,4 @@
-"""From an image to the array that a model takes, as the evaluation of the training library prepares it."""
+"""Image preprocessing in NumPy and Pillow, equal to the evaluation transforms of lightspine and timm."""
 
 import math
 from collections.abc import Mapping
@@ -23,17 +23,17 @@ _CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preparation:
-    """How an image becomes the input of a model.
+class Preprocessing:
+    """Size, crop and normalization of the input images.
 
     Attributes:
         size: (height, width) in pixels.
-        mean: per channel, of values from 0 to 1.
-        std: per channel, of values from 0 to 1.
+        mean: mean per channel, for values from 0 to 1.
+        std: standard deviation per channel, for values from 0 to 1.
         interpolation: Pillow's name of the resampling filter.
-        crop_pct: side of the central crop as a share of the resized image.
-        crop_mode: "center" (the shorter side fits, the rest is cut off), "squash" (both sides fit, the ratio
-            is lost) or "border" (the longer side fits, the rest is filled with the mean).
+        crop_pct: side of the center crop as a fraction of the resized image.
+        crop_mode: "center" (resize the shorter side, crop the longer one), "squash" (resize both sides,
+            ignoring the aspect ratio) or "border" (resize the longer side, pad with the mean color).
     """
 
     size: tuple[int, int]
@@ -44,11 +44,15 @@ class Preparation:
     crop_mode: str = "center"
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], source: str) -> "Preparation":
-        """Read the entries that an exported file has.
+    def from_mapping(cls, values: Mapping[str, Any], source: str) -> "Preprocessing":
+        """Create an instance from the `preprocessing` metadata of an exported file.
+
+        Args:
+            values: the metadata.
+            source: name of the file for error messages.
 
         Raises:
-            LightspineError: one is missing or unknown; the message names the source.
+            LightspineError: an entry is missing or has an unknown value.
         """
         try:
             found = cls(
@@ -60,40 +64,40 @@ class Preparation:
                 crop_mode=str(values.get("crop_mode") or "center"),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise LightspineError(f"{source} does not say how its images are prepared: {error!r}") from error
+            raise LightspineError(f"{source} has incomplete preprocessing metadata: {error!r}") from error
         if found.interpolation not in _FILTERS or found.crop_mode not in _CROP_MODES:
             raise LightspineError(
-                f"{source} prepares images by the filter {found.interpolation!r} and the crop "
-                f"{found.crop_mode!r}, expected one of {', '.join(_FILTERS)} and of {', '.join(_CROP_MODES)}"
+                f"{source} has interpolation {found.interpolation!r} and crop_mode {found.crop_mode!r}, "
+                f"expected one of {', '.join(_FILTERS)} and one of {', '.join(_CROP_MODES)}"
             )
         return found
 
 
-def crop_image(image: Image.Image, preparation: Preparation) -> NDArray[np.uint8]:
-    """Resize and crop an RGB image to 8-bit pixels (height, width, 3)."""
-    height, width = preparation.size
-    scaled = math.floor(height / preparation.crop_pct), math.floor(width / preparation.crop_pct)
-    size = _resized(image, scaled, preparation.crop_mode)
+def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Resize and crop an RGB image; returns uint8 (H, W, 3)."""
+    height, width = preprocessing.size
+    scaled = math.floor(height / preprocessing.crop_pct), math.floor(width / preprocessing.crop_pct)
+    size = _resized_size(image, scaled, preprocessing.crop_mode)
     if size != (image.height, image.width):
-        image = image.resize((size[1], size[0]), _FILTERS[preparation.interpolation])
-    # Outside the image there is black, or with a border the mean colour.
-    border = preparation.crop_mode == "border"
-    fill = tuple(round(255 * value) for value in preparation.mean) if border else (0, 0, 0)
+        image = image.resize((size[1], size[0]), _FILTERS[preprocessing.interpolation])
+    # An image smaller than the crop is padded: with the mean color in mode "border", else with black.
+    border = preprocessing.crop_mode == "border"
+    fill = tuple(round(255 * value) for value in preprocessing.mean) if border else (0, 0, 0)
     canvas = Image.new("RGB", (max(width, image.width), max(height, image.height)), fill)
     canvas.paste(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
     left, top = round((canvas.width - width) / 2.0), round((canvas.height - height) / 2.0)
     return np.asarray(canvas.crop((left, top, left + width, top + height)))
 
 
-def normalise(pixels: NDArray[np.uint8], preparation: Preparation) -> NDArray[np.float32]:
-    """Map pixels (..., height, width, 3) to normalised values (..., 3, height, width)."""
-    mean, std = (np.asarray(values, np.float32) for values in (preparation.mean, preparation.std))
+def normalize(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """Normalize uint8 (..., H, W, 3) to float32 (..., 3, H, W)."""
+    mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
     values = (pixels.astype(np.float32) / np.float32(255) - mean) / std
     return np.ascontiguousarray(np.moveaxis(values, -1, -3))
 
 
-def _resized(image: Image.Image, scaled: tuple[int, int], crop_mode: str) -> tuple[int, int]:
-    """Return the (height, width) that an image is resized to, rounded as the training library does."""
+def _resized_size(image: Image.Image, scaled: tuple[int, int], crop_mode: str) -> tuple[int, int]:
+    """Return the (height, width) before the crop, rounded as torchvision and timm do."""
     if crop_mode == "squash":
         return scaled
     if crop_mode == "center" and scaled[0] == scaled[1]:

@@ -1,4 +1,4 @@
-"""`lightspine_runtime`: an exported file by itself gives what the checkpoint gives in PyTorch."""
+"""`lightspine_runtime.OnnxModel`: the same predictions as the checkpoint in PyTorch."""
 
 import subprocess
 import sys
@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 
 import lightspine
+import lightspine_runtime
 from lightspine.data import Preprocessing
 from lightspine.data.transforms import create_eval_transform
-from lightspine.errors import LightspineError, UsageError
+from lightspine.errors import UsageError
 from lightspine.evaluation import predict as predict_with_checkpoint
 from lightspine.export import export_onnx
-from lightspine.runtime.network import OnnxNetwork, load_onnx
-from lightspine_runtime import OnnxModel, Preparation, predict
-from lightspine_runtime.preprocessing import crop_image, normalise
+from lightspine.export.onnx_classifier import OnnxClassifier, load_onnx
+from lightspine_runtime import OnnxModel, predict
+from lightspine_runtime.preprocessing import normalize, resize_and_crop
 from support.checkpoints import save_small
 from support.images import COLOURS, write_folder
 
@@ -60,9 +61,11 @@ def test_images_are_prepared_as_in_training(
     preprocessing = Preprocessing(
         input_size=input_size, crop_mode=crop_mode, interpolation=interpolation, crop_pct=crop_pct
     )
-    preparation = Preparation.from_mapping(preprocessing.to_dict(), "test")
+    preparation = lightspine_runtime.Preprocessing.from_mapping(preprocessing.to_dict(), "test")
     expected = create_eval_transform(preprocessing)(image).numpy()
-    np.testing.assert_allclose(normalise(crop_image(image, preparation), preparation), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        normalize(resize_and_crop(image, preparation), preparation), expected, atol=1e-5
+    )
 
 
 def test_neither_torch_nor_the_library_is_imported(place: Path) -> None:
@@ -77,8 +80,7 @@ def test_neither_torch_nor_the_library_is_imported(place: Path) -> None:
 
 def test_library_does_not_import_onnx_runtime() -> None:
     script = (
-        "import sys, lightspine, lightspine.runtime\n"
-        "print([n for n in ('onnx', 'onnxruntime', 'lightning') if n in sys.modules])"
+        "import sys, lightspine\nprint([n for n in ('onnx', 'onnxruntime', 'lightning') if n in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
@@ -95,18 +97,18 @@ def test_file_is_a_network_like_any_other(place: Path) -> None:
 
 
 def test_network_needs_normalised_images(place: Path) -> None:
-    with pytest.raises(UsageError, match=r"expected a file that takes normalised images, .*pixels\.onnx"):
+    with pytest.raises(UsageError, match=r"expected a file that takes normalized images, but .*pixels\.onnx"):
         load_onnx(place / "pixels.onnx")
 
 
 def test_missing_file_is_named() -> None:
-    with pytest.raises(UsageError, match=r"absent\.onnx does not exist"):
+    with pytest.raises(lightspine_runtime.UsageError, match=r"absent\.onnx does not exist"):
         OnnxModel("absent.onnx")
 
 
 def test_file_that_is_no_onnx_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("not a model")
-    with pytest.raises(LightspineError, match=r"ONNX Runtime cannot run .*text\.onnx"):
+    with pytest.raises(lightspine_runtime.LightspineError, match=r"ONNX Runtime cannot run .*text\.onnx"):
         OnnxModel(tmp_path / "text.onnx")
 
 
@@ -114,23 +116,24 @@ def test_foreign_file_is_refused(place: Path, tmp_path: Path) -> None:
     foreign = onnx.load(place / "model.onnx")
     del foreign.metadata_props[:]
     onnx.save(foreign, tmp_path / "foreign.onnx")
-    with pytest.raises(UsageError, match="expected a file that `lightspine export` wrote"):
+    with pytest.raises(lightspine_runtime.UsageError, match="expected a file that `lightspine export` wrote"):
         predict(tmp_path / "foreign.onnx", [])
 
 
 def test_batch_of_another_shape_is_refused(place: Path) -> None:
     model = OnnxModel(place / "model.onnx")
-    with pytest.raises(UsageError, match=r"expected a batch of shape .* got one of \(1, 32, 32, 3\)"):
+    message = r"expected a batch of shape .* got one of \(1, 32, 32, 3\)"
+    with pytest.raises(lightspine_runtime.UsageError, match=message):
         model.run(np.zeros((1, 32, 32, 3), np.float32))
 
 
 def test_number_of_classes_to_tell_is_checked(place: Path) -> None:
-    with pytest.raises(UsageError, match="topk of at least 1, got 0"):
+    with pytest.raises(lightspine_runtime.UsageError, match="topk of at least 1, got 0"):
         predict(place / "model.onnx", [], topk=0)
 
 
 def test_network_of_maps_is_no_classifier(place: Path) -> None:
     model = OnnxModel(place / "model.onnx")
     model.outputs = ["map0", "map1"]
-    with pytest.raises(UsageError, match=r"expected an exported classifier, .* gives map0, map1"):
-        OnnxNetwork(model)
+    with pytest.raises(UsageError, match=r"expected an exported classifier, but .* outputs map0, map1"):
+        OnnxClassifier(model)

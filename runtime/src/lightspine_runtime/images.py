@@ -1,4 +1,4 @@
-"""Open an image as 8-bit RGB, whatever it holds."""
+"""Image decoding to 8-bit RGB, equal to `lightspine.data.images`."""
 
 import io
 import warnings
@@ -11,18 +11,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lightspine_runtime.errors import LightspineError, UsageError
 
 MIN_SIDE = 32
-"""Least height and width in pixels that the models take."""
+"""Minimum height and width of an image in pixels."""
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Return the image of a file as 8-bit RGB, upright; see `decode_image`.
+    """Open an image file as 8-bit RGB in upright orientation; see `decode_image`.
 
     Args:
-        path: an image file of any format that Pillow reads.
+        path: an image file in any format that Pillow reads.
 
     Raises:
         UsageError: the file does not exist, or the image is smaller than 32 px on a side.
-        LightspineError: the file is not an image, is truncated, or holds pixels of an unknown meaning.
+        LightspineError: the file is not an image, is truncated, or has pixels that cannot be converted.
     """
     path = Path(path)
     if not path.is_file():
@@ -37,28 +37,28 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def decode_image(data: bytes | BinaryIO, name: str) -> Image.Image:
-    """Return an image as 8-bit RGB, upright.
+    """Decode an image as 8-bit RGB in upright orientation.
 
-    Grey, palette, CMYK and 16-bit images are converted (16-bit values are scaled, not cut off), transparency
-    is dropped, and the EXIF orientation is applied.
+    Grayscale, palette, CMYK and 16-bit images are converted (16-bit values are scaled, not clipped), the
+    alpha channel is dropped, and the EXIF orientation is applied.
 
     Args:
         data: the content of an image file, or the open file.
-        name: what an error calls the image.
+        name: name of the image in error messages.
 
     Raises:
         UsageError: the image is smaller than 32 px on a side.
-        LightspineError: it is not an image, is truncated, or holds pixels of an unknown meaning.
+        LightspineError: the data is not an image, is truncated, or has pixels that cannot be converted.
     """
     try:
-        # Pillow warns of damage that it can read past, such as a broken EXIF block: the image is used.
+        # Pillow warns about damage that it can ignore, such as a broken EXIF block.
         with (
             warnings.catch_warnings(action="ignore", category=UserWarning),
             Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as file,
         ):
-            # Orientation is read from the file's EXIF block, which a conversion may lose: turn first.
+            # A conversion may drop the EXIF block, so apply the orientation first.
             image = _to_rgb(ImageOps.exif_transpose(file))
-    # Pillow's decoders raise nearly anything on damaged data: OSError, SyntaxError, ValueError, struct.error.
+    # On damaged data Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others.
     except Exception as error:
         reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
         raise LightspineError(f"cannot read image {name}: {reason or type(error).__name__}") from error
@@ -70,7 +70,7 @@ def decode_image(data: bytes | BinaryIO, name: str) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # Pillow's own conversion cuts 16-bit values off at 255, which turns most pixels white.
+        # Pillow's own conversion clips 16-bit values at 255, which turns most pixels white.
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"expected integer pixels from 0 to 65535, got {values.min()} to {values.max()}")
@@ -78,6 +78,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("expected integer pixels, got floating-point ones")
     if image.mode == "P" and "transparency" in image.info:
-        # A palette with alpha per colour has to become RGBA before its alpha can be dropped.
+        # Pillow drops the alpha of a palette correctly only by way of RGBA.
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -1,0 +1,174 @@
+"""An exported model that ONNX Runtime runs on the CPU."""
+
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from PIL import Image
+
+from lightspine_runtime.errors import LightspineError, UsageError
+from lightspine_runtime.images import open_image
+from lightspine_runtime.preprocessing import Preprocessing, normalize, resize_and_crop
+
+_METADATA_PREFIX = "lightspine."
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class and its probability, from 0 to 1."""
+
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image, in descending order."""
+
+    path: Path
+    classes: list[ClassScore]
+
+
+class OnnxModel:
+    """A model that `lightspine export` wrote.
+
+    Attributes:
+        path: the file.
+        name: name of the model.
+        kind: "classifier", "features", "pyramid" or "segmenter".
+        class_names: one name per class, or `None` if the file has none.
+        preprocessing: how images are resized, cropped and normalized.
+        pixels: whether the model takes 8-bit pixels (B, H, W, 3) instead of normalized images (B, 3, H, W).
+        outputs: names of the outputs.
+        metadata: all entries of the file as text: version, commit, precision, source and others.
+        session: the `onnxruntime.InferenceSession`.
+
+    Args:
+        path: the file.
+        threads: number of threads of ONNX Runtime; by default one per core.
+
+    Raises:
+        UsageError: the file does not exist or was not written by lightspine.
+        LightspineError: ONNX Runtime cannot run the file, or its metadata is damaged.
+
+    Examples:
+        >>> from lightspine_runtime import OnnxModel
+        >>> model = OnnxModel("model.onnx")  # doctest: +SKIP
+        >>> model.predict(["seven.png"])[0].classes[0]  # doctest: +SKIP
+        ClassScore(name='7', probability=0.98)
+    """
+
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+        self.path = Path(path)
+        self.session = _create_session(self.path, threads)
+        entries = self.session.get_modelmeta().custom_metadata_map
+        self.metadata = {
+            key.removeprefix(_METADATA_PREFIX): value
+            for key, value in entries.items()
+            if key.startswith(_METADATA_PREFIX)
+        }
+        if "model" not in self.metadata or "preprocessing" not in self.metadata:
+            raise UsageError(
+                f"expected a file that `lightspine export` wrote, but {path} has no metadata about its "
+                "preprocessing"
+            )
+        try:
+            preprocessing = json.loads(self.metadata["preprocessing"])
+            self.class_names: list[str] | None = json.loads(self.metadata.get("class_names", "null"))
+            self.pixels: bool = json.loads(self.metadata.get("pixels", "false"))
+        except json.JSONDecodeError as error:
+            raise LightspineError(f"{path} has damaged metadata: {error}") from error
+        self.name, self.kind = self.metadata["model"], self.metadata.get("kind", "classifier")
+        self.preprocessing = Preprocessing.from_mapping(preprocessing, str(path))
+        self.outputs = [value.name for value in self.session.get_outputs()]
+        self._input = self.session.get_inputs()[0].name
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Deprecated name of `metadata`."""
+        warnings.warn("OnnxModel.about is deprecated, use OnnxModel.metadata", FutureWarning, stacklevel=2)
+        return self.metadata
+
+    def preprocess(self, image: Image.Image) -> NDArray[Any]:
+        """Resize, crop and normalize an RGB image.
+
+        Returns:
+            Float32 (3, H, W), or uint8 (H, W, 3) for a model that takes pixels.
+        """
+        pixels = resize_and_crop(image, self.preprocessing)
+        return pixels if self.pixels else normalize(pixels, self.preprocessing)
+
+    def run(self, batch: NDArray[Any]) -> list[NDArray[Any]]:
+        """Run the model on a batch of preprocessed images.
+
+        Returns:
+            The outputs, in the order of `outputs`.
+
+        Raises:
+            UsageError: the batch has a shape or dtype that the model does not take.
+        """
+        try:
+            found: list[NDArray[Any]] = self.session.run(None, {self._input: batch})
+        except Exception as error:
+            # ONNX Runtime has one exception class per status code and no public base class.
+            expected = self.session.get_inputs()[0]
+            raise UsageError(
+                f"expected a batch of shape {tuple(expected.shape)} and {expected.type}, got one of "
+                f"{batch.shape} and {batch.dtype}: {str(error).splitlines()[0]}"
+            ) from error
+        return found
+
+    def predict(self, images: Iterable[str | Path], *, topk: int = 5) -> list[Prediction]:
+        """Predict the most probable classes of image files.
+
+        Args:
+            images: image files.
+            topk: number of classes per image; capped at the number of classes.
+
+        Raises:
+            UsageError: the model is not a classifier, topk is below 1, or an image is missing or too small.
+            LightspineError: an image cannot be read.
+        """
+        if self.kind != "classifier" or self.outputs != ["logits"]:
+            raise UsageError(f"expected a classifier, but {self.path} outputs {', '.join(self.outputs)}")
+        if topk < 1:
+            raise UsageError(f"expected topk of at least 1, got {topk}")
+        return [self._predict_one(Path(path), topk) for path in images]
+
+    def _predict_one(self, path: Path, topk: int) -> Prediction:
+        logits = self.run(self.preprocess(open_image(path))[None])[0][0].astype(np.float64)
+        exponentials = np.exp(logits - logits.max())
+        probabilities = exponentials / exponentials.sum()
+        names = self.class_names or [str(i) for i in range(len(probabilities))]
+        best = np.argsort(-probabilities, kind="stable")[:topk]
+        return Prediction(path, [ClassScore(names[i], float(probabilities[i])) for i in best])
+
+
+def predict(
+    path: str | Path, images: Iterable[str | Path], *, topk: int = 5, threads: int | None = None
+) -> list[Prediction]:
+    """Predict the most probable classes of image files with an exported classifier.
+
+    For the arguments see `OnnxModel` and `OnnxModel.predict`.
+    """
+    return OnnxModel(path, threads=threads).predict(images, topk=topk)
+
+
+def _create_session(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+    if not path.is_file():
+        raise UsageError(f"expected an exported .onnx file, but {path} does not exist")
+    options = onnxruntime.SessionOptions()
+    # 3 = errors: the warnings only concern how the graph could be optimized.
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise LightspineError(f"ONNX Runtime cannot run {path}: {str(error).splitlines()[0]}") from error
