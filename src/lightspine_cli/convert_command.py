@@ -21,8 +21,8 @@ def run(args: argparse.Namespace) -> int:
     """Convert and tell what was done with the tensors."""
     from typing import Any
 
-    from lightspine.models._loading import convert_checkpoint
+    from lightspine.models.factory import convert_checkpoint
 
     model: Any = convert_checkpoint(args.source, args.target, name=args.model, weights=args.weights)
-    print(f"{args.target}: {model.creation['name']}, {model.load_report}")
+    print(f"{args.target}: {model.init_args['name']}, {model.load_report}")
     return 0

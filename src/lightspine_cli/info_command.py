@@ -100,12 +100,11 @@ def _stages(model: Any) -> list[dict[str, Any]]:
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
-    from lightspine.models._identify import identify_tensors
-    from lightspine.models._reading import read_checkpoint
-    from lightspine.models._saving import read_saved_model
+    from lightspine.models.checkpoint import read_checkpoint, read_model_metadata
+    from lightspine.models.loading import identify_tensors
 
     file = read_checkpoint(path)
-    saved = read_saved_model(file)
+    saved = read_model_metadata(file)
     entries = []
     for name, tensors in file.entries.items():
         guess = identify_tensors(tensors)
@@ -117,7 +116,7 @@ def _file_facts(path: Path) -> dict[str, Any]:
                 "model": guess.name if guess else None,
                 "family": guess.family if guess else None,
                 "exact": guess.exact if guess else False,
-                "mismatches": "" if guess is None or guess.exact else _mismatches(guess.name, tensors),
+                "mismatches": guess.mismatches if guess else "",
             }
         )
     facts: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
@@ -130,32 +129,6 @@ def _file_facts(path: Path) -> dict[str, Any]:
             "metadata": saved.metadata,
         }
     return facts | {"entries": entries}
-
-
-def _mismatches(name: str, tensors: dict[str, Any]) -> str:
-    """Return the first few tensors that differ from the published variant, as a refused load names them."""
-    import torch
-
-    from lightspine.models import get_record
-    from lightspine.models._report import LoadReport
-
-    record = get_record(name)
-    with torch.device("meta"):
-        model = record.create()
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    shapes = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
-    found = {key: tuple(tensor.shape) for key, tensor in record.checkpoint_filter_fn(shapes, model).items()}
-    report = LoadReport(
-        source="",
-        entry="",
-        is_ema=False,
-        missing=[key for key in expected if key not in found],
-        unexpected=[key for key in found if key not in expected],
-        mismatched={
-            key: (found[key], shape) for key, shape in expected.items() if found.get(key, shape) != shape
-        },
-    )
-    return report.mismatches()
 
 
 def _as_text(value: Any) -> str:

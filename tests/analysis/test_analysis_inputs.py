@@ -12,7 +12,7 @@ from lightspine.analysis import list_files, open_subject, read_picture
 from lightspine.analysis.pictures import MOST_PIXELS, bounded_size
 from lightspine.data import Preprocessing, create_eval_transform, open_image
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models._saving import save_checkpoint
+from lightspine.models.checkpoint import save_checkpoint
 from support.images import truncate, write_image
 
 

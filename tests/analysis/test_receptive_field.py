@@ -12,7 +12,7 @@ from lightspine.analysis import erf, open_subject
 from lightspine.analysis.receptive_field import contribution_curve, measure_field
 from lightspine.analysis.stages import Stage
 from lightspine.errors import UsageError
-from lightspine.models._saving import save_checkpoint
+from lightspine.models.checkpoint import save_checkpoint
 from support.images import write_image
 
 

@@ -12,7 +12,7 @@ from lightspine.data import create_eval_transform, open_image
 from lightspine.errors import UsageError
 from lightspine.evaluation import InferenceOptions, embed_images
 from lightspine.evaluation.classifiers import find_preprocessing
-from lightspine.models._loading import load_model
+from lightspine.models.factory import load_model
 from support.checkpoints import save_small
 from support.images import COLOURS, write_folder
 

@@ -14,7 +14,7 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation import evaluate, write_report
 from lightspine.evaluation.metrics import ClassificationMetrics
 from lightspine.evaluation.plots import plot_confusion_matrix
-from lightspine.models._saving import save_checkpoint
+from lightspine.models.checkpoint import save_checkpoint
 from support.checkpoints import save_small
 from support.images import COLOURS, write_folder
 

@@ -73,7 +73,7 @@ def test_runtime_has_nothing_to_warn_of(exported: tuple[nn.Module, ExportReport]
 def test_file_says_what_it_is(exported: tuple[nn.Module, ExportReport]) -> None:
     model, report = exported
     entries = {entry.key: entry.value for entry in onnx.load(report.path).metadata_props}
-    assert entries["lightspine.model"] == model.creation["name"]
+    assert entries["lightspine.model"] == model.init_args["name"]
     assert json.loads(entries["lightspine.class_names"]) == list("abcde")
     assert json.loads(entries["lightspine.preprocessing"])["input_size"] == [3, 224, 224]
     assert entries["lightspine.version"] == lightspine.__version__

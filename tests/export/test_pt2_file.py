@@ -28,7 +28,7 @@ def test_program_gives_the_model_s_values_at_any_size(family: str, tmp_path: Pat
     images = torch.randn(1, 3, 64, 96)
     with torch.inference_mode():
         assert relative_l2(program(images), model(images)) < 1e-5
-    assert json.loads(files[METADATA])["lightspine.model"] == model.creation["name"]
+    assert json.loads(files[METADATA])["lightspine.model"] == model.init_args["name"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 
 import lightspine
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models._reading import read_checkpoint
+from lightspine.models.checkpoint import read_checkpoint
 from support.reference import fill_checkpoint, read_figure, write_official_file
 
 

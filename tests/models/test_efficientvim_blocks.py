@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightspine.errors import UsageError
-from lightspine.models._efficientvim_blocks import HSMSSD, NCSSD, ChannelNorm, EfficientViMBlock
+from lightspine.models.efficientvim import HSMSSD, NCSSD, ChannelNorm, EfficientViMBlock
 
 MIXERS = {"hsm-ssd": HSMSSD, "nc-ssd": NCSSD}
 both_mixers = pytest.mark.parametrize("mixer_cls", MIXERS.values(), ids=MIXERS)

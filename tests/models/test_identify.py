@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lightspine
-from lightspine.models._identify import identify_tensors
+from lightspine.models.loading import identify_tensors
 from support.reference import FIGURES, read_figure
 
 PUBLISHED = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lightspine
-from lightspine.models import _vim_blocks, _vmamba_blocks
+from lightspine.models import vim, vmamba
 
 VMAMBA = {"embed_dims": (8, 16), "depths": (1, 1), "mlp_ratio": 2.0}
 VIM = {"dim": 32, "depth": 2, "patch_size": 8, "stride": 8, "img_size": 32}
@@ -43,7 +43,7 @@ def train(name: str, steps: int, device: str = "cpu") -> Tensor:
 @pytest.fixture
 def use_backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     def use(backend: str) -> None:
-        for module, function in ((_vim_blocks, "scan"), (_vmamba_blocks, "cross_scan")):
+        for module, function in ((vim, "scan"), (vmamba, "cross_scan")):
             fixed = functools.partial(getattr(module, function), backend=backend)
             monkeypatch.setattr(module, function, fixed)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import lightspine
 from lightspine.errors import UsageError
 from lightspine.layers.stem import stem_strides
-from lightspine.models._loading import load_model
-from lightspine.models._saving import save_checkpoint
+from lightspine.models.checkpoint import save_checkpoint
+from lightspine.models.factory import load_model
 
 # One model of each family, with what suits images of 32 px.
 SMALL: dict[str, dict[str, Any]] = {

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from lightspine.errors import LightspineError
-from lightspine.models._vim_tokens import class_tokens_of, join_tokens, patches_of, square_grid
-from lightspine.models.vim import resize_pos_embed
+from lightspine.models.vim import class_tokens_of, join_tokens, patches_of, resize_pos_embed, square_grid
 from support.fill import fill_tensor
 from support.reference import assert_close, read_figure
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightspine.errors import UsageError
-from lightspine.models._vmamba_official import convert_ss2d
-from lightspine.models.vmamba import SS2D, VMamba, VSSBlock, options_from_official
+from lightspine.models.vmamba import SS2D, VMamba, VSSBlock, convert_ss2d, options_from_official
 from support.reference import assert_close, fill_checkpoint, read_figure
 
 FIGURES = {

@@ -138,7 +138,7 @@ def test_copy_says_what_the_model_said():
     model = small_model("shvit", num_classes=7)
     optimized = lightspine.optimize(model)
     assert optimized.pretrained_cfg == model.pretrained_cfg
-    assert optimized.creation == model.creation
+    assert optimized.init_args == model.init_args
     assert (optimized.num_classes, optimized.num_features) == (7, model.num_features)
 
 

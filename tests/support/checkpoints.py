@@ -6,7 +6,7 @@ import torch
 
 import lightspine
 from lightspine.data import Preprocessing
-from lightspine.models._saving import save_checkpoint
+from lightspine.models.checkpoint import save_checkpoint
 from support.training import SMALL_MODEL
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightspine.data.modules import DigitsDataModule
 from lightspine.errors import UsageError
-from lightspine.models._factory import create_model
+from lightspine.models.factory import create_model
 from lightspine.training.callbacks import GradientAccumulation
 from lightspine.training.classification import ClassificationTask
 from lightspine.training.fit import TrainResult, set_grad_checkpointing, train

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from lightspine.errors import UsageError
-from lightspine.models._loading import load_model
+from lightspine.models.factory import load_model
 from lightspine.recipes import find_recipe, list_recipes
 from lightspine.training.cli import TrainCLI, main, train_recipe
 from lightspine.training.log_filters import filter_lightning_logs

@@ -12,7 +12,7 @@ import torch
 
 from lightspine.data.modules import DigitsDataModule, ImageFolderDataModule
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models._loading import load_model
+from lightspine.models.factory import load_model
 from lightspine.training.fit import TrainingInterruptedError, TrainResult, train
 from support.images import truncate, write_folder, write_image
 from support.training import make_task, read_weights, run, same_weights

@@ -13,7 +13,7 @@ from lightspine.analysis.results import ImageResult, Panel
 from lightspine.analysis.stages import choose_layers
 from lightspine.analysis.subject import Subject
 from lightspine.errors import UsageError
-from lightspine.models._efficientmod_blocks import ContextLayer
+from lightspine.models.efficientmod import ContextLayer
 
 
 @dataclass(frozen=True)

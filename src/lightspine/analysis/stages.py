@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspine.errors import UsageError
-from lightspine.models._vim_tokens import patches_of
-from lightspine.models.vim import Vim
+from lightspine.models.vim import Vim, patches_of
 
 MOST_STAGES = 6
 """A model with more stages, such as a row of like blocks, is shown at four of them."""

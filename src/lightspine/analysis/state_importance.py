@@ -13,7 +13,7 @@ from lightspine.analysis.results import ImageResult, Panel
 from lightspine.analysis.stages import choose_layers
 from lightspine.analysis.subject import Subject
 from lightspine.errors import UsageError
-from lightspine.models._efficientvim_blocks import HSMSSD, NCSSD
+from lightspine.models.efficientvim import HSMSSD, NCSSD
 
 
 @dataclass(frozen=True)

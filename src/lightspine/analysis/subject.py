@@ -11,10 +11,9 @@ from lightspine.data.images import MIN_SIDE
 from lightspine.data.synsets import imagenet_synsets, synset_descriptions
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import UsageError
-from lightspine.models._factory import create_model
-from lightspine.models._loading import load_model
-from lightspine.models._registry import find_record
-from lightspine.models._saving import SavedModel, default_preprocessing
+from lightspine.models.checkpoint import ModelMetadata, default_preprocessing
+from lightspine.models.factory import create_model, load_model
+from lightspine.models.registry import find_record
 
 Size = int | tuple[int, int] | Literal["native"]
 
@@ -41,7 +40,7 @@ class Subject:
     trained: bool
     device: str = "cpu"
     native: bool = False
-    saved: SavedModel | None = None
+    saved: ModelMetadata | None = None
 
     @property
     def state(self) -> str:
@@ -124,7 +123,7 @@ def open_subject(
     )
 
 
-def _load(model: str | Path, checkpoint: str | Path | None) -> tuple[nn.Module, SavedModel, bool]:
+def _load(model: str | Path, checkpoint: str | Path | None) -> tuple[nn.Module, ModelMetadata, bool]:
     name = str(model)
     if checkpoint is not None:
         if Path(model).is_file():
@@ -132,7 +131,7 @@ def _load(model: str | Path, checkpoint: str | Path | None) -> tuple[nn.Module, 
         if find_record(name) is not None:
             return *load_model(checkpoint, name=name), True
         network = create_model(name, checkpoint=checkpoint).eval()
-        return network, SavedModel(name, preprocessing=default_preprocessing(network)), True
+        return network, ModelMetadata(name, preprocessing=default_preprocessing(network)), True
     if Path(model).is_file():
         return *load_model(model), True
     if Path(name).suffix or "/" in name:
@@ -140,14 +139,14 @@ def _load(model: str | Path, checkpoint: str | Path | None) -> tuple[nn.Module, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = create_model(name).eval()
-    return network, SavedModel(name, preprocessing=default_preprocessing(network)), False
+    return network, ModelMetadata(name, preprocessing=default_preprocessing(network)), False
 
 
-def _describe(module: nn.Module) -> SavedModel | None:
-    creation = cast(dict | None, getattr(module, "creation", None))
-    if creation is None:
+def _describe(module: nn.Module) -> ModelMetadata | None:
+    init_args = cast(dict | None, getattr(module, "init_args", None))
+    if init_args is None:
         return None
-    return SavedModel(creation["name"], creation["kwargs"], preprocessing=default_preprocessing(module))
+    return ModelMetadata(init_args["name"], init_args["kwargs"], preprocessing=default_preprocessing(module))
 
 
 def _default_names(count: int) -> list[str]:

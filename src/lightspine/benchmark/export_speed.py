@@ -16,8 +16,8 @@ from lightspine.benchmark.turns import Timing, time_in_turns
 from lightspine.errors import UsageError
 from lightspine.export.check import open_session
 from lightspine.export.onnx_file import export_onnx
-from lightspine.models._factory import create_model
-from lightspine.models._registry import get_record
+from lightspine.models.factory import create_model
+from lightspine.models.registry import get_record
 from lightspine.optimize.folding import optimize
 
 EAGER, OPTIMIZED, ONNX, TIMM = "eager", "optimized", "onnx", "timm onnx"

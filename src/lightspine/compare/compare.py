@@ -16,7 +16,7 @@ from lightspine.compare.runs import CompareData, ModelRun
 from lightspine.data.images import open_image
 from lightspine.errors import LightspineError
 from lightspine.evaluation import evaluate, predict
-from lightspine.models._loading import load_model
+from lightspine.models.factory import load_model
 from lightspine.training.fit import TrainingInterruptedError, TrainResult
 from lightspine.training.resume import prepare_folder
 

@@ -6,7 +6,7 @@ import timm
 
 from lightspine.errors import UsageError
 from lightspine.models import find_record
-from lightspine.models._registry import unknown_model
+from lightspine.models.registry import unknown_model
 
 
 def check_model_names(names: Sequence[str]) -> None:

@@ -12,9 +12,8 @@ from lightspine.heads.detectors import DetectorName
 from lightspine.heads.mask_rcnn import MaskRCNN
 from lightspine.heads.retinanet import RetinaNet
 from lightspine.heads.segmenters import Segmenter
-from lightspine.models._reading import read_checkpoint, read_metadata
-from lightspine.models._report import LoadReport
-from lightspine.models._saving import NETWORK_KEY, write_safetensors
+from lightspine.models.checkpoint import NETWORK_KEY, read_checkpoint, write_safetensors
+from lightspine.models.loading import LoadReport
 
 DenseNetwork = RetinaNet | MaskRCNN | Segmenter
 
@@ -88,7 +87,7 @@ def save_network(
 
 def read_network_metadata(path: str | Path) -> NetworkMetadata:
     """Return what a file says about its network, without reading its tensors; see `load_network`."""
-    metadata = dict(read_metadata(path))
+    metadata = dict(read_checkpoint(path).metadata)
     text = metadata.pop(NETWORK_KEY, None)
     if text is None:
         raise UsageError(f"expected a detector or segmenter in {path}, got a file without one")
@@ -105,7 +104,7 @@ def read_network_metadata(path: str | Path) -> NetworkMetadata:
 
 def is_network_file(path: str | Path) -> bool:
     """Tell whether a file was written by `save_network`, without reading its tensors."""
-    return NETWORK_KEY in read_metadata(path)
+    return read_checkpoint(path).is_dense
 
 
 def load_pretrained(network: Any, path: str | Path) -> LoadReport:

@@ -18,8 +18,8 @@ from lightspine.heads.features import MapNorm
 from lightspine.heads.mask_rcnn import MaskRCNN
 from lightspine.heads.retinanet import RetinaNet
 from lightspine.heads.segmenters import Segmenter, SegmenterName
-from lightspine.models._factory import create_model
-from lightspine.models._reading import Weights
+from lightspine.models.checkpoint import Weights
+from lightspine.models.factory import create_model
 
 
 def create_detector(

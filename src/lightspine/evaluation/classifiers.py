@@ -10,11 +10,9 @@ from lightspine.data.synsets import imagenet_synsets, synset_descriptions
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import UsageError
 from lightspine.export.onnx_classifier import is_onnx_file, load_onnx
-from lightspine.models._factory import create_model
-from lightspine.models._loading import load_model
-from lightspine.models._reading import Weights
-from lightspine.models._registry import find_record
-from lightspine.models._saving import SavedModel, default_preprocessing
+from lightspine.models.checkpoint import ModelMetadata, Weights, default_preprocessing
+from lightspine.models.factory import create_model, load_model
+from lightspine.models.registry import find_record
 
 CROP_MODES = ("center", "squash", "border")
 
@@ -23,7 +21,7 @@ __all__ = ["Weights", "class_names", "find_preprocessing", "load_classifier"]
 
 def load_classifier(
     model: str | Path, checkpoint: str | Path | None = None, *, weights: Weights = "auto"
-) -> tuple[nn.Module, SavedModel]:
+) -> tuple[nn.Module, ModelMetadata]:
     """Return a model in evaluation mode with its weights, and what is known about it.
 
     Args:
@@ -56,10 +54,10 @@ def load_classifier(
     if find_record(name) is not None:
         return load_model(checkpoint, name=name, weights=weights)
     network = create_model(name, checkpoint=checkpoint, weights=weights).eval()
-    return network, SavedModel(name, preprocessing=default_preprocessing(network))
+    return network, ModelMetadata(name, preprocessing=default_preprocessing(network))
 
 
-def class_names(saved: SavedModel, num_classes: int) -> list[str]:
+def class_names(saved: ModelMetadata, num_classes: int) -> list[str]:
     """Return the checkpoint's class names, else ImageNet's for 1000 classes, else the numbers."""
     if saved.class_names is not None:
         return saved.class_names
@@ -69,7 +67,7 @@ def class_names(saved: SavedModel, num_classes: int) -> list[str]:
 
 
 def find_preprocessing(
-    saved: SavedModel,
+    saved: ModelMetadata,
     *,
     image_size: int | None = None,
     crop_pct: float | None = None,

@@ -28,7 +28,7 @@ from lightspine.data.transforms import Preprocessing, create_eval_transform
 from lightspine.errors import UsageError
 from lightspine.evaluation.batch_inference.sources import is_shards
 from lightspine.evaluation.classifiers import class_names
-from lightspine.models._saving import SavedModel
+from lightspine.models.checkpoint import ModelMetadata
 
 DIGITS = "digits"
 IMAGENET = "imagenet"
@@ -61,7 +61,7 @@ class EvalDataset:
 
 def open_eval_dataset(
     data: str | Path,
-    saved: SavedModel,
+    saved: ModelMetadata,
     preprocessing: Preprocessing,
     num_classes: int,
     *,
@@ -111,7 +111,7 @@ def _digits(preprocessing: Preprocessing, num_classes: int) -> EvalDataset:
 def _mapped(
     root: Path,
     mapping_file: str | Path,
-    saved: SavedModel,
+    saved: ModelMetadata,
     preprocessing: Preprocessing,
     num_classes: int,
 ) -> EvalDataset:
@@ -143,7 +143,7 @@ def _mapped(
 
 
 def _shards(
-    data: str | Path, saved: SavedModel, preprocessing: Preprocessing, num_classes: int
+    data: str | Path, saved: ModelMetadata, preprocessing: Preprocessing, num_classes: int
 ) -> EvalDataset:
     source = ShardSource(data)
     # Labels in shards are class numbers, class names or, for ImageNet, WordNet ids.
@@ -162,7 +162,7 @@ def _shards(
 
 
 def _find_samples(
-    root: Path, saved: SavedModel, num_classes: int, val_fraction: float | None, seed: int
+    root: Path, saved: ModelMetadata, num_classes: int, val_fraction: float | None, seed: int
 ) -> tuple[list[str], list[Sample], str]:
     val_root = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
     if val_fraction is None:
@@ -178,7 +178,7 @@ def _find_samples(
     return names, samples, f"{val_fraction:g} held out with seed {seed}"
 
 
-def _list(root: Path, saved: SavedModel, num_classes: int) -> tuple[list[str], list[Sample]]:
+def _list(root: Path, saved: ModelMetadata, num_classes: int) -> tuple[list[str], list[Sample]]:
     if not _knows_imagenet(saved, num_classes) or not root.is_dir():
         return list_images(root, saved.class_names)
     names = class_names(saved, num_classes)
@@ -192,7 +192,7 @@ def _list(root: Path, saved: SavedModel, num_classes: int) -> tuple[list[str], l
     return list_images(root, saved.class_names)
 
 
-def _knows_imagenet(saved: SavedModel, num_classes: int) -> bool:
+def _knows_imagenet(saved: ModelMetadata, num_classes: int) -> bool:
     """Return whether the classes are those of ImageNet-1k; an official file of 1000 classes has no names."""
     if num_classes != 1000:
         return False

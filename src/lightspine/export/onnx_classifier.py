@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models._saving import SavedModel
+from lightspine.models.checkpoint import ModelMetadata
 
 if TYPE_CHECKING:
     from lightspine_runtime import OnnxModel
@@ -69,7 +69,7 @@ def is_onnx_file(path: str | Path) -> bool:
     return Path(path).suffix == ".onnx"
 
 
-def load_onnx(path: str | Path, *, threads: int | None = None) -> tuple[OnnxClassifier, SavedModel]:
+def load_onnx(path: str | Path, *, threads: int | None = None) -> tuple[OnnxClassifier, ModelMetadata]:
     """Load an exported classifier.
 
     Args:
@@ -93,7 +93,7 @@ def load_onnx(path: str | Path, *, threads: int | None = None) -> tuple[OnnxClas
         ) from error
     with _runtime_errors_as_own():
         model = OnnxModel(path, threads=threads)
-    saved = SavedModel(
+    saved = ModelMetadata(
         model.name,
         class_names=model.class_names,
         preprocessing=json.loads(model.metadata["preprocessing"]),

@@ -26,7 +26,7 @@ from lightspine.export.onnx_graph import check_opset, to_onnx, write_scans_out
 from lightspine.export.precision import list_calibration_images, prepared_batches, quantise, to_half
 from lightspine.export.program import check_size, example_input, trace
 from lightspine.export.targets import Target, WithPreprocessing, find_target
-from lightspine.models._saving import default_preprocessing
+from lightspine.models.checkpoint import default_preprocessing
 from lightspine.ops.onnx import ScanForm
 from lightspine.optimize.folding import fold
 from lightspine.utils.files import atomic_write
@@ -261,8 +261,8 @@ def _with_cfg(model: nn.Module) -> nn.Module:
 
 
 def _name_of(model: nn.Module) -> str:
-    creation: Any = getattr(model, "creation", None)
-    if creation:
-        return str(creation["name"])
+    init_args: Any = getattr(model, "init_args", None)
+    if init_args:
+        return str(init_args["name"])
     cfg: Any = getattr(_with_cfg(model), "pretrained_cfg", None) or {}
     return str(cfg.get("architecture") or type(model).__name__)

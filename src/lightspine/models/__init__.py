@@ -1,7 +1,7 @@
-"""The model families, one module each; importing this package registers them all.
+"""Model families, one module each; importing this package registers all their models.
 
-Families of other packages register themselves too, where an installed package names their module as an entry
-point of the group "lightspine.families".
+Other packages add families through entry points of the group "lightspine.families", whose value is the module
+that registers the models.
 """
 
 import importlib
@@ -9,20 +9,19 @@ import pkgutil
 from importlib.metadata import entry_points
 
 from lightspine.errors import LightspineError
-from lightspine.models._build import build_model
-from lightspine.models._registry import (
+from lightspine.models.registry import (
     ModelRecord,
     Published,
+    build_model,
     find_record,
     get_record,
     list_models,
     register_model,
 )
 
-# A family is any module here without a leading underscore: a sixth one registers itself without an edit.
+# Importing every module here registers the families, so that a new one needs no entry in a list.
 for _module in pkgutil.iter_modules(__path__):
-    if not _module.name.startswith("_"):
-        importlib.import_module(f"{__name__}.{_module.name}")
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 for _entry in entry_points(group="lightspine.families"):
     try:

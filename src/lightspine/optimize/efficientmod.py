@@ -5,15 +5,15 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from lightspine.models._efficientmod_blocks import (
+from lightspine.models.efficientmod import (
     Attention,
     ContextLayer,
     ConvNorm,
+    EfficientMod,
     EfficientModAttentionBlock,
     EfficientModBlock,
     ModulationMlp,
 )
-from lightspine.models.efficientmod import EfficientMod
 from lightspine.optimize import inference_rule
 from lightspine.optimize.heads import pack_head
 from lightspine.optimize.norms import scale_output, set_weights

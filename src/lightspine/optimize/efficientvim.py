@@ -7,16 +7,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightspine.models._efficientvim_blocks import (
+from lightspine.models.efficientvim import (
     HSMSSD,
     NCSSD,
     ChannelNorm,
+    EfficientViM,
     EfficientViMBlock,
     FusionHead,
     PatchMerging,
     Stem,
 )
-from lightspine.models.efficientvim import EfficientViM
 from lightspine.optimize import inference_rule
 from lightspine.optimize.heads import average_heads, pack_head
 from lightspine.optimize.norms import add_input, scale_output

@@ -6,8 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lightspine.models._shvit_blocks import SHSA, FeedForward, PatchMerging, SHViTBlock
-from lightspine.models.shvit import Classifier, SHViT
+from lightspine.models.shvit import SHSA, Classifier, FeedForward, PatchMerging, SHViT, SHViTBlock
 from lightspine.optimize import inference_rule
 from lightspine.optimize.heads import average_heads, pack_head
 from lightspine.optimize.norms import absorb_input, add_input, affine_of, scale_output

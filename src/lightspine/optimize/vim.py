@@ -6,8 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lightspine.models._vim_blocks import ScanDirection, VimMixer, at_least_float32
-from lightspine.models.vim import Vim
+from lightspine.models.vim import ScanDirection, Vim, VimMixer, at_least_float32
 from lightspine.ops.selective_scan import scan
 from lightspine.optimize import inference_rule
 from lightspine.optimize.heads import pack_head

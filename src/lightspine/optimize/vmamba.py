@@ -6,8 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lightspine.models._vmamba_blocks import SS2D, VSSBlock
-from lightspine.models.vmamba import VMamba
+from lightspine.models.vmamba import SS2D, VMamba, VSSBlock
 from lightspine.ops.cross_scan.projected import projected_cross_scan
 from lightspine.optimize import inference_rule
 from lightspine.optimize.heads import pack_head

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightspine.data.batch import BadImage
 from lightspine.data.modules import ImageDataModule
 from lightspine.errors import UsageError
-from lightspine.models._factory import create_model
+from lightspine.models.factory import create_model
 from lightspine.training.ema import ExportedWeights, averaged_model, ema_callback
 from lightspine.training.finetuning import freeze_stages, hold_frozen
 from lightspine.training.lr_schedules import CosineSchedule, DecaySchedule, MilestoneSchedule, warmup_cosine

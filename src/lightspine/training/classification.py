@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightspine.data.batch import Batch
 from lightspine.data.modules import ImageDataModule
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models._saving import save_checkpoint
+from lightspine.models.checkpoint import save_checkpoint
 from lightspine.training.base import LightspineTask
 from lightspine.training.distillation import Distiller, Mesa
 from lightspine.training.lr_schedules import CosineSchedule

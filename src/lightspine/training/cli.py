@@ -20,8 +20,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightspine.data import modules
 from lightspine.data.modules import ImageDataModule, SegmentationDataModule, SourceDataModule
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models._registry import find_record
-from lightspine.models._saving import PREPROCESSING_KEYS, default_preprocessing
+from lightspine.models.checkpoint import PREPROCESSING_KEYS, default_preprocessing
+from lightspine.models.registry import find_record
 from lightspine.recipes import find_recipe
 from lightspine.training.base import LightspineTask
 from lightspine.training.classification import ClassificationTask

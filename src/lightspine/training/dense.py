@@ -11,7 +11,7 @@ from lightspine.data.modules import ImageDataModule
 from lightspine.dense import DenseNetwork, feature_backbone, save_network
 from lightspine.errors import LightspineError, UsageError
 from lightspine.heads.features import MapNorm
-from lightspine.models._reading import Weights
+from lightspine.models.checkpoint import Weights
 from lightspine.training.base import LightspineTask
 from lightspine.training.optim import dense_parameter_groups, optimizer_from_groups
 

@@ -13,7 +13,7 @@ from lightspine.dense.coco_metrics import CocoMetrics
 from lightspine.errors import LightspineError, UsageError
 from lightspine.heads.detectors import DetectorName
 from lightspine.heads.features import MapNorm
-from lightspine.models._reading import Weights
+from lightspine.models.checkpoint import Weights
 from lightspine.training.dense import DenseTask
 
 

@@ -17,12 +17,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models._checkpoints import load_checkpoint_file
-from lightspine.models._factory import create_model
-from lightspine.models._loading import load_model
-from lightspine.models._reading import CheckpointFile, read_checkpoint
-from lightspine.models._registry import find_record
-from lightspine.models._saving import read_saved_model
+from lightspine.models.checkpoint import Checkpoint, read_checkpoint, read_model_metadata
+from lightspine.models.factory import create_model, load_model
+from lightspine.models.loading import load_checkpoint
+from lightspine.models.registry import find_record
 
 Kind = Literal["hard", "soft"]
 Heads = Literal["two", "one"]
@@ -276,20 +274,20 @@ def _published(name: str, num_classes: int, model_args: dict[str, Any]) -> tuple
 
 def _from_file(name: str, checkpoint: str | Path, model_args: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     file = read_checkpoint(checkpoint)
-    saved = read_saved_model(file)
+    saved = read_model_metadata(file)
     if saved is not None and saved.name != name:
         raise UsageError(f"expected weights of the teacher {name!r}, but {file.label} is of {saved.name!r}")
     if saved is not None or find_record(name) is not None:
         # The file tells its own number of classes, sizes and preprocessing.
-        loaded, saved = load_model(checkpoint, name=name, **model_args)
+        loaded, saved = load_model(file, name=name, **model_args)
         return loaded, saved.preprocessing
     options = _count_classes(name, file) | model_args
     model: Any = create_model(name, **options)
-    load_checkpoint_file(model, file, drop_head=False)
+    load_checkpoint(model, file, drop_head=False)
     return model, model.pretrained_cfg
 
 
-def _count_classes(name: str, file: CheckpointFile) -> dict[str, Any]:
+def _count_classes(name: str, file: Checkpoint) -> dict[str, Any]:
     """Return the width of the classifier in a file of timm's layout, where it has one."""
     cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     classifier = cfg.classifier if cfg is not None else None

@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm.models import group_parameters
 
 from lightspine.errors import UsageError
-from lightspine.models._report import LoadReport
+from lightspine.models.loading import LoadReport
 
 
 def freeze_stages(model: nn.Module, stages: int) -> list[str]:
@@ -106,12 +106,12 @@ def describe_start(model: nn.Module) -> str:
 
 
 def _check_weights(model: nn.Module) -> None:
-    creation: dict[str, Any] | None = getattr(model, "creation", None)
-    if creation is None or hasattr(model, "load_report") or creation["kwargs"].get("pretrained"):
+    init_args: dict[str, Any] | None = getattr(model, "init_args", None)
+    if init_args is None or hasattr(model, "load_report") or init_args["kwargs"].get("pretrained"):
         return
-    raise UsageError(f"frozen stages of {creation['name']} would keep random weights: give a checkpoint")
+    raise UsageError(f"frozen stages of {init_args['name']} would keep random weights: give a checkpoint")
 
 
 def _model_name(model: nn.Module) -> str:
-    creation: dict[str, Any] = getattr(model, "creation", {"name": type(model).__name__})
-    return str(creation["name"])
+    init_args: dict[str, Any] = getattr(model, "init_args", {"name": type(model).__name__})
+    return str(init_args["name"])

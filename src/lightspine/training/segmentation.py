@@ -14,7 +14,7 @@ from lightspine.dense.segmentation_metrics import SegmentationMetrics
 from lightspine.errors import LightspineError
 from lightspine.heads.features import MapNorm
 from lightspine.heads.segmenters import SegmenterName
-from lightspine.models._reading import Weights
+from lightspine.models.checkpoint import Weights
 from lightspine.training.dense import DenseTask
 
 

@@ -13,8 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.models._efficientmod_blocks import EfficientModBlock
-from lightspine.models.efficientmod import EfficientMod
+from lightspine.models.efficientmod import EfficientMod, EfficientModBlock
 
 
 class OfficialEfficientMod(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lightspine.errors import LightspineError
-from lightspine.models import _vmamba_blocks
+from lightspine.models import vmamba
 from lightspine.ops.cross_scan import cross_scan
 
 
@@ -47,7 +47,7 @@ def _every_scan_by(backend: str) -> Iterator[list[None]]:
         scans.append(None)
         return by_backend(*args, **kwargs)
 
-    blocks: Any = _vmamba_blocks
+    blocks: Any = vmamba
     usual, blocks.cross_scan = blocks.cross_scan, scan
     try:
         yield scans

@@ -12,7 +12,7 @@ from lightspine.benchmark.baselines.efficientmod_official import OfficialEfficie
 from lightspine.benchmark.results import PublishedFigures, Source
 from lightspine.errors import UsageError
 from lightspine.models import find_record
-from lightspine.models._registry import unknown_model
+from lightspine.models.registry import unknown_model
 
 TIMM_PREFIX = "timm/"
 OFFICIAL_PREFIX = "official/"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightspine.errors import UsageError
 from lightspine.evaluation.classifiers import class_names
-from lightspine.models._saving import SavedModel
+from lightspine.models.checkpoint import ModelMetadata
 
 Table = dict[str, np.ndarray]
 """Column name -> one value, text or array per image."""
@@ -28,7 +28,7 @@ class TopClasses:
 
     topk: int = 5
 
-    def prepare(self, network: nn.Module, saved: SavedModel) -> Compute:
+    def prepare(self, network: nn.Module, saved: ModelMetadata) -> Compute:
         """Return the function from images (N, 3, H, W) to the columns.
 
         Raises:
@@ -67,7 +67,7 @@ class Features:
     stages: tuple[str, ...] = ("pooled",)
     maps: bool = False
 
-    def prepare(self, network: nn.Module, saved: SavedModel) -> Compute:
+    def prepare(self, network: nn.Module, saved: ModelMetadata) -> Compute:
         """Return the function from images (N, 3, H, W) to the columns.
 
         Raises:

@@ -1,0 +1,333 @@
+"""Checkpoint files: safe reading of any known format, and writing of lightspine's own.
+
+lightspine writes safetensors files whose metadata name the model, its constructor arguments, its classes and
+its image preprocessing, so that the file alone is enough to rebuild the model.
+"""
+
+import argparse
+import json
+import pickle
+import re
+import struct
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lightspine._version import __version__
+from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.files import atomic_write
+
+Weights = Literal["auto", "model", "ema"]
+"""Weights to load: "model" as trained, "ema" their average, "auto" those with the published score."""
+
+PLAIN_ENTRIES = ("model", "state_dict")
+EMA_ENTRIES = ("model_ema", "state_dict_ema")
+# DDP, torch.compile and Lightning put these in front of every parameter name.
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
+
+NETWORK_KEY = "lightspine.network"
+"""Metadata key of a detector's or segmenter's file, which holds a backbone without classifier and a head."""
+
+PREPROCESSING_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+
+
+class Checkpoint:
+    """An opened checkpoint file, or a state dict in memory.
+
+    The tensors of a safetensors file are read at the first use of `entries`; its metadata are there at once.
+    Functions that take a path to a checkpoint also take this object, so that a file is opened only once.
+
+    Attributes:
+        path: the file, `None` for a state dict.
+        metadata: string metadata of a safetensors file; empty for other formats.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        content: dict[str, dict[str, Tensor]] | safe_open,
+        metadata: dict[str, str] | None = None,
+    ):
+        self.path = path
+        self.metadata = metadata or {}
+        self._content = content
+
+    @cached_property
+    def entries(self) -> dict[str, dict[str, Tensor]]:
+        """State dict by entry name, without wrapper prefixes; a bare state dict is the single entry ""."""
+        content = self._content
+        if isinstance(content, dict):
+            return content
+        try:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise LightspineError(f"{self.path} is not a complete safetensors file: {error}") from error
+        # Releases the file.
+        self._content = {"": _strip_prefixes(tensors)}
+        return self._content
+
+    @property
+    def label(self) -> str:
+        """File name for messages, "the state dict" without a file."""
+        return str(self.path) if self.path else "the state dict"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the file holds a detector or segmenter instead of a classifier or backbone."""
+        return NETWORK_KEY in self.metadata
+
+    def select(self, weights: Weights, preferred: str = "model") -> str:
+        """Return the name of the entry to use.
+
+        Args:
+            weights: "model", "ema" or "auto".
+            preferred: meaning of "auto" for a file that has both, "model" or "ema".
+
+        Raises:
+            UsageError: the file has no such entry.
+        """
+        if weights not in ("auto", "model", "ema"):
+            raise UsageError(f"weights: expected 'auto', 'model' or 'ema', received {weights!r}")
+        plain = [name for name in self.entries if name not in EMA_ENTRIES]
+        averaged = [name for name in self.entries if name in EMA_ENTRIES]
+        candidates = averaged if (preferred if weights == "auto" else weights) == "ema" else plain
+        if not candidates and weights == "auto":
+            candidates = plain or averaged
+        if not candidates:
+            found = ", ".join(repr(name) for name in self.entries)
+            raise UsageError(f"{self.label} has no {weights!r} weights: it holds {found}")
+        return candidates[0]
+
+
+CheckpointSource: TypeAlias = str | Path | dict[str, Any] | Checkpoint
+"""A checkpoint file, a state dict (bare or nested as in a file), or an opened checkpoint."""
+
+
+def read_checkpoint(source: CheckpointSource) -> Checkpoint:
+    """Open a checkpoint file (.pth, .ckpt, .safetensors) or wrap a state dict.
+
+    Files are read with `weights_only=True`. Besides tensors and plain containers only `argparse.Namespace`
+    and a stand-in for yacs' `CfgNode` are unpickled, which some official files contain.
+
+    Args:
+        source: path, state dict, or an opened checkpoint, which is returned as it is.
+
+    Raises:
+        UsageError: the file does not exist.
+        LightspineError: the file is empty, truncated, of another format, or would execute code.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, dict):
+        return Checkpoint(None, _find_entries(source, "the state dict"))
+    path = Path(source)
+    if not path.is_file():
+        raise UsageError(f"no checkpoint file {path}: expected a .pth, .ckpt or .safetensors file")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if not head:
+        raise LightspineError(f"{path} is empty: expected a checkpoint")
+    # A safetensors file begins with the length of its JSON header in 8 bytes.
+    if head[8:9] == b"{":
+        try:
+            opened = safe_open(str(path), framework="pt")
+            return Checkpoint(path, opened, dict(opened.metadata() or {}))
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise LightspineError(f"{path} is not a complete safetensors file: {error}") from error
+    content = _unpickle(path)
+    if not isinstance(content, dict):
+        raise LightspineError(f"{path} holds a {type(content).__name__}: expected a dict of tensors")
+    return Checkpoint(path, _find_entries(content, str(path)))
+
+
+class _CfgNode:
+    """Stand-in for `yacs.config.CfgNode`, a dict of settings in some official files.
+
+    torch's restricted unpickler fills only plain and ordered dicts, so an instance is an ordered dict.
+    """
+
+    def __new__(cls) -> OrderedDict:  # type: ignore[misc]
+        return OrderedDict()
+
+
+_ALLOWED_GLOBALS: list[Any] = [argparse.Namespace, (_CfgNode, "yacs.config.CfgNode")]
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_ALLOWED_GLOBALS), warnings.catch_warnings():
+            # The user can do nothing about the protocol; what the reader cannot read raises below.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", str(error))
+        if refused is None or "Unsupported operand" in str(error):
+            raise LightspineError(f"{path} is not a PyTorch checkpoint, or it is damaged") from error
+        raise LightspineError(
+            f"{path} is refused: it asks for {refused.group(1)}, which may run code; nothing in it was run. "
+            "If you trust the file, save its bare state dict as safetensors"
+        ) from error
+    except (RuntimeError, OSError) as error:
+        raise LightspineError(
+            f"{path} is not a complete PyTorch checkpoint: {str(error).splitlines()[0]}"
+        ) from error
+    # The unpickler raises these on bytes that are no pickle.
+    except (
+        EOFError,
+        ValueError,
+        LookupError,
+        AssertionError,
+        AttributeError,
+        TypeError,
+        struct.error,
+    ) as error:
+        raise LightspineError(f"{path} is not a PyTorch checkpoint, or it is damaged") from error
+
+
+def _find_entries(content: dict[str, Any], label: str) -> dict[str, dict[str, Tensor]]:
+    entries = {
+        name: _strip_prefixes(content[name])
+        for name in (*PLAIN_ENTRIES, *EMA_ENTRIES)
+        if isinstance(content.get(name), dict) and _tensors_only(content[name])
+    }
+    if "current_model_state" in content and "state_dict" in entries:
+        # Lightning's EMA callback saves the average as `state_dict` and the trained weights beside it.
+        entries = {
+            "state_dict": _strip_prefixes(content["current_model_state"]),
+            "state_dict_ema": entries["state_dict"],
+        }
+    if not entries and _tensors_only(content):
+        entries = {"": _strip_prefixes(content)}
+    if not entries:
+        names = ", ".join(repr(key) for key in list(content)[:6]) or "nothing"
+        raise LightspineError(
+            f"{label} holds no weights: expected one of {PLAIN_ENTRIES + EMA_ENTRIES}, found {names}"
+        )
+    return entries
+
+
+def _tensors_only(content: dict[str, Any]) -> dict[str, Tensor]:
+    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _strip_prefixes(state_dict: dict[str, Any]) -> dict[str, Tensor]:
+    tensors = _tensors_only(state_dict)
+    for prefix in _WRAPPER_PREFIXES:
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
+
+
+@dataclass
+class ModelMetadata:
+    """Description of a model in a lightspine file.
+
+    Attributes:
+        name: registered name.
+        kwargs: arguments of `create_model`.
+        class_names: one name per class, or `None`.
+        preprocessing: `input_size` (channels, height, width), `interpolation`, `mean`, `std`, `crop_pct`,
+            `crop_mode`.
+        metadata: further strings, such as the score.
+    """
+
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    class_names: list[str] | None = None
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_model_metadata(checkpoint: Checkpoint) -> ModelMetadata | None:
+    """Return the description of a classifier or backbone, or `None` for a file that lightspine did not write.
+
+    Raises:
+        UsageError: the file holds a detector or segmenter.
+        LightspineError: the metadata are damaged.
+    """
+    strings = dict(checkpoint.metadata)
+    if checkpoint.is_dense:
+        raise UsageError(f"{checkpoint.label} holds a detector or segmenter, expected a classifier's weights")
+    name = strings.pop("lightspine.model", None)
+    if name is None:
+        return None
+    try:
+        kwargs = json.loads(strings.pop("lightspine.kwargs", "{}"))
+        preprocessing = json.loads(strings.pop("lightspine.preprocessing", "{}"))
+        class_names = json.loads(strings.pop("lightspine.class_names", "null"))
+    except json.JSONDecodeError as error:
+        raise LightspineError(f"{checkpoint.label} has damaged metadata: {error}") from error
+    return ModelMetadata(name, kwargs, class_names, preprocessing, strings)
+
+
+def default_preprocessing(model: nn.Module) -> dict[str, Any]:
+    """Return the image preprocessing of a model's published evaluation; see `ModelMetadata`."""
+    cfg = getattr(model, "pretrained_cfg", {})
+    return {key: cfg[key] for key in PREPROCESSING_KEYS if key in cfg}
+
+
+def save_checkpoint(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    class_names: list[str] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    metadata: dict[str, str] | None = None,
+) -> Path:
+    """Save a model made by `lightspine.create_model` as a safetensors file that rebuilds it.
+
+    Args:
+        model: the model; its name and arguments are saved with its weights.
+        path: file to write; an existing file is replaced atomically.
+        class_names: one name per class.
+        preprocessing: image preprocessing (see `ModelMetadata`); by default the published one.
+        metadata: further strings, such as the score.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: the file name does not end in .safetensors, or `create_model` did not make the model.
+        LightspineError: the file cannot be written.
+    """
+    init_args = getattr(model, "init_args", None)
+    if init_args is None:
+        raise UsageError(
+            "expected a model made by lightspine.create_model: the file stores the arguments that rebuild it"
+        )
+    strings = {
+        "lightspine.model": init_args["name"],
+        "lightspine.kwargs": json.dumps(init_args["kwargs"]),
+        "lightspine.preprocessing": json.dumps(preprocessing or default_preprocessing(model)),
+        **(metadata or {}),
+    }
+    if class_names is not None:
+        strings["lightspine.class_names"] = json.dumps(class_names)
+    return write_safetensors(model, path, strings)
+
+
+def write_safetensors(module: nn.Module, path: str | Path, metadata: dict[str, str]) -> Path:
+    """Write the state dict of a module with string metadata, atomically.
+
+    Raises:
+        UsageError: the file name does not end in .safetensors.
+        LightspineError: the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UsageError(f"expected a file name that ends in .safetensors, received {path.name!r}")
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+    header = {"format": "pt", "lightspine.version": __version__} | metadata
+    # safetensors' own save_file creates files that only their owner may read.
+    with atomic_write(path) as file:
+        file.write(save(tensors, metadata=header))
+    return path

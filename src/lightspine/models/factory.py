@@ -1,0 +1,184 @@
+"""Create models by name or from a checkpoint file, and convert checkpoint files."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch.nn as nn
+from torch import Tensor
+
+from lightspine.errors import LightspineError
+from lightspine.models.checkpoint import (
+    Checkpoint,
+    CheckpointSource,
+    ModelMetadata,
+    Weights,
+    default_preprocessing,
+    read_checkpoint,
+    read_model_metadata,
+    save_checkpoint,
+)
+from lightspine.models.loading import build_on_meta, identify_tensors, load_checkpoint, shapes_of
+from lightspine.models.registry import find_record, get_record, unknown_model
+
+_FEATURE_OPTIONS = ("features_only", "out_indices", "feature_cls")
+
+
+def create_model(
+    name: str,
+    *,
+    checkpoint: CheckpointSource | None = None,
+    weights: Weights = "auto",
+    **kwargs: Any,
+) -> nn.Module:
+    """Create a model by name, optionally with the weights of a checkpoint.
+
+    Names of this library take precedence; any other name is created by timm, with timm's arguments.
+
+    Args:
+        name: such as `vmamba_tiny`; see `lightspine.list_models()`.
+        checkpoint: official, timm or lightspine checkpoint, loaded strictly (`lightspine.load_checkpoint`).
+            With `num_classes`, a head of another size in the file is dropped; with `in_chans`, the first
+            convolution is adapted as in timm.
+        weights: entry of the file: "model", "ema", or "auto" for the one with the published score.
+        **kwargs: arguments of the model (`num_classes`, `in_chans`, `drop_path_rate`, `features_only`...).
+
+    Returns:
+        The model, in training mode. `model.load_report` describes what was loaded.
+
+    Raises:
+        UsageError: unknown name (the message suggests similar ones), file or entry.
+        LightspineError: the checkpoint cannot be read or belongs to another family or variant.
+
+    Examples:
+        >>> import lightspine, torch
+        >>> model = lightspine.create_model("shvit_s1", num_classes=10).eval()
+        >>> model(torch.zeros(1, 3, 97, 161)).shape
+        torch.Size([1, 10])
+    """
+    if find_record(name) is None and not timm.is_model(name):
+        raise unknown_model(name)
+    if checkpoint is not None and kwargs.get("features_only"):
+        model = _create_feature_extractor(name, checkpoint, weights, kwargs)
+    else:
+        model = _build(name, kwargs)
+        if checkpoint is not None:
+            drop_head = True if "num_classes" in kwargs else None
+            model.load_report = load_checkpoint(model, checkpoint, weights=weights, drop_head=drop_head)
+    # Saved by `save_checkpoint`, so that the file alone is enough to rebuild the model.
+    model.init_args = {"name": name, "kwargs": kwargs}
+    return cast(nn.Module, model)
+
+
+def _build(name: str, kwargs: dict[str, Any]) -> Any:
+    record = find_record(name)
+    return record.create(**kwargs) if record else timm.create_model(name, **kwargs)
+
+
+def _create_feature_extractor(
+    name: str, checkpoint: CheckpointSource, weights: Weights, kwargs: dict[str, Any]
+) -> Any:
+    """Load the whole model first, because a `features_only` wrapper has only a part of the tensors."""
+    file = read_checkpoint(checkpoint)
+    whole = _build(name, {key: value for key, value in kwargs.items() if key not in _FEATURE_OPTIONS})
+    report = load_checkpoint(whole, file, weights=weights, drop_head=True)
+    wrapper = _build(name, kwargs)
+    inner = getattr(wrapper, "model", None)
+    if isinstance(inner, nn.Module):
+        tensors = whole.state_dict()
+        inner.load_state_dict({key: tensors[key] for key in inner.state_dict()})
+    else:
+        # timm's other wrappers rename the modules, so let timm load the state dict.
+        overlay = {"state_dict": dict(file.entries[report.entry])}
+        wrapper = _build(name, kwargs | {"pretrained": True, "pretrained_cfg_overlay": overlay})
+    wrapper.load_report = report
+    return wrapper
+
+
+def load_model(
+    source: str | Path | Checkpoint, *, name: str | None = None, weights: Weights = "auto", **kwargs: Any
+) -> tuple[nn.Module, ModelMetadata]:
+    """Rebuild the model of a checkpoint file and load its weights.
+
+    A lightspine file describes its model; the variant of an official or timm file is identified by its
+    tensors.
+
+    Args:
+        source: the file, or an opened `Checkpoint`.
+        name: registered name, for a file that does not say.
+        weights: "model", "ema", or "auto" for the entry with the published score.
+        **kwargs: arguments of the model that replace those in the file.
+
+    Returns:
+        The model in evaluation mode (`model.load_report` describes what was loaded), and its metadata.
+
+    Raises:
+        UsageError: unknown file, entry or name.
+        LightspineError: the file cannot be read, or fits no registered model.
+    """
+    file = read_checkpoint(source)
+    metadata = read_model_metadata(file)
+    if metadata is None or (name is not None and name != metadata.name):
+        metadata = _infer_metadata(file, name, weights)
+    metadata.kwargs = metadata.kwargs | kwargs
+    model: Any = create_model(metadata.name, **metadata.kwargs)
+    model.load_report = load_checkpoint(model, file, weights=weights, drop_head=False)
+    metadata.preprocessing = metadata.preprocessing or default_preprocessing(model)
+    return cast(nn.Module, model.eval()), metadata
+
+
+def convert_checkpoint(
+    source: str | Path, target: str | Path, *, name: str | None = None, weights: Weights = "auto"
+) -> nn.Module:
+    """Convert an official, timm or Lightning checkpoint to a lightspine file.
+
+    Args:
+        source: file to read.
+        target: .safetensors file to write.
+        name: registered name; by default identified by the tensors.
+        weights: "model", "ema", or "auto" for the entry with the published score.
+
+    Returns:
+        The model that was written; `model.load_report` describes what was converted.
+
+    Raises:
+        UsageError: unknown file, entry or name; the target does not end in .safetensors.
+        LightspineError: the file cannot be read, or fits no registered model.
+    """
+    model, metadata = load_model(source, name=name, weights=weights)
+    save_checkpoint(
+        model,
+        target,
+        class_names=metadata.class_names,
+        preprocessing=metadata.preprocessing,
+        metadata=metadata.metadata,
+    )
+    return model
+
+
+def _infer_metadata(file: Checkpoint, name: str | None, weights: Weights) -> ModelMetadata:
+    tensors = next(iter(file.entries.values())) if weights == "auto" else file.entries[file.select(weights)]
+    if name is None:
+        guess = identify_tensors(tensors)
+        if guess is None:
+            raise LightspineError(
+                f"{file.label} fits no registered model: pass the model's name if it is one of timm's"
+            )
+        name = guess.name
+    return ModelMetadata(name, _infer_kwargs(name, tensors))
+
+
+def _infer_kwargs(name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Infer `num_classes`, `in_chans` and the family's own arguments from the shapes of the tensors."""
+    record, model = get_record(name), build_on_meta(name)
+    cfg: Any = model.default_cfg
+    fitted = record.checkpoint_filter_fn(shapes_of(tensors), model)
+    kwargs: dict[str, Any] = dict(record.infer_kwargs(tensors)) if record.infer_kwargs else {}
+    first_conv, classifier = cfg["first_conv"], cfg["classifier"]
+    head = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
+    if head in fitted and fitted[head].shape[0] != cfg["num_classes"]:
+        kwargs["num_classes"] = fitted[head].shape[0]
+    stem = f"{first_conv}.weight"
+    if stem in fitted and fitted[stem].shape[1] != cfg["input_size"][0]:
+        kwargs["in_chans"] = fitted[stem].shape[1]
+    return kwargs

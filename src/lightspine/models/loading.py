@@ -1,0 +1,313 @@
+"""Load a checkpoint of any known layout into a model: identification, strict loading, report."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.models import adapt_input_conv
+from torch import Tensor
+
+from lightspine.errors import LightspineError
+from lightspine.models.checkpoint import EMA_ENTRIES, CheckpointSource, Weights, read_checkpoint
+from lightspine.models.registry import find_record, get_record, list_models
+
+FilterFn = Callable[[dict[str, Any], nn.Module], dict[str, Any]]
+
+
+@dataclass
+class LoadReport:
+    """Outcome of loading a checkpoint into a model, tensor by tensor.
+
+    Attributes:
+        source: file name, or "the state dict".
+        entry: entry of the file that was loaded, "" for a bare state dict.
+        is_ema: the entry is an exponential moving average.
+        loaded: names in the model that received a tensor.
+        converted: name in the model -> conversion that was applied (renamed, reshaped, resized, adapted).
+        dropped: names in the file that the model does not use, or a classifier of another size.
+        dropped_head: a classifier of another size is among the dropped tensors.
+        missing: names in the model that kept their initial value.
+        unexpected: names in the file that the model does not have (empty after a successful load).
+        mismatched: name -> (shape in the file, shape in the model) (empty after a successful load).
+    """
+
+    source: str
+    entry: str
+    is_ema: bool
+    loaded: list[str] = field(default_factory=list)
+    converted: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    dropped_head: bool = False
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor that was not dropped has a place in the model."""
+        return not (self.unexpected or self.mismatched)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, for JSON."""
+        return {
+            "source": self.source,
+            "entry": self.entry,
+            "is_ema": self.is_ema,
+            "loaded": len(self.loaded),
+            "converted": self.converted,
+            "dropped": self.dropped,
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "mismatched": {name: [list(shape) for shape in pair] for name, pair in self.mismatched.items()},
+        }
+
+    def __str__(self) -> str:
+        """Summary in one line, for a log."""
+        entry = f" from {self.entry!r}" if self.entry else ""
+        parts = [
+            f"loaded {len(self.loaded)} tensors{' (EMA)' if self.is_ema else ''}{entry} of {self.source}"
+        ]
+        for word, names in (
+            ("converted", list(self.converted)),
+            ("dropped", self.dropped),
+            ("left at their initial value", self.missing),
+        ):
+            if names:
+                first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                parts.append(f"{len(names)} {word} ({first})")
+        return ", ".join(parts)
+
+    def mismatches(self, limit: int = 3) -> str:
+        """Return the first `limit` differences between checkpoint and model."""
+        differences = [
+            f"{name} is {_format_shape(found)} in the file and {_format_shape(expected)} in the model"
+            for name, (found, expected) in self.mismatched.items()
+        ]
+        differences += [f"{name} is missing in the file" for name in self.missing]
+        differences += [f"{name} is not in the model" for name in self.unexpected]
+        more = f" and {len(differences) - limit} more" if len(differences) > limit else ""
+        return "; ".join(differences[:limit]) + more
+
+
+def _format_shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) if shape else "a scalar"
+
+
+def load_checkpoint(
+    model: nn.Module,
+    source: CheckpointSource,
+    *,
+    weights: Weights = "auto",
+    drop_head: bool | None = None,
+) -> LoadReport:
+    """Load an official, timm or lightspine checkpoint into a model in place.
+
+    Args:
+        model: a model of this library, or any timm model (which takes files in timm's own layout only).
+        source: file (.pth, .ckpt, .safetensors), an opened `Checkpoint`, or a state dict, bare or inside
+            `model`, `model_ema`, `state_dict` or `state_dict_ema`.
+        weights: "model", "ema", or "auto" for the entry with the published score.
+        drop_head: leave out a classifier of another size. By default only when the model's `num_classes`
+            differs from the published one.
+
+    Returns:
+        Which tensors were loaded, converted, dropped and left at their initial value.
+
+    Raises:
+        UsageError: the file or the entry does not exist.
+        LightspineError: the file cannot be read, or belongs to another family or variant; the model is then
+            unchanged.
+    """
+    checkpoint = read_checkpoint(source)
+    name = getattr(model, "default_cfg", {}).get("architecture", type(model).__name__)
+    record = find_record(name) if type(model).__module__.startswith("lightspine.") else None
+    entry = checkpoint.select(weights, record.published.weights if record else "model")
+    found = checkpoint.entries[entry]
+    report = LoadReport(source=checkpoint.label, entry=entry, is_ema=entry in EMA_ENTRIES)
+
+    filter_fn: FilterFn = record.checkpoint_filter_fn if record else _keep_layout
+    fitted = dict(filter_fn(dict(found), model))
+    _record_conversions(report, found, fitted, filter_fn, model)
+    _adapt_input_channels(report, fitted, model)
+    _drop_mismatched_head(report, fitted, model, drop_head)
+    _record_mismatches(report, fitted, model)
+    left_out = set(_classifier_tensors(model)) if report.dropped_head else set()
+    if not report.complete or not left_out.issuperset(report.missing):
+        raise LightspineError(_mismatch_message(report, name, model, found))
+    model.load_state_dict(fitted, strict=False)
+    report.loaded = [key for key in model.state_dict() if key in fitted]
+    return report
+
+
+def _keep_layout(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    del model
+    return state_dict
+
+
+def _record_conversions(
+    report: LoadReport,
+    found: dict[str, Tensor],
+    fitted: dict[str, Tensor],
+    filter_fn: FilterFn,
+    model: nn.Module,
+) -> None:
+    """Record what the filter function did: it mostly moves tensors, which their storage identifies."""
+    origins: dict[int, str] = {t.untyped_storage().data_ptr(): key for key, t in found.items() if t.numel()}
+    used = {key for key in fitted if key in found and found[key] is fitted[key]}
+    for key, tensor in fitted.items():
+        origin = origins.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+        if key in used:
+            continue
+        if origin is None:
+            report.converted[key] = "computed"
+            continue
+        used.add(origin)
+        if origin != key:
+            report.converted[key] = f"renamed from {origin}"
+        elif tensor.shape != found[origin].shape:
+            report.converted[key] = "reshaped"
+    for key in found.keys() - used:
+        # Not identified by its storage: it was used if the filter's result lacks a key without it.
+        without = filter_fn({k: v for k, v in found.items() if k != key}, model)
+        if without.keys() == fitted.keys():
+            report.dropped.append(key)
+    report.dropped.sort(key=list(found).index)
+
+
+def _adapt_input_channels(report: LoadReport, fitted: dict[str, Tensor], model: nn.Module) -> None:
+    first = getattr(model, "default_cfg", {}).get("first_conv")
+    names = (first,) if isinstance(first, str) else tuple(first or ())
+    for name in names:
+        key = f"{name}.weight"
+        module = dict(model.named_modules()).get(name)
+        if key not in fitted or not isinstance(module, nn.Conv2d):
+            continue
+        received, expected = fitted[key].shape[1], module.weight.shape[1]
+        if received == 3 and expected != 3:
+            fitted[key] = adapt_input_conv(expected, fitted[key])
+            report.converted[key] = f"adapted from 3 to {expected} input channels"
+
+
+def _classifier_tensors(model: nn.Module) -> list[str]:
+    names = getattr(model, "default_cfg", {}).get("classifier") or ()
+    names = (names,) if isinstance(names, str) else names
+    return [f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")]
+
+
+def _drop_mismatched_head(
+    report: LoadReport, fitted: dict[str, Tensor], model: nn.Module, drop_head: bool | None
+) -> None:
+    if drop_head is None:
+        published = getattr(model, "default_cfg", {}).get("num_classes")
+        drop_head = getattr(model, "num_classes", published) != published
+    if not drop_head:
+        return
+    expected = model.state_dict()
+    for key in _classifier_tensors(model):
+        if key in fitted and (key not in expected or expected[key].shape != fitted[key].shape):
+            del fitted[key]
+            report.dropped.append(key)
+            report.dropped_head = True
+            report.converted.pop(key, None)
+
+
+def _record_mismatches(report: LoadReport, fitted: dict[str, Tensor], model: nn.Module) -> None:
+    expected = model.state_dict()
+    report.missing = [key for key in expected if key not in fitted]
+    report.unexpected = [key for key in fitted if key not in expected]
+    report.mismatched = {
+        key: (tuple(tensor.shape), tuple(expected[key].shape))
+        for key, tensor in fitted.items()
+        if key in expected and tensor.shape != expected[key].shape
+    }
+
+
+def _mismatch_message(report: LoadReport, name: str, model: nn.Module, found: dict[str, Tensor]) -> str:
+    heads = set(_classifier_tensors(model))
+    if report.mismatched and not (report.mismatched.keys() - heads or report.missing or report.unexpected):
+        (received, *_), (expected, *_) = next(iter(report.mismatched.values()))
+        return (
+            f"{report.source} has a head of {received} classes and the model one of {expected}: "
+            f"pass num_classes={received} to keep it, or drop_head=True to leave it out"
+        )
+    guess = identify_tensors(found)
+    what = f"is a checkpoint of {guess}" if guess and guess.name != name else "does not fit"
+    return f"{report.source} {what}, expected {name}: {report.mismatches()}"
+
+
+@dataclass(frozen=True)
+class Identification:
+    """The registered model that a set of tensors fits best.
+
+    Attributes:
+        name: registered name.
+        family: its family.
+        fitting: number of tensors that fit by name and shape.
+        expected: number of tensors of the model.
+        received: number of tensors of the checkpoint, after conversion to the layout of this library.
+        mismatches: the first few tensors that do not fit, "" when all do.
+    """
+
+    name: str
+    family: str
+    fitting: int
+    expected: int
+    received: int
+    mismatches: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether every tensor fits and none is left over."""
+        return self.fitting == self.expected == self.received
+
+    def __str__(self) -> str:
+        """The name, and for a partial fit the share of fitting tensors."""
+        most = max(self.expected, self.received)
+        return self.name if self.exact else f"{self.name} ({self.fitting} of {most} tensors fit)"
+
+
+@cache
+def build_on_meta(name: str) -> nn.Module:
+    """Return a registered model without memory for its tensors; shared, so not to be changed."""
+    with torch.device("meta"):
+        return get_record(name).create()
+
+
+def shapes_of(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of the same shapes and dtypes on the meta device."""
+    return {key: torch.empty_like(tensor, device="meta") for key, tensor in state_dict.items()}
+
+
+def identify_tensors(state_dict: dict[str, Tensor]) -> Identification | None:
+    """Return the registered model that a state dict fits best, or `None` if less than half of it fits.
+
+    Args:
+        state_dict: one entry of a checkpoint, in the official, timm's or this library's layout.
+    """
+    shapes = shapes_of(state_dict)
+    best: tuple[float, int, Identification] | None = None
+    for name in list_models():
+        found = _compare(name, shapes)
+        score = found.fitting / max(found.expected, found.received)
+        # Variants may differ only in tensors that the filter function resizes or drops: compare the sizes.
+        distance = -abs(_count_numbers(shapes) - _count_numbers(build_on_meta(name).state_dict()))
+        if best is None or (score, distance) > best[:2]:
+            best = (score, distance, found)
+    return best[2] if best is not None and best[0] > 0.5 else None
+
+
+def _compare(name: str, shapes: dict[str, Tensor]) -> Identification:
+    model, record = build_on_meta(name), get_record(name)
+    fitted = record.checkpoint_filter_fn(dict(shapes), model)
+    report = LoadReport(source="", entry="", is_ema=False)
+    _record_mismatches(report, fitted, model)
+    fitting = len(fitted) - len(report.unexpected) - len(report.mismatched)
+    expected = fitting + len(report.mismatched) + len(report.missing)
+    return Identification(name, record.family, fitting, expected, len(fitted), report.mismatches())
+
+
+def _count_numbers(state_dict: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in state_dict.values())
