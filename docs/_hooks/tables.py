@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightspine
-from lightspine.benchmark.models.specs import OFFICIAL_PREFIX, ModelSpec, own_size
+from lightspine.benchmark.model_specs import OFFICIAL_PREFIX, ModelSpec, evaluation_size
 from lightspine.models import get_record
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -100,7 +100,7 @@ def _own_size(row: dict[str, Any]) -> bool:
     if row["model"].startswith(OFFICIAL_PREFIX):
         return False
     spec = ModelSpec(name=row["model"], source=row["source"])
-    return (row["height"], row["width"]) == own_size(spec)
+    return (row["height"], row["width"]) == evaluation_size(spec)
 
 
 def measured(family: str) -> str:

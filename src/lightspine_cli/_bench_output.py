@@ -1,25 +1,45 @@
-"""How `lightspine bench` prints."""
+"""Tables of `lightspine bench`."""
 
 from typing import Any
 
-from lightspine_cli._output import print_pairs, print_table
+from lightspine_cli._output import print_pairs, print_table, with_thousands
 
+_MODEL_COLUMNS = (
+    "model",
+    "of",
+    "mode",
+    "dtype",
+    ">batch",
+    ">size",
+    ">median ms",
+    ">p90 ms",
+    ">images/s",
+    ">MiB",
+    ">params",
+    ">MMACs",
+    ">scan %",
+    ">GFLOP/s",
+    ">of matmul %",
+    ">published top-1",
+    ">published images/s",
+)
+_TRAIN_COLUMNS = (">train ms", ">train MiB")
 _TIME_COLUMNS = (
     "shape",
     ">batch",
-    ">floor ms",
+    ">elementwise ms",
     ">forward ms",
-    ">/ floor",
+    ">/ elementwise",
     ">reference x",
     ">torch x",
-    ">and backward ms",
+    ">forward+backward ms",
     ">/ forward",
     ">torch x",
 )
-_TIME_FACTS = (
-    ("floor", "PyTorch's softplus over (B, K D, L) and exp over (B, K D, L, N), into memory at hand"),
-    ("reference x", "how many times slower the plain loop is (only in a batch of 1)"),
-    ("torch x", "how many times slower the backend `torch` is: forward; then both (only in a batch of 1)"),
+_TIME_NOTES = (
+    ("elementwise", "PyTorch's softplus over (B, K D, L) and exp over (B, K D, L, N), into allocated memory"),
+    ("reference x", "time of backend `reference` divided by forward ms (batch 1 only)"),
+    ("torch x", "time of backend `torch` divided by forward ms, and by forward+backward ms (batch 1 only)"),
 )
 _MEMORY_COLUMNS = (
     "shape",
@@ -29,15 +49,56 @@ _MEMORY_COLUMNS = (
     ">forward peak / outputs",
     ">backward peak / inputs",
 )
-_MEMORY_FACT = ("peak", "what a pass adds at its highest, its results included, in a process of its own")
-# Above this, another process has had a processor for half of the last minute.
-_BUSY = 0.5
+_MEMORY_NOTE = ("peak", "memory added by the pass at its peak, results included, in a separate process")
+# A higher load average means that another process used a processor half of the time.
+_BUSY_LOAD = 0.5
+
+
+def print_models(result: Any) -> None:
+    """Print a `lightspine.benchmark.results.BenchResult`."""
+    system = result.system
+    rates = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in result.matmul_gflops.items())
+    print_pairs(
+        [
+            ("processor", f"{system['processor']}, threads: {result.settings['threads']}"),
+            ("torch, timm", f"{system['versions']['torch']}, {system['versions']['timm']}, {system['date']}"),
+            ("matrix product", rates),
+        ]
+    )
+    print()
+    training = any(row.train_step is not None or row.train_memory_mib is not None for row in result.rows)
+    columns = (*_MODEL_COLUMNS, *_TRAIN_COLUMNS) if training else _MODEL_COLUMNS
+    shown = [row for row in result.rows if row.status == "ok" or row.forward is not None]
+    print_table(columns, [_model_cells(row)[: len(columns)] for row in shown])
+    others = [row for row in result.rows if row.status != "ok"]
+    if others:
+        print()
+        print_table(
+            ("not measured", "of", "mode", "dtype", ">batch", ">size", "", "reason"),
+            [(*_row_conditions(row), row.status.replace("_", " "), row.error or "") for row in others],
+        )
+
+
+def print_presets(presets: list[Any]) -> None:
+    """Print a list of `lightspine.benchmark.presets.Preset`."""
+    print_table(
+        ("preset", ">models", ">absent", "title"),
+        [
+            (
+                preset.name,
+                str(sum(spec.absent is None for spec in preset.specs)),
+                str(sum(spec.absent is not None for spec in preset.specs)),
+                preset.title,
+            )
+            for preset in presets
+        ],
+    )
 
 
 def print_ops(report: Any) -> None:
     """Print a `lightspine.benchmark.ops.OpsReport`."""
     system, load = report.system, report.load_before
-    busy = "" if load is None or load <= _BUSY else ": the machine was busy, the times below are blurred"
+    busy = "" if load is None or load <= _BUSY_LOAD else " (the machine was busy, times are unreliable)"
     print_pairs(
         [
             ("processor", f"{system['processor']}, threads: {report.threads}"),
@@ -45,16 +106,16 @@ def print_ops(report: Any) -> None:
             ("load before", "unknown" if load is None else f"{load:.2f}{busy}"),
         ]
     )
-    if timed := [_time_row(row) for row in report.rows if row.times]:
+    if timed := [_time_cells(row) for row in report.rows if row.times]:
         print()
-        print_table(_TIME_COLUMNS, timed, title=f"medians of up to {report.repeats} calls, in turns")
+        print_table(_TIME_COLUMNS, timed, title=f"medians of up to {report.repeats} interleaved calls")
         print()
-        print_pairs(_TIME_FACTS)
-    if weighed := [_memory_row(row) for row in report.rows if row.memory is not None]:
+        print_pairs(_TIME_NOTES)
+    if measured := [_memory_cells(row) for row in report.rows if row.memory is not None]:
         print()
-        print_table(_MEMORY_COLUMNS, weighed)
+        print_table(_MEMORY_COLUMNS, measured)
         print()
-        print_pairs([_MEMORY_FACT])
+        print_pairs([_MEMORY_NOTE])
     if report.shares:
         print()
         print_table(
@@ -67,42 +128,68 @@ def print_ops(report: Any) -> None:
     if report.saved:
         print()
         print_table(
-            ("kept for the backward", ">bytes per token", ">recomputing", "default"),
+            ("activations saved for the backward pass", ">bytes per token", ">with recomputation", "default"),
             [
-                (entry.block, f"{entry.kept:,.0f}", f"{entry.recomputed:,.0f}", entry.by_default)
+                (entry.block, f"{entry.saved:,.0f}", f"{entry.recomputed:,.0f}", entry.default)
                 for entry in report.saved
             ],
         )
-    print()
-    _print_checks(report.checks)
 
 
-def _time_row(row: Any) -> tuple[str, ...]:
-    from lightspine.benchmark.ops_time import (
-        BLOCKED,
-        BLOCKED_TRAINING,
-        FLOOR,
-        REFERENCE,
-        SCAN,
-        SCAN_TRAINING,
+def _row_conditions(row: Any) -> tuple[str, ...]:
+    name = f"{row.model} ({row.variant})" if row.variant else row.model
+    size = f"{row.height}x{row.width}" if row.height else "-"
+    return (name, row.source, row.mode, row.dtype, str(row.batch) if row.batch else "-", size)
+
+
+def _model_cells(row: Any) -> tuple[str, ...]:
+    forward, published = row.forward, row.published
+    return (
+        *_row_conditions(row),
+        _format_number(forward and forward.median_ms, 1),
+        _format_number(forward and forward.p90_ms, 1),
+        _format_number(forward and forward.images_per_s, 1),
+        _format_number(row.peak_memory_mib, 0),
+        with_thousands(row.parameters),
+        _format_number(None if row.macs is None else row.macs / 1e6, 0),
+        _format_number(100 * row.macs_scan / row.macs if row.macs else None, 1),
+        _format_number(row.gflops_per_s, 1),
+        _format_number(None if row.matmul_share is None else 100 * row.matmul_share, 0),
+        _format_number(published and published.top1, 1),
+        _format_number(published and published.throughput, 0),
+        _format_number(row.train_step and row.train_step.median_ms, 1),
+        _format_number(row.train_memory_mib, 0),
     )
 
+
+def _format_number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _time_cells(row: Any) -> tuple[str, ...]:
+    from lightspine.benchmark import ops
+
     ms = {name: timing.median_ms for name, timing in row.times.items()}
+    forward, backward = ms[ops.FORWARD], ms[ops.FORWARD_BACKWARD]
+
+    def ratio(name: str, base: float) -> str:
+        return f"{ms[name] / base:.1f}" if name in ms else "-"
+
     return (
         row.case.name,
         str(row.batch),
-        f"{ms[FLOOR]:.2f}",
-        f"{ms[SCAN]:.2f}",
-        f"{ms[SCAN] / ms[FLOOR]:.2f}",
-        f"{ms[REFERENCE] / ms[SCAN]:.1f}" if REFERENCE in ms else "-",
-        f"{ms[BLOCKED] / ms[SCAN]:.1f}",
-        f"{ms[SCAN_TRAINING]:.2f}",
-        f"{ms[SCAN_TRAINING] / ms[SCAN]:.2f}",
-        f"{ms[BLOCKED_TRAINING] / ms[SCAN_TRAINING]:.1f}" if BLOCKED_TRAINING in ms else "-",
+        f"{ms[ops.ELEMENTWISE]:.2f}",
+        f"{forward:.2f}",
+        f"{forward / ms[ops.ELEMENTWISE]:.2f}",
+        ratio(ops.REFERENCE_FORWARD, forward),
+        ratio(ops.TORCH_FORWARD, forward),
+        f"{backward:.2f}",
+        f"{backward / forward:.2f}",
+        ratio(ops.TORCH_FORWARD_BACKWARD, backward),
     )
 
 
-def _memory_row(row: Any) -> tuple[str, ...]:
+def _memory_cells(row: Any) -> tuple[str, ...]:
     memory = row.memory
     return (
         row.case.name,
@@ -112,17 +199,3 @@ def _memory_row(row: Any) -> tuple[str, ...]:
         f"{memory.forward / memory.outputs:.3f}",
         f"{memory.backward / memory.inputs:.2f}",
     )
-
-
-def _print_checks(checks: list[Any]) -> None:
-    """Print one line per target: how many of its measurements meet it, and which do not."""
-    targets = list(dict.fromkeys((check.what, check.rule, check.limit) for check in checks))
-    rows = []
-    for what, rule, limit in targets:
-        same = [check for check in checks if (check.what, check.rule, check.limit) == (what, rule, limit)]
-        missed = [f"{check.where} ({check.value:.2f})" for check in same if check.met is False]
-        unsure = sum(check.met is None for check in same)
-        met = f"{sum(check.met is True for check in same)} of {len(same) - unsure}"
-        notes = [*missed, *([f"{unsure} too small to tell"] if unsure else [])]
-        rows.append((what, f"{rule} {limit:g}", met, "; ".join(notes)))
-    print_table(("target", "", ">met", "not met"), rows)

@@ -1,139 +1,271 @@
-"""Measure on this machine: `lightspine bench MODELS`, `bench ops` the scans, `bench export` ONNX files.
-
-Keep the machine idle meanwhile: what is compared takes turns, but a busy processor still blurs it.
-"""
+"""Benchmark models (`lightspine bench MODEL ...`) or the scan operators (`lightspine bench ops`)."""
 
 import argparse
-import json
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli import _bench_models
 from lightspine_cli._output import print_json
 
 PARTS = ("time", "memory", "models")
-KINDS = ("ops", "export")
+_EXPORT_MODELS = (
+    "shvit_s1",
+    "timm/shvit_s1",
+    "efficientvim_m1",
+    "timm/efficientvim_m1",
+    "efficientmod_xxs",
+    "vim_tiny",
+    "vmamba_tiny",
+)
 
-# Models and kinds stand in the same place, which one parser of the standard library cannot tell apart.
+# One argparse parser cannot have model names and subcommands in the same place.
 PASSES_ARGUMENTS_THROUGH = True
+
+_DESCRIPTION = """\
+Measure latency, memory and multiply-adds of models on this machine: ours, and timm's as timm/NAME. The calls
+of all models are interleaved. Keep the machine idle meanwhile.
+
+`lightspine bench ops` measures the scan operators (see its --help)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the command, and below `ops` and `export` those of these kinds."""
-    _bench_models.add_options(parser)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="ops|export")
-    ops = kinds.add_parser(
-        "ops",
-        help="the selective scan and the four-direction scan on the CPU",
-        description="Time, memory and share of the scans, next to what bounds them.",
-        allow_abbrev=False,
+    """Declare the options of `lightspine bench` and the subcommands `ops` and `export`."""
+    _add_model_options(parser)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="ops")
+    _add_ops_options(
+        kinds.add_parser(
+            "ops",
+            help="the selective scan and the cross scan",
+            description="Measure time and memory of the scan operators on the CPU, beside the same scans in "
+            "plain PyTorch.",
+            allow_abbrev=False,
+        )
     )
-    ops.add_argument(
-        "--shapes",
-        type=_names,
-        metavar="A,B,C",
-        help="out of vmamba-1 to vmamba-4, vim-197, vim-1025, vim-6085 (default: all)",
+    _add_export_options(
+        kinds.add_parser(
+            "export",
+            description="Deprecated: use `lightspine bench MODEL ... --mode eager,optimized,onnx`.",
+            allow_abbrev=False,
+        )
     )
-    ops.add_argument("--batch", type=_numbers, default=[1, 8], metavar="1,8", help="batches (default: 1,8)")
-    ops.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
-    ops.add_argument("--repeats", type=int, default=15, help="timed calls of each (default: %(default)s)")
-    ops.add_argument(
-        "--parts", type=_names, default=list(PARTS), metavar="A,B", help=f"out of {', '.join(PARTS)}"
-    )
-    ops.add_argument("--json", action="store_true", help="print one object with all numbers")
-    _add_export(kinds)
-
-
-def _add_export(kinds: Any) -> None:
-    export = kinds.add_parser(
-        "export",
-        help="exported models in ONNX Runtime, beside PyTorch and timm's",
-        description="Models with random weights: eager, optimised, as ONNX, and timm's own as ONNX.",
-        allow_abbrev=False,
-    )
-    export.add_argument(
-        "--models", type=_names, metavar="A,B", help="registered names (default: the smallest of each family)"
-    )
-    export.add_argument(
-        "--batch", type=_numbers, default=[1, 8], metavar="1,8", help="batches (default: 1,8)"
-    )
-    export.add_argument("--threads", type=int, default=2, help="of both (default: %(default)s)")
-    export.add_argument("--repeats", type=int, default=15, help="timed calls of each (default: %(default)s)")
-    export.add_argument("--out", type=Path, metavar="FILE", help="write all numbers as JSON")
-    export.add_argument("--json", action="store_true", help="print one object with all numbers")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print.
 
     Returns:
-        0 for the scans and exported files, whether or not their targets are met; 1 if a model could not be
-        measured.
+        1 if a model failed or ran out of memory, else 0.
     """
     from lightspine_cli.main import SentenceParser
 
     parser = SentenceParser(
         prog="lightspine bench", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    if args.arguments and args.arguments[0] in KINDS:
+    if args.arguments and args.arguments[0] in ("ops", "export"):
         add_arguments(parser)
-        chosen = parser.parse_args(args.arguments, argparse.Namespace(arguments=args.arguments))
-        return _run_export(chosen) if chosen.kind == "export" else _run_ops(chosen)
-    _bench_models.add_arguments(parser)
-    return _bench_models.run(parser.parse_args(args.arguments), args.arguments)
+        chosen = parser.parse_args(args.arguments)
+        return _run_ops(chosen) if chosen.kind == "ops" else _run_export(chosen)
+    parser.description = _DESCRIPTION
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="a model of lightspine, or timm/NAME")
+    _add_model_options(parser)
+    return _run_models(parser.parse_args(args.arguments), args.arguments)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse an image size such as `224` or `448x672` (height x width); a type for argparse."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"expected a size such as 224 or 448x672, got {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
+def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    return tuple(dict.fromkeys(parse_size(size) for size in text.split(",")))
+
+
+def _parse_names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _parse_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(number) for number in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 1,8, got {text!r}") from None
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    # Options that a preset may set have no default here; `BenchSettings` has the defaults.
+    parser.add_argument("--preset", metavar="NAME", help="the models and settings of a paper's table")
+    parser.add_argument("--list-presets", action="store_true", help="list the presets and exit")
+    parser.add_argument("--batch", type=_parse_numbers, metavar="1,8", help="batch sizes (default: 1)")
+    parser.add_argument(
+        "--size",
+        type=_parse_sizes,
+        metavar="224,448x672",
+        help="image sizes in pixels, or HxW (default: each model's evaluation size)",
+    )
+    parser.add_argument(
+        "--mode", type=_parse_names, metavar="A,B", help="eager, optimized, compile, onnx (default: eager)"
+    )
+    parser.add_argument(
+        "--dtype", type=_parse_names, metavar="A,B", help="float32, bfloat16, float16 (default: float32)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, help="threads of torch and ONNX Runtime (default: 2)")
+    parser.add_argument("--train", action="store_true", default=None, help="also measure a training step")
+    parser.add_argument("--repeats", type=int, help="timed calls of each row (default: 15)")
+    parser.add_argument("--warmup", type=int, help="untimed calls of each row (default: 2)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="stop timing a row that has used this time in three or more calls (default: 10)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write results.json and results.csv here")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the folder of --out")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def _add_ops_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes",
+        type=_parse_names,
+        metavar="A,B,C",
+        help="vmamba-1 to vmamba-4, vim-197, vim-1025, vim-6085 (default: all)",
+    )
+    parser.add_argument(
+        "--batch", type=_parse_numbers, default=(1, 8), metavar="1,8", help="batch sizes (default: 1,8)"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=15, help="timed calls of each function (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--parts",
+        type=_parse_names,
+        default=PARTS,
+        metavar="A,B",
+        help=f"out of {', '.join(PARTS)} (default: all)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", type=_parse_names, metavar="A,B")
+    parser.add_argument("--batch", default="1,8", metavar="1,8")
+    parser.add_argument("--threads", default="2")
+    parser.add_argument("--repeats", default="15")
+    parser.add_argument("--out", type=Path, metavar="FOLDER")
+    parser.add_argument("--json", action="store_true")
 
 
 def _run_export(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from lightspine.benchmark.export_speed import SMALL_MODELS, measure_export
-    from lightspine.export.onnx_file import check_writable
-    from lightspine.utils.files import atomic_write
-
+    """Run the benchmark that replaces `bench export`."""
+    models = args.models or _EXPORT_MODELS
+    arguments = [*models, "--mode", "eager,optimized,onnx", "--batch", args.batch]
+    arguments += ["--threads", args.threads, "--repeats", args.repeats]
     if args.out is not None:
-        check_writable(args.out)
-    names = args.models or list(SMALL_MODELS)
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("measuring", total=len(names))
-        report = measure_export(
-            names,
-            args.batch,
-            threads=args.threads,
-            repeats=args.repeats,
-            on_step=lambda text: progress.update(task, advance=1, description=f"{text}: done"),
-        )
-    if args.out is not None:
-        with atomic_write(args.out) as file:
-            file.write(json.dumps(report.as_dict(), indent=2).encode())
+        # The option used to take a file.
+        arguments += ["--out", str(args.out.with_suffix(""))]
     if args.json:
-        print_json(report.as_dict())
-        return 0
-    from lightspine_cli._bench_export_output import print_export
+        arguments.append("--json")
+    warnings.warn(
+        f"`lightspine bench export` is deprecated, use `lightspine bench {' '.join(arguments)}`",
+        FutureWarning,
+        stacklevel=2,
+    )
+    return run(argparse.Namespace(arguments=arguments))
 
-    print_export(report)
-    return 0
+
+def _run_models(args: argparse.Namespace, arguments: list[str]) -> int:
+    if args.list_presets:
+        from lightspine.benchmark.presets import list_presets
+        from lightspine_cli._bench_output import print_presets
+
+        print_presets(list_presets())
+        return 0
+    result = _measure_models(args, arguments)
+    if args.json:
+        print_json(result.as_dict())
+    else:
+        from lightspine_cli._bench_output import print_models
+
+        print_models(result)
+    return int(any(row.status in ("failed", "out_of_memory") for row in result.rows))
+
+
+def _measure_models(args: argparse.Namespace, arguments: list[str]) -> Any:
+    from lightspine.benchmark.runner import Destination, bench_models
+    from lightspine.benchmark.settings import BenchSettings
+
+    specs, preset_settings = _select_models(args)
+    given = {
+        "batches": args.batch,
+        "sizes": args.size,
+        "modes": args.mode,
+        "dtypes": args.dtype,
+        "device": args.device,
+        "threads": args.threads,
+        "train": args.train,
+        "repeats": args.repeats,
+        "warmup": args.warmup,
+        "budget_s": args.budget,
+    }
+    settings = BenchSettings(
+        **preset_settings | {name: value for name, value in given.items() if value is not None}
+    )
+    destination = Destination(
+        folder=args.out,
+        resume=args.resume,
+        # The command repeats the run from the start.
+        command=("lightspine", "bench", *(word for word in arguments if word != "--resume")),
+        preset=args.preset,
+    )
+    with _progress() as (progress, task):
+        return bench_models(
+            specs,
+            settings,
+            destination,
+            on_plan=lambda total: progress.update(task, total=total),
+            on_step=lambda text, steps: progress.update(task, advance=steps, description=text),
+        )
+
+
+def _select_models(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """Return the models of the preset and of the command line, and the settings of the preset."""
+    from lightspine.benchmark.model_specs import parse_model
+    from lightspine.benchmark.presets import find_preset, with_published
+    from lightspine.errors import UsageError
+
+    if args.preset is None and not args.models:
+        raise UsageError("expected models, --preset, --list-presets or ops (see `lightspine bench --help`)")
+    specs: list[Any] = []
+    settings: dict[str, Any] = {}
+    if args.preset is not None:
+        preset = find_preset(args.preset)
+        specs, settings = list(preset.specs), preset.settings
+    named = [with_published(parse_model(name)) for name in dict.fromkeys(args.models)]
+    return specs + [spec for spec in named if spec not in specs], settings
 
 
 def _run_ops(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from lightspine.benchmark.ops import count_steps, measure_ops
     from lightspine.benchmark.ops_cases import CASES, find_cases
 
     cases = list(CASES) if args.shapes is None else find_cases(args.shapes)
-    # The standard output holds nothing but the result.
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("measuring", total=count_steps(cases, args.batch, args.parts))
+    with _progress() as (progress, task):
+        progress.update(task, total=count_steps(cases, args.batch, args.parts))
         report = measure_ops(
             cases,
             args.batch,
             threads=args.threads,
             repeats=args.repeats,
             parts=args.parts,
-            on_step=lambda text: progress.update(task, advance=1, description=f"{text}: done"),
+            on_step=lambda text: progress.update(task, advance=1, description=text),
         )
     if args.json:
         print_json(report.as_dict())
@@ -144,12 +276,18 @@ def _run_ops(args: argparse.Namespace) -> int:
     return 0
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+@contextmanager
+def _progress() -> Iterator[tuple[Any, Any]]:
+    """Show a progress bar on standard error, if that is a terminal; yield it with its task."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-
-def _numbers(text: str) -> list[Any]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers such as 1,8, got {text!r}") from None
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as progress:
+        yield progress, progress.add_task("starting", total=None)

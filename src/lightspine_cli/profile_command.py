@@ -1,4 +1,4 @@
-"""Tell where the time of one model goes: per module, per kind of module and per operator of PyTorch."""
+"""Profile one model: time per module, per module class and per PyTorch operator."""
 
 import argparse
 import sys
@@ -6,36 +6,42 @@ from pathlib import Path
 from typing import Any
 
 from lightspine_cli._output import print_json, print_pairs, print_table
+from lightspine_cli.bench_command import parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lightspine profile`."""
-    parser.add_argument("model", metavar="NAME", help="a name of ours, or timm/NAME")
-    parser.add_argument("--size", metavar="224|448x672", help="pixels (default: the model's own)")
-    parser.add_argument("--batch", type=int, default=1, help="images at a time (default: %(default)s)")
+    parser.add_argument("model", metavar="NAME", help="a model of lightspine, or timm/NAME")
+    parser.add_argument(
+        "--size",
+        type=parse_size,
+        metavar="224|448x672",
+        help="image size in pixels, or HxW (default: the model's evaluation size)",
+    )
+    parser.add_argument("--batch", type=int, default=1, help="batch size (default: %(default)s)")
     parser.add_argument(
         "--mode",
         choices=("eager", "optimized"),
         default="eager",
-        help="as it is trained, or for inference (default: %(default)s)",
+        help="the training form or the inference form (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)"
     )
     parser.add_argument("--train", action="store_true", help="profile a training step")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each kind (default: %(default)s)")
-    parser.add_argument("--top", type=int, default=15, help="lines of each list (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write profile.json and trace.json")
-    parser.add_argument("--json", action="store_true", help="print one object with all numbers")
+    parser.add_argument("--top", type=int, default=15, help="rows of each table (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write profile.json and trace.json here")
+    parser.add_argument("--json", action="store_true", help="print the profile as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Profile and print."""
     from rich.console import Console
 
-    from lightspine.benchmark.models.specs import parse_model
+    from lightspine.benchmark.model_specs import parse_model
     from lightspine.benchmark.profiling import ProfileSettings, profile_model
     from lightspine.errors import UsageError
 
@@ -43,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--top must be at least 1, got {args.top}")
     settings = ProfileSettings(
         batch=args.batch,
-        size=_size(args.size),
+        size=args.size,
         mode=args.mode,
         dtype=args.dtype,
         device=args.device,
@@ -61,22 +67,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(profile.as_dict())
     else:
-        _print(profile, args.top, args.out)
+        _print_profile(profile, args.top, args.out)
     return 0
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
-    from lightspine.errors import UsageError
-
-    if text is None:
-        return None
-    sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise UsageError(f"expected a size such as 224 or 448x672, got {text!r}")
-    return int(sides[0]), int(sides[-1])
-
-
-def _print(profile: Any, top: int, folder: Path | None) -> None:
+def _print_profile(profile: Any, top: int, folder: Path | None) -> None:
     settings, operators = profile.settings, profile.operators
     height, width = settings["size"]
     what = "training step" if settings["train"] else "forward pass"
@@ -92,12 +87,12 @@ def _print(profile: Any, top: int, folder: Path | None) -> None:
     whole = profile.modules[0].total_ms
     print()
     print_table(
-        ("kind of module", ">own ms", ">% of forward"),
+        ("module class", ">own ms", ">% of forward"),
         [(kind, f"{ms:.2f}", f"{100 * ms / whole:.1f}") for kind, ms in list(profile.kinds.items())[:top]],
     )
     print()
     print_table(
-        ("module", "kind", ">calls", ">ms", ">own ms", ">% of forward"),
+        ("module", "class", ">calls", ">ms", ">own ms", ">% of forward"),
         [
             (
                 module.name or "(the model)",
@@ -124,4 +119,4 @@ def _print(profile: Any, top: int, folder: Path | None) -> None:
         ],
     )
     if folder is not None:
-        print(f"\n{folder}: profile.json has every module and operator, trace.json opens in Perfetto")
+        print(f"\n{folder}: profile.json lists every module and operator; open trace.json in Perfetto")

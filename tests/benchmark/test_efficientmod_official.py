@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lightspine
-from lightspine.benchmark.baselines.efficientmod_official import OfficialEfficientMod
+from lightspine.benchmark.efficientmod_official import OfficialEfficientMod
 from lightspine.errors import UsageError
 from support.exporting import disturb, small_model
 from support.reference import relative_l2

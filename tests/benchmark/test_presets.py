@@ -8,12 +8,11 @@ import timm
 import torch
 
 import lightspine
-from lightspine.benchmark import count_macs
-from lightspine.benchmark.models.prepare import count_row_macs
-from lightspine.benchmark.models.settings import BenchSettings, plan_groups
-from lightspine.benchmark.models.specs import ModelSpec, build_model, own_size, parse_model
+from lightspine.benchmark import count_macs, presets
+from lightspine.benchmark.model_specs import ModelSpec, build_model, evaluation_size, parse_model
+from lightspine.benchmark.prepare import count_row_macs
 from lightspine.benchmark.presets import find_preset, find_published, list_presets
-from lightspine.benchmark.presets import published as published_module
+from lightspine.benchmark.settings import BenchSettings, plan_groups
 from lightspine.errors import UsageError
 from lightspine.models import get_record
 from support.reference import read_figure
@@ -65,7 +64,7 @@ def test_settings_of_a_preset_are_valid(name: str) -> None:
 def test_every_model_of_a_preset_can_be_built(name: str) -> None:
     for spec in _here(name):
         with torch.device("meta"):
-            model = build_model(spec, *own_size(spec))
+            model = build_model(spec, *evaluation_size(spec))
         assert sum(parameter.numel() for parameter in model.parameters()) > 10**6
 
 
@@ -144,7 +143,7 @@ def test_published_figures_are_those_of_the_registry(name: str) -> None:
 
 
 def test_every_published_figure_has_its_source() -> None:
-    with (Path(published_module.__file__).parent / "published.csv").open(newline="") as file:
+    with (Path(presets.__file__).parent / "published.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len({(line["model"], line["variant"]) for line in lines}) == len(lines)
     assert all(line["source"] for line in lines)
@@ -194,7 +193,7 @@ def test_prefix_asks_for_the_official_order() -> None:
             "official/vim_tiny",
             "expected official/efficientmod_.*, the only baselines, got 'official/vim_tiny'",
         ),
-        ("timm/vim_tiny", "timm has no model 'vim_tiny' of its own: ours is called vim_tiny"),
+        ("timm/vim_tiny", "timm has no model 'vim_tiny' of its own: use vim_tiny without timm/"),
     ],
 )
 def test_unknown_peer_is_named(name: str, sentence: str) -> None:

@@ -17,7 +17,7 @@ from lightspine.benchmark.report.charts.style import FILE, NARROW, WIDE, Layout,
 from lightspine.benchmark.report.charts.times import time_charts
 from lightspine.benchmark.report.numbers import TIMES
 from lightspine.benchmark.results import PublishedFigures
-from support.bench_results import a_pass, a_row, steps_result, table_result
+from support.bench_results import a_row, a_timing, steps_result, table_result
 
 
 def _texts(chart: Chart, layout: Layout) -> list[str]:
@@ -59,7 +59,7 @@ def test_names_without_room_are_counted() -> None:
 def test_scatter_takes_the_usual_size_of_a_model_with_several() -> None:
     best = PublishedFigures(top1=76.1)
     rows = [
-        a_row("vim_tiny", height=side, width=side, forward=a_pass(side), published=best)
+        a_row("vim_tiny", height=side, width=side, forward=a_timing(side), published=best)
         for side in (448, 224)
     ]
     rows.append(a_row("shvit_s1", published=PublishedFigures(top1=70.0)))
@@ -107,7 +107,7 @@ def test_charts_of_two_types_have_titles_of_their_own() -> None:
 
 
 def test_ratio_of_a_mode_is_eager_time_over_its_own() -> None:
-    rows = [a_row("shvit_s1", forward=a_pass(10.0)), a_row("shvit_s1", mode="onnx", forward=a_pass(4.0))]
+    rows = [a_row("shvit_s1", forward=a_timing(10.0)), a_row("shvit_s1", mode="onnx", forward=a_timing(4.0))]
     (model,) = compare_modes(rows)
     assert [bar.ratio for bar in model.bars] == [2.5]
 
@@ -169,6 +169,6 @@ def test_dollar_signs_in_names_are_no_formula() -> None:
 
 
 def test_latencies_are_charted_for_each_mode() -> None:
-    rows = [a_row("shvit_s1"), a_row("shvit_s1", mode="onnx", forward=a_pass(1234.5))]
+    rows = [a_row("shvit_s1"), a_row("shvit_s1", mode="onnx", forward=a_timing(1234.5))]
     (group,) = time_charts(rows, "run")
     assert [_texts(chart, WIDE) for chart in group] == [["10.0"], ["1,234"]]

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lightspine.benchmark.presets.catalogue import find_preset
+from lightspine.benchmark.interleaved_timing import Timing
+from lightspine.benchmark.presets import find_preset
 from lightspine.benchmark.report import Report, write_report
-from lightspine.benchmark.results import BenchResult, Pass, PublishedFigures, save_results
+from lightspine.benchmark.results import BenchResult, PublishedFigures, save_results
 from lightspine.errors import LightspineError, UsageError
-from support.bench_results import a_pass, a_result, a_row, sizes_result, steps_result, table_result
+from support.bench_results import a_result, a_row, a_timing, sizes_result, steps_result, table_result
 from support.html_pages import ReadPage, read_page
 
 HOSTILE = "<img src=x onerror=alert(1)></script>\"'&$x$"
@@ -148,7 +149,7 @@ def test_everything_out_of_a_file_is_escaped(tmp_path: Path) -> None:
 
 
 def test_report_of_two_machines_tells_which_run_was_on_which(tmp_path: Path) -> None:
-    other = a_result([a_row("shvit_s2", forward=a_pass(3.0))], system={"processor": "Another one"})
+    other = a_result([a_row("shvit_s2", forward=a_timing(3.0))], system={"processor": "Another one"})
     report = _report(tmp_path, a_result([a_row("shvit_s1")]), other)
     page = read_page(report.page.read_text(encoding="utf-8"))
     assert "Another one" in page.text
@@ -162,7 +163,7 @@ def test_file_without_any_time_is_refused(tmp_path: Path) -> None:
 
 
 def test_time_that_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
-    row = a_row("shvit_s1", forward=Pass(median_ms=0, p90_ms=0, repeats=1, images_per_s=0))
+    row = a_row("shvit_s1", forward=Timing(median_ms=0, p90_ms=0, repeats=1, images_per_s=0))
     with pytest.raises(LightspineError, match=r"times above zero, .* has 0 ms in row 0 \(shvit_s1\)"):
         _report(tmp_path, a_result([row]))
 

@@ -47,7 +47,10 @@ def test_model_of_timm_is_profiled_in_its_fused_form(capsys: pytest.CaptureFixtu
         (["shvit_s9"], "unknown model 'shvit_s9'"),
         (["shvit_s1", "--size", "big"], "expected a size such as 224 or 448x672, got 'big'"),
         (["shvit_s1", "--size", "16"], "at least 32 x 32 pixels, got 16 x 16"),
-        (["shvit_s1", "--train", "--mode", "optimized"], "a training step has the mode eager, got optimized"),
+        (
+            ["shvit_s1", "--train", "--mode", "optimized"],
+            "expected mode eager for a training step, got optimized",
+        ),
         (["shvit_s1", "--dtype", "int8"], "expected dtypes out of float32, bfloat16, float16, got int8"),
         (["shvit_s1", "--top", "0"], "--top must be at least 1, got 0"),
         (["shvit_s1", "--mode", "onnx"], "invalid choice: 'onnx'"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lightspine
-from lightspine.benchmark.saved import count_saved_bytes
+from lightspine.benchmark.saved_activations import count_saved_bytes
 from lightspine.blocks import SS2D, VimMixer
 from lightspine.layers.recompute import recompute_before_scan
 from lightspine.ops.selective_scan import scan

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightspine.benchmark.results import BenchResult, Mode, Pass, PublishedFigures, Row, Source
+from lightspine.benchmark.interleaved_timing import Timing
+from lightspine.benchmark.results import BenchResult, Mode, PublishedFigures, Row, Source
 
 SYSTEM: dict[str, Any] = {
     "date": "2026-01-02T03:04:05+00:00",
@@ -48,9 +49,9 @@ _TABLE: tuple[tuple[str, Source, float, float, float, float], ...] = (
 _MODES: dict[Mode, float] = {"eager": 1.0, "optimized": 0.62, "compile": 0.71, "onnx": 0.8}
 
 
-def a_pass(median_ms: float, batch: int = 1) -> Pass:
+def a_timing(median_ms: float, batch: int = 1) -> Timing:
     """Return a time whose other figures follow from the median."""
-    return Pass(
+    return Timing(
         median_ms=median_ms, p90_ms=1.25 * median_ms, repeats=30, images_per_s=1000 * batch / median_ms
     )
 
@@ -67,7 +68,7 @@ def a_row(model: str, **changes: Any) -> Row:
         "height": 224,
         "width": 224,
         "status": "ok",
-        "forward": a_pass(10.0),
+        "forward": a_timing(10.0),
     }
     return Row(model=model, **(values | changes))
 
@@ -108,7 +109,7 @@ def table_result(
                         source=source,
                         mode=mode,
                         batch=batch,
-                        forward=a_pass(median_ms, batch),
+                        forward=a_timing(median_ms, batch),
                         peak_memory_mib=round(40 + 6 * params_m + batch * 11.5 * macs_g, 1),
                         parameters=int(1e6 * params_m),
                         macs=int(1e9 * macs_g),
@@ -156,8 +157,8 @@ def sizes_result() -> BenchResult:
                 model,
                 height=side,
                 width=side,
-                forward=a_pass(ms),
-                train_step=a_pass(round(3.1 * ms, 2)),
+                forward=a_timing(ms),
+                train_step=a_timing(round(3.1 * ms, 2)),
                 peak_memory_mib=round(30 + 1.6e-3 * pixels, 1),
                 train_memory_mib=round(90 + 9e-3 * pixels, 1),
                 published=PublishedFigures(
@@ -192,7 +193,7 @@ def steps_result() -> BenchResult:
         a_row(
             "vmamba_tiny",
             variant=f"({letter})",
-            forward=a_pass(ms),
+            forward=a_timing(ms),
             published=PublishedFigures(
                 top1=top1,
                 throughput=float(rate),

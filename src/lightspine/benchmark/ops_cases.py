@@ -1,29 +1,28 @@
-"""The shapes at which the scans are measured, and their inputs."""
+"""Shapes, inputs and functions of the benchmark of the scan operators."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightspine.errors import UsageError
 from lightspine.ops.cross_scan import cross_scan
 from lightspine.ops.selective_scan import scan
 
-Operator = Callable[..., Tensor]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScanCase:
-    """One shape of one of the two scans.
+    """One shape of the selective scan or of the cross scan.
 
     Attributes:
-        name: what the tables call it.
-        dim: channels D of the map or of the sequence.
-        height: rows of the map; 1 for a sequence.
-        width: columns of the map; the positions of a sequence.
+        name: name in tables and options.
+        dim: channels D of the feature map or sequence.
+        height: rows of the feature map; 1 for a sequence.
+        width: columns of the feature map; length of a sequence.
         state_dim: states N per channel.
-        directions: directions K over a map; 0 for a sequence, which is gated as in Vim.
+        directions: scan directions K over a feature map; 0 for a sequence, which has a gate as in Vim.
     """
 
     name: str
@@ -35,7 +34,7 @@ class ScanCase:
 
     @property
     def length(self) -> int:
-        """Positions L."""
+        """Sequence length L."""
         return self.height * self.width
 
     @property
@@ -43,28 +42,28 @@ class ScanCase:
         """Scanned channels, K D."""
         return self.dim * max(self.directions, 1)
 
-    def operator(self, backend: str) -> Operator:
-        """Return the scan of `inputs` by one backend."""
+    def operator(self, backend: str) -> Callable[..., Tensor]:
+        """Return the scan by one backend, as a function of `inputs`."""
 
-        def over_a_map(*tensors: Tensor) -> Tensor:
+        def run_cross_scan(*tensors: Tensor) -> Tensor:
             x, delta, A, B, C, skip, bias = tensors
             return cross_scan(x, delta, A, B, C, skip, bias, backend=backend)
 
-        def over_a_sequence(*tensors: Tensor) -> Tensor:
+        def run_selective_scan(*tensors: Tensor) -> Tensor:
             u, delta, A, B, C, skip, gate, bias = tensors
             return scan(u, delta, A, B, C, skip, gate, bias, delta_softplus=True, backend=backend)
 
-        return over_a_map if self.directions else over_a_sequence
+        return run_cross_scan if self.directions else run_selective_scan
 
     def inputs(self, batch: int) -> list[Tensor]:
-        """Return float32 inputs, all that the operator takes, in the layout in which the models hand them.
+        """Return all float32 inputs of the operator, in the memory layout that the models use.
 
-        Steps are drawn around softplus(-3), A is -1, ..., -N, as at the start of a training.
+        dt is softplus(-3 + noise) and A is -1, ..., -N, as at initialization.
         """
-        draw = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=draw)
+            return torch.randn(shape, generator=generator)
 
         scanned = (self.directions, self.dim) if self.directions else (self.dim,)
         A = -torch.arange(1.0, self.state_dim + 1).expand(*scanned, -1).contiguous()
@@ -77,24 +76,65 @@ class ScanCase:
         B, C = normal(2, batch, self.length, 1, self.state_dim).permute(0, 1, 3, 4, 2)
         return [u, delta, A, B, C, skip, gate, bias]
 
+    def forward(self, backend: str, inputs: Sequence[Tensor]) -> Callable[[], object]:
+        """Return a function that runs the scan without gradients."""
+        operator = self.operator(backend)
 
-def _stage(number: int, dim: int, side: int) -> ScanCase:
-    return ScanCase(name=f"vmamba-{number}", dim=dim, height=side, width=side, state_dim=1, directions=4)
+        def run() -> Tensor:
+            with torch.inference_mode():
+                return operator(*inputs)
+
+        return run
+
+    def forward_backward(self, backend: str, inputs: Sequence[Tensor]) -> Callable[[], object]:
+        """Return a function that runs the scan and computes the gradients of all inputs."""
+        operator = self.operator(backend)
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        grad_output: list[Tensor] = []
+
+        def run() -> object:
+            out = operator(*leaves)
+            if not grad_output:
+                grad_output.append(torch.randn_like(out))
+            return torch.autograd.grad(out, leaves, grad_output[0])
+
+        return run
+
+    def elementwise(self, batch: int) -> Callable[[], object]:
+        """Return a function that computes softplus over (B, K D, L) and exp over (B, K D, L, N) in PyTorch.
+
+        Every scan needs these values, so their time is a scale for the time of a scan. The outputs are
+        allocated once.
+        """
+        dt = torch.randn(batch, self.channels, self.length)
+        decay = -torch.rand(batch, self.channels, self.length, self.state_dim)
+        dt_out, decay_out = torch.empty_like(dt), torch.empty_like(decay)
+
+        def run() -> None:
+            with torch.inference_mode():
+                F.softplus(dt, out=dt_out)  # type: ignore[call-arg]
+                torch.exp(decay, out=decay_out)
+
+        return run
 
 
-def _vim(length: int) -> ScanCase:
+def _vmamba_case(stage: int, dim: int, side: int) -> ScanCase:
+    return ScanCase(name=f"vmamba-{stage}", dim=dim, height=side, width=side, state_dim=1, directions=4)
+
+
+def _vim_case(length: int) -> ScanCase:
     return ScanCase(name=f"vim-{length}", dim=384, height=1, width=length, state_dim=16, directions=0)
 
 
-# VMamba-T's stages at 224 pixels; Vim-Ti at 224 (patches of 16 pixels), 512 and 1248.
+# The stages of VMamba-T at 224 pixels; Vim-Ti at 224, 512 and 1248 pixels (patches of 16 pixels).
 CASES = (
-    _stage(1, 96, 56),
-    _stage(2, 192, 28),
-    _stage(3, 384, 14),
-    _stage(4, 768, 7),
-    _vim(197),
-    _vim(1025),
-    _vim(6085),
+    _vmamba_case(1, 96, 56),
+    _vmamba_case(2, 192, 28),
+    _vmamba_case(3, 384, 14),
+    _vmamba_case(4, 768, 7),
+    _vim_case(197),
+    _vim_case(1025),
+    _vim_case(6085),
 )
 
 
@@ -102,7 +142,7 @@ def find_cases(names: Sequence[str]) -> list[ScanCase]:
     """Return the cases of these names, in this order.
 
     Raises:
-        UsageError: a name that no case has, or no name.
+        UsageError: an unknown name, or no name.
     """
     known = {case.name: case for case in CASES}
     unknown = [name for name in names if name not in known]

@@ -1,18 +1,19 @@
-"""The result file of `lightspine bench`: what is in it, and how it is written and read.
+"""Result file of `lightspine bench`: its dataclasses, writing and validated reading.
 
-One JSON object, the same whether a run is finished or was interrupted. A row is one model in one mode,
-dtype, batch and size; it is there also when it could not be measured, and says why. `results.csv` beside it
-holds the same rows flat, for a spreadsheet.
+`results.json` has the same form for a finished and an interrupted run. A row is one model in one mode, dtype,
+batch size and image size; a row that could not be measured states the reason. `results.csv` holds the same
+rows as a flat table.
 """
 
 import csv
 import io
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from lightspine.benchmark.interleaved_timing import Timing
 from lightspine.errors import LightspineError
 from lightspine.utils.files import atomic_write_text
 
@@ -25,33 +26,16 @@ Status = Literal["ok", "out_of_memory", "failed", "absent"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
-    """Time of one kind of pass.
-
-    Attributes:
-        median_ms: half of the timed calls were faster, in milliseconds.
-        p90_ms: nine of ten were faster, in milliseconds.
-        repeats: timed calls.
-        images_per_s: batch over the median.
-    """
-
-    median_ms: float
-    p90_ms: float
-    repeats: int
-    images_per_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class PublishedFigures:
-    """What authors print; measured by nobody here. `None` where they print nothing.
+    """Figures that the authors publish, `None` where they publish none; not measured with this library.
 
     Attributes:
-        top1: ImageNet-1k accuracy in percent.
+        top1: ImageNet-1k top-1 accuracy in percent.
         throughput: images per second.
-        throughput_device: what the throughput was measured on, and its batch.
-        macs_g: multiply-adds in 10^9, which the papers call FLOPs.
+        throughput_device: device and batch size of the throughput.
+        macs_g: multiply-adds in 10^9; the papers call them FLOPs.
         params_m: parameters in millions.
-        source: where the figures are printed.
+        source: where the figures are published.
     """
 
     top1: float | None = None
@@ -64,32 +48,33 @@ class PublishedFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model in one mode, dtype, batch and size.
+    """One model in one mode, dtype, batch size and image size.
 
     Attributes:
-        model: registered name, or what a paper calls a model that is absent here.
-        source: whose implementation.
-        variant: which of several configurations of the model, such as the letter of a step.
-        note: what the row is where its name does not say it all.
-        mode: how it ran.
+        model: registered name, or the paper's name of a model that is not available.
+        source: "lightspine" or "timm".
+        variant: name of a configuration that differs from the registered one.
+        note: what the row is, if its name does not tell.
+        mode: "eager", "optimized", "compile" or "onnx".
         device: "cpu" or "cuda".
         dtype: "float32", "bfloat16" or "float16".
-        threads: of torch, or of ONNX Runtime.
-        batch: images at a time; 0 in a row that is absent, as its height and width are.
-        height: of the images, in pixels.
-        width: of the images, in pixels.
-        status: "absent" rows were never run; `error` says why.
-        error: one sentence, where the status is not "ok".
-        forward: a forward pass without gradients.
-        train_step: forward, loss, backward and optimiser; `None` where not asked for or not possible.
-        peak_memory_mib: of a forward pass, the weights included; `None` where it cannot be told.
-        train_memory_mib: of a training step, the weights and the optimiser's state included.
-        parameters: of the model as it is trained.
-        macs: multiply-adds of one image by convolutions, matrix products and scans, in the eager model.
-        macs_scan: those of the scans alone.
-        gflops_per_s: two per multiply-add and image, over the median forward.
-        matmul_share: that over the rate of matrix products in the same dtype that took turns with the row.
-        published: what authors print about the model.
+        threads: threads of torch or of ONNX Runtime.
+        batch: batch size; 0 in an absent row, as are height and width.
+        height: image height in pixels.
+        width: image width in pixels.
+        status: "ok", "out_of_memory", "failed", or "absent" for rows that were never run.
+        error: the reason, if the status is not "ok".
+        forward: forward pass without gradients.
+        train_step: forward, loss, backward and optimizer step; `None` if not measured.
+        peak_memory_mib: peak memory of a forward pass, including the weights; `None` if not measured.
+        train_memory_mib: peak memory of a training step, including weights and optimizer state.
+        parameters: number of parameters of the training form.
+        macs: multiply-adds of one image in the eager model: convolutions, matrix products and scans.
+        macs_scan: multiply-adds of the scans alone.
+        gflops_per_s: 10^9 operations per second at the median; two operations per multiply-add.
+        matmul_share: `gflops_per_s` divided by the rate of a matrix product timed in the same group.
+        onnx_file_bytes: size of the exported file, in mode "onnx".
+        published: the authors' figures.
     """
 
     model: str
@@ -105,8 +90,8 @@ class Row:
     width: int
     status: Status
     error: str | None = None
-    forward: Pass | None = None
-    train_step: Pass | None = None
+    forward: Timing | None = None
+    train_step: Timing | None = None
     peak_memory_mib: float | None = None
     train_memory_mib: float | None = None
     parameters: int | None = None
@@ -114,23 +99,24 @@ class Row:
     macs_scan: int | None = None
     gflops_per_s: float | None = None
     matmul_share: float | None = None
+    onnx_file_bytes: int | None = None
     published: PublishedFigures | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What tells this row from every other of a run."""
-        where = (self.mode, self.device, self.dtype, self.threads, self.batch, self.height, self.width)
-        return (self.model, self.source, self.variant, *where)
+        """Identity of the row in a run: the model and the conditions."""
+        conditions = (self.mode, self.device, self.dtype, self.threads, self.batch, self.height, self.width)
+        return (self.model, self.source, self.variant, *conditions)
 
 
 @dataclass(kw_only=True)
 class BenchResult:
-    """A run, or as much of it as is done.
+    """A finished or interrupted run.
 
     Attributes:
-        command: the arguments that repeat it.
-        preset: name of the preset, if one was asked for.
-        settings: how it was measured; a run is only resumed with the same.
+        command: the command line that repeats the run.
+        preset: name of the preset, if any.
+        settings: the settings; a run is resumed only with the same ones.
         system: see `lightspine.benchmark.describe_system`.
         matmul_gflops: highest measured rate of a matrix product in any group, in 10^9 operations per second,
             by dtype.
@@ -145,26 +131,25 @@ class BenchResult:
     rows: list[Row] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold."""
+        """Return plain values for JSON."""
         return {"format": FORMAT} | asdict(self)
 
 
 def save_results(result: BenchResult, folder: Path) -> None:
-    """Write `results.json` and `results.csv` into a folder, each whole or not at all.
+    """Write `results.json` and `results.csv` into a folder, each atomically.
 
     Raises:
-        LightspineError: they cannot be written.
+        LightspineError: the files cannot be written.
     """
     atomic_write_text(folder / RESULTS_NAME, json.dumps(result.as_dict(), indent=1, allow_nan=False) + "\n")
-    atomic_write_text(folder / TABLE_NAME, _as_csv(result.rows))
+    atomic_write_text(folder / TABLE_NAME, _rows_to_csv(result.rows))
 
 
 def load_results(path: str | Path) -> BenchResult:
-    """Read a result file, or the one in a folder.
+    """Read and validate a result file, or the `results.json` of a folder.
 
     Raises:
-        LightspineError: there is no such file, it is no result of `lightspine bench`, or one of another
-            version; the sentence names the field that is wrong.
+        LightspineError: the file is missing, is not a result of `lightspine bench`, or has an invalid field.
     """
     path = Path(path)
     path = path / RESULTS_NAME if path.is_dir() else path
@@ -179,65 +164,61 @@ def load_results(path: str | Path) -> BenchResult:
     if content["format"] != FORMAT:
         raise LightspineError(f"expected a result of format {FORMAT}, {path} has {content['format']!r}")
     try:
-        return _read(BenchResult, {name: content[name] for name in content if name != "format"}, "")
+        return _parse_object(BenchResult, {name: content[name] for name in content if name != "format"}, "")
     except _FieldError as error:
-        raise LightspineError(f"the result file {path} is damaged: {error}") from None
+        raise LightspineError(f"invalid result file {path}: {error}") from None
 
 
 class _FieldError(Exception):
     pass
 
 
-def _read(kind: type, content: Any, where: str) -> Any:
+def _parse_object(kind: type, content: Any, where: str) -> Any:
+    """Build a dataclass from JSON values and check every type."""
     if not isinstance(content, dict):
         raise _FieldError(f"{where or 'the file'} must be an object")
     prefix = f"{where}." if where else ""
     hints, known = get_type_hints(kind), {entry.name: entry for entry in fields(kind)}
     if unknown := [name for name in content if name not in known]:
         raise _FieldError(f"{prefix}{unknown[0]} is not known")
-    values = {}
     for name, entry in known.items():
-        if name in content:
-            values[name] = _value(hints[name], content[name], f"{prefix}{name}")
-        elif entry.default is entry.default_factory:
-            # Both say "missing" where the field has no default.
+        if name not in content and entry.default is MISSING and entry.default_factory is MISSING:
             raise _FieldError(f"{prefix}{name} is missing")
-    return kind(**values)
+    return kind(**{name: _parse_value(hints[name], content[name], f"{prefix}{name}") for name in content})
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(hint, UnionType):
-        options = [option for option in get_args(hint) if option is not NoneType]
-        return None if value is None else _value(options[0], value, where)
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise _FieldError(f"{where} must be one of {', '.join(get_args(hint))}, got {value!r}")
-        return value
-    if get_origin(hint) is list:
-        return [
-            _value(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(_of(list, value, where))
-        ]
-    if get_origin(hint) is dict:
-        item_hint = get_args(hint)[1]
-        return {
-            key: _value(item_hint, item, f"{where}.{key}") for key, item in _of(dict, value, where).items()
-        }
+def _parse_value(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
-    if hint in (Pass, PublishedFigures, Row):
-        return _read(hint, value, where)
-    return _of((int, float) if hint is float else hint, value, where)
+    if isinstance(hint, UnionType):
+        if value is None:
+            return None
+        [hint] = [option for option in get_args(hint) if option is not NoneType]
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            raise _FieldError(f"{where} must be one of {', '.join(arguments)}, got {value!r}")
+        return value
+    if origin is list:
+        items = _check_type(list, value, where)
+        return [_parse_value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items)]
+    if origin is dict:
+        entries = _check_type(dict, value, where)
+        return {key: _parse_value(arguments[1], item, f"{where}.{key}") for key, item in entries.items()}
+    if hint in (Timing, PublishedFigures, Row):
+        return _parse_object(hint, value, where)
+    return _check_type((int, float) if hint is float else hint, value, where)
 
 
-def _of(kind: Any, value: Any, where: str) -> Any:
-    # A bool is an int to Python, but no number in a file.
+def _check_type(kind: Any, value: Any, where: str) -> Any:
+    # A bool is an int in Python but not in JSON.
     if not isinstance(value, kind) or isinstance(value, bool):
-        names = ("number",) if isinstance(kind, tuple) else (kind.__name__,)
-        raise _FieldError(f"{where} must be of type {names[0]}, got {value!r}")
+        name = "number" if isinstance(kind, tuple) else kind.__name__
+        raise _FieldError(f"{where} must be of type {name}, got {value!r}")
     return value
 
 
-def _as_csv(rows: list[Row]) -> str:
+def _rows_to_csv(rows: list[Row]) -> str:
     flat = [_flatten(asdict(row)) for row in rows]
     columns = list(dict.fromkeys(name for row in flat for name in row))
     text = io.StringIO()
@@ -247,14 +228,14 @@ def _as_csv(rows: list[Row]) -> str:
     return text.getvalue()
 
 
-_PARTS = {"forward": Pass, "train_step": Pass, "published": PublishedFigures}
+_NESTED = {"forward": Timing, "train_step": Timing, "published": PublishedFigures}
 
 
 def _flatten(row: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in row.items():
-        if name in _PARTS:
-            flat |= {f"{name}_{entry.name}": (value or {}).get(entry.name) for entry in fields(_PARTS[name])}
+        if name in _NESTED:
+            flat |= {f"{name}_{entry.name}": (value or {}).get(entry.name) for entry in fields(_NESTED[name])}
         else:
             flat[name] = value
     return flat

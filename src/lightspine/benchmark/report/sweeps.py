@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lightspine.benchmark.report.fit import FEWEST_SIZES, PowerFit, fit_power
-from lightspine.benchmark.report.measured import (
+from lightspine.benchmark.report.conditions import (
     Conditions,
     conditions_of,
     grouped,
@@ -13,6 +12,7 @@ from lightspine.benchmark.report.measured import (
     pixels_of,
     size_of,
 )
+from lightspine.benchmark.report.fit import FEWEST_SIZES, PowerFit, fit_power
 from lightspine.benchmark.results import Row
 
 

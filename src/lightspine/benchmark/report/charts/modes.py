@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lightspine.benchmark.report.charts.chart import Chart, Drawing
 from lightspine.benchmark.report.charts.style import INKS, Layout, new_figure
-from lightspine.benchmark.report.measured import (
+from lightspine.benchmark.report.conditions import (
     MODES,
     Conditions,
     conditions_of,

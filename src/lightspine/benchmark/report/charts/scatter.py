@@ -6,7 +6,7 @@ from functools import partial
 from lightspine.benchmark.report.charts.chart import Chart
 from lightspine.benchmark.report.charts.scatter_drawing import draw_scatter
 from lightspine.benchmark.report.charts.scatter_points import Point, Timed, points_of
-from lightspine.benchmark.report.measured import Conditions, conditions_of, grouped, mode_order
+from lightspine.benchmark.report.conditions import Conditions, conditions_of, grouped, mode_order
 from lightspine.benchmark.report.pareto import pareto_front
 from lightspine.benchmark.results import Row
 

@@ -19,7 +19,7 @@ from lightspine.benchmark.report.charts.style import (
     log_axis,
     new_figure,
 )
-from lightspine.benchmark.report.measured import Conditions, family_of, is_ours, name_of
+from lightspine.benchmark.report.conditions import Conditions, family_of, is_ours, name_of
 
 _STRIP_ROW = 0.155
 _PEER = Mark(INKS["peer"].light, "o")

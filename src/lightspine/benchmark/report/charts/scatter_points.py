@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from lightspine.benchmark.report.measured import family_of, grouped, is_ours, name_of, pixels_of, size_of
+from lightspine.benchmark.report.conditions import family_of, grouped, is_ours, name_of, pixels_of, size_of
 from lightspine.benchmark.report.numbers import number, plain
 from lightspine.benchmark.results import Row
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from lightspine.benchmark.report.charts.chart import Chart, Drawing
 from lightspine.benchmark.report.charts.style import INKS, Layout, new_figure
-from lightspine.benchmark.report.measured import (
+from lightspine.benchmark.report.conditions import (
     Conditions,
     conditions_of,
     grouped,

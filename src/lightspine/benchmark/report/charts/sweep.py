@@ -20,7 +20,7 @@ from lightspine.benchmark.report.charts.style import (
     log_axis,
     new_figure,
 )
-from lightspine.benchmark.report.measured import Conditions, family_of, grouped, is_ours, pixels_of, size_of
+from lightspine.benchmark.report.conditions import Conditions, family_of, grouped, is_ours, pixels_of, size_of
 from lightspine.benchmark.report.numbers import number
 from lightspine.benchmark.report.sweeps import INFERENCE, TRAINING, Curve, Quantity, Series
 from lightspine.benchmark.results import Row

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
+from lightspine.benchmark.interleaved_timing import Timing
 from lightspine.benchmark.report.charts.chart import Chart, Drawing
 from lightspine.benchmark.report.charts.style import INKS, Layout, new_figure
-from lightspine.benchmark.report.measured import (
+from lightspine.benchmark.report.conditions import (
     Conditions,
     conditions_of,
     grouped,
@@ -16,14 +17,14 @@ from lightspine.benchmark.report.measured import (
     size_of,
 )
 from lightspine.benchmark.report.numbers import number
-from lightspine.benchmark.results import Pass, Row
+from lightspine.benchmark.results import Row
 
 _ROW_INCHES = 0.27
 
 
 class _Bar(NamedTuple):
     row: Row
-    time: Pass
+    time: Timing
 
     def __str__(self) -> str:
         return f"{name_of(self.row)}, {size_of(self.row)}: {number(self.time.median_ms, 4)} ms"

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightspine.benchmark.presets.catalogue import Preset, list_presets
-from lightspine.benchmark.report.measured import status_in_words
+from lightspine.benchmark.presets import Preset, list_presets
+from lightspine.benchmark.report.conditions import status_in_words
 from lightspine.benchmark.report.numbers import TIMES, number
 from lightspine.benchmark.results import BenchResult, Row
 

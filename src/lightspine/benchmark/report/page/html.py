@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 
 from lightspine.benchmark.report.charts.chart import DrawnChart
 from lightspine.benchmark.report.charts.style import page_inks
-from lightspine.benchmark.report.measured import size_of
+from lightspine.benchmark.report.conditions import size_of
 from lightspine.benchmark.report.page.run import RunPart
 
 _PACKAGE = "lightspine.benchmark.report.page"

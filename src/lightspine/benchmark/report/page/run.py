@@ -9,7 +9,7 @@ from lightspine.benchmark.report.charts.scatter import scatter_charts
 from lightspine.benchmark.report.charts.steps import step_charts
 from lightspine.benchmark.report.charts.sweep import sweep_charts
 from lightspine.benchmark.report.charts.times import time_charts
-from lightspine.benchmark.report.measured import status_in_words
+from lightspine.benchmark.report.conditions import status_in_words
 from lightspine.benchmark.report.page.facts import (
     command_line,
     count_in_words,

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lightspine.benchmark.report.measured import MODES, size_of, status_in_words
+from lightspine.benchmark.interleaved_timing import Timing
+from lightspine.benchmark.report.conditions import MODES, size_of, status_in_words
 from lightspine.benchmark.report.numbers import number, plain
-from lightspine.benchmark.results import Pass, PublishedFigures, Row
+from lightspine.benchmark.results import PublishedFigures, Row
 
 MEASURED, PUBLISHED = "measured here", "published"
 
@@ -142,11 +143,11 @@ def _published(name: str, cell: Callable[[PublishedFigures], Cell | None], *, nu
     )
 
 
-def _forward(of: Callable[[Pass], Cell | None]) -> Callable[[Row], Cell | None]:
+def _forward(of: Callable[[Timing], Cell | None]) -> Callable[[Row], Cell | None]:
     return lambda row: of(row.forward) if row.forward else None
 
 
-def _training(of: Callable[[Pass], Cell | None]) -> Callable[[Row], Cell | None]:
+def _training(of: Callable[[Timing], Cell | None]) -> Callable[[Row], Cell | None]:
     return lambda row: of(row.train_step) if row.train_step else None
 
 

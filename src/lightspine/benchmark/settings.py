@@ -1,11 +1,11 @@
-"""How a benchmark of models is to be run, and the rows that follow from it."""
+"""Settings of a model benchmark, and the rows that it measures."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
-from lightspine.benchmark.models.specs import ModelSpec, own_size
+from lightspine.benchmark.model_specs import ModelSpec, check_image_size, evaluation_size
 from lightspine.benchmark.results import Mode, Row
 from lightspine.errors import UsageError
 
@@ -15,20 +15,23 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """How models are measured.
+    """Settings of a model benchmark.
 
     Attributes:
-        batches: images at a time.
-        sizes: (height, width) in pixels; `None` for the size that each model is evaluated at by its authors.
-        modes: "eager", "optimized", "compile", "onnx".
-        dtypes: "float32", "bfloat16", "float16".
+        batches: batch sizes.
+        sizes: (height, width) in pixels; `None` for the size at which the authors evaluate each model.
+        modes: out of "eager", "optimized", "compile", "onnx".
+        dtypes: out of "float32", "bfloat16", "float16".
         device: "cpu" or "cuda".
-        threads: of torch and of ONNX Runtime.
-        train: measure a training step too, in the modes that can train.
+        threads: threads of torch and of ONNX Runtime.
+        train: also measure a training step, in the modes eager and compile.
         repeats: timed calls of each row.
-        warmup: untimed calls of each row before all turns.
-        calls_per_turn: timed calls of each turn, behind an untimed one.
-        budget_s: a row that has spent so many seconds in at least three timed calls sits the rest out.
+        warmup: untimed calls of each row at the start.
+        calls_per_turn: timed calls of a row in each round, after one untimed call.
+        budget_s: a row that has used this many seconds in three or more timed calls is not timed again.
+
+    Raises:
+        UsageError: an unknown choice, or a number that is too small.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -45,42 +48,40 @@ class BenchSettings:
 
     @property
     def calls(self) -> int:
-        """Calls of a row that stays within its budget, untimed ones included."""
+        """Calls of a row that stays within its budget, including the untimed ones."""
         return self.warmup + self.repeats + math.ceil(self.repeats / self.calls_per_turn)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
+        """Check the values."""
         _check_choices("modes", self.modes, get_args(Mode))
         _check_choices("dtypes", self.dtypes, DTYPES)
         _check_choices("devices", (self.device,), DEVICES)
         for name in ("batches", "sizes"):
             if not getattr(self, name):
-                raise UsageError(f"expected one or more {name} to measure at, got none")
+                raise UsageError(f"expected one or more {name}, got none")
         counts = (*self.batches, self.threads, self.repeats, self.warmup, self.calls_per_turn)
         if min(counts) < 1 or self.budget_s <= 0:
             raise UsageError(
-                "batches, threads, repeats, warm-up calls, calls per turn and the budget must be at least 1, "
+                "batches, threads, repeats, warmup, calls_per_turn and budget_s must be at least 1, "
                 f"got {list(self.batches)}, {self.threads}, {self.repeats}, {self.warmup}, "
                 f"{self.calls_per_turn} and {self.budget_s}"
             )
-        if small := [size for size in self.sizes if size is not None and min(size) < 32]:
-            raise UsageError(
-                f"a model takes images of at least 32 x 32 pixels, got {small[0][0]} x {small[0][1]}"
-            )
+        for size in self.sizes:
+            if size is not None:
+                check_image_size(*size)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as they come back from JSON."""
-        values = asdict(self)
-        return {name: _plain(value) for name, value in values.items()}
+        return {name: _tuples_to_lists(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One row to measure.
+    """A row to measure.
 
     Attributes:
         spec: the model.
-        row: what is known of the row before it is measured.
+        row: the row with its conditions, before it is measured.
     """
 
     spec: ModelSpec
@@ -88,17 +89,20 @@ class Job:
 
 
 def plan_groups(specs: Sequence[ModelSpec], settings: BenchSettings) -> list[list[Job]]:
-    """Return the rows to measure, in groups that take turns.
+    """Return the rows to measure in groups: all models, modes and dtypes at one batch and image size.
 
-    A group holds what is compared: every model, mode and dtype at one batch and size. It is also what is
-    saved at a time, and what an interrupted run goes on after.
+    The rows of a group are timed interleaved. Results are saved after each group.
     """
-    here = [spec for spec in specs if spec.absent is None]
-    return [list(_jobs(here, settings, batch, size)) for batch in settings.batches for size in settings.sizes]
+    available = [spec for spec in specs if spec.absent is None]
+    return [
+        list(_plan_group(available, settings, batch, size))
+        for batch in settings.batches
+        for size in settings.sizes
+    ]
 
 
 def absent_rows(specs: Sequence[ModelSpec], settings: BenchSettings) -> list[Row]:
-    """Return a row for each model of a table that nobody can measure here, with its published figures."""
+    """Return a row for each model that cannot be measured, with the reason and the published figures."""
     return [
         Row(
             model=spec.name,
@@ -121,13 +125,13 @@ def absent_rows(specs: Sequence[ModelSpec], settings: BenchSettings) -> list[Row
     ]
 
 
-def _jobs(
+def _plan_group(
     specs: Sequence[ModelSpec], settings: BenchSettings, batch: int, size: tuple[int, int] | None
 ) -> Iterator[Job]:
     for spec in specs:
-        height, width = size or own_size(spec)
-        # Accuracies and multiply-adds are printed for one size.
-        published = spec.published if (height, width) == own_size(spec) else None
+        height, width = size or evaluation_size(spec)
+        # Published figures hold for the evaluation size only.
+        published = spec.published if (height, width) == evaluation_size(spec) else None
         for mode in settings.modes:
             for dtype in settings.dtypes:
                 row = Row(
@@ -154,5 +158,5 @@ def _check_choices(what: str, given: Sequence[str], known: Sequence[str]) -> Non
         raise UsageError(f"expected {what} out of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+def _tuples_to_lists(value: Any) -> Any:
+    return [_tuples_to_lists(item) for item in value] if isinstance(value, tuple) else value

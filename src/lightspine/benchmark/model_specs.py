@@ -1,4 +1,4 @@
-"""Which models a benchmark measures, and how they are built."""
+"""Models of a benchmark: parse their names, find their evaluation size, build them."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg
 
-from lightspine.benchmark.baselines.efficientmod_official import OfficialEfficientMod
+from lightspine.benchmark.efficientmod_official import OfficialEfficientMod
 from lightspine.benchmark.results import PublishedFigures, Source
 from lightspine.errors import UsageError
 from lightspine.models import find_record
@@ -16,22 +16,24 @@ from lightspine.models.registry import unknown_model
 
 TIMM_PREFIX = "timm/"
 OFFICIAL_PREFIX = "official/"
-"""Our weights in the official order of steps, in plain PyTorch; of EfficientMod only."""
+"""Prefix for EfficientMod with the operation order of the official code, as a baseline."""
+
+MIN_SIZE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One model of a table.
+    """One model of a benchmark.
 
     Attributes:
         name: registered name.
-        source: whose implementation.
-        variant: which of several configurations of the model.
-        note: what it is where the name does not say it all.
-        kwargs: arguments of its constructor.
-        scan_backend: computes the scans of ours; `None` for the usual choice by device.
+        source: "lightspine" or "timm".
+        variant: name of a configuration that differs from the registered one.
+        note: what the model is, if the name does not tell.
+        kwargs: arguments of the constructor.
+        scan_backend: backend of all scans; `None` for the default of the device.
         published: the authors' figures.
-        absent: why it cannot be measured; `None` for a model that can.
+        absent: why the model cannot be measured; `None` if it can.
     """
 
     name: str
@@ -45,30 +47,30 @@ class ModelSpec:
 
 
 def parse_model(text: str) -> ModelSpec:
-    """Return the model that a name means: ours first, `timm/NAME` for timm's, `official/NAME` for a baseline.
+    """Return the model of a name: ours by its name, timm's as `timm/NAME`, a baseline as `official/NAME`.
+
+    A name without prefix that only timm knows is timm's model.
 
     Raises:
-        UsageError: none has it.
+        UsageError: unknown model.
     """
     if text.startswith(OFFICIAL_PREFIX):
         record = find_record(text.removeprefix(OFFICIAL_PREFIX))
         if record is None or record.family != "efficientmod":
             raise UsageError(f"expected {OFFICIAL_PREFIX}efficientmod_*, the only baselines, got {text!r}")
-        return ModelSpec(name=text, source="lightspine", note="official order of steps, plain PyTorch")
+        return ModelSpec(name=text, source="lightspine", note="operation order of the official code")
     name = text.removeprefix(TIMM_PREFIX)
     if not text.startswith(TIMM_PREFIX) and find_record(name) is not None:
         return ModelSpec(name=name, source="lightspine")
     if not timm.is_model(name):
         raise unknown_model(name)
     if timm.model_entrypoint(name).__module__.startswith("lightspine"):
-        raise UsageError(
-            f"timm has no model {name!r} of its own: ours is called {name}, without {TIMM_PREFIX}"
-        )
+        raise UsageError(f"timm has no model {name!r} of its own: use {name} without {TIMM_PREFIX}")
     return ModelSpec(name=name, source="timm")
 
 
-def own_size(spec: ModelSpec) -> tuple[int, int]:
-    """Return the (height, width) in pixels that a model is evaluated at by its authors."""
+def evaluation_size(spec: ModelSpec) -> tuple[int, int]:
+    """Return the (height, width) in pixels at which the authors evaluate a model."""
     record = find_record(spec.name.removeprefix(OFFICIAL_PREFIX))
     if spec.source == "lightspine" and record is not None:
         return record.input_size[1], record.input_size[2]
@@ -76,26 +78,17 @@ def own_size(spec: ModelSpec) -> tuple[int, int]:
     return size[1], size[2]
 
 
-def _timm_cfg(spec: ModelSpec) -> PretrainedCfg:
-    cfg = timm.get_pretrained_cfg(spec.name)
-    # Only a name without an entry has none, and such a name was refused.
-    assert cfg is not None
-    return cfg
-
-
 def build_model(spec: ModelSpec, height: int, width: int) -> nn.Module:
-    """Create a model with random weights for images of one size, in evaluation mode, on the CPU.
+    """Create a model with random weights in eval mode on the CPU.
 
-    Models whose weights depend on the image's size (DeiT, Swin, Vim) are built for it, so that none has to
-    resize a table in its forward pass.
+    Models with position tables (DeiT, Swin, Vim) are built for the given size, so that none of them resizes a
+    table in its forward pass.
 
     Raises:
-        UsageError: fewer than 32 pixels.
-        Exception: whatever a model of timm raises for a size that it cannot take.
+        UsageError: a side of less than 32 pixels.
+        Exception: any error of a timm model that does not support the size.
     """
-    if min(height, width) < 32:
-        raise UsageError(f"a model takes images of at least 32 x 32 pixels, got {height} x {width}")
-    # The same weights in each process, though no measurement depends on them.
+    check_image_size(height, width)
     torch.manual_seed(0)
     kwargs = dict(spec.kwargs)
     if spec.source == "lightspine":
@@ -107,7 +100,26 @@ def build_model(spec: ModelSpec, height: int, width: int) -> nn.Module:
         if spec.name.startswith(OFFICIAL_PREFIX):
             model = OfficialEfficientMod(model)
     else:
-        if _timm_cfg(spec).fixed_input_size and (height, width) != own_size(spec):
+        if _timm_cfg(spec).fixed_input_size and (height, width) != evaluation_size(spec):
             kwargs["img_size"] = (height, width)
         model = timm.create_model(spec.name, **kwargs)
     return model.eval()
+
+
+def check_image_size(height: int, width: int) -> None:
+    """Check that images are large enough for every model.
+
+    Raises:
+        UsageError: a side of less than 32 pixels.
+    """
+    if min(height, width) < MIN_SIZE:
+        raise UsageError(
+            f"expected images of at least {MIN_SIZE} x {MIN_SIZE} pixels, got {height} x {width}"
+        )
+
+
+def _timm_cfg(spec: ModelSpec) -> PretrainedCfg:
+    cfg = timm.get_pretrained_cfg(spec.name)
+    # `parse_model` has rejected names without a configuration.
+    assert cfg is not None
+    return cfg

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lightspine.benchmark.models.scan_backend import WithScanBackend
+from lightspine.benchmark.prepare import WithScanBackend
 from lightspine.errors import LightspineError
 from lightspine.models.vmamba import VMamba
 from lightspine.ops.cross_scan import reference
@@ -59,5 +59,5 @@ def test_other_models_keep_their_scans(network: nn.Module, images: Tensor, plain
 
 
 def test_model_without_scans_is_not_measured_as_one_with_them(images: Tensor) -> None:
-    with pytest.raises(LightspineError, match="no scan of Conv2d could be run by 'torch'"):
+    with pytest.raises(LightspineError, match="expected scans to run with 'torch', Conv2d has none"):
         WithScanBackend(nn.Conv2d(3, 3, 1), "torch")(images)

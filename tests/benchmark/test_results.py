@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from lightspine.benchmark.interleaved_timing import Timing
 from lightspine.benchmark.results import (
     BenchResult,
-    Pass,
     PublishedFigures,
     Row,
     load_results,
@@ -29,7 +29,7 @@ ROW = Row(
     height=224,
     width=192,
     status="ok",
-    forward=Pass(median_ms=10.5, p90_ms=12.0, repeats=3, images_per_s=761.9),
+    forward=Timing(median_ms=10.5, p90_ms=12.0, repeats=3, images_per_s=761.9),
     peak_memory_mib=30.25,
     parameters=6_330_808,
     macs=241_320_768,

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from lightspine.benchmark.models.failures import describe_failure
-from lightspine.benchmark.models.matmul import product_gflops
-from lightspine.benchmark.models.run import Destination, bench_models
-from lightspine.benchmark.models.settings import BenchSettings, absent_rows, plan_groups
-from lightspine.benchmark.models.specs import ModelSpec, parse_model
-from lightspine.benchmark.resident import can_measure_memory
+from lightspine.benchmark.groups import gemm_gflops
+from lightspine.benchmark.memory import describe_failure
+from lightspine.benchmark.model_specs import ModelSpec, parse_model
+from lightspine.benchmark.peak_rss import can_measure_memory
 from lightspine.benchmark.results import BenchResult, load_results
+from lightspine.benchmark.runner import Destination, bench_models
+from lightspine.benchmark.settings import BenchSettings, absent_rows, plan_groups
 from lightspine.errors import LightspineError, UsageError
 from lightspine_cli.main import main
 
@@ -37,7 +37,7 @@ def _specs(*names: str) -> list[ModelSpec]:
 def _quickly() -> Iterator[None]:
     """Leave out the processes that measure memory, which import everything anew."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightspine.benchmark.models.run.can_measure_memory", lambda: False)
+        patch.setattr("lightspine.benchmark.runner.can_measure_memory", lambda: False)
         yield
 
 
@@ -91,7 +91,7 @@ def test_models_modes_and_dtypes_take_turns() -> None:
     names = _specs("shvit_s1", "timm/shvit_s1")
     result = bench_models(names, settings, on_step=lambda text, _: turns.append(text))
     assert [row.status for row in result.rows] == ["ok"] * 8
-    timed = [text for text in turns if "by itself" not in text]
+    timed = [text for text in turns if ": memory" not in text]
     rows = set(timed[:8])
     assert len(rows) == 8
     # Behind the warm-up, two rounds in which everyone has a turn: an untimed call and two timed ones.
@@ -221,7 +221,7 @@ def test_resumed_run_measures_only_what_is_missing(finished: Path) -> None:
 @pytest.mark.usefixtures("_in_this_process")
 def test_run_with_other_settings_is_not_resumed(finished: Path) -> None:
     settings = BenchSettings(sizes=((64, 64), (96, 64)), threads=1, repeats=2)
-    with pytest.raises(UsageError, match="was measured with repeats 1, not 2: it cannot go on with that"):
+    with pytest.raises(UsageError, match=r"cannot resume the run in .*: its repeats is 1, this run has 2"):
         bench_models(_specs("shvit_s1"), settings, Destination(folder=finished, resume=True))
 
 
@@ -231,13 +231,13 @@ def test_run_of_another_machine_is_not_resumed(finished: Path) -> None:
     content = json.loads(file.read_text())
     content["system"]["processor"] = "an abacus"
     file.write_text(json.dumps(content))
-    with pytest.raises(UsageError, match="was measured with processor an abacus, not "):
+    with pytest.raises(UsageError, match="its processor is an abacus, this run has "):
         bench_models(_specs("shvit_s1"), TWO_GROUPS, Destination(folder=finished, resume=True))
 
 
 @pytest.mark.usefixtures("_in_this_process")
 def test_finished_run_is_not_overwritten_unasked(finished: Path) -> None:
-    with pytest.raises(UsageError, match="already holds a result: --resume goes on with it"):
+    with pytest.raises(UsageError, match="already holds a result: use --resume to continue it"):
         bench_models(_specs("shvit_s1"), SMALL, Destination(folder=finished))
 
 
@@ -266,13 +266,13 @@ def test_exported_files_are_not_measured_in_reduced_precision() -> None:
     settings = BenchSettings(threads=1, modes=("onnx",), dtypes=("bfloat16",), sizes=((64, 64),))
     [row] = bench_models(_specs("shvit_s1"), settings).rows
     assert row.status == "absent"
-    assert row.error == "the exported files are measured in float32, not in bfloat16"
+    assert row.error == "mode onnx supports float32 only, got bfloat16"
 
 
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (MemoryError(), ("out_of_memory", "the process could get no more memory")),
+        (MemoryError(), ("out_of_memory", "the process could not allocate memory")),
         (torch.OutOfMemoryError("CUDA out of memory."), ("out_of_memory", "CUDA out of memory.")),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
@@ -292,9 +292,9 @@ def test_failure_is_told_in_one_line(error: Exception, expected: tuple[str, str]
 )
 def test_row_whose_process_the_system_ends_is_out_of_memory() -> None:
     script = (
-        "import os, sys, lightspine.benchmark.models.memory_child as child\n"
-        "child._measure = lambda request: os.kill(os.getpid(), 9)\n"
-        "child.main()\n"
+        "import os, sys, lightspine.benchmark.memory as memory\n"
+        "memory._measure_request = lambda request: os.kill(os.getpid(), 9)\n"
+        "memory.run_server()\n"
     )
     told = subprocess.run(
         [sys.executable, "-c", script], input="{}\n{}\n", capture_output=True, text=True, check=True
@@ -310,7 +310,7 @@ def test_broken_memory_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_rate_of_matrix_products_is_that_of_the_median() -> None:
-    assert product_gflops("cpu", [1.0, 0.02, 0.01]) == pytest.approx(2 * 1024**3 / 0.02 / 1e9)
+    assert gemm_gflops("cpu", [1.0, 0.02, 0.01]) == pytest.approx(2 * 1024**3 / 0.02 / 1e9)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 import torch
 import torch.nn as nn
 
-from lightspine.benchmark.saved import count_saved_bytes
+from lightspine.benchmark.saved_activations import count_saved_bytes
 
 
 def test_saved_bytes_are_those_of_the_activations() -> None:

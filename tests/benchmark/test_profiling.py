@@ -7,8 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lightspine.benchmark.profiling.module_times import ModuleTime, measure_modules
-from lightspine.benchmark.profiling.operator_times import measure_operators
+from lightspine.benchmark.profiling import ModuleTime, measure_modules, measure_operators
 from lightspine.blocks import VSSBlock
 
 

@@ -1,0 +1,232 @@
+"""Measure a group of rows: memory of each row in its own process, then all rows timed interleaved."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lightspine.benchmark.interleaved_timing import collect_durations, summarize
+from lightspine.benchmark.macs import Macs
+from lightspine.benchmark.memory import MemoryReading, MemoryServer, MemoryServerError, describe_failure
+from lightspine.benchmark.prepare import PreparedRow, count_row_macs, prepare_row, unsupported_reason
+from lightspine.benchmark.results import Row
+from lightspine.benchmark.settings import BenchSettings, Job
+from lightspine.utils.devices import synchronize
+
+_FORWARD, _TRAIN = "forward", "training step"
+# Sides of the reference matrices: large enough for the full rate, small enough to take a moment.
+_GEMM_SIDES = {"cpu": 1024, "cuda": 8192}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupTools:
+    """What all groups of a run share.
+
+    Attributes:
+        settings: how to measure.
+        server: measures memory; `None` where the system cannot.
+        onnx_file_of: exports the model of a row, or returns the file if it exists.
+        clock: returns seconds.
+        on_step: called with the current row and the number of steps done.
+    """
+
+    settings: BenchSettings
+    server: MemoryServer | None
+    onnx_file_of: Callable[[Job], Path]
+    clock: Callable[[], float]
+    on_step: Callable[[str, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupResult:
+    """Result of a group.
+
+    Attributes:
+        rows: in the order of the jobs.
+        matmul_gflops: measured rate of a matrix product in 10^9 operations per second, by dtype.
+    """
+
+    rows: list[Row]
+    matmul_gflops: dict[str, float]
+
+
+@dataclass
+class _RowInProgress:
+    row: Row
+    prepared: PreparedRow | None = None
+
+    def fail(self, error: BaseException, prefix: str = "") -> None:
+        """Record the first failure of the row."""
+        if self.row.status == "ok":
+            status, reason = describe_failure(error)
+            self.row = replace(self.row, status=status, error=prefix + reason)
+
+    def timed_calls(self) -> dict[str, Callable[[], object]]:
+        if self.prepared is None:
+            return {}
+        step = self.prepared.train_step
+        return {_FORWARD: self.prepared.forward} | ({} if step is None else {_TRAIN: step})
+
+    def record_times(self, kind: str, seconds: list[float]) -> None:
+        timing = summarize(seconds, batch=self.row.batch)
+        if kind == _FORWARD:
+            self.row = replace(self.row, forward=timing)
+        else:
+            self.row = replace(self.row, train_step=timing)
+
+
+def measure_group(jobs: list[Job], tools: GroupTools) -> GroupResult:
+    """Measure the memory of each row by itself, then time all rows interleaved.
+
+    A row that fails keeps its reason; the other rows continue.
+    """
+    macs_cache: dict[tuple[object, ...], tuple[Macs, int]] = {}
+    entries = []
+    for job in jobs:
+        tools.on_step(f"{_describe(job.row)}: memory", 1)
+        entries.append(_prepare(job, tools, macs_cache))
+    matmul_gflops = _time_entries(entries, tools)
+    return GroupResult(
+        rows=[_with_rates(entry.row, matmul_gflops) for entry in entries], matmul_gflops=matmul_gflops
+    )
+
+
+def gemm_reference(device: str, dtype: str) -> Callable[[], object]:
+    """Return a function that multiplies two square matrices into a preallocated one."""
+    side = _GEMM_SIDES[device]
+    a, b, out = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(3))
+
+    def run() -> None:
+        torch.mm(a, b, out=out)
+
+    return run
+
+
+def gemm_gflops(device: str, seconds: Sequence[float]) -> float:
+    """Return the rate of `gemm_reference` in 10^9 operations per second, from the median duration.
+
+    A multiply-add counts as two operations.
+    """
+    return 2 * _GEMM_SIDES[device] ** 3 / statistics.median(seconds) / 1e9
+
+
+def _prepare(
+    job: Job, tools: GroupTools, macs_cache: dict[tuple[object, ...], tuple[Macs, int]]
+) -> _RowInProgress:
+    entry = _RowInProgress(job.row)
+    if reason := unsupported_reason(job.row):
+        entry.row = replace(job.row, status="absent", error=reason)
+        return entry
+    try:
+        key = (job.row.model, job.row.source, job.row.variant, job.row.height, job.row.width)
+        if key not in macs_cache:
+            macs_cache[key] = count_row_macs(job)
+        macs, parameters = macs_cache[key]
+        entry.row = replace(job.row, parameters=parameters, macs=macs.total, macs_scan=macs.scan)
+        onnx_file = tools.onnx_file_of(job) if job.row.mode == "onnx" else None
+        if onnx_file is not None:
+            entry.row = replace(entry.row, onnx_file_bytes=onnx_file.stat().st_size)
+        if tools.server is not None:
+            reading = tools.server.measure(job, onnx_file, train=tools.settings.train)
+            entry.row = _with_memory(entry.row, reading)
+        # A row that crashed or ran out of memory in its own process would take this process down.
+        if entry.row.status == "ok" or entry.row.peak_memory_mib is not None:
+            train = tools.settings.train and entry.row.status == "ok"
+            entry.prepared = prepare_row(job, onnx_file, train=train)
+            if tools.settings.device == "cuda":
+                entry.row = _with_cuda_memory(entry.row, entry.prepared)
+    except MemoryServerError:
+        raise
+    except Exception as error:
+        entry.fail(error)
+    return entry
+
+
+def _time_entries(entries: list[_RowInProgress], tools: GroupTools) -> dict[str, float]:
+    """Time all rows interleaved with one matrix product per dtype; return the rates of the products."""
+    settings, device = tools.settings, torch.device(tools.settings.device)
+    owners: dict[str, tuple[_RowInProgress, str]] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    for i, entry in enumerate(entries):
+        for kind, call in entry.timed_calls().items():
+            owners[f"{i} {kind}"] = entry, kind
+            calls[f"{i} {kind}"] = call
+    dtypes = dict.fromkeys(entry.row.dtype for entry, _ in owners.values())
+    calls |= {dtype: gemm_reference(settings.device, dtype) for dtype in dtypes}
+
+    def on_call(name: str) -> None:
+        if name in owners:
+            tools.on_step(_describe(owners[name][0].row), 1)
+
+    def on_error(name: str, error: Exception) -> None:
+        if name not in owners:
+            raise error
+        entry, kind = owners[name]
+        entry.fail(error, "" if kind == _FORWARD else f"{kind}: ")
+
+    seconds = collect_durations(
+        {name: partial(_run_synchronized, call, device) for name, call in calls.items()},
+        repeats=settings.repeats,
+        warmup=settings.warmup,
+        budget_s=settings.budget_s,
+        calls_per_turn=settings.calls_per_turn,
+        clock=tools.clock,
+        on_call=on_call,
+        on_error=on_error,
+    )
+    for name, (entry, kind) in owners.items():
+        if durations := seconds.get(name):
+            entry.record_times(kind, durations)
+    return {dtype: gemm_gflops(settings.device, seconds[dtype]) for dtype in dtypes}
+
+
+def _run_synchronized(call: Callable[[], object], device: torch.device) -> None:
+    call()
+    synchronize(device)
+
+
+def _with_memory(row: Row, reading: MemoryReading) -> Row:
+    status, error = reading.status, reading.error
+    if reading.train_failure is not None:
+        status, error = reading.train_failure[0], f"{_TRAIN}: {reading.train_failure[1]}"
+    return replace(
+        row,
+        status=status,
+        error=error,
+        peak_memory_mib=reading.forward_mib,
+        train_memory_mib=reading.train_mib,
+    )
+
+
+def _with_cuda_memory(row: Row, prepared: PreparedRow) -> Row:
+    forward = prepared.held_bytes + _peak_cuda_bytes(prepared.forward)
+    train = None
+    if prepared.train_step is not None:
+        prepared.train_step()
+        train = (prepared.train_step.held_bytes + _peak_cuda_bytes(prepared.train_step)) / 2**20
+    return replace(row, peak_memory_mib=forward / 2**20, train_memory_mib=train)
+
+
+def _peak_cuda_bytes(call: Callable[[], object]) -> int:
+    """Return the peak of PyTorch's allocator during a call, minus what was allocated before it."""
+    call()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _with_rates(row: Row, matmul_gflops: dict[str, float]) -> Row:
+    if row.forward is None or row.macs is None:
+        return row
+    rate = 2 * row.macs * row.batch / row.forward.median_ms / 1e6
+    return replace(row, gflops_per_s=rate, matmul_share=rate / matmul_gflops[row.dtype])
+
+
+def _describe(row: Row) -> str:
+    name = f"{row.model} {row.variant}" if row.variant else row.model
+    return f"{name}, {row.source}, {row.mode}, {row.dtype}, batch {row.batch}, {row.height}x{row.width}"

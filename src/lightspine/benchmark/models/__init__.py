@@ -1,1 +1,0 @@
-"""The protocol of `lightspine bench MODELS`: whole models, ours and timm's, measured in turns."""
