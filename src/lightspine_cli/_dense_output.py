@@ -59,15 +59,15 @@ def evaluate_dense(args: argparse.Namespace, kind: str) -> int:
 
 def predict_dense_files(args: argparse.Namespace) -> int:
     """Find objects or classes of pixels, print them and draw them if asked for."""
-    from lightspine.data.image_folder import find_images
     from lightspine.errors import UsageError
     from lightspine.evaluation import predict_dense
+    from lightspine.utils.image_files import list_image_files
 
     if not args.images:
         raise UsageError("expected image files or folders")
     files: list[Path] = []
     for path in args.images:
-        inside = find_images(path) if path.is_dir() else [path]
+        inside = list_image_files(path) if path.is_dir() else [path]
         if not inside:
             raise UsageError(f"expected images in the folder {path}, found none")
         files += inside

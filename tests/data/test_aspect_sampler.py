@@ -9,9 +9,9 @@ from torch.utils.data import Dataset
 
 from lightspine.data.detection import AspectRatioSampler
 from lightspine.data.loader import ResumableLoader
-from lightspine.data.sampling import EpochSampler
-from lightspine.data.seeding import SeededDataset
+from lightspine.data.samplers import EpochSampler
 from lightspine.errors import UsageError
+from lightspine.utils.seeding import SeededDataset
 
 RATIOS = np.random.default_rng(0).uniform(0.5, 2.0, 103)
 
@@ -58,8 +58,8 @@ def test_order_follows_seed_and_epoch() -> None:
 
 def test_processes_have_the_images_of_the_plain_sampler() -> None:
     for rank in range(3):
-        grouped = list(AspectRatioSampler(RATIOS, 8, replicas=3, rank=rank, seed=2))
-        assert sorted(grouped) == sorted(EpochSampler(len(RATIOS), replicas=3, rank=rank, seed=2))
+        grouped = list(AspectRatioSampler(RATIOS, 8, num_replicas=3, rank=rank, seed=2))
+        assert sorted(grouped) == sorted(EpochSampler(len(RATIOS), num_replicas=3, rank=rank, seed=2))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

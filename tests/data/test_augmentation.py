@@ -7,9 +7,9 @@ from PIL import Image
 from torchvision.transforms import ColorJitter
 
 from lightspine.data import AUGMENTATIONS, Augmentation, Preprocessing, create_train_transform
-from lightspine.data.posterize import posterize
-from lightspine.data.seeding import seeded_generators
+from lightspine.data.transforms import posterize
 from lightspine.errors import UsageError
+from lightspine.utils.seeding import seeded_generators
 
 PLAIN = Augmentation(
     scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0, auto_augment=None, color_jitter=0, erasing=0

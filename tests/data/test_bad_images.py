@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightspine.data import BadImage, BadImageCounter
+from lightspine.data import BadImage, BadImageLog
 from lightspine.errors import LightspineError, UsageError
 
 
@@ -11,7 +11,7 @@ def _bad(*numbers: int) -> list[BadImage]:
 
 
 def test_share_above_limit_stops_with_count_share_and_names() -> None:
-    counter = BadImageCounter(0.1)
+    counter = BadImageLog(0.1)
     counter.start(200)
     counter.add(_bad(*range(20)))
     with pytest.raises(
@@ -21,7 +21,7 @@ def test_share_above_limit_stops_with_count_share_and_names() -> None:
 
 
 def test_image_met_again_counts_once() -> None:
-    counter = BadImageCounter(0.1)
+    counter = BadImageLog(0.1)
     counter.start(100)
     for _ in range(30):
         counter.add(_bad(*range(10)))
@@ -29,7 +29,7 @@ def test_image_met_again_counts_once() -> None:
 
 
 def test_every_epoch_counts_anew() -> None:
-    counter = BadImageCounter(0.1)
+    counter = BadImageLog(0.1)
     for epoch in range(3):
         counter.start(100)
         counter.add(_bad(*range(10 * epoch, 10 * epoch + 10)))
@@ -37,14 +37,14 @@ def test_every_epoch_counts_anew() -> None:
 
 
 def test_few_bad_images_never_stop_a_small_data_set() -> None:
-    counter = BadImageCounter(0.1)
+    counter = BadImageLog(0.1)
     counter.start(12)
     counter.add(_bad(*range(9)))
     assert len(counter.bad) == 9
 
 
 def test_share_of_zero_still_allows_fewer_than_ten() -> None:
-    counter = BadImageCounter(0.0)
+    counter = BadImageLog(0.0)
     counter.start(1000)
     counter.add(_bad(*range(9)))
     with pytest.raises(LightspineError, match="10 of 1000"):
@@ -54,4 +54,4 @@ def test_share_of_zero_still_allows_fewer_than_ten() -> None:
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 def test_share_outside_unit_interval_is_refused(share: float) -> None:
     with pytest.raises(UsageError, match="max_bad_share from 0 to 1"):
-        BadImageCounter(share)
+        BadImageLog(share)

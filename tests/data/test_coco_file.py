@@ -27,7 +27,7 @@ def test_read_coco_of_real_files_leaves_nothing_out(
 ) -> None:
     found = real_annotations(archive, split, tmp_path_factory)
     assert (len(found), len(found.labels), int(found.crowd.sum())) == (images, objects, crowds)
-    assert not found.problems
+    assert not found.issues
 
 
 def test_to_coco_gives_back_what_was_read(tmp_path_factory: Any) -> None:
@@ -80,8 +80,8 @@ def test_read_coco_with_a_flawed_object_leaves_it_out_and_counts_it(
     flaw: dict[str, Any], kind: str, tmp_path: Path
 ) -> None:
     found = read_small(tmp_path, square(), square(id=2, **flaw))
-    assert (len(found.labels), dict(found.problems.counts)) == (1, {kind: 1})
-    assert str(found.problems) == f"1 x {kind}, first annotation 2"
+    assert (len(found.labels), dict(found.issues.counts)) == (1, {kind: 1})
+    assert str(found.issues) == f"1 x {kind}, first annotation 2"
 
 
 def test_read_coco_without_masks_keeps_objects_that_have_none(tmp_path: Path) -> None:
@@ -93,14 +93,14 @@ def test_read_coco_without_masks_keeps_objects_that_have_none(tmp_path: Path) ->
 def test_read_coco_without_an_area_takes_the_box_and_says_so(tmp_path: Path) -> None:
     found = read_small(tmp_path, square(area=None))
     assert found.areas.tolist() == [400.0]
-    assert found.problems.sentences() == ["1 x area missing, the box's was taken, first annotation 1"]
+    assert found.issues.sentences() == ["1 x area missing, the box's was taken, first annotation 1"]
 
 
 def test_read_coco_with_a_missing_image_names_it(tmp_path: Path) -> None:
     file = write_coco(tmp_path, content(square(), square(image_id=2), images=2))
     (tmp_path / "2.jpg").unlink()
     found = read_coco(file, tmp_path)
-    assert (len(found), len(found.labels), str(found.problems)) == (
+    assert (len(found), len(found.labels), str(found.issues)) == (
         1,
         1,
         "1 x image file missing, first 2.jpg",

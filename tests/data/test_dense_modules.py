@@ -10,7 +10,7 @@ from PIL import Image
 
 from lightspine.data.detection import DetectionDataset
 from lightspine.data.modules import CocoDataModule, CocoSemanticDataModule, SegmentationFolderDataModule
-from lightspine.data.segmentation import PaintedLabels
+from lightspine.data.segmentation import CocoSemanticLabels
 from lightspine.errors import UsageError
 from support.coco import content, read_small, real_annotations, square, unpack, write_coco
 
@@ -152,14 +152,14 @@ def test_small_object_is_painted_over_a_large_one_and_a_crowd_has_no_class(tmp_p
     )
     runs = {"size": [48, 64], "counts": [0, 48 * 32, 48 * 32]}  # the left half
     crowd = square(id=3, bbox=[0, 0, 32, 48], area=48 * 32, iscrowd=1, segmentation=runs)
-    labels = PaintedLabels(read_small(tmp_path, small, large, crowd)).read("0")
+    labels = CocoSemanticLabels(read_small(tmp_path, small, large, crowd)).read("0")
     assert [labels[y, y] for y in (5, 12, 15, 40)] == [255, 2, 1, 0]
 
 
 def test_painting_boxes_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     notes = real_annotations("nuclei_dsb2018", "val", tmp_path_factory, masks=False)
     with pytest.raises(UsageError, match="expected annotations with masks"):
-        PaintedLabels(notes)
+        CocoSemanticLabels(notes)
 
 
 def test_seed_and_epoch_fix_the_augmentation(coco: Path) -> None:

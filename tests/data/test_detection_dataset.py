@@ -12,11 +12,11 @@ from lightspine.data.detection import (
     DetectionDataset,
     collate_detection,
     create_detection_transform,
+    select_for_training,
     select_images,
-    select_trained,
 )
-from lightspine.data.seeding import SeededDataset
 from lightspine.errors import UsageError
+from lightspine.utils.seeding import SeededDataset
 from support.coco import read_small, real_annotations, square
 from support.images import truncate, write_image
 
@@ -84,14 +84,14 @@ def test_item_of_an_image_of_another_size_says_both_sizes(tmp_path: Path) -> Non
 
 def test_select_trained_leaves_out_crowds_and_images_without_objects(tmp_path: Path) -> None:
     entries = [square(image_id=1, **CROWD), square(image_id=2), square(image_id=2, **CROWD)]
-    chosen = select_trained(read_small(tmp_path, *entries, images=3))
+    chosen = select_for_training(read_small(tmp_path, *entries, images=3))
     assert (chosen.image_ids.tolist(), chosen.crowd.tolist(), chosen.files[0]) == ([2], [False], "2.jpg")
     assert DetectionDataset(chosen)[0].target["masks"].sum() == 400
 
 
 def test_select_trained_of_nothing_but_crowds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="an image with objects to train on among 1"):
-        select_trained(read_small(tmp_path, square(**CROWD)))
+        select_for_training(read_small(tmp_path, square(**CROWD)))
 
 
 def test_collate_keeps_images_of_different_sizes(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_collate_keeps_images_of_different_sizes(tmp_path: Path) -> None:
 def test_real_images_of_every_augmentation_are_valid_targets(
     augmentation: Any, tmp_path_factory: Any
 ) -> None:
-    annotations = select_trained(real_annotations("fixtures_tiny", "coco", tmp_path_factory))
+    annotations = select_for_training(real_annotations("fixtures_tiny", "coco", tmp_path_factory))
     transform = create_detection_transform(augmentation, shorter=200, longest=333, size=256)
     dataset = SeededDataset(DetectionDataset(annotations, transform), seed=1)
     for epoch in range(3):

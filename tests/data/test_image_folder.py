@@ -95,7 +95,7 @@ def test_scan_names_class_only_in_val(tmp_path: Path) -> None:
 def test_scan_refuses_class_too_small_to_split(tmp_path: Path) -> None:
     write_folder(tmp_path, count=3)
     write_image(tmp_path / "single" / "0.jpg", (1, 2, 3))
-    with pytest.raises(UsageError, match="class single has one image"):
+    with pytest.raises(UsageError, match=r"two images in class single .*, got 1"):
         scan_image_folder(tmp_path)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightspine.data import read_image_list, split_image_list
-from lightspine.data.class_names import derive_class_names, number_labels, read_class_names
+from lightspine.data.class_names import encode_labels, infer_class_names, read_class_names
 from lightspine.errors import LightspineError, UsageError
 from support.images import write_image
 
@@ -109,21 +109,21 @@ def test_list_that_is_not_text_is_named(tmp_path: Path) -> None:
 
 
 def test_whole_numbers_are_class_numbers() -> None:
-    names = derive_class_names(["2", "10", "2"])
+    names = infer_class_names(["2", "10", "2"])
     assert len(names) == 11
-    assert number_labels(["10", "2"], names, "x").tolist() == [10, 2]
+    assert encode_labels(["10", "2"], names, "x").tolist() == [10, 2]
 
 
 def test_name_goes_before_number() -> None:
-    assert number_labels(["7", "3", "0"], ["7", "3"], "x").tolist() == [0, 1, 0]
+    assert encode_labels(["7", "3", "0"], ["7", "3"], "x").tolist() == [0, 1, 0]
 
 
 def test_unknown_label_is_named() -> None:
     with pytest.raises(UsageError, match="label 'owl' of x is not among the 2 classes"):
-        number_labels(["cat", "owl"], ["cat", "dog"], "x")
+        encode_labels(["cat", "owl"], ["cat", "dog"], "x")
 
 
 def test_class_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("cat\ndog\ncat\n")
-    with pytest.raises(UsageError, match="'cat' stands twice"):
+    with pytest.raises(UsageError, match="'cat' appears twice"):
         read_class_names(tmp_path / "classes.txt")

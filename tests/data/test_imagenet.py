@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightspine.data import list_images, scan_imagenet
-from lightspine.data.synsets import imagenet_synsets, synset_description
+from lightspine.data.imagenet_classes import imagenet_synsets, synset_description
 from lightspine.errors import UsageError
 from support.images import write_image
 

@@ -7,9 +7,9 @@ import torch
 from torch.utils.data import Dataset
 
 from lightspine.data.loader import ResumableLoader
-from lightspine.data.sampling import EpochSampler
-from lightspine.data.seeding import SeededDataset
+from lightspine.data.samplers import EpochSampler
 from lightspine.errors import UsageError
+from lightspine.utils.seeding import SeededDataset
 
 
 class Noise(Dataset[torch.Tensor]):

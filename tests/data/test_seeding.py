@@ -16,7 +16,7 @@ from lightspine.data import (
     create_train_transform,
     list_images,
 )
-from lightspine.data.seeding import seeded_generators
+from lightspine.utils.seeding import seeded_generators
 from support.images import write_folder
 
 

@@ -8,34 +8,34 @@ import pytest
 import torch
 from PIL import Image
 
-from lightspine.data.images import open_image
-from lightspine.data.seeding import SeededDataset
 from lightspine.data.segmentation import (
-    LabelledImage,
+    LabeledImage,
     LabelReader,
     SegmentationDataset,
     collate_segmentation,
+    collate_segmentation_lists,
     create_segmentation_eval_transform,
     create_segmentation_transform,
-    list_segmentation,
     scan_segmentation_folder,
 )
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.image_files import open_image
+from lightspine.utils.seeding import SeededDataset
 from support.coco import unpack
 from support.images import truncate, write_image
 
 EVAL = create_segmentation_eval_transform(Preprocessing(), scale=None)
 
 
-def _pair(folder: Path, values: np.ndarray, *, mode: str | None = None, number: int = 0) -> LabelledImage:
+def _pair(folder: Path, values: np.ndarray, *, mode: str | None = None, number: int = 0) -> LabeledImage:
     image = write_image(folder / f"{number}.jpg", (90, 60, 200), size=(48, 40))
     path = folder / f"{number}.png"
     drawn = Image.fromarray(values)
     if mode == "P":
         drawn.putpalette([number * 5 % 256 for number in range(768)])
     drawn.save(path)
-    return LabelledImage(image, path)
+    return LabeledImage(image, path)
 
 
 def _values(height: int = 40, width: int = 48) -> np.ndarray:
@@ -102,7 +102,7 @@ def test_real_images_for_validation_keep_the_size_of_their_labels(tmp_path_facto
     splits = scan_segmentation_folder(unpack("fixtures_tiny", tmp_path_factory) / "semantic")
     transform = create_segmentation_eval_transform(Preprocessing(), scale=(512, 128), divisor=32)
     dataset = SegmentationDataset(splits.train + splits.val, splits.reader, transform)
-    batch = list_segmentation([dataset[i] for i in range(4)])
+    batch = collate_segmentation_lists([dataset[i] for i in range(4)])
     for image, labels, name in zip(batch.images, batch.labels, batch.names, strict=True):
         assert labels.shape == open_image(name).size[::-1]
         assert all(side % 32 == 0 for side in image.shape[1:])

@@ -9,8 +9,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from lightspine.data.segmentation import (
-    MixedCrop,
     PhotometricDistortion,
+    RandomDiverseCrop,
     RandomRatioResize,
     create_segmentation_eval_transform,
     create_segmentation_transform,
@@ -46,7 +46,7 @@ def test_mixed_crop_avoids_places_of_one_class() -> None:
     labels[:, 600:] = 1
     labels[:, 300:310] = 255
     sample = _sample(64, 640, labels)
-    plain, mixed = MixedCrop((64, 64), 1.0), MixedCrop((64, 64))
+    plain, mixed = RandomDiverseCrop((64, 64), 1.0), RandomDiverseCrop((64, 64))
     found = {
         crop: sum(len({*crop(*sample)[1].unique().tolist()} - {255}) > 1 for _ in range(60))
         for crop in (plain, mixed)
@@ -56,7 +56,9 @@ def test_mixed_crop_avoids_places_of_one_class() -> None:
 
 def test_mixed_crop_cuts_image_and_labels_alike() -> None:
     labels = torch.arange(64 * 80).reshape(64, 80).remainder(251).to(torch.uint8)
-    image, cut = MixedCrop((32, 100))(tv_tensors.Image(labels.expand(3, -1, -1)), tv_tensors.Mask(labels))
+    image, cut = RandomDiverseCrop((32, 100))(
+        tv_tensors.Image(labels.expand(3, -1, -1)), tv_tensors.Mask(labels)
+    )
     assert image.shape == (3, 32, 80)
     assert torch.equal(image[0].as_subclass(Tensor), cut.as_subclass(Tensor))
 
@@ -127,8 +129,8 @@ def test_distortion_leaves_labels_and_changes_most_images() -> None:
     [
         lambda: RandomRatioResize((0, 5)),
         lambda: RandomRatioResize(ratio=(2, 1)),
-        lambda: MixedCrop((0, 5)),
-        lambda: MixedCrop((5, 5), 0),
+        lambda: RandomDiverseCrop((0, 5)),
+        lambda: RandomDiverseCrop((5, 5), 0),
         lambda: create_segmentation_transform(Preprocessing(), hflip=2),
         lambda: create_segmentation_eval_transform(Preprocessing(), divisor=0),
     ],

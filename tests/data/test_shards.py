@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lightspine.data import ShardSource, expand_shards
-from lightspine.data.shard_index import INDEX_SUFFIX
+from lightspine.data.shards import INDEX_SUFFIX
 from lightspine.errors import LightspineError, UsageError
 
 COLOURS = [(10, 20, 30), (200, 100, 50), (0, 255, 0), (90, 90, 90), (5, 5, 250)]

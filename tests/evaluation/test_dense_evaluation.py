@@ -10,7 +10,7 @@ import torch
 
 from lightspine.data.detection import DetectionDataset, read_coco
 from lightspine.data.segmentation import (
-    SegmentationTest,
+    SlidingWindowInference,
     create_segmentation_eval_transform,
     scan_segmentation_folder,
 )
@@ -170,7 +170,7 @@ def test_segmenter_has_the_scores_that_are_counted_by_hand(
         for item in SegmentationDataset(splits.val, splits.reader, transform):
             assert item.image is not None
             assert item.labels is not None
-            found = SegmentationTest().classify(network, item.image, tuple(item.labels.shape))  # type: ignore[arg-type]
+            found = SlidingWindowInference().classify(network, item.image, tuple(item.labels.shape))  # type: ignore[arg-type]
             metrics.update([item.name], [found], [item.labels])
     assert segmenter_report["scores"] == metrics.compute()
     assert segmenter_report["classes"] == metrics.per_class()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightspine.data.synsets import imagenet_synsets
+from lightspine.data.imagenet_classes import imagenet_synsets
 from lightspine.errors import UsageError
 from lightspine.evaluation import evaluate, predict
 from lightspine.evaluation.classifiers import class_names, load_classifier

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lightspine
-from lightspine.data.image_folder import Batch
+from lightspine.data.dataset import Batch
 from lightspine.data.modules import DigitsDataModule
 from lightspine.errors import UsageError
 from lightspine.training.classification import ClassificationTask

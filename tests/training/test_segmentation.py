@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightspine.data.segmentation import SegmentationTest
+from lightspine.data.segmentation import SlidingWindowInference
 from lightspine.dense import load_network
 from lightspine.dense.segmentation_metrics import SegmentationMetrics
 from lightspine.errors import UsageError
@@ -36,7 +36,7 @@ def test_run_leaves_scores_and_a_segmenter_that_reaches_them(semantic: Path, tmp
     metrics = SegmentationMetrics(data.class_names)
     with torch.inference_mode():
         for name, image, labels in zip(batch.names, batch.images, batch.labels, strict=True):
-            found = SegmentationTest().classify(network, image, tuple(labels.shape))
+            found = SlidingWindowInference().classify(network, image, tuple(labels.shape))
             metrics.update([name], [found], [labels])
     expected = {f"val_{name}": pytest.approx(value, abs=1e-4) for name, value in metrics.compute().items()}
     assert {name: result.history[-1][name] for name in expected} == expected
@@ -98,7 +98,7 @@ def test_stopped_run_is_resumed_to_the_same_bits(semantic: Path, tmp_path: Path)
 
 
 def test_validation_looks_at_the_image_as_the_task_says(semantic: Path, tmp_path: Path) -> None:
-    test = SegmentationTest(window=(48, 48), stride=(32, 32), flip=True)
+    test = SlidingWindowInference(window=(48, 48), stride=(32, 32), flip=True)
     result = run(
         tmp_path / "run",
         segmentation_task(test=test),
@@ -113,4 +113,4 @@ def test_validation_looks_at_the_image_as_the_task_says(semantic: Path, tmp_path
 
 def test_wrong_test_is_refused() -> None:
     with pytest.raises(UsageError, match="expected ratios above 0"):
-        segmentation_task(test=SegmentationTest(ratios=(0.0,)))
+        segmentation_task(test=SlidingWindowInference(ratios=(0.0,)))

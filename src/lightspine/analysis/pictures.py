@@ -11,10 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from lightspine.analysis.subject import Subject
-from lightspine.data.image_folder import find_images
-from lightspine.data.images import MIN_SIDE, open_image
 from lightspine.data.transforms import create_eval_transform
 from lightspine.errors import UsageError
+from lightspine.utils.image_files import MIN_SIDE, list_image_files, open_image
 
 MOST_PIXELS = 512 * 512
 """An image taken at its native size is reduced to at most so many pixels, so that memory is bounded."""
@@ -99,7 +98,7 @@ def list_files(paths: Iterable[str | Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        found = find_images(path) if path.is_dir() else [path]
+        found = list_image_files(path) if path.is_dir() else [path]
         if not found:
             raise UsageError(f"expected images in {path}, found none")
         files += found

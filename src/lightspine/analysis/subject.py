@@ -7,13 +7,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from lightspine.data.images import MIN_SIDE
-from lightspine.data.synsets import imagenet_synsets, synset_descriptions
+from lightspine.data.imagenet_classes import imagenet_synsets, synset_descriptions
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import UsageError
 from lightspine.models.checkpoint import ModelMetadata, default_preprocessing
 from lightspine.models.factory import create_model, load_model
 from lightspine.models.registry import find_record
+from lightspine.utils.image_files import MIN_SIDE
 
 Size = int | tuple[int, int] | Literal["native"]
 

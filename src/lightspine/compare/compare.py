@@ -13,12 +13,12 @@ from lightspine.compare.contact_sheet import draw_contact_sheet
 from lightspine.compare.plot import Point, plot_accuracy_against_latency
 from lightspine.compare.results import CompareResult, ModelResult
 from lightspine.compare.runs import CompareData, ModelRun
-from lightspine.data.images import open_image
 from lightspine.errors import LightspineError
 from lightspine.evaluation import evaluate, predict
 from lightspine.models.factory import load_model
 from lightspine.training.fit import TrainingInterruptedError, TrainResult
 from lightspine.training.resume import prepare_folder
+from lightspine.utils.image_files import open_image
 
 _SHEET_IMAGES = 10
 

@@ -9,16 +9,16 @@ from typing import Any
 import timm
 
 from lightspine.compare.names import check_model_names
-from lightspine.data.augmentation import AugmentationName
 from lightspine.data.digits import export_digits
-from lightspine.data.image_folder import VAL_NAMES, scan_image_folder
-from lightspine.data.images import open_image
+from lightspine.data.image_folder import VAL_SPLITS, scan_image_folder
 from lightspine.data.modules import DigitsDataModule, ImageDataModule, ImageFolderDataModule
+from lightspine.data.transforms import AugmentationName
 from lightspine.errors import LightspineError
 from lightspine.models import find_record
 from lightspine.training.classification import ClassificationTask
 from lightspine.training.cli import train_recipe
 from lightspine.training.fit import TrainResult, train
+from lightspine.utils.image_files import open_image
 
 DIGITS = "digits"
 
@@ -116,7 +116,7 @@ class CompareData:
 
 def data_of_settings(source: str | Path, settings: CompareSettings) -> CompareData:
     """Return the held-out images that `runs_of_models` with the same settings does not train on."""
-    has_split = source == DIGITS or any((Path(source) / name).is_dir() for name in VAL_NAMES)
+    has_split = source == DIGITS or any((Path(source) / name).is_dir() for name in VAL_SPLITS)
     return CompareData(
         source=source,
         val_fraction=None if has_split else settings.val_fraction,

@@ -1,10 +1,8 @@
-"""Images from disk and from scikit-learn. `data.modules` adds Lightning, which is slow to import."""
+"""Data sets, transforms and loaders; `lightspine.data.modules` is separate because it imports Lightning."""
 
-from lightspine.data.augmentation import AUGMENTATIONS, Augmentation, AugmentationName
-from lightspine.data.bad_images import BadImageCounter
-from lightspine.data.batch import BadImage, Batch, Item, collate_images
+from lightspine.data.bad_images import BadImage, BadImageLog
 from lightspine.data.class_mapping import ClassMapping, load_class_mapping
-from lightspine.data.dataset import ImageDataset, ImageSource
+from lightspine.data.dataset import Batch, ImageDataset, ImageSource, Item, collate_images
 from lightspine.data.digits import DigitsDataset, export_digits
 from lightspine.data.hugging_face import HuggingFaceSource, load_hugging_face
 from lightspine.data.image_folder import (
@@ -17,14 +15,17 @@ from lightspine.data.image_folder import (
 )
 from lightspine.data.image_list import read_image_list, split_image_list
 from lightspine.data.imagenet import imagenet_class_mapping, list_imagenet_val, scan_imagenet
-from lightspine.data.images import MIN_SIDE, decode_image, open_image
-from lightspine.data.seeding import SeededDataset
+from lightspine.data.loader import SeededDataset
 from lightspine.data.shards import ShardSource, expand_shards
 from lightspine.data.transforms import (
+    AUGMENTATIONS,
+    Augmentation,
+    AugmentationName,
     Preprocessing,
     create_eval_transform,
     create_train_transform,
 )
+from lightspine.utils.image_files import MIN_SIDE, decode_image, open_image
 
 __all__ = [
     "AUGMENTATIONS",
@@ -32,7 +33,7 @@ __all__ = [
     "Augmentation",
     "AugmentationName",
     "BadImage",
-    "BadImageCounter",
+    "BadImageLog",
     "Batch",
     "ClassMapping",
     "DigitsDataset",

@@ -1,48 +1,131 @@
-"""How many images of an epoch could not be used, and when that is too many."""
+"""Unreadable images: skip or replace them, record why, and stop when there are too many."""
 
+import logging
+from abc import abstractmethod
 from collections.abc import Iterable
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from lightspine.data.batch import BadImage
+from torch.utils.data import Dataset
+
 from lightspine.errors import LightspineError, UsageError
 
 MIN_BAD_IMAGES = 10
-"""Fewer bad images than this never stop a run, however small the data set is."""
+"""Fewer unreadable images than this never stop a run, however small the data set is."""
 
-_NAMED = 3
+_NAMED_IN_ERROR = 3
+_NAMED_IN_LOG = 5
+
+ItemT = TypeVar("ItemT")
 
 
-class BadImageCounter:
-    """Counts the images that were skipped and stops when they are too large a share of the epoch.
+class BadImage(NamedTuple):
+    """Path of an image that was skipped, and the reason as a sentence."""
+
+    path: str
+    reason: str
+
+
+class BadImageLog:
+    """Record of the images that could not be used.
 
     Args:
-        max_share: largest share of the epoch's images, from 0 to 1.
+        max_share: largest share, from 0 to 1, of the images of an epoch that may be bad; `None` sets no
+            limit.
+
+    Attributes:
+        reasons: path -> reason of every bad image so far.
+        epoch_reasons: the same since the last `start_epoch`.
 
     Raises:
         UsageError: a share outside 0 to 1.
     """
 
-    def __init__(self, max_share: float) -> None:
-        if not 0 <= max_share <= 1:
+    def __init__(self, max_share: float | None = None) -> None:
+        if max_share is not None and not 0 <= max_share <= 1:
             raise UsageError(f"expected a max_bad_share from 0 to 1, got {max_share}")
         self.max_share = max_share
-        self.total = 0
-        self.bad: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
+        self.epoch_reasons: dict[str, str] = {}
+        self._epoch_images = 0
+        self._reported = 0
 
-    def start(self, total: int) -> None:
-        """Begin an epoch of `total` different images."""
-        self.total = total
-        self.bad = {}
+    def start_epoch(self, images: int) -> None:
+        """Begin an epoch of so many different images."""
+        self._epoch_images = images
+        self.epoch_reasons = {}
 
     def add(self, bad: Iterable[BadImage]) -> None:
-        """Count skipped images; one that is met again counts once.
+        """Record skipped images; the same path is counted once.
 
         Raises:
-            LightspineError: more than `max_share` of the epoch's images, and at least 10, are bad.
+            LightspineError: more than `max_share` of the images of the epoch, and at least 10, are bad.
         """
-        self.bad.update((image.path, image.reason) for image in bad)
-        if len(self.bad) >= MIN_BAD_IMAGES and len(self.bad) > self.max_share * self.total:
-            first = "; ".join(list(self.bad.values())[:_NAMED])
-            raise LightspineError(
-                f"{len(self.bad)} of {self.total} images ({len(self.bad) / self.total:.1%}) cannot be used, "
-                f"more than max_bad_share={self.max_share:g} allows; the first are: {first}"
-            )
+        for image in bad:
+            self.reasons[image.path] = self.epoch_reasons[image.path] = image.reason
+        count = len(self.epoch_reasons)
+        if self.max_share is None or count < MIN_BAD_IMAGES or count <= self.max_share * self._epoch_images:
+            return
+        first = "; ".join(list(self.epoch_reasons.values())[:_NAMED_IN_ERROR])
+        raise LightspineError(
+            f"{count} of {self._epoch_images} images ({count / self._epoch_images:.1%}) cannot be used, "
+            f"more than max_bad_share={self.max_share:g} allows; the first are: {first}"
+        )
+
+    def report(self, logger: logging.Logger) -> None:
+        """Log a warning that names the bad images, if there are new ones since the last call."""
+        if len(self.reasons) == self._reported:
+            return
+        self._reported = len(self.reasons)
+        reasons = list(self.reasons.values())
+        more = f"; and {len(reasons) - _NAMED_IN_LOG} more" if len(reasons) > _NAMED_IN_LOG else ""
+        logger.warning("skipped %d images: %s%s", len(reasons), "; ".join(reasons[:_NAMED_IN_LOG]), more)
+
+
+class BadImageTolerantDataset(Dataset[ItemT], Generic[ItemT]):
+    """Base of map-style datasets that report unreadable images with the items instead of raising.
+
+    Args:
+        replace_bad: return the next readable image in place of a bad one, so that training batches keep their
+            size. Otherwise the item has no image, so that an evaluation counts no image twice.
+    """
+
+    def __init__(self, *, replace_bad: bool = False) -> None:
+        self.replace_bad = replace_bad
+        # Local to this process; avoids reading a bad image again while searching for a replacement.
+        self._known_bad: dict[int, BadImage] = {}
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def image_name(self, position: int) -> str:
+        """Return the name of an image in messages, such as its path."""
+
+    @abstractmethod
+    def read(self, position: int) -> Any:
+        """Read an image with its labels.
+
+        Raises:
+            LightspineError: it cannot be used.
+        """
+
+    @abstractmethod
+    def make_item(self, position: int, content: Any, bad: tuple[BadImage, ...]) -> ItemT:
+        """Transform what `read` returned into an item; `content` is `None` where no image could be read."""
+
+    def __getitem__(self, index: int) -> ItemT:
+        # Iteration over a dataset ends with an IndexError.
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        bad: list[BadImage] = []
+        for offset in range(len(self) if self.replace_bad else 1):
+            position = (index + offset) % len(self)
+            if position not in self._known_bad:
+                try:
+                    content = self.read(position)
+                except LightspineError as error:
+                    self._known_bad[position] = BadImage(self.image_name(position), str(error))
+                else:
+                    return self.make_item(position, content, tuple(bad))
+            bad.append(self._known_bad[position])
+        return self.make_item(index, None, tuple(bad))

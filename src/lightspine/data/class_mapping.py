@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightspine.data.image_folder import find_class_folders, find_images
+from lightspine.data.image_folder import find_class_folders
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.image_files import list_image_files
 
 _NUMBER = re.compile(r"(\d+)$")
 
@@ -66,7 +67,7 @@ class ClassMapping:
         return [
             MappedImage(path, (label,))
             for name, label in zip(names, classes, strict=True)
-            for path in find_images(root / name)
+            for path in list_image_files(root / name)
         ]
 
     def _folder_classes(self, root: Path, names: list[str]) -> list[int]:
@@ -141,7 +142,7 @@ def _is_class(value: Any) -> bool:
 def _all_images(root: Path) -> list[Path]:
     if not root.is_dir():
         raise UsageError(f"expected a folder of images, but {root} is not a folder")
-    found = find_images(root)
+    found = list_image_files(root)
     if not found:
         raise UsageError(f"expected a folder of images, but {root} has none")
     return found

@@ -1,4 +1,4 @@
-"""From labels as they stand in lists and shards to class names and class numbers."""
+"""Class names of a data set, and conversion of labels to class indices."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,10 +9,10 @@ from lightspine.errors import LightspineError, UsageError
 
 
 def read_class_names(path: str | Path) -> list[str]:
-    """Read a text file with one class name per line, in the order of the class numbers.
+    """Read a text file with one class name per line, in the order of the class indices.
 
     Raises:
-        UsageError: the file is missing, has no name or one name twice.
+        UsageError: the file is missing or empty, or a name appears twice.
         LightspineError: the file is not text.
     """
     path = Path(path)
@@ -27,15 +27,16 @@ def read_class_names(path: str | Path) -> list[str]:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise UsageError(f"class name {name!r} stands twice in {path}")
+            raise UsageError(f"class name {name!r} appears twice in {path}")
         seen.add(name)
     return names
 
 
-def derive_class_names(labels: Iterable[str]) -> list[str]:
-    """Return the class names that labels imply.
+def infer_class_names(labels: Iterable[str]) -> list[str]:
+    """Infer the class names from labels.
 
-    Labels that are all whole numbers are class numbers, named "0" to the largest; others are names, sorted.
+    If all labels are whole numbers they are class indices, and the names are "0" up to the largest one.
+    Otherwise the names are the sorted labels.
     """
     distinct = set(labels)
     if all(label.isdecimal() for label in distinct):
@@ -43,23 +44,23 @@ def derive_class_names(labels: Iterable[str]) -> list[str]:
     return sorted(distinct)
 
 
-def number_labels(labels: Sequence[str], class_names: Sequence[str], where: str) -> np.ndarray:
-    """Return the class number of every label, (labels,) int64.
+def encode_labels(labels: Sequence[str], class_names: Sequence[str], where: str) -> np.ndarray:
+    """Convert labels to class indices, (labels,) int64.
 
-    A label is one of the names; one that is not may be a class number.
+    A label is a class name or, if it is not among the names, a class index.
 
     Args:
-        labels: as they stand in the data.
-        class_names: in the order of the class numbers.
-        where: what an error calls the data.
+        labels: labels as written in the data.
+        class_names: names in the order of the class indices.
+        where: name of the data in error messages.
 
     Raises:
-        UsageError: a label is neither a name nor a number below the count of the classes.
+        UsageError: a label is neither a class name nor an index below the number of classes.
     """
-    numbers = {str(number): number for number in range(len(class_names))}
-    numbers |= {name: number for number, name in enumerate(class_names)}
+    indices = {str(number): number for number in range(len(class_names))}
+    indices |= {name: number for number, name in enumerate(class_names)}
     try:
-        return np.fromiter((numbers[label] for label in labels), dtype=np.int64, count=len(labels))
+        return np.fromiter((indices[label] for label in labels), dtype=np.int64, count=len(labels))
     except KeyError as error:
         raise UsageError(
             f"label {error.args[0]!r} of {where} is not among the {len(class_names)} classes"
@@ -67,7 +68,7 @@ def number_labels(labels: Sequence[str], class_names: Sequence[str], where: str)
 
 
 def check_class_count(class_names: Sequence[str], where: str) -> None:
-    """Refuse fewer than two classes.
+    """Check that there are at least two classes.
 
     Raises:
         UsageError: there are none or one.

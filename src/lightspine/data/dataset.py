@@ -1,72 +1,97 @@
-"""From a source of images to the items of a data loader; a bad image is reported and never raises."""
+"""Classification dataset: image sources, items and batches."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from lightspine.data.batch import BadImage, Item
-from lightspine.errors import LightspineError
+from lightspine.data.bad_images import BadImage, BadImageTolerantDataset
+
+
+class Item(NamedTuple):
+    """One image with its class; `image` is `None` where no image could be read."""
+
+    image: Tensor | None
+    label: int
+    bad: tuple[BadImage, ...] = ()
+
+
+class Batch(NamedTuple):
+    """Batch of N images.
+
+    Attributes:
+        images: (N, 3, H, W), float32; N may be 0 in an evaluation where every image of the batch was bad.
+        labels: (N,), int64.
+        bad: images that were skipped; this is how worker processes report them.
+    """
+
+    images: Tensor
+    labels: Tensor
+    bad: list[BadImage]
+
+
+def collate_images(items: Sequence[Item]) -> Batch:
+    """Collate items into a batch; items without an image are left out."""
+    images = [item.image for item in items if item.image is not None]
+    return Batch(
+        torch.stack(images) if images else torch.empty(0),
+        torch.tensor([item.label for item in items if item.image is not None], dtype=torch.int64),
+        [bad for item in items for bad in item.bad],
+    )
 
 
 class ImageSource(Protocol):
-    """Labelled images at positions from 0: files, members of shards, rows of a table."""
+    """Random access to labeled images: files, members of tar shards or rows of a table."""
 
     @property
     def labels(self) -> np.ndarray | Sequence[int]:
-        """The class of every image."""
+        """Class index of every image."""
 
     def __len__(self) -> int: ...
 
     def name(self, position: int) -> str:
-        """Return what names the image to a user, such as its path."""
+        """Return the name of an image in messages, such as its path."""
 
     def open(self, position: int) -> Image.Image:
-        """Return the image as 8-bit RGB.
+        """Read an image as 8-bit RGB.
 
         Raises:
             LightspineError: it cannot be read or is too small.
         """
 
 
-class ImageDataset(Dataset[Item]):
-    """Reads and transforms the images of a source.
+class ImageDataset(BadImageTolerantDataset[Item]):
+    """Map-style dataset of transformed images and class indices.
 
     Args:
-        source: where the images come from.
-        transform: turns a PIL RGB image into a (3, H, W) tensor.
-        replace_bad: give the next readable image in place of a bad one, so that training batches keep their
-            size; without it the item has no image, so that an evaluation counts no image twice.
+        source: the images.
+        transform: maps a PIL RGB image to a (3, H, W) tensor.
+        replace_bad: see `BadImageTolerantDataset`.
     """
 
     def __init__(
         self, source: ImageSource, transform: Callable[[Image.Image], Tensor], *, replace_bad: bool = False
     ) -> None:
+        super().__init__(replace_bad=replace_bad)
         self.source = source
         self.transform = transform
-        self.replace_bad = replace_bad
-        # Known to this process only: saves reading a bad image again while a replacement is sought.
-        self._known_bad: dict[int, BadImage] = {}
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Item:
-        # Without it a loop over the dataset would never end.
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        bad: list[BadImage] = []
-        for offset in range(len(self) if self.replace_bad else 1):
-            position = (index + offset) % len(self)
-            if position not in self._known_bad:
-                try:
-                    image = self.source.open(position)
-                except LightspineError as error:
-                    self._known_bad[position] = BadImage(self.source.name(position), str(error))
-                else:
-                    return Item(self.transform(image), int(self.source.labels[position]), tuple(bad))
-            bad.append(self._known_bad[position])
-        return Item(None, -1, tuple(bad))
+    def image_name(self, position: int) -> str:
+        """Return the name that the source gives an image."""
+        return self.source.name(position)
+
+    def read(self, position: int) -> Image.Image:
+        """Read an image; see `ImageSource.open`."""
+        return self.source.open(position)
+
+    def make_item(self, position: int, content: Image.Image | None, bad: tuple[BadImage, ...]) -> Item:
+        """Transform an image."""
+        if content is None:
+            return Item(None, -1, bad)
+        return Item(self.transform(content), int(self.source.labels[position]), bad)

@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightspine.data.batch import Batch, Item
-from lightspine.data.images import MIN_SIDE
+from lightspine.data.dataset import Batch, Item
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import UsageError
+from lightspine.utils.image_files import MIN_SIDE
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 

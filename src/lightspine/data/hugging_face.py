@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lightspine.data.class_names import derive_class_names, number_labels
-from lightspine.data.images import decode_image, open_image
+from lightspine.data.class_names import encode_labels, infer_class_names
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.image_files import decode_image, open_image
 
 
 def load_hugging_face(path: str | Path) -> Mapping[str, Any]:
@@ -77,8 +77,8 @@ class HuggingFaceSource:
             own_names[label] if own_names and isinstance(label, int) and label >= 0 else str(label)
             for label in split[label_column]
         ]
-        self.class_names = class_names or own_names or derive_class_names(written)
-        self.labels = np.asarray(number_labels(written, self.class_names, where))
+        self.class_names = class_names or own_names or infer_class_names(written)
+        self.labels = np.asarray(encode_labels(written, self.class_names, where))
         # The stored bytes instead of a decoded picture: decoding is the same for all readers here.
         self._column = image_column
         self._rows = split.select_columns([image_column]).cast_column(

@@ -1,6 +1,5 @@
-"""A folder of images, one sub-folder per class."""
+"""Image folder data sets: one sub-folder per class."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,38 +9,19 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from lightspine.data.batch import BadImage, Batch, Item, collate_images
 from lightspine.data.dataset import ImageDataset
-from lightspine.data.images import open_image
-from lightspine.data.packed import PackedTexts
-from lightspine.data.synsets import synset_description
+from lightspine.data.imagenet_classes import synset_description
 from lightspine.errors import UsageError
+from lightspine.utils.image_files import list_image_files, open_image
+from lightspine.utils.packed_strings import PackedStrings
 
-__all__ = [
-    "EXTENSIONS",
-    "VAL_NAMES",
-    "BadImage",
-    "Batch",
-    "FileSource",
-    "FolderSplits",
-    "ImageFolderDataset",
-    "Item",
-    "Sample",
-    "collate_images",
-    "find_class_folders",
-    "find_images",
-    "hold_out",
-    "list_images",
-    "scan_image_folder",
-]
-
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-TRAIN_NAME = "train"
-VAL_NAMES = ("val", "validation", "valid", "test")
+TRAIN_SPLIT = "train"
+VAL_SPLITS = ("val", "validation", "valid", "test")
+"""Names of the validation split, in the order of preference."""
 
 
 class Sample(NamedTuple):
-    """One image file and the index of its class."""
+    """Path of an image and its class index."""
 
     path: Path
     label: int
@@ -49,7 +29,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class FolderSplits:
-    """The files of a data set, split for training and validation."""
+    """Training and validation samples of a data set."""
 
     class_names: list[str]
     train: list[Sample]
@@ -59,27 +39,27 @@ class FolderSplits:
 def scan_image_folder(
     root: str | Path, *, val_fraction: float = 0.2, seed: int = 0, val_split: str | None = None
 ) -> FolderSplits:
-    """List the images of `root/train/CLASS` and `root/val/CLASS`, or split `root/CLASS`.
+    """List the images of `root/train/CLASS` and `root/val/CLASS`, or split those of `root/CLASS`.
 
-    "validation", "valid" and "test" stand for "val" too. Without such a folder a share of every class, chosen
-    by `seed`, is held out of `root/train/CLASS` or `root/CLASS`.
+    The validation folder may also be called "validation", "valid" or "test". Without one, a share of every
+    class in `root/train/CLASS` or `root/CLASS`, chosen by `seed`, becomes the validation split.
 
     Args:
         root: the folder.
-        val_fraction: share of every class that is held out, between 0 and 1; at least one image per class.
-        seed: which images are held out.
-        val_split: name of the folder to validate on, where `root` has several or an unusual one.
+        val_fraction: share of every class, between 0 and 1, for validation; at least one image per class.
+        seed: seed of the split.
+        val_split: name of the validation folder, if `root` has several or its name is a different one.
 
     Raises:
-        UsageError: the folder is missing, has fewer than two class folders or not the split that was asked
-            for; a class has no image, too few for a split, or is only in the validation folder.
+        UsageError: the folder is missing, has fewer than two class folders or lacks the requested split; a
+            class has no image, too few to be split, or exists only in the validation folder.
     """
     root = Path(root)
-    train_root = root / TRAIN_NAME if (root / TRAIN_NAME).is_dir() else root
+    train_root = root / TRAIN_SPLIT if (root / TRAIN_SPLIT).is_dir() else root
     folders = find_class_folders(train_root)
-    if train_root == root and set(folders) <= set(VAL_NAMES):
+    if train_root == root and set(folders) <= set(VAL_SPLITS):
         raise UsageError(f"expected a folder train in {root} beside {' and '.join(folders)}")
-    names = VAL_NAMES if val_split is None else (val_split,)
+    names = VAL_SPLITS if val_split is None else (val_split,)
     val_root = next((root / name for name in names if train_root != root and (root / name).is_dir()), None)
     if val_split is not None and val_root is None:
         raise UsageError(
@@ -89,19 +69,22 @@ def scan_image_folder(
     if len(class_names) < 2:
         raise UsageError(f"expected at least two class folders in {train_root}, found only {class_names[0]}")
     if val_root is None:
-        return FolderSplits(class_names, *hold_out(class_names, train, val_fraction, seed))
+        return FolderSplits(class_names, *train_val_split(class_names, train, val_fraction, seed))
     if unknown := sorted(set(find_class_folders(val_root)) - set(class_names)):
         raise UsageError(f"class {unknown[0]} is in {val_root} but not in {train_root}")
     return FolderSplits(class_names, train, list_images(val_root, class_names)[1])
 
 
 def list_images(root: str | Path, class_names: Sequence[str] | None = None) -> tuple[list[str], list[Sample]]:
-    """Return the class names of a folder `root/CLASS/*`, sorted, and its images.
+    """List the images of a folder with one sub-folder per class.
 
     Args:
-        root: the folder; images may lie in folders below the class folder.
-        class_names: number the classes by this list instead of by the folder's own names. A folder that is
-            called by the WordNet id of an ImageNet class may stand in the list by the class's description.
+        root: the folder; images may lie at any depth below the class folders.
+        class_names: names in the order of the class indices, in place of the sorted folder names. The list
+            may name a folder called by a WordNet id of ImageNet by its description.
+
+    Returns:
+        The class names, and the samples sorted by path.
 
     Raises:
         UsageError: the folder is missing or has no class folder, a class has no image or is not in
@@ -110,21 +93,21 @@ def list_images(root: str | Path, class_names: Sequence[str] | None = None) -> t
     root = Path(root)
     found = find_class_folders(root)
     names = list(class_names) if class_names is not None else found
-    numbers = {name: number for number, name in enumerate(names)}
+    indices = {name: number for number, name in enumerate(names)}
     samples = []
     for name in found:
-        number = numbers.get(name, numbers.get(synset_description(name) or name))
-        if number is None:
+        index = indices.get(name, indices.get(synset_description(name) or name))
+        if index is None:
             raise UsageError(f"class {name} of {root} is not among the model's {len(names)} classes")
-        files = find_images(root / name)
+        files = list_image_files(root / name)
         if not files:
             raise UsageError(f"class {name} of {root} has no image")
-        samples += [Sample(file, number) for file in files]
+        samples += [Sample(file, index) for file in files]
     return names, samples
 
 
 def find_class_folders(root: Path) -> list[str]:
-    """Return the sorted names of the sub-folders of a folder, hidden ones left out.
+    """Return the sorted names of a folder's sub-folders; hidden ones are left out.
 
     Raises:
         UsageError: the folder is missing or has no sub-folder.
@@ -141,26 +124,14 @@ def find_class_folders(root: Path) -> list[str]:
     return found
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Return the image files of a folder and the folders below it, sorted, hidden ones left out."""
-    return sorted(
-        Path(parent) / name
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
-    )
-
-
-def hold_out(
+def train_val_split(
     class_names: Sequence[str], samples: Sequence[Sample], fraction: float, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
-    """Split samples into those to train on and a share of every class, at least one image, to validate on.
+    """Split samples into training and validation, class by class; at least one image per class on each side.
 
     Raises:
         UsageError: a fraction outside 0 to 1, or a class with fewer than two images.
     """
-    if not 0 < fraction < 1:
-        raise UsageError(f"expected a val_fraction between 0 and 1, got {fraction}")
     members: list[list[Sample]] = [[] for _ in class_names]
     for sample in samples:
         members[sample.label].append(sample)
@@ -168,27 +139,35 @@ def hold_out(
     train: list[Sample] = []
     val: list[Sample] = []
     for name, of_class in zip(class_names, members, strict=True):
-        if len(of_class) < 2:
-            raise UsageError(
-                f"class {name} has {'one image' if of_class else 'no image'}, at least two are needed to "
-                "hold one out for validation"
-            )
-        count = min(max(round(len(of_class) * fraction), 1), len(of_class) - 1)
-        held_out = set(rng.permutation(len(of_class))[:count].tolist())
-        train += [sample for i, sample in enumerate(of_class) if i not in held_out]
-        val += [sample for i, sample in enumerate(of_class) if i in held_out]
+        chosen = draw_val_indices(len(of_class), fraction, rng, f"class {name}")
+        train += [sample for i, sample in enumerate(of_class) if i not in chosen]
+        val += [sample for i, sample in enumerate(of_class) if i in chosen]
     return train, val
 
 
+def draw_val_indices(count: int, fraction: float, rng: np.random.Generator, where: str) -> set[int]:
+    """Draw the indices of the validation images among `count` images: at least one, and not all.
+
+    Raises:
+        UsageError: a fraction outside 0 to 1, or fewer than two images.
+    """
+    if not 0 < fraction < 1:
+        raise UsageError(f"expected a val_fraction between 0 and 1, got {fraction}")
+    if count < 2:
+        raise UsageError(f"expected at least two images in {where} to split them for validation, got {count}")
+    number = min(max(round(count * fraction), 1), count - 1)
+    return set(rng.permutation(count)[:number].tolist())
+
+
 class FileSource:
-    """The images of a list of files.
+    """Image source that reads files.
 
     Args:
-        samples: the files and their classes.
+        samples: paths and class indices.
     """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
-        self.paths = PackedTexts.pack(str(sample.path) for sample in samples)
+        self.paths = PackedStrings.pack(str(sample.path) for sample in samples)
         self.labels = np.fromiter((sample.label for sample in samples), dtype=np.int64, count=len(samples))
 
     def __len__(self) -> int:
@@ -199,17 +178,17 @@ class FileSource:
         return self.paths[position]
 
     def open(self, position: int) -> Image.Image:
-        """Return an image as 8-bit RGB; raises as `open_image` does."""
+        """Read an image as 8-bit RGB; raises the errors of `open_image`."""
         return open_image(self.paths[position])
 
 
 class ImageFolderDataset(ImageDataset):
-    """Reads image files; a bad one is reported with the item and never raises.
+    """Dataset of image files.
 
     Args:
-        samples: the files and their classes.
-        transform: turns a PIL RGB image into a (3, H, W) tensor.
-        replace_bad: see `ImageDataset`.
+        samples: paths and class indices.
+        transform: maps a PIL RGB image to a (3, H, W) tensor.
+        replace_bad: see `BadImageTolerantDataset`.
     """
 
     def __init__(

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from lightspine.data.class_names import (
     check_class_count,
-    derive_class_names,
-    number_labels,
+    encode_labels,
+    infer_class_names,
     read_class_names,
 )
-from lightspine.data.image_folder import TRAIN_NAME, VAL_NAMES, FolderSplits, Sample, hold_out
+from lightspine.data.image_folder import TRAIN_SPLIT, VAL_SPLITS, FolderSplits, Sample, train_val_split
 from lightspine.errors import LightspineError, UsageError
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -90,22 +90,22 @@ def split_image_list(
         LightspineError: a file cannot be read.
     """
     images = read_image_list(file, root=root)
-    names = read_class_names(class_names) if class_names else derive_class_names(i.label for i in images)
+    names = read_class_names(class_names) if class_names else infer_class_names(i.label for i in images)
     check_class_count(names, str(file))
-    numbers = number_labels([image.label for image in images], names, str(file)).tolist()
+    numbers = encode_labels([image.label for image in images], names, str(file)).tolist()
     samples = [Sample(image.path, number) for image, number in zip(images, numbers, strict=True)]
     found = sorted({image.split for image in images if image.split})
     if not found:
         if val_split is not None:
             raise UsageError(f"expected images of the split {val_split} in {file}, which names no split")
-        return FolderSplits(names, *hold_out(names, samples, val_fraction, seed))
-    wanted = val_split or next((name for name in VAL_NAMES if name in found), "val")
-    for name in (TRAIN_NAME, wanted):
+        return FolderSplits(names, *train_val_split(names, samples, val_fraction, seed))
+    wanted = val_split or next((name for name in VAL_SPLITS if name in found), "val")
+    for name in (TRAIN_SPLIT, wanted):
         if name not in found:
             raise UsageError(f"expected images of the split {name} in {file}, which has {', '.join(found)}")
     train, val = (
         [sample for sample, image in zip(samples, images, strict=True) if image.split == name]
-        for name in (TRAIN_NAME, wanted)
+        for name in (TRAIN_SPLIT, wanted)
     )
     return FolderSplits(names, train, val)
 

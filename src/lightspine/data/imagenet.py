@@ -9,11 +9,11 @@ from lightspine.data.image_folder import (
     FolderSplits,
     Sample,
     find_class_folders,
-    find_images,
     list_images,
 )
-from lightspine.data.synsets import imagenet_synsets, is_synset, synset_descriptions
+from lightspine.data.imagenet_classes import imagenet_synsets, is_synset, synset_descriptions
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.image_files import list_image_files
 
 VAL_LISTS = ("LOC_val_solution.csv", "val.txt", "imagenet_2012_validation_synset_labels.txt")
 """Names that a list of the validation classes is looked for under, in this order."""
@@ -68,7 +68,7 @@ def list_imagenet_val(
     folder = Path(folder)
     if any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
         return list_images(folder, synsets)[1]
-    files = find_images(folder)
+    files = list_image_files(folder)
     if not files:
         raise UsageError(f"expected class folders or images in {folder}, which has neither")
     source = _find_list(folder) if val_list is None else Path(val_list)

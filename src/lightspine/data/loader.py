@@ -1,32 +1,67 @@
-"""A data loader that goes on in the middle of an epoch."""
+"""Data loader that resumes in the middle of an epoch, with reproducible augmentation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from lightspine.data.sampling import EpochSampler
-from lightspine.data.seeding import SeededDataset
+from lightspine.data.samplers import EpochSampler
 from lightspine.errors import UsageError
+from lightspine.utils.seeding import seeded_generators
+
+
+class SeededDataset(Dataset[Any]):
+    """Wrap a dataset so that the augmentation of an image depends only on (seed, epoch, index, repeat).
+
+    Python's, NumPy's and PyTorch's generators are seeded for every image. The augmentation therefore does not
+    depend on the number of workers, on the batch that the image falls into or on where a run was resumed.
+
+    The epoch reaches worker processes when they start, so a loader must start new ones in every epoch.
+
+    Args:
+        dataset: map-style dataset with random transforms.
+        seed: seed of the run.
+
+    Attributes:
+        epoch: set by `set_epoch`; 0 initially.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, counted from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.dataset))
+
+    def __getitem__(self, index: int | tuple[int, int]) -> Any:
+        """Return the item of an index, or of a pair (index, repeat) with repeated augmentation."""
+        position, repeat = index if isinstance(index, tuple) else (index, 0)
+        with seeded_generators(self.seed, self.epoch, position, repeat):
+            return self.dataset[position]
 
 
 class ResumableLoader(DataLoader):
-    """A data loader whose position can be saved and restored; Lightning does so with every checkpoint.
+    """Data loader whose position is saved and restored; Lightning does so with every checkpoint.
 
-    It begins at the first batch that is asked for and not at `iter()`: Lightning calls `iter()` before it has
-    told the epoch of a resumed run to the sampler. The images that were seen before are not read again where
-    the sampler is an `EpochSampler`; any other sampler must give the same order again.
+    Reading starts at the first `next()` instead of at `iter()`, because Lightning calls `iter()` before it
+    sets the epoch of a resumed run on the sampler. With an `EpochSampler` the images before the restored
+    position are not read again; any other sampler must produce the same order again.
 
     Args:
         *args: see torch's DataLoader.
         **kwargs: see torch's DataLoader.
 
     Attributes:
-        epoch: the sampler's epoch, counted from 0.
+        epoch: epoch of the sampler, counted from 0.
 
     Raises:
-        UsageError: persistent workers, which would never hear of a new epoch.
+        UsageError: persistent workers, which would not receive the epoch.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,11 +73,11 @@ class ResumableLoader(DataLoader):
 
     @property
     def epoch(self) -> int:
-        """The epoch of the next iteration, as it was told to the sampler."""
+        """Epoch of the next iteration, as set on the sampler."""
         return int(getattr(self.sampler, "epoch", 0))
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its own class
-        """Yield the batches of the sampler's epoch, from the restored position if it is of this epoch."""
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch declares its own iterator class
+        """Yield the batches of the epoch, from the restored position if it belongs to this epoch."""
         epoch, start = self._restored or (0, 0)
         self._restored = None
         if epoch != self.epoch:
@@ -52,7 +87,7 @@ class ResumableLoader(DataLoader):
         self._position = start
         if start and isinstance(self.sampler, EpochSampler):
             if self.batch_size is None:
-                raise UsageError("expected a batch_size to go on in the middle of an epoch, got none")
+                raise UsageError("expected a batch_size to resume in the middle of an epoch, got none")
             self.sampler.start_at(min(start * self.batch_size, len(self.sampler)))
             start = 0
         for batch in islice(super().__iter__(), start, None):
@@ -60,9 +95,9 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and how many of its batches have been handed out."""
+        """Return the epoch and the number of its batches that were delivered."""
         return {"epoch": self.epoch, "batch": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration begin where the state was taken, if it is one of the same epoch."""
+        """Restore the position for the next iteration if it is of the same epoch."""
         self._restored = state["epoch"], state["batch"]

@@ -1,30 +1,129 @@
-"""Images in tar files, as WebDataset writes them, read in any order."""
+"""WebDataset shards: images in tar files with random access through an index."""
 
 import itertools
+import json
+import logging
+import os
 import re
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from lightspine.data.images import decode_image
-from lightspine.data.shard_index import ShardIndex, read_shard_index
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.files import atomic_write
+from lightspine.utils.image_files import IMAGE_SUFFIXES, decode_image
+from lightspine.utils.packed_strings import PackedStrings
 
 MAX_IMAGE_BYTES = 1 << 28
-"""A larger member of a shard, 256 MiB, is a bad image: it is not read into memory."""
+"""Members of a shard above this size, 256 MiB, count as unreadable and are not loaded."""
 
+INDEX_SUFFIX = ".index.npz"
+
+_INDEX_FORMAT = 1
+_COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
+# A label is a number, a name or a short record.
+_MAX_LABEL_BYTES = 1 << 20
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)$")
 
+_log = logging.getLogger(__name__)
 
-def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Return the paths that a pattern stands for.
+
+class ShardSource:
+    """Image source with random access to the members of tar files, for exact shuffling and resuming.
+
+    Every image is read by seeking to it, which is fast on a local disk and in the page cache. Nothing is
+    extracted.
 
     Args:
-        shards: a path, a pattern with `{000..012}` or `{a,b}` in it, a folder (its `.tar` files, sorted), or
-            several of them.
+        shards: see `expand_shards`.
+        label_key: key of the class in a `json` member.
+        index_folder: folder for the index files; by default they are written next to the shards.
+
+    Attributes:
+        labels: class indices, to be set from `written_labels`; initially -1.
+
+    Raises:
+        UsageError: see `expand_shards` and `read_shard_index`.
+        LightspineError: a shard is damaged.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path | Sequence[str | Path],
+        *,
+        label_key: str = "label",
+        index_folder: str | Path | None = None,
+    ) -> None:
+        self.shards = expand_shards(shards)
+        folder = None if index_folder is None else Path(index_folder)
+        self._indices: list[ShardIndex] = [
+            read_shard_index(shard, label_key=label_key, folder=folder) for shard in self.shards
+        ]
+        self._ends = np.cumsum([len(index) for index in self._indices])
+        self.labels: np.ndarray | Sequence[int] = np.full(int(self._ends[-1]), -1, dtype=np.int64)
+
+    def written_labels(self) -> list[str]:
+        """Return the label of every image as written in the shards.
+
+        Raises:
+            UsageError: an image has none.
+        """
+        labels = [label for index in self._indices for label in index.labels]
+        if "" in labels:
+            raise UsageError(
+                "expected a class for every image, in a cls or json member, but "
+                f"{self.name(labels.index(''))} has none"
+            )
+        return labels
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def name(self, position: int) -> str:
+        """Return the shard and the member, such as "train-000.tar/000123.jpg"."""
+        shard, member = self._locate(position)
+        return f"{self.shards[shard]}/{self._indices[shard].names[member]}"
+
+    def open(self, position: int) -> Image.Image:
+        """Read an image as 8-bit RGB.
+
+        Raises:
+            UsageError: the image is smaller than 32 px on a side.
+            LightspineError: it cannot be read or is larger than 256 MiB.
+        """
+        shard, member = self._locate(position)
+        index = self._indices[shard]
+        size = int(index.sizes[member])
+        name = self.name(position)
+        if size > MAX_IMAGE_BYTES:
+            raise LightspineError(f"cannot read image {name}: it has {size} bytes")
+        try:
+            # Opened for each image, because worker processes must not share open files and their positions.
+            with self.shards[shard].open("rb") as file:
+                file.seek(int(index.offsets[member]))
+                data = file.read(size)
+        except OSError as error:
+            raise LightspineError(f"cannot read image {name}: {error.strerror or error}") from error
+        return decode_image(data, name)
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """Return the shard of an image and its position in the shard."""
+        shard = int(np.searchsorted(self._ends, position, side="right"))
+        return shard, position - (int(self._ends[shard - 1]) if shard else 0)
+
+
+def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return the paths of the shards that a pattern describes.
+
+    Args:
+        shards: a path, a pattern with braces such as `{000..012}` or `{a,b}`, a folder (its `.tar` files,
+            sorted), or several of them.
 
     Raises:
         UsageError: a shard is missing, a folder has none, or braces hold neither a range nor a list.
@@ -48,18 +147,18 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """Return every text that a pattern with braces stands for, in order."""
+    """Return all strings that a pattern with braces describes, in order."""
     parts = _BRACES.split(pattern)
-    # The split leaves plain text at even places and what was in braces at odd ones.
-    choices = [[part] if place % 2 == 0 else _choices(part, pattern) for place, part in enumerate(parts)]
+    # The split puts plain text at even positions and the content of braces at odd ones.
+    choices = [[part] if i % 2 == 0 else _brace_alternatives(part, pattern) for i, part in enumerate(parts)]
     return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
-def _choices(inside: str, pattern: str) -> list[str]:
+def _brace_alternatives(inside: str, pattern: str) -> list[str]:
     if found := _RANGE.match(inside):
         first, last = found.groups()
         if int(first) > int(last):
-            raise UsageError(f"expected a rising range in the pattern {pattern}, got {{{inside}}}")
+            raise UsageError(f"expected an ascending range in the pattern {pattern}, got {{{inside}}}")
         return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     if "," in inside:
         return inside.split(",")
@@ -68,83 +167,150 @@ def _choices(inside: str, pattern: str) -> list[str]:
     )
 
 
-class ShardSource:
-    """The images of tar files; any image is read by itself, so an epoch can be shuffled and resumed exactly.
-
-    Every image is read by seeking to it: fast on a local disk and in the page cache. Nothing is extracted.
-
-    Args:
-        shards: see `expand_shards`.
-        label_key: the entry of a `json` member that holds the class.
-        index_folder: where the indices are kept; beside the shards without it.
+@dataclass(frozen=True)
+class ShardIndex:
+    """Byte ranges and labels of the images in one shard, in the order of the file.
 
     Attributes:
-        labels: the class numbers, to be set from `written_labels`; -1 before.
-
-    Raises:
-        UsageError: what `expand_shards` and `read_shard_index` refuse.
-        LightspineError: a shard is damaged.
+        names: member names, such as "000123.jpg".
+        labels: labels as written, "" where the shard has none.
+        offsets: first byte in the shard; (images,), int64.
+        sizes: size in bytes; (images,), int64.
     """
 
-    def __init__(
-        self,
-        shards: str | Path | Sequence[str | Path],
-        *,
-        label_key: str = "label",
-        index_folder: str | Path | None = None,
-    ) -> None:
-        self.shards = expand_shards(shards)
-        folder = None if index_folder is None else Path(index_folder)
-        self._indices: list[ShardIndex] = [
-            read_shard_index(shard, label_key=label_key, folder=folder) for shard in self.shards
-        ]
-        self._ends = np.cumsum([len(index) for index in self._indices])
-        self.labels: np.ndarray | Sequence[int] = np.full(int(self._ends[-1]), -1, dtype=np.int64)
-
-    def written_labels(self) -> list[str]:
-        """Return the class of every image as it stands in the shards.
-
-        Raises:
-            UsageError: an image has none.
-        """
-        labels = [label for index in self._indices for label in index.labels]
-        if "" in labels:
-            raise UsageError(
-                "expected a class with every image, in a cls or json member, but "
-                f"{self.name(labels.index(''))} has none"
-            )
-        return labels
+    names: PackedStrings
+    labels: PackedStrings
+    offsets: np.ndarray
+    sizes: np.ndarray
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self.offsets)
 
-    def name(self, position: int) -> str:
-        """Return the shard and the member, such as "train-000.tar/000123.jpg"."""
-        shard, place = self._find(position)
-        return f"{self.shards[shard]}/{self._indices[shard].names[place]}"
 
-    def open(self, position: int) -> Image.Image:
-        """Return an image as 8-bit RGB.
+def read_shard_index(shard: Path, *, label_key: str = "label", folder: Path | None = None) -> ShardIndex:
+    """Return the index of a shard, which is built at the first use and saved.
 
-        Raises:
-            UsageError: the image is smaller than 32 px on a side.
-            LightspineError: it cannot be read or has more than 256 MiB.
-        """
-        shard, place = self._find(position)
-        index = self._indices[shard]
-        size = int(index.sizes[place])
-        name = self.name(position)
-        if size > MAX_IMAGE_BYTES:
-            raise LightspineError(f"cannot read image {name}: it has {size} bytes")
+    Args:
+        shard: uncompressed tar file of WebDataset samples: consecutive members with the same name up to the
+            first dot, one an image, one `cls` (text) or `json` (a record).
+        label_key: key of the class in a `json` record.
+        folder: folder for the index file; next to the shard by default. A changed shard is indexed again.
+
+    Raises:
+        UsageError: the shard is missing, compressed or holds no image.
+        LightspineError: the shard is damaged, or a label cannot be read.
+    """
+    if not shard.is_file():
+        raise UsageError(f"expected a shard, but {shard} is not a file")
+    index_file = (folder or shard.parent) / f"{shard.name}{INDEX_SUFFIX}"
+    status = shard.stat()
+    stamp = json.dumps([_INDEX_FORMAT, label_key, status.st_size, status.st_mtime_ns])
+    index = _load_index(index_file, stamp)
+    if index is None:
+        index = _build_index(shard, label_key)
+        _save_index(index_file, index, stamp)
+    if len(index) == 0:
+        raise UsageError(f"expected images in the shard {shard}, which has none")
+    return index
+
+
+def _build_index(shard: Path, label_key: str) -> ShardIndex:
+    with shard.open("rb") as file:
+        if kind := _COMPRESSION_MAGIC.get(file.read(2)):
+            raise UsageError(f"expected an uncompressed tar file, but {shard} is compressed with {kind}")
+        file.seek(0)
         try:
-            # Opened for each image: open files and their positions must not be shared by worker processes.
-            with self.shards[shard].open("rb") as file:
-                file.seek(int(index.offsets[place]))
-                data = file.read(size)
-        except OSError as error:
-            raise LightspineError(f"cannot read image {name}: {error.strerror or error}") from error
-        return decode_image(data, name)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                samples = list(_iterate_samples(archive, file, shard, label_key))
+                # tarfile accepts a file that ends inside a header, so check for the end-of-archive block.
+                file.seek(archive.offset)
+                complete = file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
+        except (tarfile.TarError, OSError) as error:
+            raise LightspineError(f"cannot read the shard {shard}: {error}") from error
+    if not complete:
+        raise LightspineError(f"cannot read the shard {shard}: it is truncated")
+    return ShardIndex(
+        PackedStrings.pack(member.name for member, _ in samples),
+        PackedStrings.pack(label for _, label in samples),
+        np.array([member.offset_data for member, _ in samples], dtype=np.int64),
+        np.array([member.size for member, _ in samples], dtype=np.int64),
+    )
 
-    def _find(self, position: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._ends, position, side="right"))
-        return shard, position - (int(self._ends[shard - 1]) if shard else 0)
+
+def _iterate_samples(
+    archive: tarfile.TarFile, file: BinaryIO, shard: Path, label_key: str
+) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """Yield the image and the label of every sample."""
+    key, image, label = "", None, ""
+    for member in archive:
+        # Links, devices and sparse files do not belong in a shard.
+        if not member.isreg() or member.sparse is not None:
+            continue
+        stem, _, suffix = os.path.basename(member.name).partition(".")
+        member_key = os.path.join(os.path.dirname(member.name), stem)
+        if member_key != key:
+            if image is not None:
+                yield image, label
+            key, image, label = member_key, None, ""
+        kind = suffix.lower().rpartition(".")[2]
+        if f".{kind}" in IMAGE_SUFFIXES:
+            image = member
+        elif kind in ("cls", "json"):
+            position = file.tell()
+            label = _read_label(file, member, shard, kind, label_key) or label
+            file.seek(position)
+    if image is not None:
+        yield image, label
+
+
+def _read_label(file: BinaryIO, member: tarfile.TarInfo, shard: Path, kind: str, label_key: str) -> str:
+    if member.size > _MAX_LABEL_BYTES:
+        raise LightspineError(f"expected a label in {shard}/{member.name}, got {member.size} bytes")
+    file.seek(member.offset_data)
+    try:
+        text = file.read(member.size).decode("utf-8").strip()
+        record = {label_key: text} if kind == "cls" else json.loads(text)
+    except ValueError as error:
+        raise LightspineError(f"cannot read the label {shard}/{member.name}: {error}") from error
+    value = record.get(label_key, "") if isinstance(record, dict) else ""
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        raise LightspineError(
+            f"expected a number or a name as {label_key} of {shard}/{member.name}, got {value}"
+        )
+    return str(value)
+
+
+def _load_index(path: Path, stamp: str) -> ShardIndex | None:
+    """Load a saved index; `None` if there is none for this version of the shard."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
+            if str(saved["stamp"]) != stamp:
+                return None
+            names, labels = (
+                PackedStrings(saved[f"{kind}_data"], saved[f"{kind}_ends"]) for kind in ("name", "label")
+            )
+            return ShardIndex(names, labels, saved["offsets"], saved["sizes"])
+    except FileNotFoundError:
+        return None
+    # NumPy and zipfile raise many types on a file that is truncated or not an index.
+    except Exception as error:
+        _log.warning("the index %s is damaged (%s) and is built again", path, error)
+        return None
+
+
+def _save_index(path: Path, index: ShardIndex, stamp: str) -> None:
+    try:
+        with atomic_write(path) as file:
+            np.savez(
+                file,
+                stamp=np.array(stamp),
+                name_data=index.names.data,
+                name_ends=index.names.ends,
+                label_data=index.labels.data,
+                label_ends=index.labels.ends,
+                offsets=index.offsets,
+                sizes=index.sizes,
+            )
+    # The shards may be on a read-only disk.
+    except LightspineError as error:
+        _log.warning("the index of a shard is built at every start because it cannot be saved: %s", error)

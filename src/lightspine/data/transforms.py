@@ -1,31 +1,37 @@
-"""From a PIL image to the tensor that a model takes, with timm's transforms."""
+"""Preprocessing and augmentation of classification images, with timm's transforms."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
+from timm.data.auto_augment import AugmentOp, AutoAugment
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision.transforms import Compose, RandomCrop, Resize
 
-from lightspine.data.augmentation import Augmentation, AugmentationName, find_augmentation
-from lightspine.data.posterize import use_own_posterize
 from lightspine.errors import UsageError
+
+AugmentationName = Literal["none", "light", "medium", "strong"]
+AUGMENTATIONS: tuple[AugmentationName, ...] = get_args(AugmentationName)
+
+TrainInterpolation = Literal["bicubic", "bilinear", "random"]
+ErasingMode = Literal["pixel", "rand", "const"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How an image becomes the input of a model; travels inside the checkpoint.
+    """Resize, crop and normalization of a model's input; saved inside the checkpoint.
 
     Attributes:
         input_size: (channels, height, width) in pixels.
-        mean: per channel, of values from 0 to 1.
-        std: per channel, of values from 0 to 1.
-        interpolation: Pillow's name of the resampling filter.
-        crop_pct: side of the central crop as a share of the resized shorter side.
-        crop_mode: timm's name of the way to crop: "center", "squash" (the ratio changes) or "border".
+        mean: mean per channel, for pixel values from 0 to 1.
+        std: standard deviation per channel, for pixel values from 0 to 1.
+        interpolation: name of Pillow's resampling filter.
+        crop_pct: side of the center crop as a share of the resized shorter side.
+        crop_mode: timm's name: "center", "squash" (changes the aspect ratio) or "border".
     """
 
     input_size: tuple[int, int, int] = (3, 224, 224)
@@ -37,11 +43,11 @@ class Preprocessing:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, image_size: int | None = None) -> "Preprocessing":
-        """Return the preprocessing that a timm pretrained cfg or a saved dictionary describes.
+        """Create the preprocessing from a timm pretrained cfg or a saved dictionary.
 
         Args:
-            config: a mapping with any of the attributes' names; other keys are ignored.
-            image_size: height and width in pixels instead of the configured ones.
+            config: mapping with any of the attributes' names; other keys are ignored.
+            image_size: height and width in pixels, in place of the configured ones.
         """
         found = resolve_data_config(pretrained_cfg=asdict(cls()) | dict(config))
         result = cls(
@@ -57,10 +63,89 @@ class Preprocessing:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the attributes as plain values that JSON can hold."""
+        """Return the attributes as JSON-serializable values."""
         return {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Settings of the training augmentation, which timm carries out.
+
+    The order is: crop, flip, one of RandAugment / AutoAugment / 3-augment, color jitter, normalization,
+    random erasing. The defaults are DeiT's recipe, which the published models follow with few changes.
+
+    Attributes:
+        crop: "resized" (random resized crop) or "padded" (for images of about the input's size, such as
+            CIFAR's: resize to the input's size, pad with black by an eighth of the side, random crop).
+        scale: smallest and largest area of a resized crop as a share of the image.
+        ratio: smallest and largest width / height of a resized crop.
+        interpolation: filter of a resized crop; "random" chooses bilinear or bicubic for every image.
+            Default: the filter of the preprocessing.
+        hflip: probability of a horizontal flip.
+        auto_augment: timm's name of a policy: "rand-m9-mstd0.5-inc1" is RandAugment as in the published
+            recipes, "3a" is DeiT III's 3-augment (solarize, grayscale or blur), `None` disables it.
+        color_jitter: strength of random brightness, contrast and saturation; 0 disables it. As in timm it is
+            not applied together with `auto_augment`, except with "3a".
+        erasing: probability of random erasing.
+        erasing_mode: fill of the erased rectangles: "pixel" (noise per pixel), "rand" (one random color) or
+            "const" (the mean color).
+        erasing_count: largest number of rectangles per image.
+    """
+
+    crop: Literal["resized", "padded"] = "resized"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: TrainInterpolation | None = None
+    hflip: float = 0.5
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    color_jitter: float = 0.4
+    erasing: float = 0.25
+    erasing_mode: ErasingMode = "pixel"
+    erasing_count: int = 1
+
+    def check(self) -> None:
+        """Check that all values are in range.
+
+        This is not done in the constructor: the parser of recipes would report the error as a wrong type.
+
+        Raises:
+            UsageError: a value out of range.
+        """
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise UsageError(f"expected a crop scale from 0 to 1, the smaller first, got {list(self.scale)}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise UsageError(f"expected a crop ratio above 0, the smaller first, got {list(self.ratio)}")
+        for name in ("hflip", "erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"expected a probability {name} from 0 to 1, got {getattr(self, name)}")
+        if self.color_jitter < 0:
+            raise UsageError(f"expected a color_jitter of at least 0, got {self.color_jitter}")
+        if self.erasing_count < 1:
+            raise UsageError(f"expected an erasing_count of at least 1, got {self.erasing_count}")
+        _check_policy(self.auto_augment)
+
+    def timm_options(self) -> dict[str, Any]:
+        """Return the equivalent arguments of `timm.data.create_transform`."""
+        options: dict[str, Any] = {
+            "scale": self.scale,
+            "ratio": self.ratio,
+            "hflip": self.hflip,
+            "auto_augment": self.auto_augment,
+            "color_jitter": self.color_jitter or None,
+            "re_prob": self.erasing,
+            "re_mode": self.erasing_mode,
+            "re_count": self.erasing_count,
+        }
+        return options if self.interpolation is None else options | {"interpolation": self.interpolation}
+
+
+PRESETS = {
+    "light": Augmentation(scale=(0.6, 1.0), auto_augment=None, color_jitter=0.0, erasing=0.0),
+    "medium": Augmentation(scale=(0.25, 1.0), auto_augment=None, color_jitter=0.3, erasing=0.0),
+    "strong": Augmentation(),
+}
 
 
 def create_eval_transform(
@@ -69,7 +154,7 @@ def create_eval_transform(
     """Create the deterministic transform: resize, center crop, normalize to a float32 (3, H, W) tensor.
 
     Args:
-        preprocessing: the size and statistics that the model takes.
+        preprocessing: input size and statistics of the model.
         normalize: `False` returns the pixels as uint8 (3, H, W).
     """
     return create_transform(is_training=False, normalize=normalize, **_common_options(preprocessing))
@@ -78,25 +163,25 @@ def create_eval_transform(
 def create_train_transform(
     preprocessing: Preprocessing, augmentation: AugmentationName | Augmentation = "medium"
 ) -> Callable[[Image.Image], Tensor]:
-    """Return the random transform for training.
+    """Create the random training transform.
 
     Args:
-        preprocessing: the size and statistics that the model takes.
-        augmentation: "none" (resize and central crop), "light" (crops of at least 60 % of the image, flips),
-            "medium" (at least 25 %, with colour jitter), "strong" (at least 8 %, RandAugment, erasing), or
-            every setting by itself.
+        preprocessing: input size and statistics of the model.
+        augmentation: "none" (resize and center crop), "light" (crops of at least 60 % of the image, flips),
+            "medium" (at least 25 %, with color jitter), "strong" (at least 8 %, RandAugment, erasing), or all
+            settings one by one.
 
     Raises:
-        UsageError: an unknown augmentation, or a value of it out of its range.
+        UsageError: an unknown augmentation, or a setting out of range.
     """
     if augmentation == "none":
         return create_transform(is_training=True, no_aug=True, **_common_options(preprocessing))
-    chosen = find_augmentation(augmentation)
-    common = _common_options(preprocessing) | chosen.timm_options()
-    transform = create_transform(is_training=True, **common)
-    use_own_posterize(transform)
-    if chosen.crop == "padded":
-        # timm has no such crop: it takes the place of the first step, the random resized crop.
+    settings = resolve_augmentation(augmentation)
+    options = _common_options(preprocessing) | settings.timm_options()
+    transform = create_transform(is_training=True, **options)
+    _replace_posterize(transform)
+    if settings.crop == "padded":
+        # timm has no such crop, so it replaces the first step, the random resized crop.
         height, width = preprocessing.input_size[1:]
         transform.transforms[0] = Compose(
             [
@@ -105,6 +190,62 @@ def create_train_transform(
             ]
         )
     return transform
+
+
+def resolve_augmentation(augmentation: AugmentationName | Augmentation) -> Augmentation:
+    """Return the settings of a preset other than "none", or the given settings after checking them.
+
+    Raises:
+        UsageError: an unknown name, or a setting out of range.
+    """
+    if isinstance(augmentation, Augmentation):
+        augmentation.check()
+        return augmentation
+    if augmentation not in PRESETS:
+        raise UsageError(f"expected an augmentation among {', '.join(AUGMENTATIONS)}, got {augmentation!r}")
+    return PRESETS[augmentation]
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """Keep the highest bits of every channel; 0 bits give a black image.
+
+    `rand-m9-mstd0.5-inc1` draws 0 bits where the magnitude reaches 10, for about one posterized image in 44.
+    The Pillow of the published trainings returned a black image; newer versions raise an error.
+    """
+    if bits_to_keep >= 8:
+        return image
+    return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+
+def _replace_posterize(transform: Any) -> None:
+    """Replace the posterize function in the policies of a timm transform by `posterize`, in place."""
+    for step in transform.transforms:
+        for operation in _policy_operations(step):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = posterize
+
+
+def _policy_operations(step: Any) -> Iterator[AugmentOp]:
+    if isinstance(step, AutoAugment):
+        yield from (operation for policy in step.policy for operation in policy)
+    # RandAugment and AugMix.
+    yield from getattr(step, "ops", ())
+
+
+def _check_policy(name: str | None) -> None:
+    """Raise for a policy that timm rejects, and for settings that timm would ignore."""
+    problem = ""
+    try:
+        create_transform(32, is_training=True, auto_augment=name)
+    # timm fails an assertion, or parses a part of the name as a number.
+    except (AssertionError, ValueError) as error:
+        problem = f": {error}"
+    settings = (name or "").split("-")[1:]
+    if problem or not all(re.fullmatch(r"[a-z]+\d[\d.]*", setting) for setting in settings):
+        raise UsageError(
+            "expected a policy of timm, such as rand-m9-mstd0.5-inc1 or 3a, as auto_augment, got "
+            f"{name!r}{problem}"
+        )
 
 
 def _common_options(preprocessing: Preprocessing) -> dict[str, Any]:

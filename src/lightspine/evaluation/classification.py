@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightspine.data.batch import Batch
-from lightspine.data.images import open_image
+from lightspine.data.dataset import Batch
 from lightspine.data.transforms import create_eval_transform
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.classifiers import Weights, class_names, find_preprocessing, load_classifier
@@ -20,6 +19,7 @@ from lightspine.evaluation.eval_datasets import open_eval_dataset
 from lightspine.evaluation.metrics import LARGEST_REPORTED, ClassificationMetrics
 from lightspine.evaluation.report import describe_device, describe_software, hash_file
 from lightspine.utils.devices import check_device, synchronize
+from lightspine.utils.image_files import open_image
 from lightspine.utils.progress import progress_bar
 
 

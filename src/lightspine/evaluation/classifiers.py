@@ -5,14 +5,14 @@ from pathlib import Path
 
 from torch import nn
 
-from lightspine.data.images import MIN_SIDE
-from lightspine.data.synsets import imagenet_synsets, synset_descriptions
+from lightspine.data.imagenet_classes import imagenet_synsets, synset_descriptions
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import UsageError
 from lightspine.export.onnx_classifier import is_onnx_file, load_onnx
 from lightspine.models.checkpoint import ModelMetadata, Weights, default_preprocessing
 from lightspine.models.factory import create_model, load_model
 from lightspine.models.registry import find_record
+from lightspine.utils.image_files import MIN_SIDE
 
 CROP_MODES = ("center", "squash", "border")
 

@@ -9,10 +9,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightspine.data.detection import CocoAnnotations, DetectionDataset, collate_detection, read_coco
+from lightspine.data.detection.coco_paths import find_coco
 from lightspine.dense import load_network
 from lightspine.dense.coco_metrics import CocoMetrics
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.coco_paths import find_coco
 from lightspine.evaluation.dense_common import (
     ThroughputTimer,
     check_detection_options,
@@ -130,7 +130,7 @@ def evaluate_detector(
         "scores": numbers,
         "classes": classes,
         "skipped": skipped,
-        "problems": annotations.problems.sentences(),
+        "problems": annotations.issues.sentences(),
         "options": saved.options | {"most_detections": most, "batch_size": batch_size},
         "throughput": clock.report(),
         "device": describe_device(device),

@@ -8,13 +8,12 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from lightspine.data.batch import collate_images
 from lightspine.data.class_mapping import ClassMapping, load_class_mapping
-from lightspine.data.class_names import number_labels
-from lightspine.data.dataset import ImageDataset
+from lightspine.data.class_names import encode_labels
+from lightspine.data.dataset import ImageDataset, collate_images
 from lightspine.data.digits import CLASS_NAMES, DigitsDataset
 from lightspine.data.image_folder import (
-    VAL_NAMES,
+    VAL_SPLITS,
     FileSource,
     Sample,
     find_class_folders,
@@ -22,8 +21,8 @@ from lightspine.data.image_folder import (
     scan_image_folder,
 )
 from lightspine.data.imagenet import imagenet_class_mapping, list_imagenet_val
+from lightspine.data.imagenet_classes import imagenet_synsets, is_synset, synset_descriptions
 from lightspine.data.shards import ShardSource
-from lightspine.data.synsets import imagenet_synsets, is_synset, synset_descriptions
 from lightspine.data.transforms import Preprocessing, create_eval_transform
 from lightspine.errors import UsageError
 from lightspine.evaluation.batch_inference.sources import is_shards
@@ -150,7 +149,7 @@ def _shards(
     written = source.written_labels()
     names = class_names(saved, num_classes)
     ids = imagenet_synsets() if _knows_imagenet(saved, num_classes) and is_synset(written[0]) else names
-    source.labels = number_labels(written, ids, str(data))
+    source.labels = encode_labels(written, ids, str(data))
     return EvalDataset(
         dataset=ImageDataset(source, create_eval_transform(preprocessing)),
         class_names=names,
@@ -164,7 +163,7 @@ def _shards(
 def _find_samples(
     root: Path, saved: ModelMetadata, num_classes: int, val_fraction: float | None, seed: int
 ) -> tuple[list[str], list[Sample], str]:
-    val_root = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
+    val_root = next((root / name for name in VAL_SPLITS if (root / name).is_dir()), None)
     if val_fraction is None:
         names, samples = _list(val_root or root, saved, num_classes)
         return names, samples, val_root.name if val_root else "all images"

@@ -13,8 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from lightspine.data.detection import encode_mask
-from lightspine.data.images import open_image
-from lightspine.data.segmentation import SegmentationTest
+from lightspine.data.segmentation import SlidingWindowInference
 from lightspine.dense import NetworkMetadata, load_network
 from lightspine.dense.checkpoint import read_network_metadata
 from lightspine.errors import LightspineError, UsageError
@@ -22,6 +21,7 @@ from lightspine.evaluation.dense_common import FiniteLogits, check_detection_opt
 from lightspine.evaluation.segmentation import choose_settings, choose_test, eval_transform
 from lightspine.utils.devices import check_device
 from lightspine.utils.files import atomic_write, atomic_write_text
+from lightspine.utils.image_files import open_image
 from lightspine.utils.progress import progress_bar
 
 
@@ -103,7 +103,7 @@ class SegmentationPredictor:
     device: str
     saved: NetworkMetadata
     settings: dict[str, Any]
-    test: SegmentationTest
+    test: SlidingWindowInference
     labels: bool
 
     def find(self, image: Image.Image, path: Path, picture: Path | None) -> DensePrediction:

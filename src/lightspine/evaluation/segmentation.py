@@ -10,22 +10,22 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightspine.data.detection import read_coco
+from lightspine.data.detection.coco_paths import find_coco, is_coco
 from lightspine.data.segmentation import (
     IGNORED,
-    LabelledImage,
-    PaintedLabels,
-    ReadsLabels,
+    CocoSemanticLabels,
+    LabeledImage,
+    LabelMapSource,
     SegmentationDataset,
-    SegmentationTest,
+    SlidingWindowInference,
+    collate_segmentation_lists,
     create_segmentation_eval_transform,
-    list_segmentation,
     scan_segmentation_folder,
 )
 from lightspine.data.transforms import Preprocessing
 from lightspine.dense import NetworkMetadata, load_network
 from lightspine.dense.segmentation_metrics import SegmentationMetrics
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.coco_paths import find_coco, is_coco
 from lightspine.evaluation.dense_common import FiniteLogits, ThroughputTimer, check_finite, check_loading
 from lightspine.evaluation.report import describe_device, describe_software, hash_file
 from lightspine.utils.devices import check_device
@@ -91,7 +91,7 @@ def evaluate_segmenter(
     pairs, reader, names = _open(saved, data, split, val_fraction, seed)
     settings = choose_settings(saved, scale=scale, own_size=own_size)
     dataset = SegmentationDataset(pairs, reader, eval_transform(saved, settings))
-    loader = DataLoader(dataset, 1, collate_fn=list_segmentation, num_workers=num_workers)
+    loader = DataLoader(dataset, 1, collate_fn=collate_segmentation_lists, num_workers=num_workers)
     metrics, clock = SegmentationMetrics(names), ThroughputTimer(device)
     skipped: dict[str, str] = {}
     segmenter = FiniteLogits(network.to(device), checkpoint)
@@ -137,17 +137,17 @@ def choose_test(
     stride: tuple[int, int] | None = None,
     ratios: Sequence[float] | None = None,
     flip: bool = False,
-) -> SegmentationTest:
+) -> SlidingWindowInference:
     """Return how a segmenter looks at images: as its file says, or as asked for.
 
     Raises:
         UsageError: a value out of its range.
     """
     known = saved.settings
-    test = SegmentationTest(
+    test = SlidingWindowInference(
         window=tuple(known["window"]) if known.get("window") else None,
-        stride=tuple(known.get("stride") or SegmentationTest.stride),
-        ratios=tuple(known.get("ratios") or SegmentationTest.ratios),
+        stride=tuple(known.get("stride") or SlidingWindowInference.stride),
+        ratios=tuple(known.get("ratios") or SlidingWindowInference.ratios),
         flip=bool(known.get("flip")) or flip,
     )
     if window is not None:
@@ -187,12 +187,12 @@ def eval_transform(saved: NetworkMetadata, settings: dict[str, Any]) -> Any:
 
 def _open(
     saved: NetworkMetadata, data: str | Path, split: str | None, val_fraction: float, seed: int
-) -> tuple[Sequence[LabelledImage], ReadsLabels, list[str]]:
-    pairs: Sequence[LabelledImage]
-    reader: ReadsLabels
+) -> tuple[Sequence[LabeledImage], LabelMapSource, list[str]]:
+    pairs: Sequence[LabeledImage]
+    reader: LabelMapSource
     if is_coco(data):
         expected = None if saved.class_names is None else saved.class_names[1:]
-        painted = PaintedLabels(read_coco(*find_coco(data, split=split), class_names=expected))
+        painted = CocoSemanticLabels(read_coco(*find_coco(data, split=split), class_names=expected))
         pairs, reader, names = painted.pairs(), painted, painted.class_names
     else:
         if split not in (None, "train", "val"):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightspine.errors import UsageError
 from lightspine.ops.onnx import SCAN_FLOATS, SCAN_FUNCTIONS
+from lightspine.utils.image_files import list_image_files, open_image
 
-_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 CALIBRATION_IMAGES = 100
 """At most so many images of a folder are looked at, spread evenly over it."""
 
@@ -137,7 +137,6 @@ def prepared_batches(images: Sequence[Path], preparation: dict[str, Any], pixels
 def _image_reader(preparation: dict[str, Any], pixels: bool) -> Callable[[Path], NDArray[Any]]:
     """Return a function that reads an image file as float32 (3, H, W), or as uint8 (H, W, 3)."""
     # Imported here because `import lightspine` loads this module.
-    from lightspine.data.images import open_image
     from lightspine.data.transforms import Preprocessing, create_eval_transform
 
     transform = create_eval_transform(Preprocessing.from_config(preparation), normalize=not pixels)
@@ -157,7 +156,7 @@ def list_calibration_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UsageError(f"expected a folder of images to calibrate with, but {folder} is none")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+    found = list_image_files(folder)
     if not found:
         raise UsageError(f"expected images to calibrate with, but the folder {folder} holds none")
     return found[:: -(-len(found) // CALIBRATION_IMAGES)]

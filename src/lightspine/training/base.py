@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.utils import adaptive_clip_grad
 from torch import Tensor, nn
 
-from lightspine.data.batch import BadImage
+from lightspine.data.bad_images import BadImage
 from lightspine.data.modules import ImageDataModule
 from lightspine.errors import UsageError
 from lightspine.models.factory import create_model

@@ -10,7 +10,7 @@ from timm.data import Mixup
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightspine.data.batch import Batch
+from lightspine.data.dataset import Batch
 from lightspine.data.modules import ImageDataModule
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import save_checkpoint

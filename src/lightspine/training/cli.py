@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightspine.data import modules
-from lightspine.data.modules import ImageDataModule, SegmentationDataModule, SourceDataModule
+from lightspine.data.modules import ClassificationDataModule, ImageDataModule, SegmentationDataModule
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import PREPROCESSING_KEYS, default_preprocessing
 from lightspine.models.registry import find_record
@@ -34,7 +34,7 @@ from lightspine.training.segmentation import SegmentationTask
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>")
-_ABSTRACT = ("ImageDataModule", "SegmentationDataModule", "SourceDataModule")
+_ABSTRACT = ("ImageDataModule", "SegmentationDataModule", "ClassificationDataModule")
 _TASKS = (ClassificationTask, DetectionTask, SegmentationTask)
 _SCHEDULES = (CosineSchedule, MilestoneSchedule, DecaySchedule)
 _SWITCHES = {
@@ -192,7 +192,9 @@ class TrainCLI(LightningCLI):
         config: Namespace = self.config
         # No linked arguments: the parser leaves out a link to an option that has no default in the signature.
         task: type[LightspineTask] = _find_class(config.model.class_path)
-        prepared = issubclass(_find_class(config.data.class_path), (SourceDataModule, SegmentationDataModule))
+        prepared = issubclass(
+            _find_class(config.data.class_path), (ClassificationDataModule, SegmentationDataModule)
+        )
         if prepared and config.data.init_args.get("preprocessing") is None:
             config.data.init_args.preprocessing = published_preprocessing(config.model.init_args.model)
         parts = (config.model.init_args.get("head"), config.model.init_args.model)

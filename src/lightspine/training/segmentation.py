@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightspine.data.modules import ImageDataModule, SegmentationDataModule
-from lightspine.data.segmentation import IGNORED, SegmentationBatch, SegmentationTest
+from lightspine.data.segmentation import IGNORED, SegmentationBatch, SlidingWindowInference
 from lightspine.dense import create_segmenter
 from lightspine.dense.segmentation_metrics import SegmentationMetrics
 from lightspine.errors import LightspineError
@@ -36,7 +36,7 @@ class SegmentationTask(DenseTask):
         dropout: share of channels dropped before the classifiers.
         auxiliary_weight: weight of UPerNet's auxiliary loss; 0 leaves the auxiliary head out.
         test: how images are looked at outside training: `window`, `stride`, `ratios`, `flip`; see
-            `lightspine.data.segmentation.SegmentationTest`.
+            `lightspine.data.segmentation.SlidingWindowInference`.
         undecayed: parts of the names of parameters that are not decayed; see
             `lightspine.training.optim.dense_parameter_groups`.
         layer_decay_blocks: likewise.
@@ -63,7 +63,7 @@ class SegmentationTask(DenseTask):
         channels: int | None = None,
         dropout: float = 0.1,
         auxiliary_weight: float = 0.4,
-        test: SegmentationTest | None = None,
+        test: SlidingWindowInference | None = None,
         undecayed: Sequence[str] | None = None,
         layer_decay_blocks: bool = True,
         **options: Any,
@@ -88,7 +88,7 @@ class SegmentationTask(DenseTask):
             layer_decay_blocks=layer_decay_blocks,
             **options,
         )
-        self.test = test or SegmentationTest()
+        self.test = test or SlidingWindowInference()
         self.test.check()
         self._metrics: SegmentationMetrics | None = None
 

@@ -1,1 +1,1 @@
-"""Helpers that several packages share: atomic file writes, devices, progress bars."""
+"""Helpers shared by several packages: files, image files, devices, seeding, progress bars."""

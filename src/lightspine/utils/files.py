@@ -1,6 +1,7 @@
 """Atomic file writes."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,14 +14,17 @@ from lightspine.errors import LightspineError
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that is renamed to `path` once it is complete and on disk; creates the folder.
 
+    Several processes, also on different machines, may write the same file: the last one wins.
+
     Raises:
-        LightspineError: the file cannot be written, for example on a full disk. An existing file stays as it was.
+        LightspineError: the file cannot be written, for example on a full disk. An existing file stays as it
+            was.
     """
-    # The process id keeps two processes that write the same file apart.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # A random name, because process ids repeat on machines that share a file system.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

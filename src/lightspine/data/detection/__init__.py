@@ -1,10 +1,20 @@
-"""Images with boxes and masks from COCO files."""
+"""Object detection and instance segmentation data in the COCO format."""
 
-from lightspine.data.detection.annotations import CocoAnnotations
-from lightspine.data.detection.aspect_sampler import AspectRatioSampler
-from lightspine.data.detection.batch import DetectionBatch, DetectionItem, Target, collate_detection
+from lightspine.data.detection.annotations import (
+    AnnotationIssues,
+    CocoAnnotations,
+    select_for_training,
+    select_images,
+)
 from lightspine.data.detection.coco_file import read_coco
-from lightspine.data.detection.dataset import DetectionDataset, select_images, select_trained
+from lightspine.data.detection.coco_paths import coco_paths, find_coco, is_coco
+from lightspine.data.detection.dataset import (
+    DetectionBatch,
+    DetectionDataset,
+    DetectionItem,
+    Target,
+    collate_detection,
+)
 from lightspine.data.detection.masks import decode_segmentation, encode_mask
 from lightspine.data.detection.transforms import (
     DetectionAugmentation,
@@ -13,8 +23,10 @@ from lightspine.data.detection.transforms import (
     ResizeShorterSide,
     create_detection_transform,
 )
+from lightspine.data.samplers import AspectRatioSampler
 
 __all__ = [
+    "AnnotationIssues",
     "AspectRatioSampler",
     "CocoAnnotations",
     "DetectionAugmentation",
@@ -25,11 +37,14 @@ __all__ = [
     "RandomSizedCrop",
     "ResizeShorterSide",
     "Target",
+    "coco_paths",
     "collate_detection",
     "create_detection_transform",
     "decode_segmentation",
     "encode_mask",
+    "find_coco",
+    "is_coco",
     "read_coco",
+    "select_for_training",
     "select_images",
-    "select_trained",
 ]

@@ -1,45 +1,74 @@
-"""The objects of a COCO file in arrays, without what cannot be used."""
+"""In-memory COCO annotations."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightspine.data.detection.masks import Segmentation
-from lightspine.data.detection.problems import AnnotationProblems
-from lightspine.data.packed import PackedTexts
+from lightspine.errors import UsageError
+from lightspine.utils.packed_strings import PackedStrings
+
+
+class AnnotationIssues:
+    """Problems in an annotation file that were skipped or repaired.
+
+    Attributes:
+        counts: number of occurrences of each kind of problem.
+        examples: first occurrence of each kind.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, kind: str, where: str) -> None:
+        """Count a problem; `where` says which image or annotation has it."""
+        self.counts[kind] += 1
+        self.examples.setdefault(kind, where)
+
+    def sentences(self) -> list[str]:
+        """Return one line per kind, the most frequent first."""
+        return [f"{count} x {kind}, first {self.examples[kind]}" for kind, count in self.counts.most_common()]
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def __str__(self) -> str:
+        return "; ".join(self.sentences())
 
 
 @dataclass(frozen=True)
 class CocoAnnotations:
-    """I images with A objects; made by `read_coco`.
+    """I images with A objects, created by `read_coco`.
 
-    Objects lie image after image, those of image i from `starts[i]` to `starts[i + 1]`. All is kept in
-    arrays, which worker processes share with the process that forked them.
+    Objects are stored image by image: those of image i from `starts[i]` to `starts[i + 1]`. Everything is
+    stored in arrays, which data loader workers share without copying.
 
     Attributes:
-        folder: where the image files lie.
+        folder: folder of the image files.
         class_names: name of each class.
-        category_ids: number of each class in the file, which may have gaps.
+        category_ids: id of each class in the file; ids may have gaps.
         files: (I,) file names, relative to `folder`.
         image_ids: (I,), int64.
         sizes: (I, 2), int64, height and width in pixels.
         starts: (I + 1,), int64.
         boxes: (A, 4), float64, as in the file: left, top, width, height in pixels.
-        labels: (A,), int64, class of each object from 0.
-        areas: (A,), float64, of the mask where the file tells it, in square pixels.
-        crowd: (A,), bool, whether it stands for a group of objects.
-        segmentations: (A,) masks as JSON; `None` where they were not asked for.
-        problems: what was left out or mended.
+        labels: (A,), int64, class index of each object from 0.
+        areas: (A,), float64, area of the mask if the file has it, in square pixels.
+        crowd: (A,), bool, whether the object stands for a group of objects.
+        segmentations: (A,) masks as JSON; `None` if they were not read.
+        issues: problems that were skipped or repaired.
     """
 
     folder: Path
     class_names: list[str]
     category_ids: list[int]
-    files: PackedTexts
+    files: PackedStrings
     image_ids: np.ndarray
     sizes: np.ndarray
     starts: np.ndarray
@@ -47,8 +76,8 @@ class CocoAnnotations:
     labels: np.ndarray
     areas: np.ndarray
     crowd: np.ndarray
-    segmentations: PackedTexts | None
-    problems: AnnotationProblems = field(default_factory=AnnotationProblems)
+    segmentations: PackedStrings | None
+    issues: AnnotationIssues = field(default_factory=AnnotationIssues)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -60,7 +89,7 @@ class CocoAnnotations:
         return np.asarray(self.sizes[:, 1] / self.sizes[:, 0])
 
     def path(self, position: int) -> Path:
-        """Return the file of an image."""
+        """Return the path of an image."""
         return self.folder / self.files[position]
 
     def objects(self, position: int) -> range:
@@ -68,28 +97,28 @@ class CocoAnnotations:
         return range(int(self.starts[position]), int(self.starts[position + 1]))
 
     def corners(self, position: int) -> np.ndarray:
-        """Return the boxes of an image within its border, (objects, 4): left, top, right, bottom."""
+        """Return the boxes of an image, clipped to the image, (objects, 4): left, top, right, bottom."""
         height, width = self.sizes[position]
         boxes = self.boxes[self.starts[position] : self.starts[position + 1]].copy()
         boxes[:, 2:] += boxes[:, :2]
         return boxes.clip(0, np.array([width, height, width, height]))
 
     def segmentation(self, object_position: int) -> Segmentation:
-        """Return the mask of an object as it stands in the file."""
+        """Return the mask of an object as stored in the file."""
         if self.segmentations is None:
             raise ValueError("the file was read without masks")
         segmentation: Segmentation = json.loads(self.segmentations[object_position])
         return segmentation
 
-    def count_trained(self) -> np.ndarray:
-        """Return how many objects of every image are not crowds, (I,)."""
+    def count_non_crowd(self) -> np.ndarray:
+        """Return the number of objects of every image that are not crowds, (I,)."""
         single = np.concatenate([[0], np.cumsum(~self.crowd)])
         return np.asarray(single[self.starts[1:]] - single[self.starts[:-1]])
 
     def to_coco(self) -> dict[str, Any]:
-        """Return a COCO file's content: what the scores are measured against.
+        """Return the content of a COCO file, as the ground truth for COCO scores.
 
-        Objects are numbered anew from 1: the usual scorers take one numbered 0 for none.
+        Objects are numbered from 1, because the usual scorers treat an object with id 0 as unmatched.
         """
         return {
             "info": {},
@@ -99,14 +128,14 @@ class CocoAnnotations:
                     self.image_ids.tolist(), self.files, self.sizes.tolist(), strict=True
                 )
             ],
-            "annotations": list(self._annotations()),
+            "annotations": list(self._coco_annotations()),
             "categories": [
                 {"id": number, "name": name}
                 for number, name in zip(self.category_ids, self.class_names, strict=True)
             ],
         }
 
-    def _annotations(self) -> Iterator[dict[str, Any]]:
+    def _coco_annotations(self) -> Iterator[dict[str, Any]]:
         for position, image_id in enumerate(self.image_ids.tolist()):
             for number in self.objects(position):
                 annotation = {
@@ -120,3 +149,45 @@ class CocoAnnotations:
                 if self.segmentations is not None:
                     annotation["segmentation"] = self.segmentation(number)
                 yield annotation
+
+
+def select_images(annotations: CocoAnnotations, positions: np.ndarray) -> CocoAnnotations:
+    """Return a subset of the images, in the given order.
+
+    Args:
+        annotations: annotations of all images.
+        positions: (images,), integers from 0.
+    """
+    return _select(annotations, positions, np.ones(len(annotations.crowd), dtype=bool))
+
+
+def select_for_training(annotations: CocoAnnotations) -> CocoAnnotations:
+    """Return the images that have objects, without crowds, as the published recipes train.
+
+    Raises:
+        UsageError: no image is left.
+    """
+    positions = np.flatnonzero(annotations.count_non_crowd())
+    if not len(positions):
+        raise UsageError(f"expected an image with objects to train on among {len(annotations)}, got none")
+    return _select(annotations, positions, ~annotations.crowd)
+
+
+def _select(annotations: CocoAnnotations, positions: np.ndarray, keep: np.ndarray) -> CocoAnnotations:
+    chosen = [
+        [number for number in annotations.objects(int(position)) if keep[number]] for position in positions
+    ]
+    objects = np.array([number for group in chosen for number in group], dtype=np.int64)
+    masks = annotations.segmentations
+    return replace(
+        annotations,
+        files=PackedStrings.pack(annotations.files[int(position)] for position in positions),
+        image_ids=annotations.image_ids[positions],
+        sizes=annotations.sizes[positions],
+        starts=np.cumsum([0, *map(len, chosen)], dtype=np.int64),
+        boxes=annotations.boxes[objects],
+        labels=annotations.labels[objects],
+        areas=annotations.areas[objects],
+        crowd=annotations.crowd[objects],
+        segmentations=None if masks is None else PackedStrings.pack(masks[int(number)] for number in objects),
+    )

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightspine.data.detection.annotations import CocoAnnotations
+from lightspine.data.detection.annotations import AnnotationIssues, CocoAnnotations
 from lightspine.data.detection.masks import check_segmentation
-from lightspine.data.detection.problems import AnnotationProblems
-from lightspine.data.packed import PackedTexts
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.packed_strings import PackedStrings
 
 
 class _Image(NamedTuple):
@@ -39,7 +38,7 @@ def read_coco(
 ) -> CocoAnnotations:
     """Read a COCO file of objects.
 
-    Left out, counted and named in `problems`: images whose file is missing; objects of unknown images or
+    Left out, counted and named in `issues`: images whose file is missing; objects of unknown images or
     categories, with a box that is no four finite numbers, has no area or lies outside the image; with
     `masks`, objects whose mask is missing, is made for another size, is damaged or has no pixel. A missing
     area is mended: the box's is taken. Images without objects stay.
@@ -60,9 +59,9 @@ def read_coco(
     content = _read_json(file)
     if not folder.is_dir():
         raise UsageError(f"expected a folder of images, but {folder} {_state(folder)}")
-    problems = AnnotationProblems()
+    issues = AnnotationIssues()
     names, labels = _read_categories(content["categories"], file, class_names)
-    images = _read_images(content["images"], file, folder, problems)
+    images = _read_images(content["images"], file, folder, issues)
     objects: dict[int, list[_Object]] = {number: [] for number in images}
     known = {entry["id"] for entry in content["images"]}
     for order, entry in enumerate(content["annotations"]):
@@ -71,16 +70,12 @@ def read_coco(
             image_id = _image_of(entry, known)
             # What belongs to a missing file is named by the file.
             if image_id in images:
-                objects[image_id].append(
-                    _read_object(entry, images[image_id], labels, masks, where, problems)
-                )
+                objects[image_id].append(_read_object(entry, images[image_id], labels, masks, where, issues))
         except LightspineError as error:
-            problems.add(str(error), where)
+            issues.add(str(error), where)
     if content["annotations"] and not any(objects.values()):
-        raise UsageError(
-            f"none of the {len(content['annotations'])} objects of {file} can be used: {problems}"
-        )
-    return _pack(folder, names, _number_classes(labels, len(names)), images, objects, masks, problems)
+        raise UsageError(f"none of the {len(content['annotations'])} objects of {file} can be used: {issues}")
+    return _pack(folder, names, _number_classes(labels, len(names)), images, objects, masks, issues)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -137,9 +132,7 @@ def _number_classes(labels: dict[int, int], count: int) -> list[int]:
     return [of_label[label] if label in of_label else next(new) for label in range(count)]
 
 
-def _read_images(
-    entries: list[Any], file: Path, folder: Path, problems: AnnotationProblems
-) -> dict[int, _Image]:
+def _read_images(entries: list[Any], file: Path, folder: Path, issues: AnnotationIssues) -> dict[int, _Image]:
     images: dict[int, _Image] = {}
     seen: set[int] = set()
     for entry in entries:
@@ -160,9 +153,9 @@ def _read_images(
         if (folder / name).is_file():
             images[number] = _Image(name, height, width)
         else:
-            problems.add("image file missing", name)
+            issues.add("image file missing", name)
     if not images:
-        first = f", such as {problems.examples['image file missing']}" if problems else ""
+        first = f", such as {issues.examples['image file missing']}" if issues else ""
         raise UsageError(f"found none of the {len(seen)} images of {file} in {folder}{first}")
     return images
 
@@ -182,7 +175,7 @@ def _read_object(
     labels: dict[int, int],
     masks: bool,
     where: str,
-    problems: AnnotationProblems,
+    issues: AnnotationIssues,
 ) -> _Object:
     category, box, area = entry.get("category_id"), entry.get("bbox"), entry.get("area")
     if type(category) is not int or category not in labels:
@@ -198,7 +191,7 @@ def _read_object(
     if masks:
         check_segmentation(segmentation, image.height, image.width)
     if area is None or not _is_number(area) or area <= 0:
-        problems.add("area missing, the box's was taken", where)
+        issues.add("area missing, the box's was taken", where)
         area = width * height
     return _Object(
         box, labels[category], area, bool(entry.get("iscrowd")), json.dumps(segmentation) if masks else ""
@@ -216,14 +209,14 @@ def _pack(
     images: dict[int, _Image],
     objects: dict[int, list[_Object]],
     masks: bool,
-    problems: AnnotationProblems,
+    issues: AnnotationIssues,
 ) -> CocoAnnotations:
     flat = [found for number in images for found in objects[number]]
     return CocoAnnotations(
         folder=folder,
         class_names=names,
         category_ids=categories,
-        files=PackedTexts.pack(image.name for image in images.values()),
+        files=PackedStrings.pack(image.name for image in images.values()),
         image_ids=np.array(list(images), dtype=np.int64),
         sizes=np.array([(image.height, image.width) for image in images.values()], dtype=np.int64),
         starts=np.cumsum([0, *(len(objects[number]) for number in images)], dtype=np.int64),
@@ -231,6 +224,6 @@ def _pack(
         labels=np.array([found.label for found in flat], dtype=np.int64),
         areas=np.array([found.area for found in flat], dtype=np.float64),
         crowd=np.array([found.crowd for found in flat], dtype=bool),
-        segmentations=PackedTexts.pack(found.segmentation for found in flat) if masks else None,
-        problems=problems,
+        segmentations=PackedStrings.pack(found.segmentation for found in flat) if masks else None,
+        issues=issues,
     )

@@ -1,20 +1,24 @@
-"""The data sets as Lightning data modules; any of them can be named in a recipe."""
+"""Lightning data modules, which a recipe names by `class_path`."""
 
-from lightspine.data.modules.base import ImageDataModule, SourceDataModule
-from lightspine.data.modules.coco import CocoDataModule
-from lightspine.data.modules.digits import DigitsDataModule
-from lightspine.data.modules.hugging_face import HuggingFaceDataModule
-from lightspine.data.modules.image_folder import ImageFolderDataModule
-from lightspine.data.modules.image_list import ImageListDataModule
-from lightspine.data.modules.imagenet import ImageNetDataModule
+from lightspine.data.modules.base import ImageDataModule
+from lightspine.data.modules.classification import (
+    ClassificationDataModule,
+    DigitsDataModule,
+    HuggingFaceDataModule,
+    ImageFolderDataModule,
+    ImageListDataModule,
+    ImageNetDataModule,
+    ShardDataModule,
+)
+from lightspine.data.modules.detection import CocoDataModule
 from lightspine.data.modules.segmentation import (
     CocoSemanticDataModule,
     SegmentationDataModule,
     SegmentationFolderDataModule,
 )
-from lightspine.data.modules.shards import ShardDataModule
 
 __all__ = [
+    "ClassificationDataModule",
     "CocoDataModule",
     "CocoSemanticDataModule",
     "DigitsDataModule",
@@ -26,5 +30,4 @@ __all__ = [
     "SegmentationDataModule",
     "SegmentationFolderDataModule",
     "ShardDataModule",
-    "SourceDataModule",
 ]

@@ -1,41 +1,34 @@
-"""What every data module does alike: transforms, loaders, and the count of images that cannot be used."""
+"""Base data module: data loaders, order of the images, and the log of unreadable images."""
 
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightspine.data.augmentation import Augmentation, AugmentationName
-from lightspine.data.bad_images import BadImageCounter
-from lightspine.data.batch import Batch, collate_images
-from lightspine.data.dataset import ImageDataset, ImageSource
-from lightspine.data.images import MIN_SIDE
-from lightspine.data.loader import ResumableLoader
-from lightspine.data.sampling import EpochSampler
-from lightspine.data.seeding import SeededDataset
-from lightspine.data.transforms import Preprocessing, create_eval_transform, create_train_transform
+from lightspine.data.bad_images import BadImageLog
+from lightspine.data.dataset import Batch, collate_images
+from lightspine.data.loader import ResumableLoader, SeededDataset
+from lightspine.data.samplers import EpochSampler
+from lightspine.data.transforms import Preprocessing
 from lightspine.errors import UsageError
-
-CropMode = Literal["center", "squash", "border"]
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """What the classification task needs of its data: batches, class names and the preprocessing.
+    """Base of all data modules: provides the training tasks with batches, class names and preprocessing.
 
     Args:
-        class_names: the classes in the order of their numbers.
-        preprocessing: how an image becomes an input; is saved with the model.
+        class_names: names in the order of the class indices.
+        preprocessing: preprocessing of the images; it is saved with the model.
         batch_size: images per step and device.
-        num_workers: processes that read images; 0 reads in the training process.
-        seed: order and augmentation of the images, together with the epoch.
-        repeats: how often an image is in a batch, each time augmented anew; an epoch has as many steps as
-            without. 3 is the repeated augmentation of DeiT, Vim and SHViT.
-        max_bad_share: largest share of an epoch's images that may be unusable before the run stops.
+        num_workers: number of worker processes; 0 reads in the training process.
+        seed: seed of the order and the augmentation of the images, together with the epoch.
+        repeats: copies of an image in a batch with different augmentations (repeated augmentation); an epoch
+            has as many steps as without. DeiT, Vim and SHViT use 3.
+        max_bad_share: largest share of an epoch's images that may be unreadable before the run stops.
 
     Raises:
-        UsageError: a value out of its range.
+        UsageError: a value out of range.
     """
 
     def __init__(
@@ -63,9 +56,9 @@ class ImageDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.repeats = repeats
-        self._counters = {stage: BadImageCounter(max_bad_share) for stage in ("train", "val")}
-        self._counted: dict[str, int] = {}
-        self._lengths: dict[str, int] = {}
+        self._bad_images = {stage: BadImageLog(max_bad_share) for stage in ("train", "val")}
+        self._counted_epoch: dict[str, int] = {}
+        self._epoch_images: dict[str, int] = {}
 
     @property
     def num_classes(self) -> int:
@@ -73,46 +66,48 @@ class ImageDataModule(pl.LightningDataModule):
         return len(self.class_names)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:  # noqa: ARG002
-        """Count the images of a batch that could not be used; Lightning calls this for every batch.
+        """Count the unreadable images of a batch; Lightning calls this for every batch.
 
         Raises:
-            LightspineError: they are more than `max_bad_share` of the epoch's.
+            LightspineError: more than `max_bad_share` of the epoch's images are unreadable.
         """
         stage = "train" if self.trainer is not None and self.trainer.training else "val"
-        if self.trainer is not None and stage in self._lengths:
+        if self.trainer is not None and stage in self._epoch_images:
             epoch = self.trainer.current_epoch
-            if self._counted.get(stage) != epoch:
-                self._counted[stage] = epoch
-                self._counters[stage].start(self._lengths[stage])
-            self._counters[stage].add(batch.bad)
+            if self._counted_epoch.get(stage) != epoch:
+                self._counted_epoch[stage] = epoch
+                self._bad_images[stage].start_epoch(self._epoch_images[stage])
+            self._bad_images[stage].add(batch.bad)
         return batch
 
     def _train_loader(self, dataset: Dataset, collate: Any = collate_images) -> DataLoader:
-        """Return a shuffled loader whose images are augmented as a function of (seed, epoch, image)."""
-        sampler = self._sampler(dataset, "train", repeats=self.repeats)
-        # A last batch of one image would stop batch normalisation on a 1 x 1 map.
-        return self._loader(
+        """Create a shuffled loader whose augmentation depends on (seed, epoch, image) alone."""
+        sampler = self._create_sampler(dataset, "train", repeats=self.repeats)
+        # Batch normalization of a 1 x 1 map fails on a last batch of one image.
+        return self._create_loader(
             SeededDataset(dataset, self.seed), sampler, collate, drop_last=len(sampler) >= self.batch_size
         )
 
     def _val_loader(self, dataset: Dataset, collate: Any = collate_images) -> DataLoader:
-        # Every process gets equally many images, or a sharded model would wait for ever: where they cannot be
-        # shared evenly a few are counted twice.
-        return self._loader(dataset, self._sampler(dataset, "val", shuffle=False), collate)
+        # All processes get the same number of images, because a sharded model would wait forever otherwise.
+        # If the images cannot be divided evenly, a few are counted twice.
+        return self._create_loader(dataset, self._create_sampler(dataset, "val", shuffle=False), collate)
 
-    def _sampler(self, dataset: Any, stage: str, **options: Any) -> EpochSampler:
+    def _create_sampler(self, dataset: Any, stage: str, **options: Any) -> EpochSampler:
         trainer = self.trainer
         sampler = EpochSampler(
             len(dataset),
-            replicas=trainer.world_size if trainer else 1,
+            num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
             seed=self.seed,
             **options,
         )
-        self._lengths[stage] = -(-len(sampler) // sampler.repeats)
+        self._epoch_images[stage] = -(-len(sampler) // sampler.repeats)
         return sampler
 
-    def _loader(self, dataset: Dataset, sampler: EpochSampler, collate: Any, **options: Any) -> DataLoader:
+    def _create_loader(
+        self, dataset: Dataset, sampler: EpochSampler, collate: Any, **options: Any
+    ) -> DataLoader:
         return ResumableLoader(
             dataset,
             batch_size=self.batch_size,
@@ -122,69 +117,3 @@ class ImageDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             **options,
         )
-
-
-class SourceDataModule(ImageDataModule):
-    """Training and validation images of two sources; the readers pass what they do not know on to it.
-
-    Args:
-        train: the training images.
-        val: the validation images.
-        class_names: the classes in the order of their numbers.
-        seed: order and augmentation of the images, together with the epoch.
-        image_size: height and width in pixels, at least 32; the preprocessing's own without it.
-        batch_size: images per step and device.
-        augmentation: "none", "light", "medium" or "strong", or the fields of `Augmentation`.
-        repeats: how often an image is in a batch, each time augmented anew; an epoch has as many steps as
-            without. 3 is the repeated augmentation of DeiT, Vim and SHViT.
-        num_workers: processes that read images; 0 reads in the training process.
-        preprocessing: a mapping as in timm's pretrained cfgs; ImageNet's usual values without it.
-        crop_pct: the input's side as a share of the resized image's in the validation; the preprocessing's
-            own, 0.875 in the published recipes, without it.
-        crop_mode: "center" (resize the shorter side, crop the middle), "squash" (resize both sides alike,
-            whatever the ratio) or "border" (resize the longer side, pad); the preprocessing's own without it.
-        max_bad_share: largest share of an epoch's images that may be unusable before the run stops.
-
-    Raises:
-        UsageError: a value out of its range, an image size below 32.
-    """
-
-    def __init__(
-        self,
-        train: ImageSource,
-        val: ImageSource,
-        class_names: list[str],
-        *,
-        seed: int = 0,
-        image_size: int | None = None,
-        batch_size: int = 32,
-        augmentation: AugmentationName | Augmentation = "medium",
-        repeats: int = 1,
-        num_workers: int = 2,
-        preprocessing: dict[str, Any] | None = None,
-        crop_pct: float | None = None,
-        crop_mode: CropMode | None = None,
-        max_bad_share: float = 0.1,
-    ) -> None:
-        if image_size is not None and image_size < MIN_SIDE:
-            raise UsageError(f"expected an image size of at least {MIN_SIDE} px, got {image_size}")
-        if crop_pct is not None and not 0 < crop_pct <= 1:
-            raise UsageError(f"expected a crop_pct above 0 and at most 1, got {crop_pct}")
-        found = Preprocessing.from_config(preprocessing or {}, image_size=image_size)
-        found = replace(found, crop_pct=crop_pct or found.crop_pct, crop_mode=crop_mode or found.crop_mode)
-        super().__init__(
-            class_names, found, batch_size, num_workers, seed, repeats=repeats, max_bad_share=max_bad_share
-        )
-        self.train_source = train
-        self.val_source = val
-        self.augmentation = augmentation
-        # Made once here, so that a wrong setting is refused before training starts.
-        self._transforms = create_train_transform(found, augmentation), create_eval_transform(found)
-
-    def train_dataloader(self) -> DataLoader:
-        """Return batches (images (N, 3, H, W), labels (N,), skipped images); N is constant."""
-        return self._train_loader(ImageDataset(self.train_source, self._transforms[0], replace_bad=True))
-
-    def val_dataloader(self) -> DataLoader:
-        """Return the validation images in batches (images (N, 3, H, W), labels (N,), skipped images)."""
-        return self._val_loader(ImageDataset(self.val_source, self._transforms[1]))

@@ -7,18 +7,19 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightspine.data.detection import CocoAnnotations, read_coco
+from lightspine.data.detection import CocoAnnotations, coco_paths, read_coco
 from lightspine.data.modules.base import ImageDataModule
+from lightspine.data.modules.detection import log_issues
 from lightspine.data.segmentation import (
     IGNORED,
-    LabelledImage,
-    PaintedLabels,
-    ReadsLabels,
+    CocoSemanticLabels,
+    LabeledImage,
+    LabelMapSource,
     SegmentationDataset,
     collate_segmentation,
+    collate_segmentation_lists,
     create_segmentation_eval_transform,
     create_segmentation_transform,
-    list_segmentation,
     scan_segmentation_folder,
 )
 from lightspine.data.transforms import Preprocessing
@@ -54,8 +55,8 @@ class SegmentationDataModule(ImageDataModule):
 
     def __init__(
         self,
-        train: tuple[Sequence[LabelledImage], ReadsLabels],
-        val: tuple[Sequence[LabelledImage], ReadsLabels],
+        train: tuple[Sequence[LabeledImage], LabelMapSource],
+        val: tuple[Sequence[LabeledImage], LabelMapSource],
         class_names: list[str],
         *,
         crop: tuple[int, int] = (512, 512),
@@ -102,7 +103,7 @@ class SegmentationDataModule(ImageDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation images and labels in lists."""
-        return self._val_loader(self._val, list_segmentation)
+        return self._val_loader(self._val, collate_segmentation_lists)
 
 
 class SegmentationFolderDataModule(SegmentationDataModule):
@@ -183,18 +184,17 @@ class CocoSemanticDataModule(SegmentationDataModule):
         **options: Any,
     ) -> None:
         def read(split: str, class_names: list[str] | None = None) -> CocoAnnotations:
-            file = Path(root, "annotations", f"instances_{split}.json")
-            found = read_coco(file, Path(root, split), class_names=class_names)
-            if found.problems:
-                _log.warning("%s: %s", split, found.problems)
-            return found
+            annotations = read_coco(*coco_paths(root, split), class_names=class_names)
+            log_issues(split, annotations)
+            return annotations
 
-        first = read(train)
-        painted = [PaintedLabels(first), PaintedLabels(read(val, first.class_names))]
+        annotations = read(train)
+        train_labels = CocoSemanticLabels(annotations)
+        val_labels = CocoSemanticLabels(read(val, annotations.class_names))
         super().__init__(
-            (painted[0].pairs(), painted[0]),
-            (painted[1].pairs(), painted[1]),
-            painted[0].class_names,
+            (train_labels.pairs(), train_labels),
+            (val_labels.pairs(), val_labels),
+            train_labels.class_names,
             seed=seed,
             **options,
         )

@@ -1,25 +1,25 @@
-"""Images with label maps."""
+"""Semantic segmentation data: images with label maps."""
 
-from lightspine.data.segmentation.batch import (
+from lightspine.data.segmentation.coco_semantic import CocoSemanticLabels
+from lightspine.data.segmentation.dataset import (
     SegmentationBatch,
+    SegmentationDataset,
     SegmentationItem,
     collate_segmentation,
-    list_segmentation,
+    collate_segmentation_lists,
 )
-from lightspine.data.segmentation.dataset import SegmentationDataset
 from lightspine.data.segmentation.folders import (
-    LabelledImage,
+    LabeledImage,
     SegmentationSplits,
     pair_labels,
     read_ade20k_classes,
     scan_segmentation_folder,
 )
-from lightspine.data.segmentation.label_maps import IGNORED, LabelReader, ReadsLabels
-from lightspine.data.segmentation.painted import PaintedLabels
-from lightspine.data.segmentation.photometric import PhotometricDistortion
-from lightspine.data.segmentation.testing import SegmentationTest, slide_windows
+from lightspine.data.segmentation.label_maps import IGNORED, LabelMapSource, LabelReader
+from lightspine.data.segmentation.sliding_window import SlidingWindowInference, sliding_windows
 from lightspine.data.segmentation.transforms import (
-    MixedCrop,
+    PhotometricDistortion,
+    RandomDiverseCrop,
     RandomRatioResize,
     create_segmentation_eval_transform,
     create_segmentation_transform,
@@ -27,24 +27,24 @@ from lightspine.data.segmentation.transforms import (
 
 __all__ = [
     "IGNORED",
+    "CocoSemanticLabels",
+    "LabelMapSource",
     "LabelReader",
-    "LabelledImage",
-    "MixedCrop",
-    "PaintedLabels",
+    "LabeledImage",
     "PhotometricDistortion",
+    "RandomDiverseCrop",
     "RandomRatioResize",
-    "ReadsLabels",
     "SegmentationBatch",
     "SegmentationDataset",
     "SegmentationItem",
     "SegmentationSplits",
-    "SegmentationTest",
+    "SlidingWindowInference",
     "collate_segmentation",
+    "collate_segmentation_lists",
     "create_segmentation_eval_transform",
     "create_segmentation_transform",
-    "list_segmentation",
     "pair_labels",
     "read_ade20k_classes",
     "scan_segmentation_folder",
-    "slide_windows",
+    "sliding_windows",
 ]

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from lightspine.data.class_names import read_class_names
-from lightspine.data.image_folder import find_images
+from lightspine.data.image_folder import draw_val_indices
 from lightspine.data.segmentation.label_maps import IGNORED, LabelReader
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.image_files import list_image_files
 
 _IMAGE_FOLDERS = ("images", "image", "imgs")
 _LABEL_FOLDERS = ("annotations", "labels", "masks")
@@ -23,7 +24,7 @@ _ADE20K_CLASSES = "objectInfo150.txt"
 _LOOKED_AT = 16
 
 
-class LabelledImage(NamedTuple):
+class LabeledImage(NamedTuple):
     """An image and its label map."""
 
     image: Path
@@ -44,8 +45,8 @@ class SegmentationSplits:
 
     class_names: list[str]
     reader: LabelReader
-    train: list[LabelledImage]
-    val: list[LabelledImage]
+    train: list[LabeledImage]
+    val: list[LabeledImage]
     unpaired: list[Path]
 
 
@@ -96,7 +97,9 @@ def scan_segmentation_folder(
     images, labels = _find_folder(root, _IMAGE_FOLDERS), _find_folder(root, _LABEL_FOLDERS)
     if not any((images / name).is_dir() for name in _TRAIN):
         pairs, unpaired = pair_labels(images, labels)
-        train, val = _hold_out(pairs, val_fraction, seed, root)
+        chosen = draw_val_indices(len(pairs), val_fraction, np.random.default_rng(seed), str(root))
+        train = [pair for i, pair in enumerate(pairs) if i not in chosen]
+        val = [pair for i, pair in enumerate(pairs) if i in chosen]
     else:
         train, unpaired = pair_labels(_find_folder(images, _TRAIN), _find_folder(labels, _TRAIN))
         val, more_unpaired = pair_labels(_find_folder(images, _VAL), _find_folder(labels, _VAL))
@@ -105,7 +108,7 @@ def scan_segmentation_folder(
     return SegmentationSplits(names, reader, train, val, unpaired)
 
 
-def pair_labels(images: Path, labels: Path) -> tuple[list[LabelledImage], list[Path]]:
+def pair_labels(images: Path, labels: Path) -> tuple[list[LabeledImage], list[Path]]:
     """Pair the images of a folder with the label maps of another that have the same path but for the ending.
 
     Returns:
@@ -116,13 +119,13 @@ def pair_labels(images: Path, labels: Path) -> tuple[list[LabelledImage], list[P
     """
     of_stem = {
         path.relative_to(labels).with_suffix(""): path
-        for path in find_images(labels)
+        for path in list_image_files(labels)
         if path.suffix.lower() in _LABEL_EXTENSIONS
     }
-    files = find_images(images)
+    files = list_image_files(images)
     stems = [path.relative_to(images).with_suffix("") for path in files]
     pairs = [
-        LabelledImage(path, of_stem[stem]) for path, stem in zip(files, stems, strict=True) if stem in of_stem
+        LabeledImage(path, of_stem[stem]) for path, stem in zip(files, stems, strict=True) if stem in of_stem
     ]
     if not pairs:
         raise UsageError(
@@ -153,7 +156,7 @@ def read_ade20k_classes(path: str | Path) -> list[str]:
     return [short if first.count(short) == 1 else name for short, name in zip(first, names, strict=True)]
 
 
-def _check_two_classes(reader: LabelReader, pairs: Sequence[LabelledImage]) -> None:
+def _check_two_classes(reader: LabelReader, pairs: Sequence[LabeledImage]) -> None:
     """Refuse masks of 0 and 255 whose second class would be taken for pixels without a class."""
     if reader.num_classes != 2:
         return
@@ -190,20 +193,3 @@ def _find_folder(root: Path, names: Iterable[str]) -> Path:
         if (root / name).is_dir():
             return root / name
     raise UsageError(f"expected a folder {' or '.join(names)} in {root}")
-
-
-def _hold_out(
-    pairs: list[LabelledImage], fraction: float, seed: int, root: Path
-) -> tuple[list[LabelledImage], list[LabelledImage]]:
-    if not 0 < fraction < 1:
-        raise UsageError(f"expected a val_fraction between 0 and 1, got {fraction}")
-    if len(pairs) < 2:
-        raise UsageError(
-            f"expected at least two labelled images in {root} to hold one out, found {len(pairs)}"
-        )
-    count = min(max(round(len(pairs) * fraction), 1), len(pairs) - 1)
-    held_out = set(np.random.default_rng(seed).permutation(len(pairs))[:count].tolist())
-    return (
-        [pair for i, pair in enumerate(pairs) if i not in held_out],
-        [pair for i, pair in enumerate(pairs) if i in held_out],
-    )

@@ -19,7 +19,7 @@ MOST_CLASSES = IGNORED
 _MODES = ("1", "L", "P", "I;16", "I;16B", "I;16L", "I")
 
 
-class ReadsLabels(Protocol):
+class LabelMapSource(Protocol):
     """Whatever turns the name of a label map into its classes."""
 
     def read(self, path: str) -> np.ndarray:

@@ -4,7 +4,7 @@ import pytest
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DistributedSampler
 
-from lightspine.data.sampling import EpochSampler
+from lightspine.data.samplers import EpochSampler
 from lightspine.errors import UsageError
 
 
@@ -12,7 +12,7 @@ from lightspine.errors import UsageError
 @pytest.mark.parametrize(("length", "replicas"), [(10, 1), (10, 3), (2, 5)])
 def test_order_equals_torchs_distributed_sampler(length: int, replicas: int, shuffle: bool) -> None:
     for rank in range(replicas):
-        ours = EpochSampler(length, replicas=replicas, rank=rank, seed=5, shuffle=shuffle)
+        ours = EpochSampler(length, num_replicas=replicas, rank=rank, seed=5, shuffle=shuffle)
         torchs = DistributedSampler(range(length), replicas, rank, shuffle=shuffle, seed=5)
         for epoch in (0, 3):
             ours.set_epoch(epoch)
@@ -24,7 +24,7 @@ def test_order_equals_torchs_distributed_sampler(length: int, replicas: int, shu
 @pytest.mark.parametrize(("length", "replicas"), [(100, 1), (100, 4), (600, 4), (513, 8)])
 def test_repeats_equal_timms_repeated_augmentation(length: int, replicas: int) -> None:
     for rank in range(replicas):
-        ours = EpochSampler(length, replicas=replicas, rank=rank, seed=0, repeats=3)
+        ours = EpochSampler(length, num_replicas=replicas, rank=rank, seed=0, repeats=3)
         timms = RepeatAugSampler(range(length), replicas, rank, num_repeats=3)
         for epoch in (0, 2):
             ours.set_epoch(epoch)
@@ -34,12 +34,12 @@ def test_repeats_equal_timms_repeated_augmentation(length: int, replicas: int) -
 
 
 def test_copies_of_an_image_have_different_repeats_on_different_replicas() -> None:
-    seen = [pair for rank in range(3) for pair in EpochSampler(30, replicas=3, rank=rank, repeats=3)]
+    seen = [pair for rank in range(3) for pair in EpochSampler(30, num_replicas=3, rank=rank, repeats=3)]
     assert len(set(seen)) == len(seen) == 30
 
 
 def test_start_at_skips_once() -> None:
-    sampler = EpochSampler(20, replicas=2, rank=1, seed=1, repeats=2)
+    sampler = EpochSampler(20, num_replicas=2, rank=1, seed=1, repeats=2)
     whole = list(sampler)
     sampler.start_at(4)
     assert list(sampler) == whole[4:]
@@ -52,8 +52,8 @@ def test_start_at_the_end_gives_nothing() -> None:
     assert list(sampler) == []
 
 
-def test_keep_shortens_the_epoch() -> None:
-    sampler = EpochSampler(100, keep=7)
+def test_num_samples_shortens_the_epoch() -> None:
+    sampler = EpochSampler(100, num_samples=7)
     assert len(sampler) == len(list(sampler)) == 7
 
 
@@ -62,8 +62,8 @@ def test_keep_shortens_the_epoch() -> None:
     [
         ({"length": 0}, "at least 1 image, got 0"),
         ({"length": 5, "repeats": 0}, "repeats of at least 1, got 0"),
-        ({"length": 5, "replicas": 2, "rank": 2}, "a rank from 0 to 1, got 2"),
-        ({"length": 5, "keep": 6}, "keep from 1 to 5, got 6"),
+        ({"length": 5, "num_replicas": 2, "rank": 2}, "a rank from 0 to 1, got 2"),
+        ({"length": 5, "num_samples": 6}, "num_samples from 1 to 5, got 6"),
     ],
 )
 def test_wrong_argument_is_refused(options: dict[str, int], message: str) -> None:

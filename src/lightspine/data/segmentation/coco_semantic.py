@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 
 from lightspine.data.detection import CocoAnnotations, decode_segmentation
-from lightspine.data.segmentation.folders import LabelledImage
+from lightspine.data.segmentation.folders import LabeledImage
 from lightspine.data.segmentation.label_maps import IGNORED, MOST_CLASSES
 from lightspine.errors import UsageError
 
 BACKGROUND = "background"
 
 
-class PaintedLabels:
+class CocoSemanticLabels:
     """Paints the objects of an image into one map: 0 where there is none, else the object's class + 1.
 
     The largest object comes first, so that a small one on top of it stays whole. Pixels that only a crowd
@@ -38,10 +38,10 @@ class PaintedLabels:
                 f"expected at most {MOST_CLASSES} classes, got {len(self.class_names)} with the background"
             )
 
-    def pairs(self) -> list[LabelledImage]:
+    def pairs(self) -> list[LabeledImage]:
         """Return the images; for `read`, the labels of image number i are called i."""
         return [
-            LabelledImage(self.annotations.path(position), Path(str(position)))
+            LabeledImage(self.annotations.path(position), Path(str(position)))
             for position in range(len(self.annotations))
         ]
 

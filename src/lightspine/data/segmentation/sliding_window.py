@@ -14,7 +14,7 @@ Network = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationTest:
+class SlidingWindowInference:
     """How a segmenter looks at an image outside training.
 
     Attributes:
@@ -96,7 +96,7 @@ class SegmentationTest:
         height, width = images.shape[2:]
         total = torch.zeros(())
         seen = images.new_zeros(1, 1, height, width, dtype=torch.float32)
-        for top, bottom, left, right in slide_windows((height, width), self.window, self.stride):
+        for top, bottom, left, right in sliding_windows((height, width), self.window, self.stride):
             logits = network(images[:, :, top:bottom, left:right]).float()
             if not total.ndim:
                 total = logits.new_zeros(1, logits.shape[1], height, width)
@@ -105,7 +105,7 @@ class SegmentationTest:
         return total / seen
 
 
-def slide_windows(
+def sliding_windows(
     size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]
 ) -> list[tuple[int, int, int, int]]:
     """Return the windows that cover an image, row by row: top, bottom, left, right in pixels.

@@ -2,29 +2,29 @@
 
 import pytest
 
-from lightspine.data.packed import PackedTexts
+from lightspine.utils.packed_strings import PackedStrings
 
 TEXTS = ["a/b.jpg", "", "zażółć gęślą", "\udcff odd bytes of a file name", "", "x" * 1000, "日本"]
 
 
 def test_packed_texts_come_back() -> None:
-    assert list(PackedTexts.pack(TEXTS)) == TEXTS
+    assert list(PackedStrings.pack(TEXTS)) == TEXTS
 
 
 @pytest.mark.parametrize("index", [0, 3, -1, -7])
 def test_packed_text_is_found_by_index(index: int) -> None:
-    assert PackedTexts.pack(TEXTS)[index] == TEXTS[index]
+    assert PackedStrings.pack(TEXTS)[index] == TEXTS[index]
 
 
 def test_slice_of_packed_texts_is_a_list() -> None:
-    assert PackedTexts.pack(TEXTS)[1:6:2] == TEXTS[1:6:2]
+    assert PackedStrings.pack(TEXTS)[1:6:2] == TEXTS[1:6:2]
 
 
 @pytest.mark.parametrize("index", [7, -8])
 def test_index_out_of_range_is_refused(index: int) -> None:
     with pytest.raises(IndexError):
-        PackedTexts.pack(TEXTS)[index]
+        PackedStrings.pack(TEXTS)[index]
 
 
 def test_no_texts_can_be_packed() -> None:
-    assert list(PackedTexts.pack([])) == []
+    assert list(PackedStrings.pack([])) == []

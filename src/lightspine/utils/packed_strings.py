@@ -1,4 +1,4 @@
-"""Millions of short texts in two arrays."""
+"""Compact storage of many strings, shared by data loader workers without copying."""
 
 from collections.abc import Iterable, Sequence
 from typing import Self, overload
@@ -6,15 +6,16 @@ from typing import Self, overload
 import numpy as np
 
 
-class PackedTexts(Sequence[str]):
-    """A sequence of texts that worker processes share with the process that forked them.
+class PackedStrings(Sequence[str]):
+    """Immutable sequence of strings stored in two arrays.
 
-    A list of Python strings is copied page by page into every worker, because reading one changes its
-    reference count; ImageNet's paths alone are some 300 MB per worker.
+    Reading a Python string changes its reference count, so a forked worker ends up with its own copy of a
+    list of strings: about 300 MB per worker for the file names of ImageNet. The memory of an array stays
+    shared.
 
     Args:
-        data: the texts in UTF-8, one after the other; (bytes,), uint8.
-        ends: where each text ends in `data`; (texts,), int64.
+        data: UTF-8 bytes of all strings, concatenated; (bytes,), uint8.
+        ends: end position of each string in `data`; (strings,), int64.
     """
 
     def __init__(self, data: np.ndarray, ends: np.ndarray) -> None:
@@ -22,10 +23,10 @@ class PackedTexts(Sequence[str]):
         self.ends = ends
 
     @classmethod
-    def pack(cls, texts: Iterable[str]) -> Self:
-        """Return the texts as a packed sequence."""
-        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
-        ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+    def pack(cls, strings: Iterable[str]) -> Self:
+        """Pack strings; surrogate escapes (undecodable bytes of file names) are preserved."""
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
+        ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
 
     def __len__(self) -> int:
@@ -38,7 +39,7 @@ class PackedTexts(Sequence[str]):
     def __getitem__(self, index: slice) -> list[str]: ...
 
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        """Return one text, or the list of a slice."""
+        """Return one string, or a list for a slice."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]

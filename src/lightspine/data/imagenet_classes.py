@@ -1,4 +1,4 @@
-"""ImageNet's classes: a WordNet id such as n01440764 and what it means to a reader."""
+"""Class names of ImageNet: WordNet ids (synsets) such as n01440764 and their descriptions."""
 
 import re
 from collections import Counter
@@ -16,21 +16,21 @@ def is_synset(name: str) -> bool:
 
 
 def synset_description(name: str) -> str | None:
-    """Return what a WordNet id of ImageNet means, the same text that `synset_descriptions` gives.
+    """Return the description of a WordNet id, or `None` if ImageNet-1k and ImageNet-22k do not have it.
 
-    None for a name that is no id of ImageNet-1k or ImageNet-22k. Two classes of ImageNet-1k are called
-    "crane": those come with their id, and so does what else shares its words.
+    Descriptions are unique: where several ids share one (two classes of ImageNet-1k are called "crane"), the
+    id is appended.
     """
     return _descriptions().get(name) if is_synset(name) else None
 
 
 def synset_descriptions(names: Sequence[str]) -> list[str]:
-    """Return the meaning of every WordNet id, and any other name as it is."""
+    """Return the description of every WordNet id; other names are returned unchanged."""
     return [synset_description(name) or name for name in names]
 
 
 def imagenet_synsets() -> list[str]:
-    """Return the WordNet ids of the 1000 classes of ImageNet-1k in the order of their numbers."""
+    """Return the WordNet ids of the 1000 classes of ImageNet-1k in the order of their indices."""
     return ImageNetInfo("imagenet-1k").label_names()
 
 
@@ -40,9 +40,9 @@ def _descriptions() -> dict[str, str]:
         {name: info.label_name_to_description(name) for name in info.label_names()}
         for info in (ImageNetInfo("imagenet-22k"), ImageNetInfo("imagenet-1k"))
     )
-    return _tell_apart(all_classes | thousand) | _tell_apart(thousand)
+    return _make_unique(all_classes | thousand) | _make_unique(thousand)
 
 
-def _tell_apart(descriptions: dict[str, str]) -> dict[str, str]:
-    shared = Counter(descriptions.values())
-    return {name: text if shared[text] == 1 else f"{text} ({name})" for name, text in descriptions.items()}
+def _make_unique(descriptions: dict[str, str]) -> dict[str, str]:
+    count = Counter(descriptions.values())
+    return {name: text if count[text] == 1 else f"{text} ({name})" for name, text in descriptions.items()}

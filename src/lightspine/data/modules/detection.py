@@ -1,0 +1,127 @@
+"""Data module for detection with COCO files."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightspine.data.detection import (
+    AspectRatioSampler,
+    CocoAnnotations,
+    DetectionAugmentation,
+    DetectionDataset,
+    coco_paths,
+    collate_detection,
+    create_detection_transform,
+    read_coco,
+    select_for_training,
+)
+from lightspine.data.modules.base import ImageDataModule
+from lightspine.data.samplers import EpochSampler
+from lightspine.data.transforms import Preprocessing
+
+_log = logging.getLogger(__name__)
+
+
+class CocoDataModule(ImageDataModule):
+    """COCO data set: `annotations/instances_SPLIT.json` with the images in `SPLIT/`.
+
+    Trains on the images that have objects, without crowds, in batches of similar aspect ratio; validates on
+    all images at their own size. Problems in an annotation file are repaired or skipped, counted and logged.
+
+    Args:
+        root: the folder.
+        train: name of the training split.
+        val: name of the validation split.
+        train_annotations: annotation file of the training split, if it is elsewhere.
+        train_images: image folder of the training split, if it is elsewhere.
+        val_annotations: annotation file of the validation split, if it is elsewhere.
+        val_images: image folder of the validation split, if it is elsewhere.
+        masks: read the masks, for detectors with a mask head.
+        augmentation: "none", "flip", "multi_scale" or "large_scale_jitter", see
+            `lightspine.data.detection.create_detection_transform`.
+        shorter: length in pixels of the shorter side of a training image.
+        longest: largest length in pixels of the longer side.
+        size: side in pixels of the square that large-scale jitter produces.
+        batch_size: images per step and device.
+        num_workers: number of worker processes; 0 reads in the training process.
+        seed: seed of the order and the augmentation of the images.
+        max_bad_share: largest share of an epoch's images that may be unreadable before the run stops.
+
+    Attributes:
+        train_annotations: images and objects to train on.
+        val_annotations: images and objects to validate on.
+
+    Raises:
+        UsageError: see `read_coco`; no image with objects; a value out of range.
+        LightspineError: a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        train: str = "train2017",
+        val: str = "val2017",
+        train_annotations: str | Path | None = None,
+        train_images: str | Path | None = None,
+        val_annotations: str | Path | None = None,
+        val_images: str | Path | None = None,
+        masks: bool = True,
+        augmentation: DetectionAugmentation = "flip",
+        shorter: int = 800,
+        longest: int = 1333,
+        size: int = 1024,
+        batch_size: int = 2,
+        num_workers: int = 2,
+        seed: int = 0,
+        max_bad_share: float = 0.1,
+    ) -> None:
+        self._transform = create_detection_transform(
+            augmentation, shorter=shorter, longest=longest, size=size
+        )
+
+        def read(split: str, file: str | Path | None, folder: str | Path | None, **options: Any) -> Any:
+            default_file, default_folder = coco_paths(root, split)
+            annotations = read_coco(file or default_file, folder or default_folder, masks=masks, **options)
+            log_issues(split, annotations)
+            return annotations
+
+        self.masks = masks
+        self.train_annotations: CocoAnnotations = select_for_training(
+            read(train, train_annotations, train_images)
+        )
+        names = self.train_annotations.class_names
+        self.val_annotations: CocoAnnotations = read(val, val_annotations, val_images, class_names=names)
+        # Detectors normalize their images themselves.
+        super().__init__(names, Preprocessing(), batch_size, num_workers, seed, max_bad_share=max_bad_share)
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the training batches (`lightspine.data.detection.DetectionBatch`)."""
+        dataset = DetectionDataset(self.train_annotations, self._transform, replace_bad=True)
+        return self._train_loader(dataset, collate_detection)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the validation batches, with images at their own size."""
+        return self._val_loader(DetectionDataset(self.val_annotations), collate_detection)
+
+    def _create_sampler(self, dataset: Any, stage: str, **options: Any) -> EpochSampler:
+        if stage != "train":
+            return super()._create_sampler(dataset, stage, **options)
+        trainer = self.trainer
+        sampler = AspectRatioSampler(
+            self.train_annotations.aspect_ratios,
+            self.batch_size,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            seed=self.seed,
+        )
+        self._epoch_images[stage] = len(sampler)
+        return sampler
+
+
+def log_issues(split: str, annotations: CocoAnnotations) -> None:
+    """Log a warning with the problems of a split's annotation file, if there are any."""
+    if annotations.issues:
+        _log.warning("%s: %s", split, annotations.issues)
