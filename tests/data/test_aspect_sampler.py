@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
-from lightspine.data.detection import AspectRatioSampler
-from lightspine.data.loader import ResumableLoader
-from lightspine.data.samplers import EpochSampler
+from lightspine.data.loader import ResumableLoader, SeededDataset
+from lightspine.data.samplers import AspectRatioSampler, EpochSampler
 from lightspine.errors import UsageError
-from lightspine.utils.seeding import SeededDataset
 
 RATIOS = np.random.default_rng(0).uniform(0.5, 2.0, 103)
 

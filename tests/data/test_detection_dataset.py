@@ -15,8 +15,8 @@ from lightspine.data.detection import (
     select_for_training,
     select_images,
 )
+from lightspine.data.loader import SeededDataset
 from lightspine.errors import UsageError
-from lightspine.utils.seeding import SeededDataset
 from support.coco import read_small, real_annotations, square
 from support.images import truncate, write_image
 
@@ -79,7 +79,7 @@ def test_item_of_an_image_of_another_size_says_both_sizes(tmp_path: Path) -> Non
     annotations = read_small(tmp_path, square())
     write_image(tmp_path / "1.jpg", (0, 0, 0), size=(48, 64))
     [bad] = DetectionDataset(annotations)[0].bad
-    assert bad.reason.endswith("is 48x64 px, but its objects are drawn for 64x48")
+    assert bad.reason.endswith("is 48x64 px, but its objects are annotated for 64x48")
 
 
 def test_select_trained_leaves_out_crowds_and_images_without_objects(tmp_path: Path) -> None:

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from lightspine.data.loader import ResumableLoader
+from lightspine.data.loader import ResumableLoader, SeededDataset
 from lightspine.data.samplers import EpochSampler
 from lightspine.errors import UsageError
-from lightspine.utils.seeding import SeededDataset
 
 
 class Noise(Dataset[torch.Tensor]):

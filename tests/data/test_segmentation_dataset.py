@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lightspine.data.loader import SeededDataset
 from lightspine.data.segmentation import (
     LabeledImage,
     LabelReader,
@@ -21,7 +22,6 @@ from lightspine.data.segmentation import (
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import LightspineError, UsageError
 from lightspine.utils.image_files import open_image
-from lightspine.utils.seeding import SeededDataset
 from support.coco import unpack
 from support.images import truncate, write_image
 
