@@ -8,8 +8,8 @@ from PIL import Image
 
 import lightspine_runtime.errors
 import lightspine_runtime.images
-from lightspine.data import images
 from lightspine.errors import LightspineError
+from lightspine.utils import image_files as images
 
 
 def _save_all(folder: Path) -> None:

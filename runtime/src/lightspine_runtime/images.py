@@ -1,4 +1,4 @@
-"""Image decoding to 8-bit RGB, equal to `lightspine.data.images`."""
+"""Image decoding to 8-bit RGB, equal to that of `lightspine.utils.image_files`."""
 
 import io
 import warnings
