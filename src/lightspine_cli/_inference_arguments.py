@@ -59,7 +59,10 @@ def add_bulk(parser: argparse.ArgumentParser, formats: tuple[str, ...]) -> None:
     )
     bulk.add_argument("--out", type=Path, metavar="DIR", help="a new folder for what comes out")
     bulk.add_argument(
-        "--format", choices=formats, default=formats[0], help="parquet needs pyarrow (default: %(default)s)"
+        "--format",
+        choices=formats,
+        default=formats[0],
+        help="parquet needs lightspine[parquet] (default: %(default)s)",
     )
     bulk.add_argument("--resume", action="store_true", help="go on with what a killed run left in --out")
     bulk.add_argument(

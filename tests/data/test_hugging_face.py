@@ -1,10 +1,10 @@
-"""Hugging Face data sets on disk; the package is optional."""
+"""Hugging Face data sets on disk."""
 
-import importlib.util
 import io
+import sys
 from pathlib import Path
-from typing import Any
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -15,12 +15,7 @@ from lightspine.errors import LightspineError, UsageError
 COLOURS = {"red": (200, 10, 10), "blue": (10, 10, 200)}
 
 
-@pytest.fixture
-def datasets() -> Any:
-    return pytest.importorskip("datasets", reason="needs the optional package datasets")
-
-
-def _save(datasets: Any, folder: Path, *splits: str) -> Path:
+def _save(folder: Path, *splits: str) -> Path:
     pictures = {name: Image.new("RGB", (40, 40), colour) for name, colour in COLOURS.items()}
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "blue"])}
@@ -31,15 +26,16 @@ def _save(datasets: Any, folder: Path, *splits: str) -> Path:
     return folder
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="the package is installed")
-def test_missing_package_is_named(tmp_path: Path) -> None:
+def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An entry of None makes the import fail.
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"package datasets .* not installed"):
         load_hugging_face(tmp_path)
 
 
-def test_splits_become_batches(datasets: Any, tmp_path: Path) -> None:
+def test_splits_become_batches(tmp_path: Path) -> None:
     data = HuggingFaceDataModule(
-        _save(datasets, tmp_path / "saved", "train", "test"),
+        _save(tmp_path / "saved", "train", "test"),
         image_size=32,
         batch_size=8,
         augmentation="none",
@@ -51,7 +47,7 @@ def test_splits_become_batches(datasets: Any, tmp_path: Path) -> None:
     assert (batch.images[:, 0].mean(dim=(1, 2)) > 0).tolist() == [True, False] * 4
 
 
-def test_corrupt_row_is_named(datasets: Any, tmp_path: Path) -> None:
+def test_corrupt_row_is_named(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.new("RGB", (40, 40)).save(stream, "PNG")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
@@ -63,17 +59,16 @@ def test_corrupt_row_is_named(datasets: Any, tmp_path: Path) -> None:
         data.val_source.open(1)
 
 
-def test_missing_split_is_named(datasets: Any, tmp_path: Path) -> None:
+def test_missing_split_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"split val in .* which has train"):
-        HuggingFaceDataModule(_save(datasets, tmp_path / "saved", "train"))
+        HuggingFaceDataModule(_save(tmp_path / "saved", "train"))
 
 
-def test_missing_column_is_named(datasets: Any, tmp_path: Path) -> None:
+def test_missing_column_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"column picture in .* which has image, label"):
-        HuggingFaceDataModule(_save(datasets, tmp_path / "saved", "train", "val"), image_column="picture")
+        HuggingFaceDataModule(_save(tmp_path / "saved", "train", "val"), image_column="picture")
 
 
-def test_folder_of_something_else_is_named(datasets: Any, tmp_path: Path) -> None:
-    assert datasets is not None
+def test_folder_of_something_else_is_named(tmp_path: Path) -> None:
     with pytest.raises(LightspineError, match="cannot load the data set"):
         load_hugging_face(tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation import InferenceOptions, predict, predict_images
@@ -205,7 +206,6 @@ def test_parquet_without_pyarrow_is_refused(
 
 
 def test_parquet_holds_the_same_as_csv(checkpoint: Path, images: Path, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet files need pyarrow")
     (images / "red" / "4.jpg").write_bytes(b"")
     predict_images(checkpoint, images, tmp_path / "csv", options=SMALL_PARTS)
     predict_images(checkpoint, images, tmp_path / "parquet", format="parquet", options=SMALL_PARTS)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pyarrow import parquet
 
 import lightspine
 from lightspine.data import create_eval_transform, open_image
@@ -81,7 +82,6 @@ def test_maps_need_a_stage(checkpoint: Path, images: Path, tmp_path: Path) -> No
 
 
 def test_features_in_parquet_are_those_of_npy(checkpoint: Path, images: Path, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet files need pyarrow")
     embed_images(checkpoint, images, tmp_path / "npy", options=SMALL_PARTS)
     embed_images(checkpoint, images, tmp_path / "parquet", format="parquet", options=SMALL_PARTS)
     table = parquet.read_table(tmp_path / "parquet" / "features.parquet").to_pydict()

@@ -122,7 +122,7 @@ def test_bad_image_of_training_is_named_and_does_not_stop_the_run(
     task = detection_task()
     with caplog.at_level(logging.WARNING):
         run(tmp_path / "run", task, data, epochs=1, limit_train_batches=1.0, limit_val_batches=1)
-    assert [Path(path).name for path in task.skipped] == [notes.path(0).name]
+    assert [Path(path).name for path in task.bad_images.reasons] == [notes.path(0).name]
 
 
 def test_masks_that_the_head_lacks_are_refused(coco: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lightspine.utils.files import atomic_write_text
+
 Status = Literal["waiting", "done", "failed", "interrupted"]
 
 
@@ -91,9 +93,7 @@ class CompareResult:
         return asdict(self) | {"folder": str(self.folder)}
 
     def save(self) -> Path:
-        """Write `results.json` in one step and return its path."""
+        """Write `results.json` atomically and return its path."""
         path = self.folder / "results.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(path)
+        atomic_write_text(path, json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n")
         return path

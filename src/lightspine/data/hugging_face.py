@@ -27,7 +27,8 @@ def load_hugging_face(path: str | Path) -> Mapping[str, Any]:
         import datasets
     except ImportError as error:
         raise UsageError(
-            "expected the package datasets for Hugging Face data, but it is not installed"
+            "expected the package datasets for Hugging Face data, but it is not installed: "
+            "pip install 'lightspine[huggingface]'"
         ) from error
     if not Path(path).is_dir():
         raise UsageError(f"expected a folder that datasets saved, but {path} is not a folder")

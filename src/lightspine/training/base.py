@@ -2,20 +2,18 @@
 
 import logging
 import math
-import random
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.utils import adaptive_clip_grad
 from torch import Tensor, nn
 
-from lightspine.data.bad_images import BadImage
+from lightspine.data.bad_images import BadImage, BadImageLog
 from lightspine.data.modules import ImageDataModule
 from lightspine.errors import UsageError
 from lightspine.models.factory import create_model
@@ -24,9 +22,9 @@ from lightspine.training.finetuning import freeze_stages, hold_frozen
 from lightspine.training.lr_schedules import CosineSchedule, DecaySchedule, MilestoneSchedule, warmup_cosine
 from lightspine.training.nonfinite import NonFiniteGuard
 from lightspine.training.optim import OptimizerName, create_optimizer, lr_scheduler_config
+from lightspine.utils.seeding import seed_generators
 
 _log = logging.getLogger(__name__)
-_NAMED_IMAGES = 5
 
 
 class LightspineTask(pl.LightningModule):
@@ -57,7 +55,7 @@ class LightspineTask(pl.LightningModule):
         score: name of the metric of the validation that tells the best epoch, higher is better.
         curves: names of the metrics that are drawn together.
         guard: counts the steps that were skipped.
-        skipped: path -> reason of every image that could not be used so far.
+        bad_images: the images that could not be used so far.
 
     Raises:
         UsageError: a value out of its range.
@@ -108,8 +106,7 @@ class LightspineTask(pl.LightningModule):
         self.export_weights = export_weights
         self.seed = seed
         self.guard = NonFiniteGuard(max_bad_steps)
-        self.skipped: dict[str, str] = {}
-        self._announced = 0
+        self.bad_images = BadImageLog()
         self._ema = None if ema_decay is None else ema_callback(ema_decay, export_weights)
         self._frozen: list[str] = []
 
@@ -252,17 +249,12 @@ class LightspineTask(pl.LightningModule):
         return loss
 
     def record_bad_images(self, bad: Iterable[BadImage]) -> None:
-        """Remember images that could not be used."""
-        self.skipped.update((image.path, image.reason) for image in bad)
+        """Record images that could not be used."""
+        self.bad_images.add(bad)
 
     def log_bad_images(self) -> None:
-        """Name the images that were skipped, if there are new ones."""
-        if len(self.skipped) == self._announced:
-            return
-        self._announced = len(self.skipped)
-        reasons = list(self.skipped.values())
-        more = f"; and {len(reasons) - _NAMED_IMAGES} more" if len(reasons) > _NAMED_IMAGES else ""
-        _log.warning("skipped %d images: %s%s", len(reasons), "; ".join(reasons[:_NAMED_IMAGES]), more)
+        """Log a warning with the names of the skipped images, if there are new ones."""
+        self.bad_images.report(_log)
 
     def _compare_length(self) -> None:
         """Say where the run is not as long as its schedule."""
@@ -284,15 +276,3 @@ class LightspineTask(pl.LightningModule):
         if size is None:
             raise UsageError("expected a data module with a batch_size, by which the schedule is scaled")
         return int(size) * self.trainer.world_size * self.trainer.accumulate_grad_batches
-
-
-def seed_generators(*key: int) -> None:
-    """Seed Python's, numpy's and torch's generators from a key of non-negative numbers.
-
-    Different keys give unrelated random numbers: numpy's SeedSequence mixes them. The environment is left
-    alone.
-    """
-    words = np.random.SeedSequence(key).generate_state(4)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    torch.manual_seed(int(words[2]) << 32 | int(words[3]))

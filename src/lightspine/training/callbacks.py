@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightspine.errors import UsageError
 from lightspine.training.base import LightspineTask
 from lightspine.utils.devices import peak_memory_mib
+from lightspine.utils.files import atomic_write_text
 
 _log = logging.getLogger(__name__)
 
@@ -124,14 +125,12 @@ class RunLog(pl.Callback):
 
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
-    """Write rows as CSV in one step: a reader never meets half a file."""
+    """Write rows to a CSV file atomically."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
     writer.writerows(rows)
-    part = path.with_suffix(".part")
-    part.write_text(text.getvalue())
-    part.replace(path)
+    atomic_write_text(path, text.getvalue())
 
 
 def plot_curves(

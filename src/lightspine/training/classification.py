@@ -173,7 +173,7 @@ class ClassificationTask(LightspineTask):
         """Log the scores and name the images that were skipped."""
         self.log_bad_images()
         if not self.top1.update_called:
-            reason = next(iter(self.skipped.values()), "there is none")
+            reason = next(iter(self.bad_images.reasons.values()), "there is none")
             raise LightspineError(f"none of the validation images can be used; {reason}")
         # Stops before the checkpoint of this epoch is written, so the last one on disk is a good one.
         if not torch.isfinite(self.trainer.callback_metrics["val_loss"]):

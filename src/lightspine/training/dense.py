@@ -137,7 +137,7 @@ class DenseTask(LightspineTask):
         """Stop where none of the validation images could be used."""
         self.log_bad_images()
         if not images:
-            reason = next(iter(self.skipped.values()), "there is none")
+            reason = next(iter(self.bad_images.reasons.values()), "there is none")
             raise LightspineError(f"none of the validation images can be used; {reason}")
 
     def data_module(self, kind: type[ImageDataModule]) -> Any:

@@ -349,7 +349,7 @@ def finish(
         best_score=best[task.score],
         seconds=seconds,
         history=log.rows,
-        skipped=dict(task.skipped),
+        skipped=dict(task.bad_images.reasons),
     )
 
 

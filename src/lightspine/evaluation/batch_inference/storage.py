@@ -88,7 +88,10 @@ class Parquet:
 
     def __init__(self) -> None:
         if importlib.util.find_spec("pyarrow") is None:
-            raise UsageError("expected the package pyarrow for Parquet files, but it is not installed")
+            raise UsageError(
+                "expected the package pyarrow for Parquet files, but it is not installed: "
+                "pip install 'lightspine[parquet]'"
+            )
 
     def write_part(self, part: Path, paths: Sequence[str], table: Table | None) -> None:
         """Write the rows of neighbouring images, and an empty file where there is none."""
