@@ -12,7 +12,7 @@ from torch import Tensor
 from lightspine.benchmark.prepare import WithScanBackend
 from lightspine.errors import LightspineError
 from lightspine.models.vmamba import VMamba
-from lightspine.ops.cross_scan import reference
+from lightspine.ops import reference
 
 # The package's function has the name of the package.
 package = import_module("lightspine.ops.cross_scan")

@@ -77,7 +77,7 @@ def test_every_backend_gives_equal_gradients(backend: str) -> None:
     u.requires_grad_()
 
     def run(u: Tensor) -> Tensor:
-        return scan(torch.nn.functional.silu(u), *rest, True, False, backend, keep=False)
+        return scan(torch.nn.functional.silu(u), *rest, True, False, backend, save_states=False)
 
     results = [torch.autograd.grad(out.sum(), u)[0] for out in (run(u), recompute_before_scan(run, u))]
     assert torch.equal(*results)
@@ -146,7 +146,7 @@ def test_gradient_that_needs_the_value_of_a_scan_is_nan() -> None:
     """The rule of `recompute_before_scan` is broken here; a wrong finite number would go unnoticed."""
     u, *rest = convert(scan_inputs(), torch.float32)
     u.requires_grad_()
-    recompute_before_scan(lambda u: scan(u * 2, *rest, keep=False).square(), u).sum().backward()
+    recompute_before_scan(lambda u: scan(u * 2, *rest, save_states=False).square(), u).sum().backward()
     assert u.grad is not None
     assert u.grad.isnan().all()
 

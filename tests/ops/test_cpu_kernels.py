@@ -10,7 +10,7 @@ import pytest
 import torch
 from numba import njit
 
-from lightspine.ops.cpu import parallel as cpu_threads
+from lightspine.ops.cpu import parallel
 from lightspine.ops.cpu.cache import kernel
 from lightspine.ops.cpu.config import SCRATCH_VECTORS, chunk_length
 from lightspine.ops.cpu.simd import VECTOR_BYTES, load, store
@@ -171,7 +171,7 @@ def test_result_is_the_same_on_several_threads(threads: Any, count: int) -> None
 def test_pool_gives_what_the_team_gives(threads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     threads(2)
     by_team = results_and_gradients(run_map, large_map())
-    monkeypatch.setattr(cpu_threads, "find_openmp", lambda: None)
+    monkeypatch.setattr(parallel, "find_openmp", lambda: None)
     by_pool = results_and_gradients(run_map, large_map())
     assert all(torch.equal(by_team[name], by_pool[name]) for name in by_pool)
 

@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightspine.ops import cross_scan, register_scan_order, scan_order
 from lightspine.ops import scan_orders as orders
-from lightspine.ops.cross_scan import cross_scan, register_scan_order, scan_order
-from lightspine.ops.cross_scan.checks import CrossScanInputs
-from lightspine.ops.selective_scan.checks import ScanInputs
+from lightspine.ops.inputs import CrossScanInputs, SelectiveScanInputs
 from support.reference import assert_close, read_figure
 from support.scans import (
     CPU_BACKENDS,
@@ -86,7 +85,7 @@ def test_cross_scan_is_the_sum_of_selective_scans(backend: str, name: str) -> No
     total = torch.zeros_like(x)
     for k, pixels in enumerate(scan_order(name, 5, 7)):
         rows = [t[:, pixels].transpose(1, 2) for t in (x, delta[:, :, k], B[:, :, k], C[:, :, k])]
-        one = ScanInputs(
+        one = SelectiveScanInputs(
             rows[0], rows[1], A[k], rows[2][:, None], rows[3][:, None], D[k], None, delta_bias[k]
         )
         out, _ = run_scan(one, delta_softplus=True, backend="reference")

@@ -10,7 +10,7 @@ from lightspine.errors import UsageError
 from lightspine.export.check import compare, open_session, random_batches, session_function
 from lightspine.export.onnx_graph import to_onnx, write_scans_out
 from lightspine.export.program import trace
-from lightspine.ops.cross_scan import cross_scan, list_scan_orders, register_scan_order, scan_order
+from lightspine.ops import cross_scan, list_scan_orders, register_scan_order, scan_order
 from lightspine.ops.onnx import IN_CACHE
 from lightspine.ops.selective_scan import scan
 from support.exporting import disturb

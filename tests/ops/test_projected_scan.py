@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.ops.cross_scan import cross_scan
-from lightspine.ops.cross_scan.projected import projected_cross_scan, projected_cross_scan_op
+from lightspine.ops.cross_scan import cross_scan, projected_cross_scan, projected_cross_scan_op
 from support.reference import relative_l2
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -91,7 +90,7 @@ def test_operator_keeps_the_rules_of_pytorch() -> None:
 
 def test_weight_of_a_wrong_shape_is_refused() -> None:
     x, projected, weight, *rest = make_inputs()
-    with pytest.raises(UsageError, match=r"expects step_weight of shape \(4, 3, 20\), received \(4, 3, 19\)"):
+    with pytest.raises(UsageError, match=r"expects dt_weight of shape \(4, 3, 20\), received \(4, 3, 19\)"):
         projected_cross_scan(x, projected, weight[:, :, :-1], *rest)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightspine.errors import UsageError
-from lightspine.ops.cross_scan import cross_scan, register_scan_order, scan_order
+from lightspine.ops import cross_scan, register_scan_order, scan_order
 from lightspine.ops.scan_orders import _ORDERS
 from lightspine.ops.selective_scan import scan
 from support.scans import CPU_BACKENDS, cross_inputs, run_scan, scan_inputs

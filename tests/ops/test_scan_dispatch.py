@@ -1,5 +1,7 @@
 """Which backend runs: a table over the device and the request."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -10,6 +12,14 @@ from lightspine.ops.selective_scan import selective_scan
 from support.scans import cross_inputs, scan_inputs
 
 F32 = torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache() -> Iterator[None]:
+    # The tests change what is installed, which does not change in a process otherwise.
+    choose_backend.cache_clear()
+    yield
+    choose_backend.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 
 from lightspine.errors import UsageError
 from lightspine.ops.cross_scan import cross_scan
+from lightspine.ops.dispatch import load_backend
 from support.reference import relative_l2
 from support.scans import TOLERANCE, convert, cross_inputs, results_and_gradients, run_scan, scan_inputs
 from support.triton_cases import FAST_CASES, SLOW_CASES
@@ -70,13 +71,11 @@ def test_interpreted_kernels_equal_the_definition_at_larger_sizes(case: str) -> 
 
 @compiled_only
 def test_kernels_refuse_cpu_tensors_where_nothing_is_interpreted() -> None:
-    from lightspine.ops.selective_scan import triton_backend
-
     inputs = scan_inputs()
     with pytest.raises(
         UsageError, match=r"expect CUDA tensors, or TRITON_INTERPRET=1 .* received CPU tensors"
     ):
-        triton_backend.forward(inputs, True, False)
+        load_backend("triton").selective_scan(inputs, True, False, False)
 
 
 class Toolchain:
@@ -99,7 +98,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Compile what would be launched, from the very arguments, and collect it by the kernel's name."""
     from triton.runtime import driver
 
-    from lightspine.ops.triton import launch as triton_scan
+    from lightspine.ops.triton import launch
 
     kernels: dict[str, Any] = {}
 
@@ -107,7 +106,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         options = {"num_warps": 1, "enable_fp_fusion": True}
         kernels[kernel.__name__] = kernel.warmup(**arguments, **options, grid=(programs,))
 
-    monkeypatch.setattr(triton_scan, "_launch", compile_only)
+    monkeypatch.setattr(launch, "_launch", compile_only)
     driver.set_active(Toolchain())
     yield kernels
     driver.set_active(None)
@@ -120,11 +119,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 def test_kernels_of_the_selective_scan_compile_without_a_device(
     compiled: dict[str, Any], dtype: torch.dtype, state_dim: int
 ) -> None:
-    from lightspine.ops.selective_scan import triton_backend
-
     inputs = convert(scan_inputs(1, 64, 200, state_dim, 1), dtype)
-    out, state = triton_backend.forward(inputs, True, True)
-    triton_backend.backward(out, state, inputs, True, True)
+    triton = load_backend("triton")
+    out, state, saved = triton.selective_scan(inputs, True, True, True)
+    triton.selective_scan_backward(out, state, inputs, saved, True, True)
     assert sorted(compiled) == KERNELS
     assert all(kernel.asm["cubin"] for kernel in compiled.values())
 
@@ -132,11 +130,10 @@ def test_kernels_of_the_selective_scan_compile_without_a_device(
 @compiled_only
 @pytest.mark.slow
 def test_kernels_of_the_cross_scan_compile_without_a_device(compiled: dict[str, Any]) -> None:
-    from lightspine.ops.cross_scan import triton_backend
-
     inputs = convert(cross_inputs(1, 14, 14, 96, 1), torch.bfloat16)
-    out = triton_backend.forward(inputs, True, "cross2d")
-    triton_backend.backward(out, inputs, True, "cross2d")
+    triton = load_backend("triton")
+    out, saved = triton.cross_scan(inputs, True, "cross2d", True)
+    triton.cross_scan_backward(out, inputs, saved, True, "cross2d")
     assert sorted(compiled) == KERNELS
 
 

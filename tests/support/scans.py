@@ -6,10 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspine.ops.cross_scan.checks import CrossScanInputs
 from lightspine.ops.dispatch import BACKENDS, available_backends, triton_is_interpreted
+from lightspine.ops.inputs import CrossScanInputs, SelectiveScanInputs
 from lightspine.ops.selective_scan import selective_scan
-from lightspine.ops.selective_scan.checks import ScanInputs
 from support.reference import assert_close
 
 # Relative L2 difference from the definition in float64. Reduced-precision results are rounded once, at the
@@ -27,14 +26,14 @@ FAST_BACKENDS = [name for name in CPU_BACKENDS if name != "reference"]
 
 def scan_inputs(
     batch: int = 2, dim: int = 8, length: int = 37, state_dim: int = 4, groups: int = 2, *, seed: int = 0
-) -> ScanInputs:
+) -> SelectiveScanInputs:
     """Return float64 inputs with every optional tensor."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, dtype=torch.float64)
 
-    return ScanInputs(
+    return SelectiveScanInputs(
         u=normal(batch, dim, length),
         delta=0.5 * normal(batch, dim, length),
         A=-torch.exp(0.5 * normal(dim, state_dim)),
@@ -115,7 +114,7 @@ def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], dty
             assert not tensor.any(), f"{name} is not zero"
 
 
-def run_scan(inputs: ScanInputs, **options: Any) -> tuple[Tensor, Tensor]:
+def run_scan(inputs: SelectiveScanInputs, **options: Any) -> tuple[Tensor, Tensor]:
     """Call `selective_scan` on a tuple of inputs and return the output and the last state."""
     u, delta, A, B, C, D, z, delta_bias = inputs
     out = selective_scan(u, delta, A, B, C, D, z, delta_bias, return_last_state=True, **options)
@@ -123,7 +122,7 @@ def run_scan(inputs: ScanInputs, **options: Any) -> tuple[Tensor, Tensor]:
     return out
 
 
-def figure_inputs(case: dict[str, Any]) -> tuple[ScanInputs, Tensor]:
+def figure_inputs(case: dict[str, Any]) -> tuple[SelectiveScanInputs, Tensor]:
     """Return the inputs of a case of `ops.json`, by the recipe in the file, and the weights of the output."""
     draw = np.random.RandomState(case["seed"]).standard_normal
     batch, dim, state_dim, length, groups = (case[key] for key in ("batch", "d", "n", "L", "K"))
@@ -142,6 +141,6 @@ def figure_inputs(case: dict[str, Any]) -> tuple[ScanInputs, Tensor]:
         z if case["with_z"] else None,
         delta_bias if case["with_delta_bias_and_softplus"] else None,
     )
-    return ScanInputs(*(None if a is None else torch.from_numpy(a) for a in arrays)), torch.from_numpy(
-        weights
-    )
+    return SelectiveScanInputs(
+        *(None if a is None else torch.from_numpy(a) for a in arrays)
+    ), torch.from_numpy(weights)

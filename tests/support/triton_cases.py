@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightspine.ops.cross_scan import cross_scan, register_scan_order
-from lightspine.ops.selective_scan.checks import ScanInputs
+from lightspine.ops import cross_scan, register_scan_order
+from lightspine.ops.inputs import SelectiveScanInputs
 from support.reference import read_figure, relative_l2
 from support.scans import (
     TOLERANCE,
@@ -42,17 +42,17 @@ def short_chunks(programs: int = 10**9) -> Iterator[None]:
     Args:
         programs: programs of the backward that share the scratch.
     """
-    from lightspine.ops.triton import launch as triton_scan
+    from lightspine.ops.triton import launch
     from lightspine.ops.triton.config import Blocks, choose_blocks
 
     def choose(length: int, dim: int, state_dim: int, *_: int, backward: bool) -> Blocks:
         blocks = choose_blocks(length, dim, state_dim, 1, 8, backward=backward)
         return blocks._replace(tile=2, chunk=4, chunks=-(-length // 4))
 
-    before = triton_scan.choose_blocks, triton_scan.programs_per_launch
-    triton_scan.choose_blocks, triton_scan.programs_per_launch = choose, lambda *_: programs
+    before = launch.choose_blocks, launch.programs_per_launch
+    launch.choose_blocks, launch.programs_per_launch = choose, lambda *_: programs
     yield
-    triton_scan.choose_blocks, triton_scan.programs_per_launch = before
+    launch.choose_blocks, launch.programs_per_launch = before
 
 
 def compare(operator: Callable, inputs: Any, dtype: torch.dtype, **options: Any) -> Report:
@@ -80,7 +80,9 @@ def without(inputs: Any, *names: str) -> Any:
     return inputs._replace(**dict.fromkeys(names))
 
 
-def cut_scan(inputs: ScanInputs, dtype: torch.dtype, programs: int = 10**9, **options: Any) -> Report:
+def cut_scan(
+    inputs: SelectiveScanInputs, dtype: torch.dtype, programs: int = 10**9, **options: Any
+) -> Report:
     with short_chunks(programs):
         return compare(run_scan, inputs, dtype, delta_softplus=True, **options)
 
@@ -114,7 +116,7 @@ def snake(height: int, width: int) -> Tensor:
     return pixels.view(1, -1)
 
 
-def repeated(inputs: ScanInputs) -> Report:
+def repeated(inputs: SelectiveScanInputs) -> Report:
     with short_chunks():
         first, second = (
             results_and_gradients(run_scan, inputs, delta_softplus=True, backend="triton") for _ in range(2)
@@ -122,7 +124,7 @@ def repeated(inputs: ScanInputs) -> Report:
     return {name: (float((first[name] != second[name]).sum()), 0.0) for name in first}
 
 
-def channels_last(inputs: ScanInputs) -> ScanInputs:
+def channels_last(inputs: SelectiveScanInputs) -> SelectiveScanInputs:
     """Return tokens and projections as a model hands them over: views of (B, L, D) and of one projection."""
     both = torch.cat([inputs.B, inputs.C], 2).permute(0, 3, 1, 2).contiguous()
     B, C = both.permute(0, 2, 3, 1).chunk(2, dim=2)

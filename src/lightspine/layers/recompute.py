@@ -44,7 +44,7 @@ def recompute_before_scan(function: Callable[..., Tensor], *tensors: Tensor) -> 
     Args:
         function: computes the inputs of one or more scans and ends with these scans: the backward of what
             follows them must need no value (that of views and sums does not). The scans are called with
-            `keep=False`. It draws no random numbers.
+            `save_states=False`. It draws no random numbers.
         *tensors: its arguments.
     """
     traced = torch.compiler.is_exporting() or any(isinstance(t, torch.fx.Proxy) for t in tensors)

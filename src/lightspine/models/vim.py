@@ -224,7 +224,7 @@ class ScanDirection(nn.Module):
         u, delta, B, C = self.project(x)
         A = -torch.exp(at_least_float32(self.A_log))
         D, bias, z = self.D, self.dt_proj.bias, z.transpose(1, 2)
-        y = scan(u, delta, A, B, C, D, z, bias, True, self.reverse, keep=not self.recompute)
+        y = scan(u, delta, A, B, C, D, z, bias, True, self.reverse, save_states=not self.recompute)
         return y.transpose(1, 2)
 
 
@@ -322,8 +322,8 @@ class VimMixer(nn.Module):
         D, bias, z = self.ahead.D, self.ahead.dt_proj.bias, z.transpose(1, 2)
         A, A_back = -torch.exp(at_least_float32(self.ahead.A_log)), -torch.exp(at_least_float32(A_log_back))
         keep = not self.recompute
-        y = scan(u, delta, A, B, C, D, z, bias, True, False, keep=keep)
-        y = y + scan(u, delta, A_back, B, C, D, z, bias, True, True, keep=keep)
+        y = scan(u, delta, A, B, C, D, z, bias, True, False, save_states=keep)
+        y = y + scan(u, delta, A_back, B, C, D, z, bias, True, True, save_states=keep)
         return y.transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:

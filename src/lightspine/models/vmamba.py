@@ -232,7 +232,7 @@ class SS2D(nn.Module):
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         D = self.D.view(self.directions, -1)
         keep = not self.recompute
-        y = cross_scan(u, delta, A, B, C, D, self.dt_bias, True, self.scan_order, keep=keep)
+        y = cross_scan(u, delta, A, B, C, D, self.dt_bias, True, self.scan_order, save_states=keep)
         # The sum stays float32 under autocast; a model that was cast as a whole gets its own precision back.
         return y.to(self.out_proj.weight.dtype)
 

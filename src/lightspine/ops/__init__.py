@@ -1,8 +1,4 @@
-"""The operators: pure functions on tensors, each with a reference that defines it.
-
-The functions stand here under the names of their folders; a folder's parts are imported from the folder, as
-in `from lightspine.ops.selective_scan.reference import selective_scan_reference`.
-"""
+"""Scan operators: pure functions on tensors, each with a reference implementation and several backends."""
 
 from lightspine.ops.cross_scan import cross_scan as cross_scan
 from lightspine.ops.dispatch import available_backends as available_backends

@@ -1,18 +1,23 @@
-"""Which backend computes a scan: a table over the tensor's device, never over what is installed."""
+"""Choice of the scan backend by the device of the tensors, never by what happens to be installed."""
 
+import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
 from lightspine.errors import UsageError
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
-# Any other device has no kernels of its own and takes the standard operations.
+# Devices without kernels of their own run standard PyTorch operations.
 _KERNELS_BY_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+# Cached: looking for installed packages takes tens of microseconds. What is installed, and whether Triton
+# interprets its kernels, does not change while a process runs.
+@functools.cache
 def choose_backend(
     device_type: str, dtype: torch.dtype, exporting: bool = False, requested: str = "auto"
 ) -> str:
@@ -21,11 +26,11 @@ def choose_backend(
     Args:
         device_type: `tensor.device.type` of the input.
         dtype: dtype of the input.
-        exporting: the call is being written into a format that knows no operator of ours, such as ONNX.
-        requested: what the caller asked for; "auto" leaves the choice to this table.
+        exporting: the call is traced into a format without custom operators, such as ONNX.
+        requested: name of a backend, or "auto" for the one of the device.
 
     Raises:
-        UsageError: a dtype that no backend takes, an unknown name, or a backend that cannot run here.
+        UsageError: an unsupported dtype, an unknown backend, or a backend that cannot run here.
     """
     if dtype not in _DTYPES:
         expected = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
@@ -34,7 +39,7 @@ def choose_backend(
         )
     if requested == "auto":
         name = "torch" if exporting else _KERNELS_BY_DEVICE.get(device_type, "torch")
-        if name == "triton" and not _installed("triton"):
+        if name == "triton" and not _is_installed("triton"):
             # No silent fall-back to something many times slower.
             raise UsageError(
                 "a scan of CUDA tensors runs on the backend 'triton', but triton is not installed: "
@@ -59,14 +64,36 @@ def choose_backend(
     return requested
 
 
-def keeps_states(device_type: str, requested: str) -> bool:
-    """Return whether the backend of a scan notes states in the forward for its backward."""
+@functools.cache
+def load_backend(name: str) -> Any:
+    """Import a backend and return the object with its forward and backward functions.
+
+    Raises:
+        UsageError: the backend "reference", which is differentiated by autograd and has no backward function.
+    """
+    if name == "reference":
+        raise UsageError(
+            "the scan operators run the backends torch, cpu and triton, received 'reference': "
+            "call lightspine.ops.selective_scan or lightspine.ops.cross_scan with it"
+        )
+    if name == "torch":
+        from lightspine.ops import torch_scan
+
+        return torch_scan
+    from lightspine.ops.kernel_scan import KernelScan
+
+    # Imported on first use: numba takes half a second.
+    return KernelScan(importlib.import_module(f"lightspine.ops.{name}.launch"))
+
+
+def saves_states(device_type: str, requested: str) -> bool:
+    """Return whether the forward of a backend saves states for its backward."""
     return device_type == "cpu" and requested in ("auto", "cpu")
 
 
 def available_backends() -> dict[str, tuple[bool, str]]:
-    """Return, for every backend, whether it can run on this machine and on what, or why it cannot."""
-    has_numba = _installed("numba")
+    """Return for every backend whether it can run on this machine, and on which tensors or why not."""
+    has_numba = _is_installed("numba")
     return {
         "reference": (True, "any device; the plain loop that defines the operator"),
         "torch": (True, "any device; blocked scan in standard PyTorch operations"),
@@ -74,13 +101,13 @@ def available_backends() -> dict[str, tuple[bool, str]]:
             has_numba,
             "CPU tensors; kernels compiled by numba" if has_numba else "numba is not installed",
         ),
-        "triton": _triton(),
+        "triton": _triton_availability(),
     }
 
 
 def cpu_thread_source() -> str:
-    """Return whose threads the backend "cpu" runs on."""
-    if not _installed("numba"):
+    """Return which threads the backend "cpu" runs on, for `lightspine doctor`."""
+    if not _is_installed("numba"):
         return "none: numba is not installed"
     from lightspine.ops.cpu.parallel import thread_source
 
@@ -88,15 +115,15 @@ def cpu_thread_source() -> str:
 
 
 def triton_is_interpreted() -> bool:
-    """Return whether Triton runs its kernels in Python, on a CPU, to test them: TRITON_INTERPRET is set.
+    """Return whether Triton runs its kernels in Python on a CPU, for tests: TRITON_INTERPRET is set.
 
-    Triton reads the variable when it first sees a kernel; so it is set before Python starts.
+    Triton reads the variable when it first sees a kernel, so set it before Python starts.
     """
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def _triton() -> tuple[bool, str]:
-    if not _installed("triton"):
+def _triton_availability() -> tuple[bool, str]:
+    if not _is_installed("triton"):
         return False, "triton is not installed"
     if triton_is_interpreted():
         return True, "CPU and CUDA tensors, step by step in Triton's interpreter (TRITON_INTERPRET is set)"
@@ -105,5 +132,5 @@ def _triton() -> tuple[bool, str]:
     return True, "CUDA tensors; kernels compiled by triton"
 
 
-def _installed(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None

@@ -1,25 +1,25 @@
-"""How many operations a scan counts for, in one place, so that every table of the library agrees.
+"""FLOP counts of the scans, in one place so that all tables of the library agree.
 
-The papers print "FLOPs" that are multiply-adds for convolutions and linear maps, and add `9 B L D N` for a
-scan (plus `B L D` for the skip and for the gate): the figure that VMamba's code hands to fvcore. `scan_flops`
-is that figure.
+Papers report "FLOPs" that are multiply-adds for convolutions and linear layers, and add `9 B L D N` for a
+scan (plus `B L D` for the skip connection and for the gate), the count that VMamba's code passes to fvcore.
+`scan_flops` is that count.
 
-PyTorch's `FlopCounterMode` counts two per multiply-add. The operators therefore register twice `scan_flops`,
-so that half of what the counter shows is comparable with the papers for the whole network.
+PyTorch's `FlopCounterMode` counts two per multiply-add. The operators therefore register twice
+`scan_flops`, so that half of the total of the counter is comparable with the papers.
 """
 
 
 def scan_flops(
     batch: int, length: int, dim: int, state_dim: int, with_D: bool = True, with_z: bool = False
 ) -> int:
-    """Return the published cost of one scan, in the unit in which the papers count (see the module's text).
+    """Return the published cost of one scan, in the unit of the papers (see the module docstring).
 
     Args:
         batch: number of sequences.
         length: positions per sequence.
         dim: channels; for a scan in K directions, K times the channels of the map.
         state_dim: states per channel, N.
-        with_D: the scan adds the skip `D u`.
+        with_D: the scan adds the skip connection `D u`.
         with_z: the scan multiplies by a gate.
     """
     positions = batch * length * dim
@@ -27,13 +27,13 @@ def scan_flops(
 
 
 def counted_forward(flops: int) -> int:
-    """Return what `FlopCounterMode` is told for a forward scan: two per multiply-add."""
+    """Return the count that `FlopCounterMode` gets for a forward scan: two per multiply-add."""
     return 2 * flops
 
 
 def counted_backward(flops: int) -> int:
-    """Return what `FlopCounterMode` is told for a backward scan.
+    """Return the count that `FlopCounterMode` gets for a backward scan.
 
-    As for a convolution, the gradients cost twice the forward; the states are computed once more on the way.
+    As for a convolution, the gradients cost twice the forward; the states are recomputed once as well.
     """
     return 3 * counted_forward(flops)

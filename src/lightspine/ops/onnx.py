@@ -1,4 +1,11 @@
-"""The scans as functions of ONNX operators, in which all shapes stay free; their loops are `scan_loops`'."""
+"""ONNX form of the scans: functions of standard operators, for free shapes and every scan order.
+
+`torch.export` keeps a scan as one operator. `scan_table` maps it to a function that is traced in its place
+(`ExportedProgram.run_decompositions`): the call of an ONNX function with a loop, or operations without a
+loop.
+
+The text of a function is put together from parts: gather the inputs in scan order, loop, scatter back.
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,42 +15,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.ops.cross_scan import torch_backend as cross_backend
-from lightspine.ops.cross_scan.checks import CrossScanInputs
-from lightspine.ops.selective_scan import torch_backend as selective_backend
-from lightspine.ops.selective_scan.checks import ScanInputs
-from lightspine.ops.torch_scan import unrolled_scan
+from lightspine.ops.inputs import CrossScanInputs, SelectiveScanInputs
+from lightspine.ops.scan_orders import trace_scan_order
+from lightspine.ops.torch_scan import run_cross_scan, run_selective_scan, unrolled_scan
 
-# ONNX Runtime's own Softplus takes three times as long. log(1 + e) loses the last digits of a small e, which
-# `e - (u - 1)`, the rounding error of u = 1 + e, gives back.
+# The loops of a scan. A loop of ONNX Runtime spends one to two microseconds per iteration and some tenths on
+# each operator, so an iteration should process thousands of elements, but few enough for the cache. Both
+# loops read `xs` and `deltas` (S, B, K, D), `bias` (K, D), `A` (K, D, N), `Bs` and `Cs` (S, B, K, N) for S
+# positions and return `ys` in the order of `xs`.
+
+# ONNX Runtime's own Softplus takes three times as long. log(1 + e) loses the last digits of a small e;
+# `e - (u - 1)`, the rounding error of u = 1 + e, restores them.
 _SOFTPLUS = """
   above = Relu(biased) size = Abs(biased) below = Neg(size) e = Exp(below) u = Add(e, full) grown = Log(u)
-  u_1 = Sub(u, full) lost = Sub(e, u_1) rest = Add(grown, lost) step = Add(above, rest)
+  u_1 = Sub(u, full) lost = Sub(e, u_1) rest = Add(grown, lost) dt = Add(above, rest)
 """
 
-# One turn is one position: with N states it has N times the numbers of a position. Their decays are made and
-# used within the turn; they would take N times the memory of the image.
+# One iteration per position, with N times the elements of a position. The decays are computed in the
+# iteration: for all positions they would take N times the memory of the image.
 _MANY_STATES = """
   biased = Add(deltas, bias)
   {softplus}
-  inputs = Mul(step, xs)
-  stepping = Unsqueeze(step, last_but_one)
-  entering = Unsqueeze(inputs, last_but_one)
-  writing = Unsqueeze(Bs, last)
-  reading = Unsqueeze(Cs, last_but_one)
+  inputs = Mul(dt, xs)
+  dts_s = Unsqueeze(dt, last_but_one)
+  inputs_s = Unsqueeze(inputs, last_but_one)
+  Bs_n = Unsqueeze(Bs, last)
+  Cs_n = Unsqueeze(Cs, last_but_one)
   At = Transpose<perm=[0, 2, 1]>(A)
   state_shape = Concat<axis=0>(batch, groups, state, dim)
   start = ConstantOfShape(state_shape)
-  end_state, ys = Scan<num_scan_inputs=4, {directions} body = turn
-    (float[b,k,n,d] h, float[b,k,o,d] step_t, float[b,k,o,d] input_t, float[b,k,n,o] B_t, float[b,k,o,n] C_t)
+  end_state, ys = Scan<num_scan_inputs=4, {directions} body = position
+    (float[b,k,n,d] h, float[b,k,o,d] dt_t, float[b,k,o,d] input_t, float[b,k,n,o] B_t, float[b,k,o,n] C_t)
     => (float[b,k,n,d] h2, float[b,k,o,d] y_t) {{
-    log = Mul(step_t, At) decay = Exp(log) kept = Mul(decay, h) added = Mul(input_t, B_t)
-    h2 = Add(kept, added) y_t = MatMul(C_t, h2) }}>(start, stepping, entering, writing, reading)
+    log = Mul(dt_t, At) decay = Exp(log) decayed = Mul(decay, h) added = Mul(input_t, B_t)
+    h2 = Add(decayed, added) y_t = MatMul(C_t, h2) }}>(start, dts_s, inputs_s, Bs_n, Cs_n)
 """
-_BACKWARDS = "scan_input_directions=[1, 1, 1, 1], scan_output_directions=[1],"
+_REVERSE = "scan_input_directions=[1, 1, 1, 1], scan_output_directions=[1],"
 
-# One state is too little for a turn. An outer turn makes the decays of T positions at once, an inner one does
-# nothing but `decay * h + added`. S is J * T here, T such that T positions have `IN_CACHE` numbers.
+# A single state is too little for an iteration. The outer loop computes the decays of T positions at once,
+# the inner one only `decay * h + added`. S is J * T here, with T such that T positions have `IN_CACHE`
+# elements.
 _ONE_STATE = """
   blocks = Concat<axis=0>(J, T, batch, groups, last)
   deltas_j = Reshape(deltas, blocks)
@@ -58,30 +69,30 @@ _ONE_STATE = """
     => (float[b,k,d] h2, float[t,b,k,d] y_j) {{
     biased = Add(delta_j, bias)
     {softplus}
-    input = Mul(step, x_j) log = Mul(step, A_1) decays = Exp(log) added = Mul(input, B_j)
-    h2, states = Scan<num_scan_inputs=2, body = turn
+    input = Mul(dt, x_j) log = Mul(dt, A_1) decays = Exp(log) added = Mul(input, B_j)
+    h2, states = Scan<num_scan_inputs=2, body = position
       (float[b,k,d] before, float[b,k,d] decay, float[b,k,d] more)
       => (float[b,k,d] after, float[b,k,d] now) {{
-      kept = Mul(decay, before) after = Add(kept, more) now = Identity(after) }}>(h, decays, added)
+      decayed = Mul(decay, before) after = Add(decayed, more) now = Identity(after) }}>(h, decays, added)
     y_j = Mul(states, C_j) }}>(start, deltas_j, xs_j, Bs_j, Cs_j)
 """
 
 IN_CACHE = 32768
-"""Numbers of each array in an outer turn of a loop with one state: 128 KiB."""
+"""Elements of each array in an outer iteration of the loop with one state: 128 KiB."""
 
 
-def loop_text(*, one_state: bool, delta_softplus: bool, backwards: bool = False) -> str:
+def _loop(*, one_state: bool, delta_softplus: bool, reverse: bool = False) -> str:
     """Return the operators of a loop.
 
     Args:
-        one_state: N is 1, and the positions come in J blocks of T; they cannot be read backwards then.
-        delta_softplus: pass the steps through softplus.
-        backwards: from the last position to the first; the outputs are in the order of the inputs.
+        one_state: N is 1, and the positions come in J blocks of T; excludes `reverse`.
+        delta_softplus: apply softplus to dt.
+        reverse: from the last position to the first; the outputs are in the order of the inputs.
     """
-    form = _ONE_STATE if one_state else _MANY_STATES
-    return form.format(
-        softplus=_SOFTPLUS if delta_softplus else "step = Identity(biased)",
-        directions=_BACKWARDS if backwards else "",
+    loop = _ONE_STATE if one_state else _MANY_STATES
+    return loop.format(
+        softplus=_SOFTPLUS if delta_softplus else "dt = Identity(biased)",
+        directions=_REVERSE if reverse else "",
     )
 
 
@@ -102,8 +113,8 @@ _BEGINNING = """
   pixels = Shape<start=1, end=2>(delta)
 """
 
-# Rows of D or N numbers are gathered in the order in which the groups visit them, positions outermost. Behind
-# the last position the last pixel is read again: what that adds comes after every output.
+# Gathers rows of D or N elements in the scan order of each group, positions outermost. Padding positions
+# repeat the last pixel: they follow all outputs and do not affect them.
 _GATHER = """
   column = Constant<value_ints=[-1, 1]>()
   first = Constant<value_ints=[0]>()
@@ -120,13 +131,13 @@ _GATHER = """
   n_groups = Squeeze(groups)
   positions = Range(none, n_padded, single)
   inside = Min(positions, end)
-  visits = Gather<axis=1>(order, inside)
-  visits_sk = Transpose<perm=[1, 0]>(visits)
-  visits_sbk = Unsqueeze(visits_sk, one)
+  pixels_at = Gather<axis=1>(order, inside)
+  pixels_at_sk = Transpose<perm=[1, 0]>(pixels_at)
+  pixels_at_sbk = Unsqueeze(pixels_at_sk, one)
   images = Range(none, n_batch, single)
   images_b = Reshape(images, column)
   starts_b = Mul(images_b, pixels)
-  rows = Add(visits_sbk, starts_b)
+  rows = Add(pixels_at_sbk, starts_b)
   group = Range(none, n_groups, single)
   rows_k = Mul(rows, groups)
   group_rows = Add(rows_k, group)
@@ -160,13 +171,13 @@ _BLOCKS = f"""
   padded = Mul(J, T)
 """
 
-# Back to the pixels: the inverse of the order tells at which position each of them was visited.
+# Scatters the outputs back to the pixels by the inverse of the order.
 _PLACE = """
   y_rows = Reshape(ys, rows_shape)
-  walk = Range(none, n_pixels, single)
+  sequence = Range(none, n_pixels, single)
   order_shape = Shape(order)
-  walks = Expand(walk, order_shape)
-  places = ScatterElements<axis=1>(order, order, walks)
+  sequences = Expand(sequence, order_shape)
+  places = ScatterElements<axis=1>(order, order, sequences)
   places_pk = Transpose<perm=[1, 0]>(places)
   places_b = Mul(places_pk, batch)
   places_1b = Unsqueeze(places_b, first)
@@ -179,7 +190,7 @@ _PLACE = """
 }}
 """
 
-# A sequence is one group whose order is that of its positions.
+# A sequence is a single group in memory order.
 _SEQUENCE = """
   groups = Identity(one)
   dim = Shape<start=2, end=3>(delta)
@@ -201,14 +212,14 @@ _SEQUENCE_END = """
 """
 
 
-def _grouped(one_state: bool, softplus: bool) -> str:
+def _grouped_scan(one_state: bool, delta_softplus: bool) -> str:
     beginning = _BEGINNING + _GATHER.replace("{blocks}", _BLOCKS if one_state else _SINGLE_POSITIONS)
-    loop = loop_text(one_state=one_state, delta_softplus=softplus)
+    loop = _loop(one_state=one_state, delta_softplus=delta_softplus)
     return beginning.replace("{arguments}", "x, delta, bias, A, B, C, order") + _escape(loop) + _PLACE
 
 
-def _sequence(backwards: bool, softplus: bool) -> str:
-    loop = loop_text(one_state=False, delta_softplus=softplus, backwards=backwards)
+def _sequence_scan(reverse: bool, delta_softplus: bool) -> str:
+    loop = _loop(one_state=False, delta_softplus=delta_softplus, reverse=reverse)
     beginning = (_BEGINNING + _SEQUENCE).replace("{arguments}", "x, delta, bias, A, B, C")
     return beginning + _escape(loop) + _SEQUENCE_END
 
@@ -217,42 +228,32 @@ def _escape(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
 
 
-_FORMS = {
-    f"{kind}{'' if softplus else 'OfSteps'}": text(choice, softplus)
+_FUNCTION_TEXTS = {
+    f"{kind}{'' if softplus else 'WithoutSoftplus'}": text(choice, softplus)
     for softplus in (True, False)
     for kind, text, choice in (
-        ("GroupedScan", _grouped, False),
-        ("GroupedScanOneState", _grouped, True),
-        ("SequenceScan", _sequence, False),
-        ("SequenceScanBackwards", _sequence, True),
+        ("GroupedScan", _grouped_scan, False),
+        ("GroupedScanOneState", _grouped_scan, True),
+        ("SequenceScan", _sequence_scan, False),
+        ("SequenceScanReverse", _sequence_scan, True),
     )
 }
 
-SCAN_FUNCTIONS = tuple(_FORMS)
-"""The names of all functions; see `grouped_name` and `sequence_name`."""
+SCAN_FUNCTIONS = tuple(_FUNCTION_TEXTS)
+"""Names of all functions."""
 
 SCAN_FLOATS = 6
-"""So many arguments of each function are floats; the order of a grouped scan comes behind them."""
-
-
-def grouped_name(state_dim: int, delta_softplus: bool) -> str:
-    """Return the name of the function for so many states, with or without a softplus of the steps."""
-    return f"GroupedScan{'OneState' if state_dim == 1 else ''}{'' if delta_softplus else 'OfSteps'}"
-
-
-def sequence_name(reverse: bool, delta_softplus: bool) -> str:
-    """Return the name of the function for a sequence, ahead or backwards."""
-    return f"SequenceScan{'Backwards' if reverse else ''}{'' if delta_softplus else 'OfSteps'}"
+"""Number of leading float arguments of each function; the order of a grouped scan follows them."""
 
 
 def scan_function(name: str, opset: int) -> Any:
     """Return the `onnx.FunctionProto` of a scan.
 
     A grouped scan takes x (B, P, M, D), one map for all groups (M = 1) or one each (M = K); delta
-    (B, P, K, D); bias (K, D), added to delta; A (K, D, N); B and C (B, P, K, N); order (K, P), the pixel that
-    each group visits at each position. It gives the sum over the groups, back at the pixels, (B, P, D).
+    (B, P, K, D); bias (K, D), added to delta; A (K, D, N); B and C (B, P, K, N); order (K, P), the pixels in
+    the scan order of each group. It returns the sum over the groups in pixel order, (B, P, D).
 
-    A scan of a sequence takes x and delta (B, L, D), bias (1, D), A (1, D, N), B and C (B, L, N) and gives
+    A scan of a sequence takes x and delta (B, L, D), bias (1, D), A (1, D, N), B and C (B, L, N) and returns
     (B, L, D). All floats are float32.
 
     Args:
@@ -261,19 +262,19 @@ def scan_function(name: str, opset: int) -> Any:
     """
     import onnx.parser
 
-    return onnx.parser.parse_function(_FORMS[name].format(opset=opset, name=name))
+    return onnx.parser.parse_function(_FUNCTION_TEXTS[name].format(opset=opset, name=name))
 
 
 ScanForm = Literal["loop", "unrolled"]
-Table = dict[Any, Callable[..., Any]]
+Decompositions = dict[Any, Callable[..., Any]]
 
 
-def scan_table(form: ScanForm) -> Table:
+def scan_table(form: ScanForm) -> Decompositions:
     """Return the functions that replace the scan operators of an exported program.
 
     Args:
-        form: "loop" calls a function of `scan_function`, for any size of image; "unrolled" has no
-            loop and needs a fixed size.
+        form: "loop" calls a function of `SCAN_FUNCTIONS`, for any image size; "unrolled" has no loop and
+            needs a fixed size.
     """
     if form == "loop":
         return {
@@ -286,7 +287,7 @@ def scan_table(form: ScanForm) -> Table:
     }
 
 
-# An operator gives the states that its backward reads as well; an export has no backward.
+# The operators also return saved states for the backward, which an export does not need.
 
 
 def _cross_scan_loop(
@@ -299,19 +300,19 @@ def _cross_scan_loop(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     order: str,
-    keep: bool,  # noqa: ARG001
+    save_states: bool,  # noqa: ARG001
     backend: str,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
     height, width = x.shape[1], x.shape[2]
-    y = _call(
-        grouped_name(A.shape[2], delta_softplus),
+    y = _call_function(
+        f"GroupedScan{'OneState' if A.shape[2] == 1 else ''}{'' if delta_softplus else 'WithoutSoftplus'}",
         x.flatten(1, 2).unsqueeze(2),
         delta.flatten(1, 2),
         _or_zeros(delta_bias, A),
         A,
         B.flatten(1, 2),
         C.flatten(1, 2),
-        _visits(order, height, width, x.device),
+        trace_scan_order(order, height, width, x.device),
     ).unflatten(1, (height, width))
     if D is not None:
         y = y + x * D.sum(0)
@@ -329,15 +330,15 @@ def _selective_scan_loop(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
-    keep: bool,  # noqa: ARG001
+    save_states: bool,  # noqa: ARG001
     backend: str,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups = B.shape[1]
     if groups != 1:
-        raise UsageError(f"a selective scan in a loop has one group of channels in an export, got {groups}")
+        raise UsageError(f"an exported selective scan in a loop has one group of channels, received {groups}")
     x = u.transpose(1, 2)
-    y = _call(
-        sequence_name(reverse, delta_softplus),
+    y = _call_function(
+        f"SequenceScan{'Reverse' if reverse else ''}{'' if delta_softplus else 'WithoutSoftplus'}",
         x,
         delta.transpose(1, 2),
         _or_zeros(None if delta_bias is None else delta_bias[None], A[None]),
@@ -352,7 +353,7 @@ def _selective_scan_loop(
     return y.transpose(1, 2), y.new_empty(u.shape[0], *A.shape), y.new_empty(0)
 
 
-def _call(name: str, x: Tensor, *others: Tensor) -> Tensor:
+def _call_function(name: str, x: Tensor, *others: Tensor) -> Tensor:
     result: Tensor = torch.onnx.ops.symbolic(
         f"{FUNCTION_DOMAIN}::{name}",
         (x, *others),
@@ -367,23 +368,6 @@ def _or_zeros(bias: Tensor | None, A: Tensor) -> Tensor:
     return torch.zeros(A.shape[:2], device=A.device) if bias is None else bias
 
 
-def _visits(
-    order: str, height: int | torch.SymInt, width: int | torch.SymInt, device: torch.device
-) -> Tensor:
-    """Return the pixels that each direction visits, (K, height * width), for a size that may be free."""
-    rows = torch.arange(height * width, device=device)
-    if order == "cross2d":
-        columns = rows.unflatten(0, (height, width)).t().reshape(-1)
-        return torch.stack([rows, columns, rows.flip(0), columns.flip(0)])
-    if order == "unidirectional":
-        return rows.expand(4, -1)
-    if order == "bidirectional":
-        return torch.stack([rows, rows, rows.flip(0), rows.flip(0)])
-    raise UsageError(
-        f"expected a scan order among cross2d, unidirectional and bidirectional to export, got {order!r}"
-    )
-
-
 def _cross_scan_unrolled(
     x: Tensor,
     delta: Tensor,
@@ -394,13 +378,11 @@ def _cross_scan_unrolled(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     order: str,
-    keep: bool,  # noqa: ARG001
+    save_states: bool,  # noqa: ARG001
     backend: str,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
-    if order != "cross2d":
-        raise UsageError(f"expected the scan order cross2d to write out its steps, got {order!r}")
     inputs = CrossScanInputs(x, delta, A, B, C, D, delta_bias)
-    y = cross_backend.forward(inputs, delta_softplus, order, run=unrolled_scan)
+    y = run_cross_scan(unrolled_scan, inputs, delta_softplus, order)
     return y, y.new_empty(0)
 
 
@@ -415,9 +397,9 @@ def _selective_scan_unrolled(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
-    keep: bool,  # noqa: ARG001
+    save_states: bool,  # noqa: ARG001
     backend: str,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
-    y, state = selective_backend.forward(inputs, delta_softplus, reverse, run=unrolled_scan)
+    inputs = SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)
+    y, state = run_selective_scan(unrolled_scan, inputs, delta_softplus, reverse)
     return y, state, y.new_empty(0)

@@ -1,25 +1,29 @@
-"""Scan orders: in which order each direction visits the pixels of a map."""
+"""Scan orders: the sequence in which each direction of `cross_scan` visits the pixels of a feature map."""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightspine.errors import UsageError
 
-OrderFn = Callable[[int, int], Tensor]
+OrderFn = Callable[[Any, Any], Tensor]
 
 _ORDERS: dict[str, OrderFn] = {}
 
 
 def register_scan_order(name: str, order: OrderFn) -> None:
-    """Register a scan order under a name that `cross_scan(order=...)` takes, on every backend.
+    """Register a scan order for `cross_scan(order=name)`, on every backend and in every export.
 
     Args:
         name: new name.
         order: `order(height, width) -> (K, height * width)` integer tensor; row k lists the pixels h * width
-            + w in the order in which direction k visits them, each exactly once.
+            + w in the sequence in which direction k visits them, each exactly once. An export with free image
+            sizes traces it with symbolic sizes, so it then has to consist of PyTorch operations that do not
+            convert the sizes to Python integers.
 
     Raises:
         UsageError: the name is taken.
@@ -36,17 +40,16 @@ def list_scan_orders() -> list[str]:
 
 @functools.lru_cache(maxsize=64)
 def scan_order(name: str, height: int, width: int) -> Tensor:
-    """Return the pixel indices of a registered order, (K, height * width) int64 on the CPU, read only.
+    """Return the pixel indices of a registered order, (K, height * width) int64 on the CPU; do not modify.
 
     Raises:
-        UsageError: no order has this name, or a row of it does not visit every pixel exactly once.
+        UsageError: no order has this name, or a row does not visit every pixel exactly once.
     """
-    if name not in _ORDERS:
-        raise UsageError(f"unknown scan order {name!r}: expected one of {', '.join(_ORDERS)}")
-    # Also while a model is being built on the meta device, and not as a tensor of the inference mode, which a
-    # later training could not use.
+    order_fn = _find_order(name)
+    # On the CPU while a model is built on the meta device, and never an inference tensor, which later
+    # training could not use.
     with torch.device("cpu"), torch.inference_mode(False):
-        order = _ORDERS[name](height, width)
+        order = order_fn(height, width)
         order = order.to("cpu", torch.int64).contiguous()
     pixels = height * width
     if order.dim() != 2 or order.shape[0] == 0 or order.shape[1] != pixels:
@@ -61,6 +64,31 @@ def scan_order(name: str, height: int, width: int) -> Tensor:
                 f"{height}x{width} map exactly once, received a row that does not"
             )
     return order
+
+
+def trace_scan_order(
+    name: str, height: int | torch.SymInt, width: int | torch.SymInt, device: torch.device
+) -> Tensor:
+    """Return `scan_order` inside an export: a constant, or operations on the symbolic sizes of a free axis.
+
+    Raises:
+        UsageError: as `scan_order`, or the order cannot be traced with symbolic sizes.
+    """
+    order_fn = _find_order(name)
+    if isinstance(height, int) and isinstance(width, int):
+        with _disable_current_modes():
+            order = scan_order(name, height, width)
+            pixels = order.tolist()
+        return torch.tensor(pixels, device=device)
+    with torch.device(device):
+        traced = order_fn(height, width)
+    return traced
+
+
+def _find_order(name: str) -> OrderFn:
+    if name not in _ORDERS:
+        raise UsageError(f"unknown scan order {name!r}: expected one of {', '.join(_ORDERS)}")
+    return _ORDERS[name]
 
 
 def _cross2d(height: int, width: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lightspine.models.vmamba import SS2D, VMamba, VSSBlock
-from lightspine.ops.cross_scan.projected import projected_cross_scan
+from lightspine.ops.cross_scan import projected_cross_scan
 from lightspine.optimize import inference_rule
 from lightspine.optimize.heads import pack_head
 from lightspine.optimize.packed import PackedConv2d, PackedLinear, can_fuse

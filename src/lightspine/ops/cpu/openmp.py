@@ -1,12 +1,12 @@
-"""Run a compiled kernel's tasks on the threads that PyTorch's own operators run on.
+"""Run a compiled kernel on PyTorch's own OpenMP threads.
 
 PyTorch's OpenMP threads stay awake for a while after every operator and wait for the next one. A second set
-of threads would have to be woken for each scan and would then compete with them for the same cores. So the
-kernels enter the same team, by the function that compilers call for `#pragma omp parallel`.
+of threads would have to be woken for each scan and would compete with them for the same cores. The kernels
+therefore call the function that compilers emit for `#pragma omp parallel`.
 
-GNU's runtime offers that function under a stable name, and so do the other runtimes on Linux. Where there is
-none, and in a forked child, whose parent's team does not exist any more, `parallel` uses threads of its
-own.
+GNU's runtime offers that function under a stable name, and so do the other runtimes on Linux. `parallel`
+falls back to a thread pool where there is none, and in a forked child, where the threads of the parent do
+not exist.
 """
 
 # numba gives an intrinsic its typing context and reads the names of its arguments.
@@ -29,10 +29,10 @@ _ENTER = ir.FunctionType(ir.VoidType(), [_BODY.as_pointer(), _BYTES, _I32, _I32]
 
 @functools.cache
 def find_openmp() -> int | None:
-    """Return the address of the function that runs code on PyTorch's team of threads, or `None`."""
+    """Return the address of the OpenMP function that starts a parallel region, or `None`."""
     if not torch.backends.openmp.is_available():
         return None
-    # Looks through the libraries that PyTorch itself was linked with, not through whatever else is loaded.
+    # Searches the libraries that PyTorch is linked with, not whatever else is loaded.
     entry = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
     return None if entry is None else ctypes.cast(entry, ctypes.c_void_p).value
 
@@ -46,15 +46,15 @@ def run_on_openmp(
     kernel: types.Dispatcher,
     arguments: types.BaseTuple,
 ) -> Any:
-    """Call `kernel(task, task + 1, *arguments)` once for every task, on whichever thread is free.
+    """Call `kernel(task, task + 1, *arguments)` for every task, on whichever thread is free.
 
     Args:
-        typingctx: numba's.
+        typingctx: typing context of numba.
         enter: address from `find_openmp`.
-        threads: size of the team, the calling thread included.
+        threads: number of threads, including the calling one.
         tasks: number of tasks.
-        kernel: a compiled function that returns nothing.
-        arguments: what it takes after the first and the last task.
+        kernel: compiled function that returns nothing.
+        arguments: its arguments after the first two.
 
     Returns:
         The number of tasks in which the kernel raised.
@@ -65,7 +65,7 @@ def run_on_openmp(
         compiled = kernel.dispatcher.get_compile_result(kernel_signature)
         context.add_linking_libs([compiled.library])
         values = args[4]
-        # The next task, all tasks, failures, and what the kernel takes.
+        # Next task, number of tasks, failures, arguments of the kernel.
         shared_type = ir.LiteralStructType([_I64, _I64, _I64, values.type])
         shared = cgutils.alloca_once(builder, shared_type)
         for i, value in enumerate((ir.Constant(_I64, 0), args[2], ir.Constant(_I64, 0), values)):
@@ -82,7 +82,7 @@ def run_on_openmp(
 
 
 def _fill_body(context: Any, body: Any, shared_type: Any, kernel: Any, count: int) -> None:
-    """Write what every thread of the team does: take tasks until none is left."""
+    """Emit the code of every thread: take tasks until none is left."""
     builder = ir.IRBuilder(body.append_basic_block("entry"))
     shared = builder.bitcast(body.args[0], shared_type.as_pointer())
     tasks = builder.load(cgutils.gep_inbounds(builder, shared, 0, 1))

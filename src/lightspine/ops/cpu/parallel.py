@@ -1,8 +1,8 @@
 """Run a compiled kernel's tasks on as many threads as PyTorch uses.
 
-Numba's own parallel loops abort the process when two Python threads call at once, or cannot live through a
-fork. The kernels release the interpreter's lock instead and run on PyTorch's team of threads, or, where that
-cannot be entered, on a plain pool. The pool belongs to the process: a forked child makes its own.
+Numba's own parallel loops abort the process when two Python threads call at once, or do not survive a fork.
+The kernels release the interpreter's lock instead and run on PyTorch's OpenMP threads or, where those cannot
+be used, on a thread pool. The pool belongs to the process: a forked child creates its own.
 """
 
 import os
@@ -18,45 +18,45 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 _forked = False
 
 
-def _note_fork() -> None:
-    # A child has its parent's tables but none of its threads.
+def _reset_after_fork() -> None:
+    # A child inherits the pools of its parent but none of their threads.
     global _forked
     _forked = True
     _pools.clear()
 
 
-os.register_at_fork(after_in_child=_note_fork)
+os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 def thread_source() -> str:
-    """Return whose threads the kernels run on, for `lightspine doctor`."""
-    return "a pool of their own" if _forked or find_openmp() is None else "PyTorch's OpenMP threads"
+    """Return which threads the kernels run on, for `lightspine doctor`."""
+    return "a thread pool" if _forked or find_openmp() is None else "PyTorch's OpenMP threads"
 
 
 def run_tasks(
-    kernel: Callable[..., None], on_team: Callable[..., int], tasks: int, threads: int, *arguments: Any
+    kernel: Callable[..., None], on_openmp: Callable[..., int], tasks: int, threads: int, *arguments: Any
 ) -> None:
     """Call `kernel(first, last, *arguments)` so that the ranges cover all tasks.
 
     Args:
         kernel: compiled function that releases the interpreter's lock.
-        on_team: the same by `openmp.run_on_openmp`.
+        on_openmp: the same kernel wrapped in `openmp.run_on_openmp`.
         tasks: number of tasks.
         threads: number of threads; 1, or PyTorch's.
         *arguments: passed on.
 
     Raises:
-        MemoryError: the kernel found no memory for its scratch.
+        MemoryError: the kernel could not allocate its scratch memory.
     """
     if threads == 1 or tasks == 1:
         kernel(0, tasks, *arguments)
         return
-    team = None if _forked else find_openmp()
-    if team is None:
+    openmp = None if _forked else find_openmp()
+    if openmp is None:
         _run_on_pool(kernel, tasks, threads, *arguments)
-    elif on_team(team, threads, tasks, *arguments):
-        # Nothing else can be raised by the kernels.
-        raise MemoryError("no memory for the scratch of the scan")
+    elif on_openmp(openmp, threads, tasks, *arguments):
+        # The kernels raise nothing else.
+        raise MemoryError("cannot allocate the scratch memory of the scan")
 
 
 def _run_on_pool(kernel: Callable[..., None], tasks: int, threads: int, *arguments: Any) -> None:
@@ -74,6 +74,6 @@ def _run_on_pool(kernel: Callable[..., None], tasks: int, threads: int, *argumen
 def _pool(helpers: int) -> ThreadPoolExecutor:
     pool = _pools.get(helpers)
     if pool is None:
-        # Two threads may both come here: setdefault keeps one pool, the other has no thread yet.
+        # Two threads may get here at once: setdefault keeps one pool, the other has no thread yet.
         pool = _pools.setdefault(helpers, ThreadPoolExecutor(helpers, thread_name_prefix="lightspine"))
     return pool

@@ -1,12 +1,12 @@
-"""A vector type for numba: the lanes of one wide register, with arithmetic, memory access and reductions.
+"""SIMD vectors for numba: one wide register with arithmetic, memory access and horizontal sums.
 
-Numba's automatic vectoriser gives up on loops over several arrays that might overlap, as those of the scan.
-Here the kernels name their vectors: 16 float32 or 8 float64 (64 bytes), which LLVM maps to the registers of
-the machine: one with AVX-512, two with AVX2, four with NEON. There is no compiler flag and no source per
-instruction set.
+Numba's automatic vectorizer gives up on loops over several arrays that might overlap, such as those of the
+scan. The kernels therefore use explicit vectors of 16 float32 or 8 float64 (64 bytes), which LLVM maps to the
+registers of the machine: one with AVX-512, two with AVX2, four with NEON. There are no compiler flags and no
+source per instruction set.
 
-Reduced precision exists in memory only: a float16 array is handed over as uint16, a bfloat16 array as int16,
-and `load` and `store` convert on the way.
+Reduced precision exists in memory only: a float16 array is passed as uint16, a bfloat16 array as int16, and
+`load` and `store` convert.
 """
 
 # numba gives an intrinsic its typing context and reads the names of its arguments.
@@ -23,17 +23,16 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 VECTOR_BYTES = 64
-# Added to a float32, it leaves no bit for the fraction: the sum is SHIFT + the nearest whole number.
+# Added to a float32, it leaves no bits for the fraction: the sum is SHIFT + the nearest integer.
 SHIFT = 1.5 * 2**23
 
-# A multiply and an add may become one instruction; -0 equals 0. Nothing is reordered: the polynomials rely on
-# it.
+# Allow fused multiply-add and -0 equal to 0, but no reordering: the polynomials rely on the order.
 _FLAGS = ("contract", "nsz")
 _I1, _I16, _I32 = ir.IntType(1), ir.IntType(16), ir.IntType(32)
 
 
 class VectorType(types.Type):
-    """A register full of float32 or float64."""
+    """Vector of float32 or float64 that fills 64 bytes."""
 
     def __init__(self, dtype: types.Float) -> None:
         self.dtype = dtype
@@ -42,7 +41,7 @@ class VectorType(types.Type):
 
     @property
     def llvm(self) -> ir.VectorType:
-        """The type as LLVM names it."""
+        """The LLVM type."""
         return ir.VectorType(ir.FloatType() if self.dtype == types.float32 else ir.DoubleType(), self.lanes)
 
 
@@ -148,7 +147,7 @@ def _narrow(builder: Any, value: Any, dtype: types.Type, memory: ir.VectorType) 
     def constant(number: int) -> Any:
         return ir.Constant(wide, [number] * lanes)
 
-    # Round to nearest, ties to even; a NaN keeps its upper bits, made quiet so that they do not spell
+    # Round to nearest, ties to even. A NaN keeps its upper bits and becomes quiet, or they might spell
     # infinity.
     bits = builder.bitcast(value, wide)
     upper = builder.lshr(bits, constant(16))
@@ -160,7 +159,7 @@ def _narrow(builder: Any, value: Any, dtype: types.Type, memory: ir.VectorType) 
 
 @intrinsic
 def load(typingctx: Any, array: types.Array, index: types.Integer, count: types.Integer) -> Any:
-    """Read `count` elements of a flat array from `index` on; the lanes beyond them are zero."""
+    """Load `count` elements of a flat array from `index` on; the lanes beyond them are zero."""
     vector = _memory_vector(array.dtype)
 
     def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
@@ -188,7 +187,7 @@ def load(typingctx: Any, array: types.Array, index: types.Integer, count: types.
 def store(
     typingctx: Any, array: types.Array, index: types.Integer, vector: VectorType, count: types.Integer
 ) -> Any:
-    """Write the first `count` lanes to a flat array from `index` on, rounded to its precision."""
+    """Store the first `count` lanes in a flat array from `index` on, rounded to its precision."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
         pointer, memory = _pointer(context, builder, sig.args[0], args[0], args[1])
@@ -209,7 +208,7 @@ def store(
 
 @intrinsic
 def broadcast(typingctx: Any, scalar: types.Float) -> Any:
-    """Return a vector whose lanes all hold one float."""
+    """Return a vector with one float in all lanes."""
     vector = VectorType(scalar)
 
     def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
@@ -219,8 +218,8 @@ def broadcast(typingctx: Any, scalar: types.Float) -> Any:
 
 
 @intrinsic
-def spread(typingctx: Any, array: types.Array, index: types.Integer) -> Any:
-    """Return a vector whose lanes all hold one element of a flat array."""
+def load_broadcast(typingctx: Any, array: types.Array, index: types.Integer) -> Any:
+    """Return a vector with one element of a flat array in all lanes."""
     vector = _memory_vector(array.dtype)
 
     def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
@@ -232,11 +231,11 @@ def spread(typingctx: Any, array: types.Array, index: types.Integer) -> Any:
 
 
 @intrinsic
-def totals(typingctx: Any, array: types.Array, index: types.Integer) -> Any:
-    """Return the sums of as many vectors as one has lanes; they stand in a row from `index` on.
+def lane_sums(typingctx: Any, array: types.Array, index: types.Integer) -> Any:
+    """Return the horizontal sums of consecutive vectors from `index` on, as many as a vector has lanes.
 
-    Two vectors are added crosswise so that one holds the halves of both, and so on: about a quarter of the
-    instructions of summing each by itself.
+    Pairs of vectors are added crosswise into one that holds partial sums of both, and so on: about a quarter
+    of the instructions of separate sums.
     """
     vector = _memory_vector(array.dtype)
     lanes = vector.lanes
@@ -248,7 +247,7 @@ def totals(typingctx: Any, array: types.Array, index: types.Integer) -> Any:
         rows = [builder.load(builder.gep(pointer, [ir.Constant(_I32, i)]), align=align) for i in range(lanes)]
         width = 1
         while len(rows) > 1:
-            # Lane j of a pair's sum belongs to its second vector where bit `width` of j is set.
+            # Lane j of a pair's sum belongs to the second vector where bit `width` of j is set.
             sources = [
                 j % width + j // (2 * width) * 2 * width + (j // width) % 2 * lanes for j in range(lanes)
             ]
@@ -266,11 +265,11 @@ def totals(typingctx: Any, array: types.Array, index: types.Integer) -> Any:
     return vector(array, types.intp), codegen
 
 
-def _declare_limit(beyond: str, doc: str) -> Any:
+def _declare_limit(comparison: str, doc: str) -> Any:
     def function(typingctx: Any, vector: VectorType, limit: types.Float) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
             limits = _as_vector(context, builder, args[1], sig.args[1], vector)
-            return builder.select(builder.fcmp_ordered(beyond, args[0], limits), limits, args[0])
+            return builder.select(builder.fcmp_ordered(comparison, args[0], limits), limits, args[0])
 
         return vector(vector, types.float64), codegen
 
@@ -278,13 +277,13 @@ def _declare_limit(beyond: str, doc: str) -> Any:
     return intrinsic(function)
 
 
-at_least = _declare_limit("<", "Return max(vector, limit) in every lane; a NaN stays a NaN.")
-at_most = _declare_limit(">", "Return min(vector, limit) in every lane; a NaN stays a NaN.")
+maximum = _declare_limit("<", "Return max(vector, limit) in every lane; a NaN stays a NaN.")
+minimum = _declare_limit(">", "Return min(vector, limit) in every lane; a NaN stays a NaN.")
 
 
 @intrinsic
 def where_negative(typingctx: Any, condition: VectorType, yes: types.Type, no: types.Type) -> Any:
-    """Return `yes` in the lanes where `condition` is below zero, else `no`; each a vector or a number."""
+    """Return `yes` in the lanes where `condition` is negative, else `no`; each is a vector or a number."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
         negative = builder.fcmp_ordered("<", args[0], ir.Constant(condition.llvm, None))
@@ -296,7 +295,7 @@ def where_negative(typingctx: Any, condition: VectorType, yes: types.Type, no: t
 
 @intrinsic
 def zero_below(typingctx: Any, condition: VectorType, limit: types.Float, value: types.Type) -> Any:
-    """Return `value`, but 0 in the lanes where `condition` is below the limit."""
+    """Return `value` with 0 in the lanes where `condition` is below the limit."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
         limits = _as_vector(context, builder, args[1], sig.args[1], condition)
@@ -318,7 +317,7 @@ def _declare_llvm_function(name: str, doc: str) -> Any:
     return intrinsic(function)
 
 
-magnitude = _declare_llvm_function("fabs", "Return the absolute value of every lane.")
+absolute = _declare_llvm_function("fabs", "Return the absolute value of every lane.")
 llvm_exp = _declare_llvm_function(
     "exp", "Return e to the power of every lane, by the C library: one call per lane."
 )
@@ -329,7 +328,7 @@ llvm_log = _declare_llvm_function(
 
 @intrinsic
 def power_of_two(typingctx: Any, vector: VectorType) -> Any:
-    """Return 2^n for every lane: float32 lanes that hold SHIFT + n, n a whole number from -126 to 128.
+    """Return 2^n for float32 lanes that hold SHIFT + n, with an integer n from -126 to 128.
 
     The lowest bits of such a lane are those of n. 2^128 is infinity.
     """

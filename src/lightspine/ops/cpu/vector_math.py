@@ -1,15 +1,14 @@
-"""exp, exp2, softplus and sigmoid of whole vectors, without branches.
+"""exp, exp2, softplus and sigmoid of SIMD vectors, without branches.
 
-float32, measured against float64 (tests/ops/test_cpu_math.py holds the bounds):
+float32, measured against float64 (tests/ops/test_cpu_kernels.py holds the bounds):
 
-    exp       relative error below 1.5e-7 where the result is a normal number; exactly 1 at 0; 0 below -87.3,
-    infinity from 88.4 on
-    exp2      relative error below 1.5e-7 where the result is a normal number; exactly 1 at 0; 0 below -126,
-    infinity from 127.5 on
-    softplus  relative error below 2.5e-7 where the result is a normal number
-    sigmoid   relative error below 3.0e-7 where the result is a normal number
+    exp       relative error below 1.5e-7; exactly 1 at 0; 0 below -87.3, infinity from 88.4 on
+    exp2      relative error below 1.5e-7; exactly 1 at 0; 0 below -126, infinity from 127.5 on
+    softplus  relative error below 2.5e-7
+    sigmoid   relative error below 3.0e-7
 
-float64 calls the C library lane by lane: it serves tests and analysis.
+The bounds hold where the result is a normal number. float64 calls the C library lane by lane: it serves tests
+and analysis.
 """
 
 from typing import Any
@@ -20,11 +19,11 @@ from numba.extending import overload
 from lightspine.ops.cpu.simd import (
     SHIFT,
     VectorType,
-    at_least,
-    at_most,
+    absolute,
     llvm_exp,
     llvm_log,
-    magnitude,
+    maximum,
+    minimum,
     power_of_two,
     where_negative,
     zero_below,
@@ -32,33 +31,33 @@ from lightspine.ops.cpu.simd import (
 
 LOG2_E = 1.4426950408889634
 _LN2 = 0.6931471805599453
-# ln 2 in two parts; the first has so few bits that its product with a whole number is exact.
+# ln 2 in two parts; the first has so few bits that its product with an integer is exact.
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
-# Below the smallest 2^n is no normal number any more; at the largest it is infinity.
+# Below the first, 2^n is not a normal number; at the second it is infinity.
 _SMALLEST, _LARGEST = -87.3, 89.0
 _LINEAR_ABOVE = 20.0
-# 1 + r + r^2 (...) = e^r for |r| <= ln(2) / 2: minimax, relative error 1.9e-9.
+# 1 + r + r^2 (...) = e^r for |r| <= ln(2) / 2: minimax polynomial, relative error 1.9e-9.
 _E2, _E3, _E4, _E5, _E6 = 0.4999999, 0.1666642, 0.04166822, 0.008374816, 0.0013836846
 # The same for 2^r, |r| <= 1 / 2.
 _P2, _P3, _P4, _P5, _P6 = _E2 * _LN2**2, _E3 * _LN2**3, _E4 * _LN2**4, _E5 * _LN2**5, _E6 * _LN2**6
-# log(1 + x) / x for 0 <= x <= 1: minimax, relative error 3.0e-8.
+# log(1 + x) / x for 0 <= x <= 1: minimax polynomial, relative error 3.0e-8.
 _L0, _L1, _L2, _L3, _L4 = 0.99999994, -0.49999493, 0.33319098, -0.24842982, 0.19106005
 _L5, _L6, _L7, _L8 = -0.13663244, 0.078225926, -0.029505225, 0.0052326908
 
 
 def exp(x: Any) -> Any:
     """Return e to the power of every lane; NaN stays NaN."""
-    raise NotImplementedError("a kernel's function")
+    raise NotImplementedError("only for compiled kernels")
 
 
 def exp2(x: Any) -> Any:
     """Return 2 to the power of every lane; NaN stays NaN."""
-    raise NotImplementedError("a kernel's function")
+    raise NotImplementedError("only for compiled kernels")
 
 
 def log_one_plus(x: Any) -> Any:
     """Return log(1 + x) of every lane, for lanes from 0 to 1."""
-    raise NotImplementedError("a kernel's function")
+    raise NotImplementedError("only for compiled kernels")
 
 
 @overload(exp, jit_options={"forceinline": True})
@@ -73,7 +72,7 @@ def _exp(x: Any) -> Any:
         return by_lane
 
     def polynomial(x: Any) -> Any:
-        bounded = at_least(at_most(x, _LARGEST), _SMALLEST)
+        bounded = maximum(minimum(x, _LARGEST), _SMALLEST)
         shifted = bounded * LOG2_E + SHIFT
         n = shifted - SHIFT
         r = bounded - n * _LN2_HIGH - n * _LN2_LOW
@@ -95,8 +94,8 @@ def _exp2(x: Any) -> Any:
         return by_lane
 
     def polynomial(x: Any) -> Any:
-        # The multiplications that `exp` needs to find n and r are what a scan's inner loop waits for.
-        bounded = at_least(at_most(x, 128.0), -126.0)
+        # Saves the multiplications of `exp` that find n and r, which are on the critical path of a scan.
+        bounded = maximum(minimum(x, 128.0), -126.0)
         shifted = bounded + SHIFT
         r = bounded - (shifted - SHIFT)
         tail = (((r * _P6 + _P5) * r + _P4) * r + _P3) * r + _P2
@@ -112,7 +111,7 @@ def _log_one_plus(x: Any) -> Any:
     if x.dtype == types.float64:
 
         def by_lane(x: Any) -> Any:
-            # What 1 + x loses of a small x is given back by the first order of the logarithm.
+            # A first-order term corrects for what 1 + x loses of a small x.
             return llvm_log(1.0 + x) + (x - ((1.0 + x) - 1.0)) / (1.0 + x)
 
         return by_lane
@@ -127,15 +126,15 @@ def _log_one_plus(x: Any) -> Any:
 @njit(forceinline=True)
 def softplus(x: Any) -> Any:
     """Return log(1 + e^x) of every lane; x itself above 20, as PyTorch does."""
-    curved = at_least(x, 0.0) + log_one_plus(exp(0.0 - magnitude(x)))
+    curved = maximum(x, 0.0) + log_one_plus(exp(0.0 - absolute(x)))
     return where_negative(_LINEAR_ABOVE - x, x, curved)
 
 
 @njit(forceinline=True)
 def softplus_and_slope(x: Any) -> tuple[Any, Any]:
-    """Return `softplus` of every lane and its derivative, for one exponential."""
-    small = exp(0.0 - magnitude(x))
-    curved = at_least(x, 0.0) + log_one_plus(small)
+    """Return `softplus` of every lane and its derivative with a single exponential."""
+    small = exp(0.0 - absolute(x))
+    curved = maximum(x, 0.0) + log_one_plus(small)
     slope = where_negative(x, small, 1.0) / (1.0 + small)
     below = _LINEAR_ABOVE - x
     return where_negative(below, x, curved), where_negative(below, 1.0, slope)
@@ -144,5 +143,5 @@ def softplus_and_slope(x: Any) -> tuple[Any, Any]:
 @njit(forceinline=True)
 def sigmoid(x: Any) -> Any:
     """Return 1 / (1 + e^-x) of every lane."""
-    small = exp(0.0 - magnitude(x))
+    small = exp(0.0 - absolute(x))
     return where_negative(x, small, 1.0) / (1.0 + small)

@@ -32,7 +32,7 @@ DO_NOT_SPECIALIZE = ("length", "groups", "batch", "chunk", "chunks", "first", "f
 
 @triton.jit
 def program_indices(first, dim, chunks, first_group, launched, BLOCK_D: tl.constexpr):
-    """Return the image, group, chunk and block of channels of this program; neighbours share a chunk."""
+    """Return image, group, chunk and channel block of this program; neighboring programs share a chunk."""
     i_task = tl.program_id(0).to(tl.int64) + first
     blocks = tl.cdiv(dim, BLOCK_D)
     i_rest = i_task // blocks
@@ -42,9 +42,9 @@ def program_indices(first, dim, chunks, first_group, launched, BLOCK_D: tl.const
 
 @triton.jit
 def tile_positions(p_order, i_k, i_t, stop, length, dim, states, REVERSE: tl.constexpr, TILE: tl.constexpr):
-    """Return, for each of the TILE steps from i_t on, its position and the channels and states it may touch.
+    """Return position, number of channels and number of states for each of the TILE positions from i_t on.
 
-    A step at or beyond `stop` may touch none, but its position is a valid one.
+    Beyond `stop` the numbers are 0, which masks all loads and stores; the position is still valid.
     """
     positions = ()
     dims = ()
@@ -65,7 +65,7 @@ def tile_positions(p_order, i_k, i_t, stop, length, dim, states, REVERSE: tl.con
 
 @triton.jit
 def load_tile(p_rows, stride, positions, dims, o_d, STATE: tl.constexpr, TILE: tl.constexpr):
-    """Return the channels at each position, widened to STATE at once, zero where they may not be touched."""
+    """Load the channels at each position and convert them to STATE; zero where masked."""
     rows = ()
     for s in tl.static_range(TILE):
         row = tl.load(p_rows + positions[s] * stride + o_d, mask=o_d < dims[s], other=0.0)
@@ -74,21 +74,21 @@ def load_tile(p_rows, stride, positions, dims, o_d, STATE: tl.constexpr, TILE: t
 
 
 @triton.jit
-def compute_dt(b_raws, b_bias, dims, o_d, DELTA_SOFTPLUS: tl.constexpr, TILE: tl.constexpr):
-    """Return delta with its bias, and through softplus, where asked for; zero for a step that is none."""
-    steps = ()
+def compute_dt(b_deltas, b_bias, dims, o_d, DELTA_SOFTPLUS: tl.constexpr, TILE: tl.constexpr):
+    """Add the bias to delta and apply softplus where enabled; zero where masked."""
+    b_dts = ()
     for s in tl.static_range(TILE):
-        b_dt = b_raws[s] + b_bias
+        b_dt = b_deltas[s] + b_bias
         if DELTA_SOFTPLUS:
             b_dt = softplus(b_dt)
-        # A step of zero keeps the state.
-        steps = steps + (tl.where(o_d < dims[s], b_dt, 0.0),)
-    return steps
+        # dt = 0 keeps the state.
+        b_dts = b_dts + (tl.where(o_d < dims[s], b_dt, 0.0),)
+    return b_dts
 
 
 @triton.jit
 def load_channels(p_row, o_d, dim, BLOCK_D: tl.constexpr, STATE: tl.constexpr):
-    """Return one row of channels, zeros where there is no such row."""
+    """Load one row of channels, zeros for a missing row."""
     if p_row is not None:
         return tl.load(p_row + o_d, mask=o_d < dim, other=0.0)
     else:
@@ -99,18 +99,18 @@ def load_channels(p_row, o_d, dim, BLOCK_D: tl.constexpr, STATE: tl.constexpr):
 def softplus(x):
     """Return log(1 + e^x); x itself above 20, as PyTorch does."""
     small = tl.exp(-tl.abs(x))
-    # Where 1 + small loses most of a small number, its logarithm is scaled by what it lost.
+    # 1 + small rounds; scaling by small / (rounded sum - 1) corrects its logarithm.
     whole = 1.0 + small
-    arrived = whole - 1.0
+    rounded = whole - 1.0
     logarithm = tl.where(
-        arrived > 0.0, tl.log(whole) * (small / tl.where(arrived > 0.0, arrived, 1.0)), small
+        rounded > 0.0, tl.log(whole) * (small / tl.where(rounded > 0.0, rounded, 1.0)), small
     )
     return tl.where(x > 20.0, x, tl.where(x > 0.0, x, 0.0) + logarithm)
 
 
 @triton.jit
 def sigmoid(x):
-    """Return 1 / (1 + e^-x); no exponential of a positive number is taken, so none overflows."""
+    """Return 1 / (1 + e^-x); only exponentials of negative numbers are taken, so none overflows."""
     small = tl.exp(-tl.abs(x))
     return tl.where(x < 0.0, small, 1.0) / (1.0 + small)
 
@@ -128,7 +128,7 @@ def chunk_scan_fwd_kernel(
     p_order,
     p_start,
     p_end,
-    p_total,
+    p_dt_sum,
     p_out,
     x_strides,
     delta_strides,
@@ -151,10 +151,10 @@ def chunk_scan_fwd_kernel(
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Walk one chunk: from `p_start`, or from zero; write the output, or only where the chunk ends.
+    """Scan one chunk from the state `p_start`, or from zero, and write the outputs or the state at its end.
 
-    A is (K, N, D), D and the bias are (K, D), all in the dtype of the state. `p_end` takes the state after
-    the chunk, `p_total` the sum of its steps. With ADDS the output is added to what is there.
+    A is (K, N, D), D and the bias are (K, D), all in the dtype of the state. `p_end` receives the state after
+    the chunk, `p_dt_sum` the sum of its dt. With ADDS the output is added to what `p_out` holds.
     """
     STATE: tl.constexpr = p_A.dtype.element_ty
     i_b, i_k, i_j, i_d = program_indices(0, dim, chunks, first_group, launched, BLOCK_D)
@@ -181,21 +181,21 @@ def chunk_scan_fwd_kernel(
         b_h = tl.load(p_start + i_chunk * states * dim + o_nd, mask=in_nd, other=0.0)
     else:
         b_h = tl.zeros((BLOCK_N, BLOCK_D), dtype=STATE)
-    b_total = tl.zeros((BLOCK_D,), dtype=STATE)
+    b_dt_sum = tl.zeros((BLOCK_D,), dtype=STATE)
 
     i_t = i_j * chunk
     stop = tl.minimum(i_t + chunk, length)
     while i_t < stop:
-        # All that the tile reads is asked for before its first store: reads never wait for one another.
+        # All loads of the tile are issued before its first store, so that they overlap.
         positions, dims, counts = tile_positions(p_order, i_k, i_t, stop, length, dim, states, REVERSE, TILE)
         b_xs = load_tile(p_x, x_strides[1], positions, dims, o_d, STATE, TILE)
-        b_raws = load_tile(p_delta, delta_strides[1], positions, dims, o_d, STATE, TILE)
+        b_deltas = load_tile(p_delta, delta_strides[1], positions, dims, o_d, STATE, TILE)
         if p_out is not None:
             if p_z is not None:
                 b_zs = load_tile(p_z, z_strides[1], positions, dims, o_d, STATE, TILE)
             if ADDS:
                 b_outs = load_tile(p_out, out_strides[1], positions, dims, o_d, STATE, TILE)
-        b_dts = compute_dt(b_raws, b_bias, dims, o_d, DELTA_SOFTPLUS, TILE)
+        b_dts = compute_dt(b_deltas, b_bias, dims, o_d, DELTA_SOFTPLUS, TILE)
         b_ys = ()
         for s in tl.static_range(TILE):
             b_B = tl.load(p_B + positions[s] * B_strides[1] + o_B, mask=o_n < counts[s], other=0.0).to(STATE)
@@ -211,7 +211,7 @@ def chunk_scan_fwd_kernel(
                     b_y += b_outs[s]
                 b_ys = b_ys + (b_y,)
             else:
-                b_total += b_dts[s]
+                b_dt_sum += b_dts[s]
         if p_out is not None:
             for s in tl.static_range(TILE):
                 p_row = p_out + positions[s] * out_strides[1] + o_d
@@ -220,14 +220,14 @@ def chunk_scan_fwd_kernel(
 
     if p_end is not None:
         tl.store(p_end + i_chunk * states * dim + o_nd, b_h, mask=in_nd)
-    if p_total is not None:
-        tl.store(p_total + i_chunk * dim + o_d, b_total, mask=o_d < dim)
+    if p_dt_sum is not None:
+        tl.store(p_dt_sum + i_chunk * dim + o_d, b_dt_sum, mask=o_d < dim)
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def state_passing_kernel(
     p_states,
-    p_totals,
+    p_dt_sums,
     p_A,
     p_first,
     p_last,
@@ -239,12 +239,12 @@ def state_passing_kernel(
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Replace what each chunk makes of a zero state by the state that it starts from, chunk after chunk.
+    """Replace the state that each chunk adds by the state that it starts from, one chunk after the other.
 
-    The decay over a whole chunk is exp(A times the sum of its steps); nothing is ever divided by one. A
-    program takes one state of BLOCK_D channels. `p_first` is the state before the first chunk, (B, K, N, D),
-    or None for zero; `p_last` takes the state after the last one. With REVERSE the chunks are chained from
-    the end, for the adjoint.
+    The decay over a chunk is exp(A * sum of its dt); nothing is divided by a decay. A program handles one
+    state of BLOCK_D channels. `p_first` is the state before the first chunk, (B, K, N, D), or None for zero;
+    `p_last` receives the state after the last one. With REVERSE the gradient of the state is passed from the
+    last chunk to the first.
     """
     blocks = tl.cdiv(dim, BLOCK_D)
     i_task = tl.program_id(0).to(tl.int64)
@@ -258,7 +258,7 @@ def state_passing_kernel(
     else:
         b_h = tl.zeros((BLOCK_D,), dtype=p_A.dtype.element_ty)
     p_states += (i_bk * chunks * states + i_n) * dim
-    p_totals += i_bk * chunks * dim
+    p_dt_sums += i_bk * chunks * dim
 
     i_j = 0
     while i_j < chunks:
@@ -268,7 +268,7 @@ def state_passing_kernel(
             i_s = tl.minimum(i_j + s, chunks - 1)
             offsets = offsets + ((chunks - 1 - i_s if REVERSE else i_s).to(tl.int64),)
             limits = limits + (tl.where(i_j + s < chunks, dim, 0),)
-        b_sums = load_tile(p_totals, dim, offsets, limits, o_d, p_A.dtype.element_ty, TILE)
+        b_sums = load_tile(p_dt_sums, dim, offsets, limits, o_d, p_A.dtype.element_ty, TILE)
         b_ends = load_tile(p_states, states * dim, offsets, limits, o_d, p_A.dtype.element_ty, TILE)
         for s in tl.static_range(TILE):
             tl.store(p_states + offsets[s] * states * dim + o_d, b_h, mask=o_d < limits[s])
@@ -287,7 +287,7 @@ def chunk_state_bwd_kernel(
     p_z,
     p_order,
     p_grad_out,
-    p_sent,
+    p_grad_start,
     delta_strides,
     C_strides,
     z_strides,
@@ -304,7 +304,7 @@ def chunk_state_bwd_kernel(
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Walk one chunk backwards from a flow of zero; `p_sent` takes what leaves its start."""
+    """Scan one chunk in reverse and write the gradient of the state before it, from zero after it."""
     STATE: tl.constexpr = p_A.dtype.element_ty
     i_b, i_k, i_j, i_d = program_indices(0, dim, chunks, 0, groups, BLOCK_D)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -320,29 +320,29 @@ def chunk_state_bwd_kernel(
         p_z += i_b * z_strides[0] + i_k * z_strides[2]
     b_A = tl.load(p_A + i_k * states * dim + o_nd, mask=in_nd, other=0.0)
     b_bias = load_channels(None if p_bias is None else p_bias + i_k * dim, o_d, dim, BLOCK_D, STATE)
-    b_flow = tl.zeros((BLOCK_N, BLOCK_D), dtype=STATE)
+    b_grad_h = tl.zeros((BLOCK_N, BLOCK_D), dtype=STATE)
 
     stop = tl.minimum((i_j + 1) * chunk, length)
-    # A chunk is made of whole tiles, but for what lies beyond the end of the sequence.
+    # A chunk consists of whole tiles, except beyond the end of the sequence.
     i_t = i_j * chunk + (stop - 1 - i_j * chunk) // TILE * TILE
     while i_t >= i_j * chunk:
         positions, dims, counts = tile_positions(p_order, i_k, i_t, stop, length, dim, states, REVERSE, TILE)
-        b_raws = load_tile(p_delta, delta_strides[1], positions, dims, o_d, STATE, TILE)
+        b_deltas = load_tile(p_delta, delta_strides[1], positions, dims, o_d, STATE, TILE)
         b_grads = load_tile(p_grad_out, grad_out_strides[1], positions, dims, o_d, STATE, TILE)
         if p_z is not None:
             b_zs = load_tile(p_z, z_strides[1], positions, dims, o_d, STATE, TILE)
-        b_dts = compute_dt(b_raws, b_bias, dims, o_d, DELTA_SOFTPLUS, TILE)
+        b_dts = compute_dt(b_deltas, b_bias, dims, o_d, DELTA_SOFTPLUS, TILE)
         for s in tl.static_range(TILE - 1, -1, -1):
             b_grad = b_grads[s]
             if p_z is not None:
                 b_grad = b_grad * (b_zs[s] * sigmoid(b_zs[s]))
             b_C = tl.load(p_C + positions[s] * C_strides[1] + o_C, mask=o_n < counts[s], other=0.0).to(STATE)
-            b_flow += b_grad[None, :] * b_C[:, None]
-            b_flow *= tl.exp(b_dts[s][None, :] * b_A)
+            b_grad_h += b_grad[None, :] * b_C[:, None]
+            b_grad_h *= tl.exp(b_dts[s][None, :] * b_A)
         i_t -= TILE
 
     i_chunk = (i_b * groups + i_k) * chunks + i_j
-    tl.store(p_sent + i_chunk * states * dim + o_nd, b_flow, mask=in_nd)
+    tl.store(p_grad_start + i_chunk * states * dim + o_nd, b_grad_h, mask=in_nd)
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
@@ -358,7 +358,7 @@ def chunk_scan_bwd_kernel(
     p_order,
     p_grad_out,
     p_start,
-    p_flow,
+    p_grad_end,
     p_tiles,
     p_grad_x,
     p_grad_delta,
@@ -390,12 +390,12 @@ def chunk_scan_bwd_kernel(
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Write all gradients of one chunk, from the state at its start and the flow into its end.
+    """Write all gradients of one chunk from the state at its start and the gradient of the state at its end.
 
-    `p_start` is (B, K, J, N, D), None for zeros; `p_flow` likewise, never None. `p_tiles` is scratch for the
-    states at the starts of the tiles, (programs of the launch, tiles of a chunk, N, BLOCK_D). The gradients
-    of delta and z are contiguous, (B, L, K, D). Sums beyond a program are left to the caller: the gradients
-    of B and C are (blocks of channels, B, L, K, N), those of A, D and the bias (B, J, K, N + 2, D).
+    `p_start` is (B, K, J, N, D), None for zeros; `p_grad_end` likewise, never None. `p_tiles` is scratch
+    memory for the states at the starts of the tiles, (programs of the launch, tiles of a chunk, N, BLOCK_D).
+    The gradients of delta and z are contiguous, (B, L, K, D). The caller sums over programs: the gradients of
+    B and C are (channel blocks, B, L, K, N), those of A, D and the bias (B, J, K, N + 2, D).
     """
     STATE: tl.constexpr = p_A.dtype.element_ty
     i_b, i_k, i_j, i_d = program_indices(first, dim, chunks, first_group, launched, BLOCK_D)
@@ -414,7 +414,7 @@ def chunk_scan_bwd_kernel(
     o_C = o_n * C_strides[3]
     p_grad_out += i_b * grad_out_strides[0] + i_k * grad_out_strides[2]
     p_grad_x += i_b * grad_x_strides[0] + i_k * grad_x_strides[2]
-    # Where this image and group stand in what is contiguous, (B, L, K, ...), counted in rows.
+    # Row of this image and group in contiguous tensors (B, L, K, ...).
     i_row = i_b * length * groups + i_k
     p_grad_delta += i_row * dim
     if p_z is not None:
@@ -429,7 +429,7 @@ def chunk_scan_bwd_kernel(
     b_A = tl.load(p_A + i_k * states * dim + o_nd, mask=in_nd, other=0.0)
     b_bias = load_channels(None if p_bias is None else p_bias + i_k * dim, o_d, dim, BLOCK_D, STATE)
     b_skip = load_channels(None if p_D is None else p_D + i_k * dim, o_d, dim, BLOCK_D, STATE)
-    b_flow = tl.load(p_flow + i_chunk * states * dim + o_nd, mask=in_nd, other=0.0)
+    b_grad_h = tl.load(p_grad_end + i_chunk * states * dim + o_nd, mask=in_nd, other=0.0)
     if p_start is not None:
         b_h = tl.load(p_start + i_chunk * states * dim + o_nd, mask=in_nd, other=0.0)
     else:
@@ -446,25 +446,25 @@ def chunk_scan_bwd_kernel(
         tl.store(p_tile + o_tile, b_h, mask=in_n[:, None])
         positions, dims, counts = tile_positions(p_order, i_k, i_t, stop, length, dim, states, REVERSE, TILE)
         b_xs = load_tile(p_x, x_strides[1], positions, dims, o_d, STATE, TILE)
-        b_raws = load_tile(p_delta, delta_strides[1], positions, dims, o_d, STATE, TILE)
-        b_dts = compute_dt(b_raws, b_bias, dims, o_d, DELTA_SOFTPLUS, TILE)
+        b_deltas = load_tile(p_delta, delta_strides[1], positions, dims, o_d, STATE, TILE)
+        b_dts = compute_dt(b_deltas, b_bias, dims, o_d, DELTA_SOFTPLUS, TILE)
         for s in tl.static_range(TILE):
             b_B = tl.load(p_B + positions[s] * B_strides[1] + o_B, mask=o_n < counts[s], other=0.0).to(STATE)
             b_h = tl.exp(b_dts[s][None, :] * b_A) * b_h + (b_dts[s] * b_xs[s])[None, :] * b_B[:, None]
         i_t += TILE
-    # A thread may read what another one of the program has written.
+    # Threads read what other threads of the program have written.
     tl.debug_barrier()
 
     while i_t >= start:
         positions, dims, counts = tile_positions(p_order, i_k, i_t, stop, length, dim, states, REVERSE, TILE)
         b_xs = load_tile(p_x, x_strides[1], positions, dims, o_d, STATE, TILE)
-        b_raws = load_tile(p_delta, delta_strides[1], positions, dims, o_d, STATE, TILE)
+        b_deltas = load_tile(p_delta, delta_strides[1], positions, dims, o_d, STATE, TILE)
         b_grads = load_tile(p_grad_out, grad_out_strides[1], positions, dims, o_d, STATE, TILE)
         if p_z is not None:
             b_zs = load_tile(p_z, z_strides[1], positions, dims, o_d, STATE, TILE)
         if ADDS:
             b_grad_xs = load_tile(p_grad_x, grad_x_strides[1], positions, dims, o_d, STATE, TILE)
-        b_dts = compute_dt(b_raws, b_bias, dims, o_d, DELTA_SOFTPLUS, TILE)
+        b_dts = compute_dt(b_deltas, b_bias, dims, o_d, DELTA_SOFTPLUS, TILE)
         b_states = (b_h,)
         for s in tl.static_range(TILE):
             b_B = tl.load(p_B + positions[s] * B_strides[1] + o_B, mask=o_n < counts[s], other=0.0).to(STATE)
@@ -477,38 +477,38 @@ def chunk_scan_bwd_kernel(
             b_C = tl.load(p_C + positions[s] * C_strides[1] + o_C, mask=o_n < counts[s], other=0.0).to(STATE)
             b_grad = b_grads[s]
             if p_z is not None:
-                b_open = sigmoid(b_zs[s])
+                b_sigmoid = sigmoid(b_zs[s])
                 b_y = tl.sum(b_states[s + 1] * b_C[:, None], 0) + b_skip * b_xs[s]
-                b_by_gate = b_grad * b_y * b_open * (1.0 + b_zs[s] * (1.0 - b_open))
+                b_grad_gate = b_grad * b_y * b_sigmoid * (1.0 + b_zs[s] * (1.0 - b_sigmoid))
                 p_row = p_grad_z + positions[s] * groups * dim + o_d
-                tl.store(p_row, b_by_gate.to(p_grad_z.dtype.element_ty), mask=in_row)
-                b_grad = b_grad * (b_zs[s] * b_open)
-            b_adjoint = b_flow + b_grad[None, :] * b_C[:, None]
-            b_flow = b_adjoint * tl.exp(b_dts[s][None, :] * b_A)
-            b_through = b_flow * b_states[s]
-            b_by_input = tl.sum(b_adjoint * b_B[:, None], 0)
-            b_by_step = b_by_input * b_xs[s] + tl.sum(b_through * b_A, 0)
+                tl.store(p_row, b_grad_gate.to(p_grad_z.dtype.element_ty), mask=in_row)
+                b_grad = b_grad * (b_zs[s] * b_sigmoid)
+            b_grad_h_t = b_grad_h + b_grad[None, :] * b_C[:, None]
+            b_grad_h = b_grad_h_t * tl.exp(b_dts[s][None, :] * b_A)
+            b_grad_exponent = b_grad_h * b_states[s]
+            b_grad_dt_x = tl.sum(b_grad_h_t * b_B[:, None], 0)
+            b_grad_dt = b_grad_dt_x * b_xs[s] + tl.sum(b_grad_exponent * b_A, 0)
             if DELTA_SOFTPLUS:
-                b_raw = b_raws[s] + b_bias
-                b_by_step = tl.where(b_raw > 20.0, b_by_step, b_by_step * sigmoid(b_raw))
-            b_by_step = tl.where(in_row, b_by_step, 0.0)
-            b_grad_A += b_through * b_dts[s][None, :]
+                b_delta = b_deltas[s] + b_bias
+                b_grad_dt = tl.where(b_delta > 20.0, b_grad_dt, b_grad_dt * sigmoid(b_delta))
+            b_grad_dt = tl.where(in_row, b_grad_dt, 0.0)
+            b_grad_A += b_grad_exponent * b_dts[s][None, :]
             b_grad_D += b_grad * b_xs[s]
-            b_grad_bias += b_by_step
+            b_grad_bias += b_grad_dt
 
             o_row = positions[s] * groups
             in_projection = o_n < counts[s]
-            b_grad_B = tl.sum(b_adjoint * (b_dts[s] * b_xs[s])[None, :], 1)
+            b_grad_B = tl.sum(b_grad_h_t * (b_dts[s] * b_xs[s])[None, :], 1)
             tl.store(p_grad_B + o_row * states + o_n, b_grad_B, mask=in_projection)
             b_grad_C = tl.sum(b_grad[None, :] * b_states[s + 1], 1)
             tl.store(p_grad_C + o_row * states + o_n, b_grad_C, mask=in_projection)
-            b_grad_x = b_by_input * b_dts[s] + b_skip * b_grad
+            b_grad_x = b_grad_dt_x * b_dts[s] + b_skip * b_grad
             if ADDS:
                 b_grad_x += b_grad_xs[s]
             p_row = p_grad_x + positions[s] * grad_x_strides[1] + o_d
             tl.store(p_row, b_grad_x.to(p_grad_x.dtype.element_ty), mask=in_row)
             p_row = p_grad_delta + o_row * dim + o_d
-            tl.store(p_row, b_by_step.to(p_grad_delta.dtype.element_ty), mask=in_row)
+            tl.store(p_row, b_grad_dt.to(p_grad_delta.dtype.element_ty), mask=in_row)
         i_t -= TILE
         p_tile = p_tiles + (i_t - start) // TILE * states * BLOCK_D
         b_h = tl.load(p_tile + o_tile, mask=o_n[:, None] < tl.where(i_t >= start, states, 0), other=0.0)

@@ -1,20 +1,20 @@
-"""The grouped scan by the Triton kernels: tensors in, tensors out.
+"""Launch of the Triton kernels for a grouped scan.
 
-Shapes as in `torch_blocked`: x and delta (B, L, K, D), A (K, D, N), B and C (B, L, K, N). As on a CPU, groups
-may share memory: `x` and `out` may be expanded over K. Groups that share an output are scanned by one launch
-after the other, each adding to what the last one wrote, so that the result does not depend on timing.
+Groups that share an output, as the directions of a cross scan do, are launched one after the other. Each adds
+to what the last one wrote, so the result does not depend on timing.
 """
 
 import contextlib
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from lightspine.errors import UsageError
-from lightspine.ops.torch_scan import GroupedGradients
-from lightspine.ops.triton.config import choose_blocks, programs_per_launch, scratch_size
+from lightspine.ops.inputs import GroupedInputs, ParameterGradients, Strided
+from lightspine.ops.triton.config import BOUNDARY_TILE, choose_blocks, programs_per_launch, scratch_size
 from lightspine.ops.triton.kernels import (
     chunk_scan_bwd_kernel,
     chunk_scan_fwd_kernel,
@@ -22,79 +22,45 @@ from lightspine.ops.triton.kernels import (
     state_passing_kernel,
 )
 
-# Chunks that the chain asks for at once.
-_CHAIN_TILE = 16
 
+class _LaunchPlan:
+    """Sizes, blocks and common kernel arguments of one scan."""
 
-class GroupedInputs(NamedTuple):
-    """The tensors of a grouped scan and the order of its walk.
-
-    Attributes:
-        x: input, (B, L, K, D), channels adjacent.
-        delta: steps before bias and softplus, (B, L, K, D), channels adjacent.
-        A: state matrices, (K, D, N).
-        B: input projections, (B, L, K, N).
-        C: output projections, (B, L, K, N).
-        D: skips, (K, D).
-        z: gate, (B, L, K, D), channels adjacent.
-        delta_bias: added to delta, (K, D).
-        delta_softplus: pass the steps through softplus.
-        reverse: without an order, walk from the last position to the first.
-        order: position that each step visits, int32 (K, L), contiguous; None for one after the other.
-    """
-
-    x: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    delta_bias: Tensor | None
-    delta_softplus: bool
-    reverse: bool
-    order: Tensor | None
-
-
-class _Scan:
-    """One scan about to be run: its sizes, its cut, and the arguments that its kernels have in common."""
-
-    def __init__(self, inputs: GroupedInputs, shared: bool, backward: bool) -> None:
-        self.inputs = inputs
-        self.dtype = torch.promote_types(inputs.x.dtype, torch.float32)
-        self.batch, self.length, self.groups, self.dim = inputs.x.shape
-        self.states = inputs.A.shape[2]
+    def __init__(self, inputs: GroupedInputs, shared_output: bool, backward: bool) -> None:
+        self.inputs, self.dtype = inputs, inputs.dtype
+        self.batch, self.length, self.groups, self.dim, self.states = inputs.sizes
         # Groups that share an output are launched one by one.
-        self.group_launches = [(k, 1) for k in range(self.groups)] if shared else [(0, self.groups)]
+        self.group_launches = [(k, 1) for k in range(self.groups)] if shared_output else [(0, self.groups)]
         rows = self.batch * self.group_launches[0][1]
         self.blocks = choose_blocks(
             self.length, self.dim, self.states, rows, self.dtype.itemsize, backward=backward
         )
         self.channel_blocks = -(-self.dim // self.blocks.channels)
-        self.A = inputs.A.to(self.dtype).transpose(1, 2).contiguous()
+        A = inputs.A.view(self.groups, self.dim, self.states)
+        self.A = A.to(self.dtype).transpose(1, 2).contiguous()
         self.D, self.delta_bias = (
             None if t is None else t.to(self.dtype).contiguous() for t in (inputs.D, inputs.delta_bias)
         )
 
     def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.inputs.x.device)
+        return torch.empty(shape, dtype=self.dtype, device=self.inputs.x.tensor.device)
 
     def programs(self, groups: int) -> int:
         return self.batch * groups * self.blocks.chunks * self.channel_blocks
 
-    def walk_arguments(self) -> dict[str, Any]:
-        """What every kernel takes that walks a sequence."""
+    def scan_arguments(self) -> dict[str, Any]:
+        """Arguments of every kernel that scans a sequence."""
         inputs = self.inputs
         return {
-            "p_delta": inputs.delta,
+            "p_delta": inputs.delta.tensor,
             "p_A": self.A,
-            "p_C": inputs.C,
+            "p_C": inputs.C.tensor,
             "p_bias": self.delta_bias,
-            "p_z": inputs.z,
-            "p_order": inputs.order,
-            "delta_strides": inputs.delta.stride(),
-            "C_strides": inputs.C.stride(),
-            "z_strides": (0, 0, 0, 0) if inputs.z is None else inputs.z.stride(),
+            "p_z": None if inputs.z is None else inputs.z.tensor,
+            "p_order": None if inputs.order is None else _on_device(inputs.order, self.A.device),
+            "delta_strides": inputs.delta[1:],
+            "C_strides": inputs.C[1:],
+            "z_strides": (0, 0, 0, 0) if inputs.z is None else inputs.z[1:],
             "length": self.length,
             "groups": self.groups,
             "dim": self.dim,
@@ -108,199 +74,209 @@ class _Scan:
             "TILE": self.blocks.tile,
         }
 
-    def input_arguments(self) -> dict[str, Any]:
-        """What the kernels take, moreover, that compute the states."""
+    def state_arguments(self) -> dict[str, Any]:
+        """Further arguments of the kernels that compute states."""
         return {
-            "p_x": self.inputs.x,
-            "p_B": self.inputs.B,
+            "p_x": self.inputs.x.tensor,
+            "p_B": self.inputs.B.tensor,
             "p_D": self.D,
-            "x_strides": self.inputs.x.stride(),
-            "B_strides": self.inputs.B.stride(),
+            "x_strides": self.inputs.x[1:],
+            "B_strides": self.inputs.B[1:],
         }
 
 
-def grouped_scan(inputs: GroupedInputs, out: Tensor) -> Tensor:
-    """Write the output into `out` and return the last state.
+def grouped_scan(
+    inputs: GroupedInputs,
+    out: Strided,
+    save_states: bool,  # noqa: ARG001 - the backward recomputes the states
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernels.
 
     Args:
         inputs: the tensors of the scan.
-        out: (B, L, K, D), channels adjacent; where it is expanded over K, the groups are added up.
+        out: receives the output, (B, L, K, D), channels contiguous; with a group stride of 0 the groups are
+            summed.
+        save_states: ignored; these kernels save no states.
 
     Returns:
-        The last state, (B, K, D, N), in the dtype in which states are computed.
+        The last state, (B, K, N, D), in the dtype of the state, and an empty tensor.
 
     Raises:
-        UsageError: the tensors lie on a CPU and Triton's interpreter is off.
+        UsageError: the tensors are on a CPU and Triton's interpreter is off.
     """
-    scan = _Scan(inputs, shared=_shared(out), backward=False)
-    state = scan.empty(scan.batch, scan.groups, scan.states, scan.dim)
+    plan = _LaunchPlan(inputs, _is_shared(out, inputs), backward=False)
+    state = plan.empty(plan.batch, plan.groups, plan.states, plan.dim)
     starts = None
-    if scan.blocks.chunks > 1:
-        starts, totals = _chunk_states(scan)
-        _chain(scan, starts, totals, first=None, last=state)
-    for first_group, launched in scan.group_launches:
+    if plan.blocks.chunks > 1:
+        starts, dt_sums = _chunk_states(plan)
+        _pass_states(plan, starts, dt_sums, first=None, last=state)
+    for first_group, launched in plan.group_launches:
         _launch(
             chunk_scan_fwd_kernel,
-            scan.programs(launched),
+            plan.programs(launched),
             p_start=starts,
             p_end=state if starts is None else None,
-            p_total=None,
-            p_out=out,
-            out_strides=out.stride(),
+            p_dt_sum=None,
+            p_out=out.tensor,
+            out_strides=out[1:],
             first_group=first_group,
             launched=launched,
             ADDS=first_group > 0,
-            **scan.walk_arguments(),
-            **scan.input_arguments(),
+            **plan.scan_arguments(),
+            **plan.state_arguments(),
         )
-    return state.transpose(2, 3)
+    return state, state.new_empty(0)
 
 
 def grouped_scan_backward(
-    grad_out: Tensor, grad_state: Tensor | None, inputs: GroupedInputs, grad_x: Tensor
-) -> tuple[GroupedGradients, Tensor | None]:
-    """Write the gradient of x into `grad_x` and return all gradients.
+    grad_out: Strided,
+    grad_state: Tensor | None,
+    inputs: GroupedInputs,
+    saved_states: Tensor,  # noqa: ARG001 - always empty
+    grad_x: Strided,
+    grad_delta: Strided,
+    grad_z: Strided | None,
+) -> ParameterGradients:
+    """Launch the backward kernels: write the gradients of x, delta and z and return all others.
 
-    Beside the gradients it needs the states at the chunks (two tensors of B K J D N numbers), the gradients
+    Memory beside the gradients: the states at the chunk boundaries (two tensors of B K J N D), the gradients
     of B and C per block of 32 channels, those of A, D and the bias per image and chunk, and at most 128 MiB
     of scratch.
 
     Args:
-        grad_out: gradient of the output, (B, L, K, D), channels adjacent; expanded over K where the groups
-            were added up.
-        grad_state: gradient of the last state, (B, K, D, N); None for zeros.
+        grad_out: gradient of the output, (B, L, K, D), channels contiguous; a group stride of 0 where the
+            groups were summed.
+        grad_state: gradient of the last state, (B, K, N, D), contiguous, of the state's dtype; `None` for
+            zero.
         inputs: as in the forward.
-        grad_x: (B, L, K, D), channels adjacent; where it is expanded over K, the groups are added up.
-
-    Returns:
-        The gradients, those of delta in its own dtype, those of A, B, C, D and delta_bias in the dtype of the
-        state; and the gradient of z in its own dtype.
+        saved_states: ignored; these kernels save no states.
+        grad_x: receives (B, L, K, D), channels contiguous; with a group stride of 0 the groups are summed.
+        grad_delta: receives (B, L, K, D), contiguous.
+        grad_z: receives (B, L, K, D), contiguous.
 
     Raises:
-        UsageError: the tensors lie on a CPU and Triton's interpreter is off.
+        UsageError: the tensors are on a CPU and Triton's interpreter is off.
     """
-    scan = _Scan(inputs, shared=_shared(grad_x), backward=True)
-    batch, length, groups, states, dim = scan.batch, scan.length, scan.groups, scan.states, scan.dim
-    flow = scan.empty(batch, groups, states, dim).zero_()
-    if grad_state is not None:
-        flow.copy_(grad_state.transpose(2, 3))
-    starts = None
-    if scan.blocks.chunks > 1:
-        starts, totals = _chunk_states(scan)
-        _chain(scan, starts, totals, first=None, last=None)
-        sent = _chunk_flows(scan, grad_out)
-        _chain(scan, sent, totals, first=flow, last=None, reverse=True)
-        flow = sent
-    grad_delta = torch.empty(inputs.delta.shape, dtype=inputs.delta.dtype, device=inputs.delta.device)
-    grad_z = None
-    if inputs.z is not None:
-        grad_z = torch.empty(inputs.z.shape, dtype=inputs.z.dtype, device=inputs.z.device)
-    grad_B, grad_C = (scan.empty(scan.channel_blocks, batch, length, groups, states) for _ in range(2))
-    parameters = scan.empty(batch, scan.blocks.chunks, groups, states + 2, dim)
-    most = programs_per_launch(scan.blocks, states, scan.dtype.itemsize)
-    programs = scan.programs(scan.group_launches[0][1])
-    tiles = scan.empty(min(most, programs) * scratch_size(scan.blocks, states))
-    for first_group, launched in scan.group_launches:
+    plan = _LaunchPlan(inputs, _is_shared(grad_x, inputs), backward=True)
+    batch, length, groups, dim, states = inputs.sizes
+    if grad_state is None:
+        grad_state = plan.empty(batch, groups, states, dim).zero_()
+    starts, grad_states = None, grad_state
+    if plan.blocks.chunks > 1:
+        starts, dt_sums = _chunk_states(plan)
+        _pass_states(plan, starts, dt_sums, first=None, last=None)
+        grad_states = _chunk_state_gradients(plan, grad_out)
+        _pass_states(plan, grad_states, dt_sums, first=grad_state, last=None, reverse=True)
+    grad_B, grad_C = (plan.empty(plan.channel_blocks, batch, length, groups, states) for _ in range(2))
+    parameters = plan.empty(batch, plan.blocks.chunks, groups, states + 2, dim)
+    most = programs_per_launch(plan.blocks, states, plan.dtype.itemsize)
+    programs = plan.programs(plan.group_launches[0][1])
+    tiles = plan.empty(min(most, programs) * scratch_size(plan.blocks, states))
+    for first_group, launched in plan.group_launches:
         for first in range(0, programs, most):
             _launch(
                 chunk_scan_bwd_kernel,
                 min(most, programs - first),
-                p_grad_out=grad_out,
+                p_grad_out=grad_out.tensor,
                 p_start=starts,
-                p_flow=flow,
+                p_grad_end=grad_states,
                 p_tiles=tiles,
-                p_grad_x=grad_x,
-                p_grad_delta=grad_delta,
-                p_grad_z=grad_z,
+                p_grad_x=grad_x.tensor,
+                p_grad_delta=grad_delta.tensor,
+                p_grad_z=None if grad_z is None else grad_z.tensor,
                 p_grad_B=grad_B,
                 p_grad_C=grad_C,
                 p_grad_parameters=parameters,
-                grad_out_strides=grad_out.stride(),
-                grad_x_strides=grad_x.stride(),
+                grad_out_strides=grad_out[1:],
+                grad_x_strides=grad_x[1:],
                 batch=batch,
                 first=first,
                 first_group=first_group,
                 launched=launched,
                 ADDS=first_group > 0,
-                **scan.walk_arguments(),
-                **scan.input_arguments(),
+                **plan.scan_arguments(),
+                **plan.state_arguments(),
             )
-    grads = GroupedGradients(
-        grad_x,
-        grad_delta,
+    return ParameterGradients(
         parameters[..., :states, :].sum((0, 1)).transpose(1, 2),
         grad_B.sum(0),
         grad_C.sum(0),
         None if inputs.D is None else parameters[..., states, :].sum((0, 1)),
         None if inputs.delta_bias is None else parameters[..., states + 1, :].sum((0, 1)),
     )
-    return grads, grad_z
 
 
-def _chunk_states(scan: _Scan) -> tuple[Tensor, Tensor]:
-    """Return what each chunk makes of a zero state, (B, K, J, N, D), and its sum of steps, (B, K, J, D)."""
-    states = scan.empty(scan.batch, scan.groups, scan.blocks.chunks, scan.states, scan.dim)
-    totals = scan.empty(scan.batch, scan.groups, scan.blocks.chunks, scan.dim)
+def _chunk_states(plan: _LaunchPlan) -> tuple[Tensor, Tensor]:
+    """Return the state that each chunk adds, (B, K, J, N, D), and its sum of dt, (B, K, J, D)."""
+    states = plan.empty(plan.batch, plan.groups, plan.blocks.chunks, plan.states, plan.dim)
+    dt_sums = plan.empty(plan.batch, plan.groups, plan.blocks.chunks, plan.dim)
     _launch(
         chunk_scan_fwd_kernel,
-        scan.programs(scan.groups),
+        plan.programs(plan.groups),
         p_start=None,
         p_end=states,
-        p_total=totals,
+        p_dt_sum=dt_sums,
         p_out=None,
         out_strides=(0, 0, 0, 0),
         first_group=0,
-        launched=scan.groups,
+        launched=plan.groups,
         ADDS=False,
-        **scan.walk_arguments(),
-        **scan.input_arguments(),
+        **plan.scan_arguments(),
+        **plan.state_arguments(),
     )
-    return states, totals
+    return states, dt_sums
 
 
-def _chunk_flows(scan: _Scan, grad_out: Tensor) -> Tensor:
-    """Return what the adjoint sends out of each chunk's start if nothing enters its end, (B, K, J, N, D)."""
-    sent = scan.empty(scan.batch, scan.groups, scan.blocks.chunks, scan.states, scan.dim)
+def _chunk_state_gradients(plan: _LaunchPlan, grad_out: Strided) -> Tensor:
+    """Return the gradient of the state before each chunk if that after it has none, (B, K, J, N, D)."""
+    grad_states = plan.empty(plan.batch, plan.groups, plan.blocks.chunks, plan.states, plan.dim)
     _launch(
         chunk_state_bwd_kernel,
-        scan.programs(scan.groups),
-        p_grad_out=grad_out,
-        p_sent=sent,
-        grad_out_strides=grad_out.stride(),
-        **scan.walk_arguments(),
+        plan.programs(plan.groups),
+        p_grad_out=grad_out.tensor,
+        p_grad_start=grad_states,
+        grad_out_strides=grad_out[1:],
+        **plan.scan_arguments(),
     )
-    return sent
+    return grad_states
 
 
-def _chain(
-    scan: _Scan,
+def _pass_states(
+    plan: _LaunchPlan,
     states: Tensor,
-    totals: Tensor,
+    dt_sums: Tensor,
     first: Tensor | None,
     last: Tensor | None,
     reverse: bool = False,
 ) -> None:
-    """Turn in place what each chunk adds into what enters it."""
+    """Replace, in place, what each chunk adds to the state by the state that it starts from."""
     _launch(
         state_passing_kernel,
-        scan.batch * scan.groups * scan.states * scan.channel_blocks,
+        plan.batch * plan.groups * plan.states * plan.channel_blocks,
         p_states=states,
-        p_totals=totals,
-        p_A=scan.A,
+        p_dt_sums=dt_sums,
+        p_A=plan.A,
         p_first=first,
         p_last=last,
-        groups=scan.groups,
-        dim=scan.dim,
-        states=scan.states,
-        chunks=scan.blocks.chunks,
+        groups=plan.groups,
+        dim=plan.dim,
+        states=plan.states,
+        chunks=plan.blocks.chunks,
         REVERSE=reverse,
-        BLOCK_D=scan.blocks.channels,
-        TILE=_CHAIN_TILE,
+        BLOCK_D=plan.blocks.channels,
+        TILE=BOUNDARY_TILE,
     )
 
 
-def _shared(t: Tensor) -> bool:
-    return t.shape[2] > 1 and t.stride(2) == 0
+# Keyed by the tensor rather than the name of the order: `scan_order` returns one tensor per name and size.
+@functools.lru_cache(maxsize=64)
+def _on_device(order: Tensor, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # kept for later calls, which may record gradients
+        return order.to(device, torch.int32)
+
+
+def _is_shared(output: Strided, inputs: GroupedInputs) -> bool:
+    return inputs.sizes[2] > 1 and output.group == 0
 
 
 def _launch(kernel: Any, programs: int, **arguments: Any) -> None:
@@ -312,5 +288,5 @@ def _launch(kernel: Any, programs: int, **arguments: Any) -> None:
         )
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        # One warp, so that a sum over the channels or the states of a step is a matter of a few shuffles.
+        # One warp, so that a sum over the channels or the states of a position takes a few shuffles.
         kernel[(programs,)](**arguments, num_warps=1, enable_fp_fusion=True)
