@@ -17,7 +17,7 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.export import ExportReport, export_onnx
 from lightspine.export.check import compare, open_session, random_batches, session_function
 from lightspine.heads import FeatureBackbone, build_detector, build_segmenter
-from lightspine.optimize.folding import fold
+from lightspine.optimize import optimize
 from support.dense import MEMBERS
 from support.exporting import FAMILIES, disturb, small_model
 
@@ -177,7 +177,7 @@ def test_wrong_values_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path.write_bytes(b"what was there before")
     # Folding goes wrong: the file holds another network than the one it is compared with.
     monkeypatch.setattr(
-        "lightspine.export.onnx_file.fold", lambda _: fold(small_model("shvit", depths=(2, 2)))
+        "lightspine.export.onnx_file.optimize", lambda _: optimize(small_model("shvit", depths=(2, 2)))
     )
     with pytest.raises(LightspineError, match=r"differs from PyTorch by .* no file was written"):
         export_onnx(model, path, fixed_size=(32, 32))

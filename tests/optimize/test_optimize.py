@@ -10,6 +10,7 @@ import lightspine
 from lightspine.blocks import EfficientViMBlock, VimMixer
 from lightspine.errors import UsageError
 from lightspine.heads import FeatureBackbone, build_detector, build_segmenter
+from lightspine.optimize.packed import PackedConv2d, PackedLinear
 from support.dense import create_features
 from support.exporting import FAMILIES, disturb, registered_models, small_model
 from support.reference import relative_l2
@@ -170,7 +171,101 @@ def test_part_in_training_is_refused_by_its_name():
         lightspine.optimize(model)
 
 
-def test_batch_norm_that_cannot_be_folded_is_refused_by_its_name():
-    model = nn.ModuleDict({"alone": nn.BatchNorm2d(3)}).eval()
-    with pytest.raises(UsageError, match=r"but alone cannot be folded"):
-        lightspine.optimize(model)
+class _PreActivation(nn.Module):
+    """BatchNorm without a neighbour to fold into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(torch.relu(self.norm(x)))
+
+
+@torch.inference_mode()
+def test_batch_norm_that_cannot_be_folded_stays():
+    model, images = disturb(_PreActivation()), torch.randn(2, 3, 8, 8)
+    optimized = lightspine.optimize(model)
+    assert isinstance(optimized.norm, nn.BatchNorm2d)
+    assert relative_l2(optimized(images), model(images)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "mobilenetv3_small_050", "repvgg_a0", "convnext_atto", "levit_128s", "test_vit"],
+)
+@torch.inference_mode()
+def test_timm_model_gives_the_same_logits_without_batch_norms(name):
+    model = disturb(lightspine.create_model(name))
+    optimized = lightspine.optimize(model)
+    size = model.pretrained_cfg["input_size"][-1]
+    images = torch.randn(2, 3, size, size)
+    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in optimized.modules())
+    assert any(isinstance(m, PackedLinear | PackedConv2d) for m in optimized.modules())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        inputs = images.contiguous(memory_format=layout)
+        assert relative_l2(optimized(inputs), model(inputs)) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_timm_feature_maps_stay_the_same():
+    model = disturb(lightspine.create_model("resnet18", features_only=True))
+    optimized, images = lightspine.optimize(model), torch.randn(1, 3, 64, 64)
+    for actual, expected in zip(optimized(images), model(images), strict=True):
+        assert relative_l2(actual, expected) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_result_keeps_its_memory_format():
+    model = disturb(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    optimized, images = lightspine.optimize(model), torch.randn(2, 3, 9, 9)
+    assert optimized(images).is_contiguous()
+    nhwc = images.contiguous(memory_format=torch.channels_last)
+    assert optimized(nhwc).is_contiguous(memory_format=torch.channels_last)
+
+
+class _TwoUses(nn.Module):
+    """Uses the output of the convolution twice, or normalizes it only for one value of an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.other_conv, self.other_norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x, skip=None):
+        y, z = self.conv(x), self.other_conv(x)
+        z = self.other_norm(z if skip is None else z + skip)
+        return self.norm(y) + y + z
+
+
+@torch.inference_mode()
+def test_batch_norm_is_folded_only_where_nothing_else_uses_its_input():
+    model, x, skip = disturb(_TwoUses()), torch.randn(1, 3, 5, 5), torch.randn(1, 4, 5, 5)
+    optimized = lightspine.optimize(model)
+    assert relative_l2(optimized(x), model(x)) < TOLERANCE
+    assert relative_l2(optimized(x, skip), model(x, skip)) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_shared_layers_stay_as_they_are():
+    shared = nn.Conv2d(4, 4, 1)
+    model = disturb(nn.Sequential(shared, nn.BatchNorm2d(4), nn.Sequential(shared, nn.BatchNorm2d(4))))
+    x = torch.randn(1, 4, 5, 5)
+    assert relative_l2(lightspine.optimize(model)(x), model(x)) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_layer_with_a_hook_stays_as_it_is():
+    model = disturb(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    model[1].register_forward_hook(lambda _module, _args, output: output + 1)
+    x = torch.randn(1, 3, 5, 5)
+    assert relative_l2(lightspine.optimize(model)(x), model(x)) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_dropout_is_removed():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.ReLU()).eval()
+    optimized = lightspine.optimize(model)
+    assert not any(isinstance(m, nn.Dropout) for m in optimized.modules())
+    x = torch.randn(2, 3)
+    assert torch.equal(optimized(x), model(x))

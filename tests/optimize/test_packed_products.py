@@ -10,9 +10,12 @@ from torch import nn
 
 import lightspine
 from lightspine.errors import UsageError
-from lightspine.optimize.packed import packing_available
-from lightspine.optimize.pointwise import CombiningLinear, PackedPointwise
-from lightspine.optimize.sequences import PackedSqueezeExcite, pack_sequence
+from lightspine.optimize.packed import (
+    PackedBinaryLinear,
+    PackedPointwise,
+    pack_sequence,
+    packing_available,
+)
 from support.exporting import disturb, small_model
 from support.reference import relative_l2
 
@@ -49,7 +52,7 @@ def test_packed_pointwise_reads_part_of_the_channels(size):
 def test_combining_linear_adds_or_multiplies(operation, count):
     linear, x, other = nn.Linear(19, 35), torch.randn(2, count, 3, 19), torch.randn(2, count, 3, 35)
     expected = linear(x) + other if operation == "add" else linear(x) * other
-    assert relative_l2(CombiningLinear(linear, operation)(x, other), expected) < TOLERANCE
+    assert relative_l2(PackedBinaryLinear(linear, operation)(x, other), expected) < TOLERANCE
 
 
 @pytest.mark.skipif(not packing_available()[0], reason=packing_available()[1])
@@ -71,7 +74,7 @@ def test_copy_of_a_packed_pointwise_is_packed(make):
 
 def test_gradients_pass_through_packed_layers():
     pointwise = PackedPointwise(nn.Conv2d(4, 8, 1))
-    linear = CombiningLinear(nn.Linear(8, 4), "mul")
+    linear = PackedBinaryLinear(nn.Linear(8, 4), "mul")
     x = torch.randn(1, 4, 3, 3, requires_grad=True)
     linear(pointwise(x).permute(0, 2, 3, 1), torch.ones(4)).sum().backward()
     expected = pointwise.weight.flatten(1).T @ linear.weight.sum(0)
@@ -94,15 +97,17 @@ def test_row_of_layers_keeps_its_values():
         nn.Conv2d(8, 5, 1),
     ).eval()
     x = torch.randn(2, 3, 9, 11)
-    packed = pack_sequence(row)
-    assert sum(isinstance(layer, PackedSqueezeExcite) for layer in packed) == 1
+    packed = lightspine.optimize(pack_sequence(row))
+    (squeeze_excite,) = (layer for layer in packed if isinstance(layer, SqueezeExcite))
+    assert isinstance(squeeze_excite.fc1, PackedPointwise)
+    assert isinstance(squeeze_excite.fc2, PackedPointwise)
     assert relative_l2(packed(x), row(x)) < TOLERANCE
 
 
 @torch.inference_mode()
 def test_squeeze_excite_with_a_second_pool_keeps_its_values():
     row, x = SqueezeExcite(8, add_maxpool=True).eval(), torch.randn(2, 8, 5, 4)
-    assert relative_l2(pack_sequence(row)(x), row(x)) < TOLERANCE
+    assert relative_l2(lightspine.optimize(row)(x), row(x)) < TOLERANCE
 
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["eager", "optimized"])

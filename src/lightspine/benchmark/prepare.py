@@ -25,7 +25,7 @@ from lightspine.errors import LightspineError
 from lightspine.export.check import open_session
 from lightspine.export.onnx_file import export_onnx
 from lightspine.ops.cross_scan import cross_scan
-from lightspine.optimize.folding import optimize
+from lightspine.optimize import optimize
 
 TRAINABLE_MODES = ("eager", "compile")
 

@@ -5,6 +5,6 @@
 
 from lightspine.export.onnx_file import ExportReport as ExportReport
 from lightspine.export.onnx_file import export_onnx as export_onnx
-from lightspine.optimize.folding import optimize as optimize
+from lightspine.optimize import optimize as optimize
 
 __all__ = ["ExportReport", "export_onnx", "optimize"]

@@ -14,7 +14,7 @@ from lightspine.export.onnx_file import ExportReport, count_channels, describe
 from lightspine.export.program import check_size, example_input, trace
 from lightspine.export.targets import find_target
 from lightspine.ops.onnx import scan_table
-from lightspine.optimize.folding import fold
+from lightspine.optimize import optimize
 
 
 def export_coreml(
@@ -56,7 +56,7 @@ def export_coreml(
     description = describe(model, target, fixed_size=fixed_size)
     images = example_input(count_channels(model, description.preprocessing), fixed_size, False)
     # Its converter knows no unbind of a tensor with a free axis: one image at a time.
-    program = trace(fold(target.network), images[:1], fixed=True, fixed_batch=True)
+    program = trace(optimize(target.network), images[:1], fixed=True, fixed_batch=True)
     # It knows no alias either, which is all that a map of the same size may be.
     aliases = {torch.ops.aten.alias.default: torch.clone}
     program = program.run_decompositions(scan_table("unrolled") | aliases)

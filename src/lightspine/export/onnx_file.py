@@ -28,7 +28,7 @@ from lightspine.export.program import check_size, example_input, trace
 from lightspine.export.targets import Target, WithPreprocessing, find_target
 from lightspine.models.checkpoint import default_preprocessing
 from lightspine.ops.onnx import ScanForm
-from lightspine.optimize.folding import fold
+from lightspine.optimize import optimize
 from lightspine.utils.files import atomic_write
 
 Precision = Literal["fp32", "fp16", "int8-dynamic", "int8-static"]
@@ -122,7 +122,7 @@ def export_onnx(
     images = example_input(channels, fixed_size, with_preprocessing)
     size: tuple[str | int, str | int] = fixed_size or ("height", "width")
     onnx_model = to_onnx(
-        trace(fold(network), images, fixed=fixed_size is not None),
+        trace(optimize(network), images, fixed=fixed_size is not None),
         opset=opset,
         scan=scan,
         input_name="pixels" if with_preprocessing else "images",

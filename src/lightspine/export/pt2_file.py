@@ -16,7 +16,7 @@ from lightspine.export.onnx_file import ExportReport, check_writable, count_chan
 from lightspine.export.program import check_size, example_input, trace
 from lightspine.export.targets import find_target
 from lightspine.ops.onnx import ScanForm, scan_table
-from lightspine.optimize.folding import fold
+from lightspine.optimize import optimize
 from lightspine.utils.files import atomic_write
 
 METADATA = "lightspine.json"
@@ -68,7 +68,7 @@ def export_pt2(
     description: Description = describe(model, target, fixed_size=fixed_size)
     channels = count_channels(model, description.preprocessing)
     program = trace(
-        fold(target.network), example_input(channels, fixed_size, False), fixed=fixed_size is not None
+        optimize(target.network), example_input(channels, fixed_size, False), fixed=fixed_size is not None
     )
     if scan == "unrolled":
         program = program.run_decompositions(scan_table("unrolled"))

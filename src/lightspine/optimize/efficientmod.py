@@ -7,30 +7,14 @@ from torch import Tensor
 
 from lightspine.models.efficientmod import (
     Attention,
-    ContextLayer,
     ConvNorm,
-    EfficientMod,
     EfficientModAttentionBlock,
     EfficientModBlock,
     ModulationMlp,
 )
-from lightspine.optimize import inference_rule
-from lightspine.optimize.heads import pack_head
-from lightspine.optimize.norms import scale_output, set_weights
-from lightspine.optimize.packed import PackedConv2d, PackedLinear
-from lightspine.optimize.pointwise import CombiningLinear
-
-
-@inference_rule(ContextLayer)
-def pack_context(module: ContextLayer) -> nn.Module:
-    """Pack the linear map before the convolution, and the convolution with its activation."""
-    for name in ("f", "g"):
-        layer = getattr(module, name)
-        if isinstance(layer, nn.Linear):
-            setattr(module, name, PackedLinear(layer))
-    packed: Any = module
-    packed.conv, packed.act = PackedConv2d(module.conv, module.act), nn.Identity()
-    return module
+from lightspine.optimize.folding import scale_output, set_weights
+from lightspine.optimize.general import register_inference_form
+from lightspine.optimize.packed import PackedBinaryLinear, PackedConv2d, PackedLinear
 
 
 class FoldedModulation(nn.Module):
@@ -45,10 +29,10 @@ class FoldedModulation(nn.Module):
         scale_output(fc2, gamma)
         self.fc1: nn.Module
         if self.expand_ratio == 1:
-            self.fc1 = CombiningLinear(fc1, "add" if self.sums else "mul")
+            self.fc1 = PackedBinaryLinear(fc1, "add" if self.sums else "mul")
         else:
             self.fc1 = PackedLinear(fc1, module.act)
-        self.fc2 = CombiningLinear(fc2, "add")
+        self.fc2 = PackedBinaryLinear(fc2, "add")
 
     def forward(self, x: Tensor, add: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, H, W, C), with `add` added."""
@@ -61,7 +45,7 @@ class FoldedModulation(nn.Module):
         return self.fc2(fused.flatten(3), add)
 
 
-@inference_rule(EfficientModBlock)
+@register_inference_form(EfficientModBlock)
 class FoldedEfficientModBlock(nn.Module):
     """`EfficientModBlock` whose layer scale lies in its last linear map."""
 
@@ -76,7 +60,7 @@ class FoldedEfficientModBlock(nn.Module):
         return self.mlp(self.norm(x), x).permute(0, 3, 1, 2)
 
 
-@inference_rule(Attention)
+@register_inference_form(Attention)
 class FoldedAttention(nn.Module):
     """`Attention` and its residual connection; the scale lies in the projection."""
 
@@ -88,7 +72,7 @@ class FoldedAttention(nn.Module):
         weight[: self.inner] *= module.head_dim**-0.5
         set_weights(module.qkv, weight, None)
         self.qkv = PackedLinear(module.qkv)
-        self.proj = CombiningLinear(module.proj, "add")
+        self.proj = PackedBinaryLinear(module.proj, "add")
 
     def forward(self, x: Tensor, add: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, H, W, C), with `add` added."""
@@ -102,7 +86,7 @@ class FoldedAttention(nn.Module):
         return self.proj(out, add)
 
 
-@inference_rule(EfficientModAttentionBlock)
+@register_inference_form(EfficientModAttentionBlock)
 class FoldedAttentionBlock(nn.Module):
     """`EfficientModAttentionBlock`, its residual connections added by the last product of each branch."""
 
@@ -112,7 +96,7 @@ class FoldedAttentionBlock(nn.Module):
         self.attn = module.attn
         mlp: Any = module.mlp
         self.fc1 = PackedLinear(mlp.fc1, mlp.act)
-        self.fc2 = CombiningLinear(mlp.fc2, "add")
+        self.fc2 = PackedBinaryLinear(mlp.fc2, "add")
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, H, W)."""
@@ -121,14 +105,8 @@ class FoldedAttentionBlock(nn.Module):
         return self.fc2(self.fc1(self.norm2(x)), x).permute(0, 3, 1, 2)
 
 
-@inference_rule(ConvNorm)
+@register_inference_form(ConvNorm)
 def pack_convolution(module: Any) -> nn.Module:
     """Pack the convolution of the stem or of a down-sampling."""
     module.conv = PackedConv2d(module.conv)
     return module
-
-
-@inference_rule(EfficientMod)
-def pack_classifier(model: EfficientMod) -> EfficientMod:
-    """Pack the classifier."""
-    return pack_head(model)

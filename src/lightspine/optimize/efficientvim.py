@@ -17,12 +17,9 @@ from lightspine.models.efficientvim import (
     PatchMerging,
     Stem,
 )
-from lightspine.optimize import inference_rule
-from lightspine.optimize.heads import average_heads, pack_head
-from lightspine.optimize.norms import add_input, scale_output
-from lightspine.optimize.packed import PackedConv2d, PackedLinear
-from lightspine.optimize.pointwise import PackedPointwise
-from lightspine.optimize.sequences import pack_sequence
+from lightspine.optimize.folding import add_identity, merge_distillation_heads, scale_output
+from lightspine.optimize.general import register_inference_form
+from lightspine.optimize.packed import PackedConv2d, PackedLinear, PackedPointwise, pack_sequence
 
 
 class _FoldedMixer(nn.Module):
@@ -93,7 +90,7 @@ class FoldedNCSSD(_FoldedMixer):
         return (x + y.view(x.shape)).permute(0, 3, 1, 2), state.transpose(1, 2)
 
 
-@inference_rule(EfficientViMBlock)
+@register_inference_form(EfficientViMBlock)
 class FoldedEfficientViMBlock(nn.Module):
     """`EfficientViMBlock` whose gates a lie in the weights: `(1 - a) x + a f(x)`, `1 - a` a constant."""
 
@@ -124,25 +121,25 @@ class FoldedEfficientViMBlock(nn.Module):
 
 def _blend_in(conv: nn.Conv2d, gate: Tensor) -> PackedConv2d:
     scale_output(conv, gate)
-    add_input(conv, 1 - gate)
+    add_identity(conv, 1 - gate)
     return PackedConv2d(conv)
 
 
-@inference_rule(PatchMerging)
+@register_inference_form(PatchMerging)
 def pack_merging(module: Any) -> nn.Module:
     """Return the layers in a row, the depthwise branches one convolution each with their connections."""
-    add_input(module.dwconv1.conv)
-    add_input(module.dwconv2.conv)
+    add_identity(module.dwconv1.conv)
+    add_identity(module.dwconv2.conv)
     return pack_sequence(module.dwconv1, module.conv, module.dwconv2)
 
 
-@inference_rule(Stem)
+@register_inference_form(Stem)
 def pack_stem(module: Stem) -> nn.Module:
     """Return the convolutions in a row, packed."""
     return pack_sequence(module)
 
 
-@inference_rule(FusionHead)
+@register_inference_form(FusionHead)
 def merge_classifiers(module: FusionHead) -> nn.Linear:
     """Return the weighted sum of the classifiers as one linear map of all their inputs in a row."""
     weights = module.weights.double().softmax(0)
@@ -156,7 +153,7 @@ def merge_classifiers(module: FusionHead) -> nn.Linear:
     return merged.eval()
 
 
-@inference_rule(EfficientViM)
-def fold_model(module: EfficientViM) -> nn.Module:
-    """Pack the classifier, which is one for a distilled model too."""
-    return pack_head(average_heads(module))
+@register_inference_form(EfficientViM)
+def merge_heads(module: EfficientViM) -> EfficientViM:
+    """Merge the two classifiers of a distilled model."""
+    return merge_distillation_heads(module)

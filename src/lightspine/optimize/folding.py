@@ -1,70 +1,103 @@
-"""`optimize`: a copy of a model for inference, its constants folded into its weights."""
+"""Fold affine operations into the weights of the neighbouring convolution or linear layer.
 
-import copy
-from typing import TypeVar
+Folded weights are computed in float64 and rounded once.
+"""
+
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from timm.layers import BatchNormAct2d, Conv2dSame
+from torch import Tensor
 
-from lightspine.errors import UsageError
-from lightspine.optimize import find_rule
+Model = TypeVar("Model", bound=nn.Module)
+FoldableLayer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.Linear
 
-Module = TypeVar("Module", bound=nn.Module)
+# Exact types: a subclass may compute something else, such as a convolution with standardized weights.
+FOLDABLE_LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose2d,
+    nn.Linear,
+    Conv2dSame,
+)
+# Exact types here too. timm's BatchNormAct2d also has a dropout and an activation.
+BATCH_NORMS: tuple[type[nn.Module], ...] = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    BatchNormAct2d,
+)
 
 
-def optimize(model: Module) -> Module:
-    """Return a copy of a model for inference, equal to it within the rounding of its dtype.
+def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Return scale and shift per channel of a BatchNorm in evaluation mode, in float64.
 
-    - Every BatchNorm is folded into the convolution or linear map beside it; a residual depthwise branch
-      `x + BN(conv(x))` becomes one convolution.
-    - What does not depend on the image is computed once: `-exp(A_log)`, gates, layer scales, the scale of
-      attention, mirrored kernels, the affine part of a norm before a pointwise map.
-    - Linear maps in a row with nothing between them become one: two classifiers whose mean is the output,
-      the classifiers of EfficientViM's stages.
-
-    The copy keeps timm's `forward`, `forward_features`, `forward_head`, `forward_intermediates` and the
-    attributes of the model, such as its pretrained cfg. It is for inference alone: no parameter asks for a
-    gradient, its layout of weights is no checkpoint's, and its classifier is not to be reset.
-
-    Args:
-        model: any model of lightspine, also with `features_only=True`, a detector or a segmenter of it, in
-            evaluation mode; it stays as it is.
-
-    Raises:
-        UsageError: the model is in training mode, or has a BatchNorm that cannot be folded.
-
-    Examples:
-        >>> import lightspine, torch
-        >>> model = lightspine.create_model("shvit_s1").eval()
-        >>> fast = lightspine.optimize(model)
-        >>> fast(torch.zeros(1, 3, 224, 224)).shape
-        torch.Size([1, 1000])
+    `None` for another module, a subclass of BatchNorm, or a BatchNorm without running statistics.
     """
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if training:
-        raise UsageError(f"expected a model in evaluation mode (model.eval()), but {training[0]} is training")
-    optimized = fold(model)
-    if unfolded := [name for name, m in optimized.named_modules() if isinstance(m, _BatchNorm)]:
-        more = f" and {len(unfolded) - 1} more" if len(unfolded) > 1 else ""
-        raise UsageError(
-            f"expected every BatchNorm of a {type(model).__name__} behind a convolution or linear map in a "
-            f"Sequential, or a rule for its block, but {unfolded[0]}{more} cannot be folded"
-        )
-    return optimized
+    batch_norm: Any = norm
+    if type(norm) not in BATCH_NORMS or batch_norm.running_mean is None or batch_norm.running_var is None:
+        return None
+    scale = (batch_norm.running_var.double() + batch_norm.eps).rsqrt()
+    if batch_norm.weight is not None:
+        scale = scale * batch_norm.weight.double()
+    shift = -batch_norm.running_mean.double() * scale
+    if batch_norm.bias is not None:
+        shift = shift + batch_norm.bias.double()
+    return scale, shift
 
 
-@torch.no_grad()
-def fold(model: Module) -> Module:
-    """Return what `optimize` does, also where a BatchNorm stays in it, as in many models of timm."""
-    return _fold(copy.deepcopy(model)).requires_grad_(False)
+def scale_output(layer: FoldableLayer, scale: Tensor, shift: Tensor | float = 0.0) -> None:
+    """Change a layer's weights so that it computes `scale * layer(x) + shift`, per output channel.
+
+    The layer has a bias afterwards.
+    """
+    weight = layer.weight.double()
+    if isinstance(layer, nn.ConvTranspose2d):
+        # Its weight is (in, out / groups, kh, kw): the output channel is the group and the index in it.
+        grouped = weight.view(layer.groups, -1, *weight.shape[1:])
+        weight = (grouped * scale.double().view(layer.groups, 1, -1, 1, 1)).view(weight.shape)
+    else:
+        weight = weight * scale.double().view(-1, *[1] * (weight.dim() - 1))
+    bias = 0.0 if layer.bias is None else layer.bias.double()
+    set_weights(layer, weight, bias * scale.double() + shift)
 
 
-def _fold(module: Module) -> Module:
-    """Replace children first: a block's rule finds its convolutions without their norms."""
-    for name, child in list(module.named_children()):
-        folded = _fold(child)
-        if folded is not child:
-            setattr(module, name, folded)
-    rule = find_rule(module)
-    return module if rule is None else rule(module)
+def scale_input(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> None:
+    """Change a linear layer's or 1x1 convolution's weights so that it computes `layer(scale * x + shift)`."""
+    weight = layer.weight.double().flatten(1)
+    bias = 0.0 if layer.bias is None else layer.bias.double()
+    bias = bias + weight @ shift.double()
+    set_weights(layer, (weight * scale.double()).view(layer.weight.shape), bias)
+
+
+def add_identity(layer: nn.Conv2d, scale: Tensor | float = 1.0) -> None:
+    """Change the weights of a depthwise convolution so that it computes `layer(x) + scale * x`.
+
+    The convolution has stride 1 and keeps the size of the map.
+    """
+    weight = layer.weight.double().clone()
+    weight[:, 0, weight.shape[2] // 2, weight.shape[3] // 2] += scale
+    set_weights(layer, weight, None if layer.bias is None else layer.bias.double())
+
+
+def set_weights(layer: FoldableLayer, weight: Tensor, bias: Tensor | None) -> None:
+    """Replace weight and bias of a layer, keeping its dtype and the memory format of its weight."""
+    like = layer.weight
+    # New parameters: copying into the old ones would keep an expanded or transposed layout of the values.
+    layer.weight = nn.Parameter(torch.empty_like(like).copy_(weight), requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias.to(like.dtype), requires_grad=False)
+
+
+def merge_distillation_heads(model: Model) -> Model:
+    """Replace the two linear classifiers of a distilled model by one, as their mean is the model's output."""
+    distilled: Any = model
+    if distilled.distilled and distilled.num_classes:
+        head, other = distilled.head, distilled.head_dist
+        weight = (head.weight.double() + other.weight.double()) / 2
+        set_weights(head, weight, (head.bias.double() + other.bias.double()) / 2)
+        distilled.head_dist = nn.Identity()
+        distilled.distilled = False
+    return model

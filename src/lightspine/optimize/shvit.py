@@ -6,16 +6,19 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lightspine.models.shvit import SHSA, Classifier, FeedForward, PatchMerging, SHViT, SHViTBlock
-from lightspine.optimize import inference_rule
-from lightspine.optimize.heads import average_heads, pack_head
-from lightspine.optimize.norms import absorb_input, add_input, affine_of, scale_output
-from lightspine.optimize.packed import PackedConv2d
-from lightspine.optimize.pointwise import PackedPointwise
-from lightspine.optimize.sequences import pack_sequence
+from lightspine.models.shvit import SHSA, Classifier, FeedForward, SHViT, SHViTBlock
+from lightspine.optimize.folding import (
+    add_identity,
+    batch_norm_affine,
+    merge_distillation_heads,
+    scale_input,
+    scale_output,
+)
+from lightspine.optimize.general import register_inference_form
+from lightspine.optimize.packed import PackedConv2d, PackedPointwise, pack_sequence
 
 
-@inference_rule(SHSA)
+@register_inference_form(SHSA)
 class FoldedSHSA(nn.Module):
     """`SHSA` whose norm's affine part and scale lie in the projection, without a change of layout."""
 
@@ -25,7 +28,7 @@ class FoldedSHSA(nn.Module):
         self.widths = [module.partial_dim, module.dim - module.partial_dim]
         self.eps = module.norm.eps
         qkv: nn.Conv2d = module.qkv.conv
-        absorb_input(qkv, module.norm.weight, module.norm.bias)
+        scale_input(qkv, module.norm.weight, module.norm.bias)
         scale = torch.ones(sum(self.sizes), dtype=torch.float64, device=qkv.weight.device)
         scale[: module.qk_dim] = module.qk_dim**-0.5
         scale_output(qkv, scale)
@@ -44,7 +47,7 @@ class FoldedSHSA(nn.Module):
         return self.proj(self.act(torch.cat([attended, waiting], dim=1)), add)
 
 
-@inference_rule(FeedForward)
+@register_inference_form(FeedForward)
 class FoldedFeedForward(nn.Module):
     """`FeedForward` as two matrix products, the second of which adds the residual connection."""
 
@@ -58,13 +61,13 @@ class FoldedFeedForward(nn.Module):
         return self.pw2(self.pw1(x), add)
 
 
-@inference_rule(SHViTBlock)
+@register_inference_form(SHViTBlock)
 class FoldedSHViTBlock(nn.Module):
     """`SHViTBlock` whose depthwise branch is one convolution with its residual connection."""
 
     def __init__(self, module: Any):
         super().__init__()
-        add_input(module.dwconv.conv)
+        add_identity(module.dwconv.conv)
         self.dwconv = PackedConv2d(module.dwconv.conv)
         self.attn = module.attn
         self.ffn = module.ffn
@@ -77,24 +80,18 @@ class FoldedSHViTBlock(nn.Module):
         return self.ffn(x, x)
 
 
-@inference_rule(PatchMerging)
-def pack_merging(module: PatchMerging) -> nn.Module:
-    """Return the layers in a row, packed."""
-    return pack_sequence(module.conv1, module.act1, module.conv2, module.act2, module.se, module.conv3)
-
-
-@inference_rule(Classifier)
+@register_inference_form(Classifier)
 def fold_classifier(module: Classifier) -> nn.Module:
     """Fold the norm into the linear map behind it."""
-    affine = affine_of(module.norm)
+    affine = batch_norm_affine(module.norm)
     if affine is None:
         return module
-    absorb_input(module.fc, *affine)
+    scale_input(module.fc, *affine)
     return module.fc
 
 
-@inference_rule(SHViT)
-def fold_model(module: SHViT) -> nn.Module:
-    """Pack the stem and the classifier, which is one for a distilled model too."""
+@register_inference_form(SHViT)
+def pack_stem_and_merge_heads(module: SHViT) -> SHViT:
+    """Pack the stem and merge the two classifiers of a distilled model."""
     module.stem = pack_sequence(module.stem)
-    return pack_head(average_heads(module))
+    return merge_distillation_heads(module)

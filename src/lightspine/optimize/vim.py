@@ -8,13 +8,12 @@ from torch import Tensor
 
 from lightspine.models.vim import ScanDirection, Vim, VimMixer, at_least_float32
 from lightspine.ops.selective_scan import scan
-from lightspine.optimize import inference_rule
-from lightspine.optimize.heads import pack_head
-from lightspine.optimize.norms import scale_output, set_weights
+from lightspine.optimize.folding import scale_output, set_weights
+from lightspine.optimize.general import register_inference_form
 from lightspine.optimize.packed import PackedConv2d, PackedLinear
 
 
-@inference_rule(ScanDirection)
+@register_inference_form(ScanDirection)
 class FoldedScanDirection(nn.Module):
     """`ScanDirection` with its state matrix computed, its kernel mirrored, and its layers packed."""
 
@@ -56,7 +55,7 @@ class FoldedScanDirection(nn.Module):
         return y.transpose(1, 2)
 
 
-@inference_rule(VimMixer)
+@register_inference_form(VimMixer)
 class FoldedVimMixer(nn.Module):
     """`VimMixer` whose halving and layer scale lie in its last projection."""
 
@@ -102,12 +101,12 @@ class FoldedVimMixer(nn.Module):
         return self.forward_tokens(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
 
 
-@inference_rule(Vim)
-def pack_ends(model: Vim) -> Vim:
-    """Pack the embedding of the patches and the classifier."""
+@register_inference_form(Vim)
+def pack_patch_embedding(model: Vim) -> Vim:
+    """Pack the convolution that embeds the patches."""
     stem: Any = PackedConv2d(model.stem)
     model.stem = stem
-    return pack_head(model)
+    return model
 
 
 def _halves(linear: nn.Linear) -> tuple[nn.Linear, nn.Linear]:

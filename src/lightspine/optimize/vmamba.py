@@ -6,14 +6,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lightspine.models.vmamba import SS2D, VMamba, VSSBlock
+from lightspine.models.vmamba import SS2D, VMamba
 from lightspine.ops.cross_scan import projected_cross_scan
-from lightspine.optimize import inference_rule
-from lightspine.optimize.heads import pack_head
+from lightspine.optimize.general import register_inference_form
 from lightspine.optimize.packed import PackedConv2d, PackedLinear, can_fuse
 
 
-@inference_rule(SS2D)
+@register_inference_form(SS2D)
 class FoldedSS2D(nn.Module):
     """`SS2D` with its state matrices computed and its linear maps packed."""
 
@@ -55,21 +54,12 @@ class FoldedSS2D(nn.Module):
         return self.out_proj(y).permute(0, 3, 1, 2)
 
 
-@inference_rule(VSSBlock)
-def pack_block(block: VSSBlock) -> VSSBlock:
-    """Pack the linear maps of the MLP and let the first apply the activation."""
-    mlp: Any = block.mlp
-    if block.has_mlp and can_fuse(mlp.act):
-        mlp.fc1, mlp.fc2, mlp.act = PackedLinear(mlp.fc1, mlp.act), PackedLinear(mlp.fc2), nn.Identity()
-    return block
-
-
-@inference_rule(VMamba)
-def pack_ends(model: VMamba) -> VMamba:
-    """Pack the convolutions of the stem and between the stages, and the classifier."""
+@register_inference_form(VMamba)
+def pack_convolutions(model: VMamba) -> VMamba:
+    """Pack the convolutions of the stem and between the stages."""
     stages: Any = model.stages
     for part in (model.stem, *(stage.downsample for stage in stages)):
         for name, layer in list(part.named_children()):
             if isinstance(layer, nn.Conv2d):
                 setattr(part, name, PackedConv2d(layer))
-    return pack_head(model)
+    return model
