@@ -93,7 +93,7 @@ def test_read_coco_without_masks_keeps_objects_that_have_none(tmp_path: Path) ->
 def test_read_coco_without_an_area_takes_the_box_and_says_so(tmp_path: Path) -> None:
     found = read_small(tmp_path, square(area=None))
     assert found.areas.tolist() == [400.0]
-    assert found.issues.sentences() == ["1 x area missing, the box's was taken, first annotation 1"]
+    assert found.issues.sentences() == ["1 x area missing, replaced by that of the box, first annotation 1"]
 
 
 def test_read_coco_with_a_missing_image_names_it(tmp_path: Path) -> None:
@@ -137,12 +137,12 @@ def _with_image(**changes: Any) -> dict[str, Any]:
         pytest.param(json.dumps(_with_image(id="a")), "needs a whole number as id", id="id is a text"),
         pytest.param(
             json.dumps(content() | {"images": content()["images"] * 2}),
-            "image id 1 stands twice",
+            "image id 1 appears twice",
             id="same image",
         ),
         pytest.param(
             json.dumps(content() | {"categories": content()["categories"][:1] * 2}),
-            "category id 7 stands twice",
+            "category id 7 appears twice",
             id="same category",
         ),
     ],

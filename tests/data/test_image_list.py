@@ -93,7 +93,7 @@ def test_wrong_list_is_refused(tmp_path: Path, lines: list[str], message: str) -
 
 
 def test_asked_split_is_missed_in_a_list_without_splits(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"split test in .* names no split"):
+    with pytest.raises(UsageError, match=r"split test in .* has no split column"):
         split_image_list(_list(tmp_path, "a.jpg,cat", "b.jpg,dog"), val_split="test")
 
 

@@ -93,7 +93,7 @@ def test_missing_validation_folder_is_named(tmp_path: Path) -> None:
 def test_folder_that_is_no_synset_is_named(tmp_path: Path) -> None:
     _flat(_train(tmp_path))
     write_image(tmp_path / "train" / "cats" / "x.JPEG", (9, 9, 9))
-    with pytest.raises(UsageError, match=r"called by WordNet ids.* got cats"):
+    with pytest.raises(UsageError, match=r"named by WordNet ids.* got cats"):
         scan_imagenet(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Which classes of a model the folders or images of another test set mean: ImageNet-V2, -ReaL, -A, -R."""
+"""Map the folders or images of another test set to a model's classes: ImageNet-V2, -ReaL, -A, -R."""
 
 import json
 import re
@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"(\d+)$")
 
 
 class MappedImage(NamedTuple):
-    """One image file and the classes that count as right."""
+    """Path of an image and the class indices that count as correct."""
 
     path: Path
     labels: tuple[int, ...]
@@ -23,14 +23,14 @@ class MappedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassMapping:
-    """What a class mapping file says; exactly one of the attributes is set.
+    """Content of a class mapping file; exactly one of the attributes is set.
 
     Attributes:
-        folders: folder name -> class.
-        folder_order: the classes of the folders in the sorted order of their names.
-        images: file name -> the classes that are right.
-        image_order: the classes that are right for the images, by the number at the end of the file's name,
-            counted from 1.
+        folders: folder name -> class index.
+        folder_order: class index of each folder, in the sorted order of the folder names.
+        images: file name -> correct class indices.
+        image_order: correct class indices of each image, by the number at the end of its file name, which
+            counts from 1.
     """
 
     folders: Mapping[str, int] | None = None
@@ -40,23 +40,23 @@ class ClassMapping:
 
     @property
     def candidates(self) -> tuple[int, ...] | None:
-        """The classes that the folders mean, ascending; None where labels are given per image.
+        """Class indices of the folders, ascending; `None` if labels are given per image.
 
-        ImageNet-A and ImageNet-R have 200 of the 1000 classes, and their published scores let a model choose
-        among those only.
+        ImageNet-A and ImageNet-R have 200 of the 1000 classes, and their published scores only consider the
+        logits of those.
         """
         if self.folders is not None:
             return tuple(sorted(set(self.folders.values())))
         return None if self.folder_order is None else tuple(sorted(set(self.folder_order)))
 
     def find(self, root: str | Path) -> list[MappedImage]:
-        """Return the images below a folder with their classes, sorted by path.
+        """List the images in a folder with their classes, sorted by path.
 
-        Images whose list of classes is empty are left out, as ReaL's authors do.
+        Images without a correct class are left out, as in the evaluation of ReaL's authors.
 
         Raises:
-            UsageError: the folder is missing, has no image, or has a folder or image that the mapping
-                does not know.
+            UsageError: the folder is missing, has no image, or has a folder or image that is not in the
+                mapping.
         """
         root = Path(root)
         if self.images is not None or self.image_order is not None:
@@ -101,14 +101,15 @@ class ClassMapping:
 def load_class_mapping(path: str | Path) -> ClassMapping:
     """Read a class mapping: a JSON file of one of four forms.
 
-    - `{"n01440764": 0, ...}`: the class that each folder means;
-    - `[0, 1, 10, ...]`: the same for the folders in the sorted order of their names;
-    - `{"ILSVRC2012_val_00000001.JPEG": [65], ...}`: the classes that are right for each image;
-    - `[[], [970, 795], ...]`: the same by the number at the end of the image's name, counted from 1, which is
-      the layout of the `real.json` that ReaL's authors publish.
+    - `{"n01440764": 0, ...}`: class of each folder;
+    - `[0, 1, 10, ...]`: the same, for the folders in the sorted order of their names;
+    - `{"ILSVRC2012_val_00000001.JPEG": [65], ...}`: correct classes of each image;
+    - `[[], [970, 795], ...]`: the same, by the number at the end of the image's name, counted from 1: the
+    layout
+      of the `real.json` that ReaL's authors publish.
 
     Raises:
-        UsageError: the file is missing or holds something else.
+        UsageError: the file is missing or has another form.
         LightspineError: the file cannot be read or is not JSON.
     """
     path = Path(path)

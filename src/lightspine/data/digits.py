@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits of 8 x 8 px that ship with scikit-learn: real images that need no download."""
+"""scikit-learn's handwritten digits: 1,797 images of 8 x 8 px that need no download."""
 
 from pathlib import Path
 from typing import Literal
@@ -17,17 +17,17 @@ from lightspine.utils.image_files import MIN_SIDE
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 
-# The split belongs to the data set, not to a run: every model and every seed meets the same held-out digits.
+# The split is part of the data set, so that all models and seeds are tested on the same digits.
 _SPLIT_SEED = 0
 _TEST_FRACTION = 0.2
 
-_MAX_TURN = 10 * torch.pi / 180
-_MAX_ZOOM = 0.1
+_MAX_ANGLE = 10 * torch.pi / 180
+_MAX_SCALE_CHANGE = 0.1
 _MAX_SHIFT = 0.05
 
 
 def digits_preprocessing(image_size: int) -> Preprocessing:
-    """Return the preprocessing of digits scaled to `image_size` px."""
+    """Return the preprocessing of digits resized to `image_size` px."""
     _check_size(image_size)
     return Preprocessing(
         input_size=(3, image_size, image_size),
@@ -39,16 +39,16 @@ def digits_preprocessing(image_size: int) -> Preprocessing:
 
 
 class DigitsDataset(Dataset[Item]):
-    """The digits, scaled up bilinearly and normalised, as three equal channels.
+    """Digits, resized bilinearly and normalized, with three identical channels.
 
-    A data loader fetches a whole batch at once, so it needs `collate_fn=lambda batch: batch`; inside a
-    `SeededDataset`, which reads one by one, `collate_images`.
+    A data loader fetches a whole batch at once, so it needs `collate_fn=lambda batch: batch`. Wrapped in a
+    `SeededDataset`, which reads one image at a time, it needs `collate_images`.
 
     Args:
-        split: "train" (1,438 digits) or "test" (359, every class in proportion, always the same ones).
+        split: "train" (1,438 digits) or "test" (359, stratified by class); the split is fixed.
         image_size: height and width in pixels, at least 32.
-        augment: turn, scale and shift every digit at random, by at most 10 degrees, 10 % and 5 % of the
-            side; never flipped, because a flipped digit is another sign. Draws from torch's global generator.
+        augment: rotate, scale and shift every digit at random, by at most 10 degrees, 10 % and 5 % of the
+            side; no flips, which would change the meaning of a digit. Uses torch's global generator.
 
     Raises:
         UsageError: an image size below 32.
@@ -58,8 +58,8 @@ class DigitsDataset(Dataset[Item]):
         self, split: Literal["train", "test"], *, image_size: int = 32, augment: bool = False
     ) -> None:
         preprocessing = digits_preprocessing(image_size)
-        pixels, labels = _load(split)
-        self.pixels = _scale_up(pixels, image_size)
+        pixels, labels = _load_digits(split)
+        self.pixels = _resize(pixels, image_size)
         self.labels = labels
         self.augment = augment
         self.mean, self.std = preprocessing.mean[0], preprocessing.std[0]
@@ -76,17 +76,17 @@ class DigitsDataset(Dataset[Item]):
         """Return N digits: images (N, 3, S, S) float32 and labels (N,)."""
         pixels = self.pixels[indices]
         if self.augment:
-            pixels = _move(pixels)
+            pixels = _augment_digits(pixels)
         images = ((pixels - self.mean) / self.std).repeat(1, 3, 1, 1)
         return Batch(images, self.labels[indices], [])
 
 
 def export_digits(folder: str | Path, *, count: int = 10, image_size: int = 32) -> list[tuple[Path, str]]:
-    """Write held-out digits as PNG files, for `predict` to read.
+    """Write digits of the test split as PNG files, for example as input of `predict`.
 
     Args:
-        folder: is made if it does not exist.
-        count: how many, the classes in turn.
+        folder: created if it does not exist.
+        count: number of digits; the classes alternate.
         image_size: height and width in pixels, at least 32.
 
     Returns:
@@ -95,21 +95,21 @@ def export_digits(folder: str | Path, *, count: int = 10, image_size: int = 32) 
     _check_size(image_size)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pixels, labels = _load("test")
-    turns = [(labels == digit).nonzero().flatten().tolist() for digit in range(10)]
-    order = [turn[i] for i in range(max(map(len, turns))) for turn in turns if i < len(turn)]
+    pixels, labels = _load_digits("test")
+    by_class = [(labels == digit).nonzero().flatten().tolist() for digit in range(10)]
+    order = [indices[i] for i in range(max(map(len, by_class))) for indices in by_class if i < len(indices)]
     files = []
     for number, index in enumerate(order[:count]):
         path = folder / f"{number:03d}_digit_{labels[index]}.png"
-        values = _scale_up(pixels[index : index + 1], image_size)[0, 0] * 255
+        values = _resize(pixels[index : index + 1], image_size)[0, 0] * 255
         Image.fromarray(values.round().to(torch.uint8).numpy()).save(path)
         files.append((path, CLASS_NAMES[labels[index]]))
     return files
 
 
-def _load(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
+def _load_digits(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
     """Return pixels (N, 1, 8, 8) from 0 to 1 and labels (N,) of a split."""
-    # Imported here: scikit-learn costs a second that `import lightspine.data` need not pay.
+    # Imported here because importing scikit-learn takes about a second.
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -123,16 +123,16 @@ def _load(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
     return pixels, torch.from_numpy(labels[chosen]).long()
 
 
-def _scale_up(pixels: Tensor, image_size: int) -> Tensor:
+def _resize(pixels: Tensor, image_size: int) -> Tensor:
     return F.interpolate(pixels, size=(image_size, image_size), mode="bilinear", align_corners=False)
 
 
-def _move(pixels: Tensor) -> Tensor:
-    """Turn, scale and shift every image of (N, 1, S, S) by its own random amount; what comes in is black."""
-    turn, zoom, shift_x, shift_y = (torch.rand(4, len(pixels)) * 2 - 1).unbind()
-    angle, scale = turn * _MAX_TURN, 1 + zoom * _MAX_ZOOM
+def _augment_digits(pixels: Tensor) -> Tensor:
+    """Rotate, scale and shift every image of (N, 1, S, S) at random; uncovered pixels are black."""
+    rotation, zoom, shift_x, shift_y = (torch.rand(4, len(pixels)) * 2 - 1).unbind()
+    angle, scale = rotation * _MAX_ANGLE, 1 + zoom * _MAX_SCALE_CHANGE
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    # A grid of twice the shift: its coordinates run from -1 to 1, two per side.
+    # Twice the shift, because grid coordinates run from -1 to 1.
     rows = [
         torch.stack([cos, -sin, 2 * _MAX_SHIFT * shift_x]),
         torch.stack([sin, cos, 2 * _MAX_SHIFT * shift_y]),

@@ -1,4 +1,4 @@
-"""Images of a Hugging Face data set that `datasets` saved to disk."""
+"""Hugging Face data sets on disk."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,16 +13,16 @@ from lightspine.utils.image_files import decode_image, open_image
 
 
 def load_hugging_face(path: str | Path) -> Mapping[str, Any]:
-    """Return the splits of a data set that `save_to_disk` wrote; one without splits is "train".
+    """Load a data set that `save_to_disk` wrote, as split name -> split; a single split is called "train".
 
     Args:
         path: the folder.
 
     Raises:
         UsageError: the package `datasets` is not installed, or the folder is missing.
-        LightspineError: the folder holds something else.
+        LightspineError: the folder is not a saved data set.
     """
-    # Imported here: an optional package that nobody else needs.
+    # Imported here because the package is optional.
     try:
         import datasets
     except ImportError as error:
@@ -40,17 +40,17 @@ def load_hugging_face(path: str | Path) -> Mapping[str, Any]:
 
 
 class HuggingFaceSource:
-    """The images of one split.
+    """Image source that reads one split.
 
     Args:
         split: a `datasets.Dataset`.
-        image_column: a column of the type `datasets.Image`.
-        label_column: a column of class numbers or names.
-        class_names: number the classes by this list instead of by the column's own names.
-        where: what an error calls the split.
+        image_column: column of type `datasets.Image`.
+        label_column: column of class indices or names.
+        class_names: names in the order of the class indices, in place of those of the column.
+        where: name of the split in error messages.
 
     Attributes:
-        class_names: the classes in the order of their numbers.
+        class_names: names in the order of the class indices.
 
     Raises:
         UsageError: a column is missing, or a label is not among the classes.
@@ -80,7 +80,7 @@ class HuggingFaceSource:
         ]
         self.class_names = class_names or own_names or infer_class_names(written)
         self.labels = np.asarray(encode_labels(written, self.class_names, where))
-        # The stored bytes instead of a decoded picture: decoding is the same for all readers here.
+        # Encoded bytes, so that images are decoded as in the other image sources.
         self._column = image_column
         self._rows = split.select_columns([image_column]).cast_column(
             image_column, datasets.Image(decode=False)
@@ -90,19 +90,19 @@ class HuggingFaceSource:
         return len(self.labels)
 
     def name(self, position: int) -> str:
-        """Return the data set and the row."""
+        """Return the name of the split and the row."""
         return f"{self.where}, row {position}"
 
     def open(self, position: int) -> Image.Image:
-        """Return an image as 8-bit RGB.
+        """Read an image as 8-bit RGB.
 
         Raises:
             UsageError: the image is smaller than 32 px on a side.
-            LightspineError: it cannot be read, or the row has none.
+            LightspineError: it cannot be read, or the row has no image.
         """
         stored = self._rows[position][self._column]
         if stored and stored.get("bytes"):
             return decode_image(stored["bytes"], self.name(position))
         if stored and stored.get("path"):
             return open_image(stored["path"])
-        raise LightspineError(f"cannot read image {self.name(position)}: it holds none")
+        raise LightspineError(f"cannot read image {self.name(position)}: the row has no image")

@@ -1,4 +1,4 @@
-"""A CSV or TSV file that lists images with their classes."""
+"""CSV and TSV lists of images with labels."""
 
 import csv
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from lightspine.errors import LightspineError, UsageError
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _COLUMNS = ("path", "label", "split")
-_LOOKED_FOR = 10
+_CHECKED_IMAGES = 10
 
 
 @dataclass(frozen=True)
 class ListedImage:
-    """One row: the path and label as written, and the split where the list has one."""
+    """One row: path, label as written, and split if the list has one."""
 
     path: Path
     label: str
@@ -32,9 +32,9 @@ def read_image_list(file: str | Path, *, root: str | Path | None = None) -> list
     """Read the rows of a list.
 
     Args:
-        file: `.csv` (commas) or `.tsv` (tabs) with the columns path, label and, if wanted, split. A first row
-            with the words "path" and "label" names the columns; other columns are passed over then.
-        root: the folder that relative paths start from; the list's own folder without it.
+        file: `.csv` (commas) or `.tsv` (tabs) with the columns path, label and optionally split. If the first
+            row contains "path" and "label" it is the header; other columns are then ignored.
+        root: folder of relative paths; default: the folder of the list.
 
     Raises:
         UsageError: the file is missing, empty, of another type or has a row with a wrong number of columns;
@@ -57,8 +57,8 @@ def read_image_list(file: str | Path, *, root: str | Path | None = None) -> list
     images = [_read_row(file, base, line, row, columns) for line, row in rows]
     if not images:
         raise UsageError(f"expected at least one image in the list {file}")
-    # A wrong root concerns all images; a few missing ones are bad images like any other.
-    if not any(image.path.is_file() for image in images[:_LOOKED_FOR]):
+    # A wrong root affects all images, whereas single missing files are handled as unreadable images.
+    if not any(image.path.is_file() for image in images[:_CHECKED_IMAGES]):
         raise UsageError(f"none of the first images of {file} exists, such as {images[0].path}")
     return images
 
@@ -72,21 +72,20 @@ def split_image_list(
     seed: int = 0,
     val_split: str | None = None,
 ) -> FolderSplits:
-    """Read a list and split it for training and validation.
+    """Read a list and split it into training and validation.
 
     Args:
         file: see `read_image_list`.
-        root: the folder that relative paths start from; the list's own folder without it.
-        class_names: a file with one class name per line. Without it labels that are all whole numbers are
-            class numbers, and others are class names, numbered in sorted order.
-        val_fraction: share of every class that is held out where the list has no splits.
-        seed: which images are held out.
-        val_split: the split to validate on; without it the first of val, validation, valid and test that the
-            list has.
+        root: folder of relative paths; default: the folder of the list.
+        class_names: file with one class name per line; default: see `infer_class_names`.
+        val_fraction: share of every class for validation if the list has no splits.
+        seed: seed of the split.
+        val_split: name of the validation split; default: the first of val, validation, valid and test that
+            the list has.
 
     Raises:
-        UsageError: what `read_image_list` refuses, a missing split, an unknown label, a class with too few
-            images to hold one out.
+        UsageError: see `read_image_list`; a missing split, an unknown label, a class with too few images to
+            be split.
         LightspineError: a file cannot be read.
     """
     images = read_image_list(file, root=root)
@@ -97,21 +96,21 @@ def split_image_list(
     found = sorted({image.split for image in images if image.split})
     if not found:
         if val_split is not None:
-            raise UsageError(f"expected images of the split {val_split} in {file}, which names no split")
+            raise UsageError(f"expected images of the split {val_split} in {file}, which has no split column")
         return FolderSplits(names, *train_val_split(names, samples, val_fraction, seed))
-    wanted = val_split or next((name for name in VAL_SPLITS if name in found), "val")
-    for name in (TRAIN_SPLIT, wanted):
+    val_name = val_split or next((name for name in VAL_SPLITS if name in found), "val")
+    for name in (TRAIN_SPLIT, val_name):
         if name not in found:
             raise UsageError(f"expected images of the split {name} in {file}, which has {', '.join(found)}")
     train, val = (
         [sample for sample, image in zip(samples, images, strict=True) if image.split == name]
-        for name in (TRAIN_SPLIT, wanted)
+        for name in (TRAIN_SPLIT, val_name)
     )
     return FolderSplits(names, train, val)
 
 
 def _find_columns(rows: list[tuple[int, list[str]]]) -> tuple[Sequence[str], list[tuple[int, list[str]]]]:
-    """Return the names of the columns, and the rows below the head."""
+    """Return the column names, and the rows without the header."""
     head = [cell.strip().lower() for cell in rows[0][1]] if rows else []
     if {"path", "label"} <= set(head):
         return head, rows[1:]

@@ -1,4 +1,4 @@
-"""ImageNet as it is distributed: folders called by WordNet ids, and a flat folder of validation images."""
+"""ImageNet in its official layout: class folders named by WordNet ids, and a flat validation folder."""
 
 import re
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.utils.image_files import list_image_files
 
 VAL_LISTS = ("LOC_val_solution.csv", "val.txt", "imagenet_2012_validation_synset_labels.txt")
-"""Names that a list of the validation classes is looked for under, in this order."""
+"""File names under which the list of the validation classes is searched, in this order."""
 
 
 def scan_imagenet(root: str | Path, *, val_list: str | Path | None = None) -> FolderSplits:
     """List the images of `root/train/n01440764/*` and of `root/val`.
 
-    A class has the number of its WordNet id in sorted order, which is how the published checkpoints number
-    them, and the name that ImageNet gives the id.
+    Class indices follow the sorted order of the WordNet ids, as in the published checkpoints; class names are
+    ImageNet's descriptions of the ids.
 
     Args:
-        root: the folder with `train` and `val`.
-        val_list: see `list_imagenet_val`; looked for in `root` without it.
+        root: folder with `train` and `val`.
+        val_list: see `list_imagenet_val`; default: searched in `root`.
 
     Raises:
-        UsageError: a folder is missing, a class folder is not called by a WordNet id, or what
-            `list_imagenet_val` refuses.
+        UsageError: a folder is missing, or a class folder is not named by a WordNet id; see also
+            `list_imagenet_val`.
         LightspineError: the list cannot be read.
     """
     root = Path(root)
@@ -41,8 +41,8 @@ def scan_imagenet(root: str | Path, *, val_list: str | Path | None = None) -> Fo
     synsets, train = list_images(root / "train")
     if odd := [name for name in synsets if not is_synset(name)]:
         raise UsageError(
-            f"expected class folders called by WordNet ids, such as n01440764, in {root / 'train'}, "
-            f"got {odd[0]}; an image folder of other classes is read by ImageFolderDataModule"
+            f"expected class folders named by WordNet ids, such as n01440764, in {root / 'train'}, "
+            f"got {odd[0]}; use ImageFolderDataModule for other classes"
         )
     val = list_imagenet_val(root / "val", synsets, val_list=val_list)
     return FolderSplits(synset_descriptions(synsets), train, val)
@@ -51,17 +51,17 @@ def scan_imagenet(root: str | Path, *, val_list: str | Path | None = None) -> Fo
 def list_imagenet_val(
     folder: str | Path, synsets: Sequence[str], *, val_list: str | Path | None = None
 ) -> list[Sample]:
-    """List the validation images, in class folders or in one flat folder.
+    """List the validation images of class folders or of one flat folder.
 
     Args:
         folder: `folder/n01440764/*` or `folder/ILSVRC2012_val_00000001.JPEG`, ...
-        synsets: the WordNet ids in the order of the class numbers.
-        val_list: for a flat folder, its classes: lines "NAME ID" or "NAME NUMBER", Kaggle's
-            `LOC_val_solution.csv`, or a WordNet id per line in the order of the images' names; one of
-            `VAL_LISTS` in the folder or beside it without it.
+        synsets: WordNet ids in the order of the class indices.
+        val_list: classes of a flat folder: lines "NAME ID" or "NAME INDEX", Kaggle's `LOC_val_solution.csv`,
+            or one WordNet id per line in the order of the image names. Default: the first of `VAL_LISTS` in
+            the folder or its parent.
 
     Raises:
-        UsageError: there is no image or no list, or the list misses an image or has a class that is not in
+        UsageError: there is no image or no list, or the list lacks an image or has a class that is not in
             `synsets`.
         LightspineError: the list cannot be read.
     """
@@ -87,10 +87,10 @@ def list_imagenet_val(
 
 
 def imagenet_class_mapping(root: str | Path) -> ClassMapping:
-    """Return the classes of ImageNet-1k that the folders of another test set mean by their names.
+    """Map the folders of another test set to the classes of ImageNet-1k by their names.
 
     Args:
-        root: folders called by WordNet ids (ImageNet-A, -R, -Sketch) or by class numbers from 0 to 999
+        root: folders named by WordNet ids (ImageNet-A, -R, -Sketch) or by class indices from 0 to 999
             (ImageNet-V2).
 
     Raises:
@@ -103,7 +103,7 @@ def imagenet_class_mapping(root: str | Path) -> ClassMapping:
     folders = find_class_folders(Path(root))
     if unknown := [name for name in folders if name not in numbers]:
         raise UsageError(
-            f"expected folders called by WordNet ids of ImageNet-1k or numbers below 1000 in {root}, "
+            f"expected folders named by WordNet ids of ImageNet-1k or numbers below 1000 in {root}, "
             f"got {unknown[0]}"
         )
     return ClassMapping(folders={name: numbers[name] for name in folders})
@@ -121,7 +121,7 @@ def _find_list(folder: Path) -> Path:
 
 
 def _read_list(path: Path, files: Sequence[Path]) -> dict[str, str]:
-    """Return the class as written of every image, by its name without the suffix."""
+    """Return image name without suffix -> class as written."""
     if not path.is_file():
         raise UsageError(f"expected a list of validation classes, but {path} is not a file")
     try:
@@ -132,7 +132,7 @@ def _read_list(path: Path, files: Sequence[Path]) -> dict[str, str]:
     if rows and rows[0][0].lower() == "imageid":
         rows = rows[1:]
     if all(len(row) == 1 for row in rows):
-        # The development kit numbers the classes by an order of its own that only its meta.mat tells.
+        # The development kit numbers the classes in another order, which only its meta.mat defines.
         if not all(is_synset(row[0]) for row in rows):
             raise UsageError(
                 f"expected a WordNet id per line in {path}; numbers alone, as in the development kit's "

@@ -1,4 +1,4 @@
-"""Read and check a COCO file of objects."""
+"""Reading and validation of COCO annotation files."""
 
 import itertools
 import json
@@ -36,29 +36,29 @@ def read_coco(
     masks: bool = True,
     class_names: Sequence[str] | None = None,
 ) -> CocoAnnotations:
-    """Read a COCO file of objects.
+    """Read a COCO file of object annotations.
 
-    Left out, counted and named in `issues`: images whose file is missing; objects of unknown images or
-    categories, with a box that is no four finite numbers, has no area or lies outside the image; with
-    `masks`, objects whose mask is missing, is made for another size, is damaged or has no pixel. A missing
-    area is mended: the box's is taken. Images without objects stay.
+    The following are skipped and recorded in `issues`: images whose file is missing; objects of unknown
+    images or categories; objects whose box is not four finite numbers, has no area or lies outside the image;
+    with `masks`, objects whose mask is missing, damaged, empty or of another size than the image. A missing
+    area is replaced by that of the box. Images without objects are kept.
 
     Args:
         file: the `.json` file.
-        folder: where its `file_name`s lie.
+        folder: folder of the image files.
         masks: read and check the masks.
-        class_names: the classes of a model, in the order of its labels; without them the file's categories
-            count, in the order of their ids.
+        class_names: classes of a model, in the order of its labels; default: the categories of the file, in
+            the order of their ids.
 
     Raises:
-        UsageError: a file or folder that does not exist, no image, no category, no usable object, a category
-            that is not among `class_names`.
+        UsageError: the file or folder does not exist; there is no image, no category or no usable object; a
+            category is not among `class_names`.
         LightspineError: the file is not JSON or not a COCO file of objects.
     """
     file, folder = Path(file), Path(folder)
     content = _read_json(file)
     if not folder.is_dir():
-        raise UsageError(f"expected a folder of images, but {folder} {_state(folder)}")
+        raise UsageError(f"expected a folder of images, but {folder} {_describe_path(folder)}")
     issues = AnnotationIssues()
     names, labels = _read_categories(content["categories"], file, class_names)
     images = _read_images(content["images"], file, folder, issues)
@@ -67,25 +67,27 @@ def read_coco(
     for order, entry in enumerate(content["annotations"]):
         where = f"annotation {entry.get('id', order) if isinstance(entry, dict) else order}"
         try:
-            image_id = _image_of(entry, known)
-            # What belongs to a missing file is named by the file.
+            image_id = _find_image_id(entry, known)
+            # Objects of a missing image file are not reported one by one.
             if image_id in images:
                 objects[image_id].append(_read_object(entry, images[image_id], labels, masks, where, issues))
         except LightspineError as error:
             issues.add(str(error), where)
     if content["annotations"] and not any(objects.values()):
         raise UsageError(f"none of the {len(content['annotations'])} objects of {file} can be used: {issues}")
-    return _pack(folder, names, _number_classes(labels, len(names)), images, objects, masks, issues)
+    return _pack_annotations(
+        folder, names, _number_classes(labels, len(names)), images, objects, masks, issues
+    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise UsageError(f"expected a COCO file, but {file} {_state(file)}")
+        raise UsageError(f"expected a COCO file, but {file} {_describe_path(file)}")
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
         raise LightspineError(f"cannot read {file}: {error.strerror or error}") from error
-    # Another encoding fails as UnicodeDecodeError, nesting without end as RecursionError.
+    # UnicodeDecodeError (a ValueError) for another encoding, RecursionError for excessive nesting.
     except (ValueError, RecursionError) as error:
         raise LightspineError(f"cannot read {file}: it is not JSON ({error})") from error
     for key in ("images", "annotations", "categories"):
@@ -94,7 +96,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _state(path: Path) -> str:
+def _describe_path(path: Path) -> str:
     return "is a folder" if path.is_dir() else "is a file" if path.exists() else "does not exist"
 
 
@@ -110,7 +112,7 @@ def _read_categories(
                 f"a category of {file} needs a whole number as id and a name, got {entry!r}"
             )
         if number in found:
-            raise LightspineError(f"category id {number} stands twice in {file}")
+            raise LightspineError(f"category id {number} appears twice in {file}")
         found[number] = name
     if not found:
         raise UsageError(f"expected at least one category in {file}")
@@ -126,7 +128,7 @@ def _read_categories(
 
 
 def _number_classes(labels: dict[int, int], count: int) -> list[int]:
-    """Return a category id for every class: the file's, or a new one for a class that the file lacks."""
+    """Return the category id of every class; a class that the file lacks gets a new id."""
     of_label = {label: number for number, label in labels.items()}
     new = itertools.count(max(labels) + 1)
     return [of_label[label] if label in of_label else next(new) for label in range(count)]
@@ -148,7 +150,7 @@ def _read_images(entries: list[Any], file: Path, folder: Path, issues: Annotatio
                 f"image {name} of {file} needs a height and a width in pixels, got {height!r} and {width!r}"
             )
         if number in seen:
-            raise LightspineError(f"image id {number} stands twice in {file}")
+            raise LightspineError(f"image id {number} appears twice in {file}")
         seen.add(number)
         if (folder / name).is_file():
             images[number] = _Image(name, height, width)
@@ -160,9 +162,9 @@ def _read_images(entries: list[Any], file: Path, folder: Path, issues: Annotatio
     return images
 
 
-def _image_of(entry: Any, known: set[int]) -> int:
+def _find_image_id(entry: Any, known: set[int]) -> int:
     if not isinstance(entry, dict):
-        raise LightspineError("an annotation that is not a JSON object")
+        raise LightspineError("annotation that is not a JSON object")
     image_id = entry.get("image_id")
     if type(image_id) is not int or image_id not in known:
         raise LightspineError("object of an unknown image")
@@ -191,7 +193,7 @@ def _read_object(
     if masks:
         check_segmentation(segmentation, image.height, image.width)
     if area is None or not _is_number(area) or area <= 0:
-        issues.add("area missing, the box's was taken", where)
+        issues.add("area missing, replaced by that of the box", where)
         area = width * height
     return _Object(
         box, labels[category], area, bool(entry.get("iscrowd")), json.dumps(segmentation) if masks else ""
@@ -202,7 +204,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _pack(
+def _pack_annotations(
     folder: Path,
     names: list[str],
     categories: list[int],

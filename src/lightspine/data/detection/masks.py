@@ -1,4 +1,4 @@
-"""Masks of COCO files: polygons and run lengths, plain or compressed."""
+"""COCO masks: polygons and run-length encodings (RLE), plain or compressed."""
 
 import math
 from collections.abc import Sequence
@@ -10,42 +10,42 @@ from faster_coco_eval import mask as mask_api
 from lightspine.errors import LightspineError
 
 Segmentation = list[list[float]] | dict[str, Any]
-"""As it stands in the file: polygons [x1, y1, x2, y2, ...], or {"size": [height, width], "counts": ...}."""
+"""Mask as stored in the file: polygons [x1, y1, x2, y2, ...], or {"size": [height, width], "counts": ...}."""
 
-_MOST_CHARACTERS = 12
-"""Five bits each: more of them in one number would not fit into 64 bits."""
+_MAX_CHARACTERS = 12
+"""Each holds five bits; a number with more characters would not fit into 64 bits."""
 
 
 def check_segmentation(segmentation: Any, height: int, width: int) -> None:
-    """Refuse what cannot be a mask of an image of this size, without drawing it.
+    """Validate the mask of an annotation without decoding it.
 
     Args:
-        segmentation: the field of an annotation.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
+        segmentation: field `segmentation` of the annotation.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
 
     Raises:
-        LightspineError: it is neither polygons nor run lengths, is made for another size, or has no pixel.
+        LightspineError: it is neither polygons nor an RLE, is for an image of another size, or is empty.
     """
     if isinstance(segmentation, dict):
         if not _run_lengths(segmentation, height, width)[1::2].any():
             raise LightspineError("a mask without pixels")
     elif isinstance(segmentation, list):
-        _polygons(segmentation, height, width)
+        _check_polygons(segmentation, height, width)
     else:
         raise LightspineError("no mask")
 
 
 def decode_segmentation(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
-    """Draw the mask of an annotation.
+    """Decode the mask of an annotation.
 
-    Run lengths go down the columns, the first one counts zeros. A compressed text holds each as a difference
-    to the run before the last one, in characters of five bits.
+    An RLE runs down the columns, and its first run counts zeros. The compressed form stores each run as the
+    difference from the run two before it, in characters of five bits.
 
     Args:
-        segmentation: the field of an annotation.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
+        segmentation: field `segmentation` of the annotation.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
 
     Returns:
         (height, width), uint8, 1 inside.
@@ -56,12 +56,12 @@ def decode_segmentation(segmentation: Segmentation, height: int, width: int) -> 
     if isinstance(segmentation, dict):
         runs = _run_lengths(segmentation, height, width)
         return np.repeat(np.arange(len(runs), dtype=np.uint8) % 2, runs).reshape(width, height).T
-    encoded = mask_api.frPyObjects(_polygons(segmentation, height, width), height, width)
+    encoded = mask_api.frPyObjects(_check_polygons(segmentation, height, width), height, width)
     return np.asarray(mask_api.decode(mask_api.merge(encoded)))
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """Return a mask, (height, width), as compressed run lengths that JSON can hold."""
+    """Encode a mask, (height, width), as a compressed RLE that can be stored as JSON."""
     encoded = mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
     counts = encoded["counts"]
     return {
@@ -70,10 +70,10 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _polygons(segmentation: Sequence[Any], height: int, width: int) -> list[list[float]]:
-    """Return the polygons that have at least three corners."""
+def _check_polygons(segmentation: Sequence[Any], height: int, width: int) -> list[list[float]]:
+    """Return the polygons with at least three corners."""
     polygons = []
-    # The drawing walks along every edge: a corner far away would take for ever.
+    # Rasterization steps along every edge, so a corner far away would take very long.
     far = max(height, width)
     for polygon in segmentation:
         if not isinstance(polygon, list) or not all(_is_number(value) for value in polygon):
@@ -94,7 +94,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _run_lengths(segmentation: dict[str, Any], height: int, width: int) -> np.ndarray:
-    """Return the checked run lengths: a library that trusts them reads and writes past its memory."""
+    """Return the validated run lengths; invalid ones make the mask library access memory out of bounds."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if size != [height, width]:
         raise LightspineError("a mask of another size than the image")
@@ -113,17 +113,17 @@ def _decompress(text: str) -> np.ndarray:
     codes = np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8).astype(np.int64) - 48
     if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         raise LightspineError("run lengths that are not a compressed text")
-    # Bit 5 says that the number goes on in the next character.
+    # Bit 5 means that the number continues in the next character.
     ends = np.flatnonzero((codes & 32) == 0)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
-    if lengths.max() > _MOST_CHARACTERS:
+    if lengths.max() > _MAX_CHARACTERS:
         raise LightspineError("run lengths that are not a compressed text")
     shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
     runs = np.add.reduceat((codes & 31) << shifts, starts)
     # Bit 4 of the last character is the sign.
     runs -= np.where(codes[ends] & 16, np.int64(1) << (5 * lengths), 0)
-    # From the fourth run on each is stored less the run two before it.
+    # From the fourth run on, the difference from the run two before is stored.
     runs[1::2] = runs[1::2].cumsum()
     runs[2::2] = runs[2::2].cumsum()
     return runs

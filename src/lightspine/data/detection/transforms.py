@@ -1,7 +1,7 @@
-"""Random changes of an image together with its boxes and masks, as the published detectors are trained.
+"""Detection augmentation: joint transforms of an image with its boxes and masks, as in the published recipes.
 
-They take (image, target) with torchvision's `tv_tensors` and go together with any of
-`torchvision.transforms.v2`. Random numbers come from torch's generator.
+They take (image, target) with torchvision's `tv_tensors` and can be combined with
+`torchvision.transforms.v2`. Random numbers come from torch's global generator.
 """
 
 from typing import Any, Literal, get_args
@@ -17,20 +17,20 @@ from lightspine.errors import UsageError
 DetectionAugmentation = Literal["none", "flip", "multi_scale", "large_scale_jitter"]
 
 MULTI_SCALE = tuple(range(480, 801, 32))
-"""Shorter sides in pixels that DETR (Carion et al., arXiv:2005.12872) and the 3x schedules draw from."""
+"""Shorter sides in pixels for multi-scale training as in DETR (Carion et al., arXiv:2005.12872)."""
 
-_GREY = 128
+_GRAY = 128
 
 
 class ResizeShorterSide(v2.Transform):
-    """Resize to a shorter side drawn from several, the longest side bounded; the ratio stays.
+    """Resize the shorter side to a randomly chosen length, with a limit for the longer side; keeps the ratio.
 
-    torchvision's RandomShortestSize cuts the sides off where this rounds them, and so misses 800 by a pixel
-    at some image sizes.
+    torchvision's RandomShortestSize truncates the sides instead of rounding them, which gives 799 px in place
+    of 800 at some image sizes.
 
     Args:
-        sizes: shorter sides in pixels to draw from.
-        longest: bound of the longer side in pixels.
+        sizes: lengths of the shorter side in pixels to choose from.
+        longest: largest length of the longer side in pixels.
 
     Raises:
         UsageError: no size, or one below 1.
@@ -44,26 +44,26 @@ class ResizeShorterSide(v2.Transform):
         self.longest = longest
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the size."""
+        """Choose the size."""
         height, width = v2.query_size(flat_inputs)
-        shorter = self.sizes[_draw(0, len(self.sizes) - 1)]
+        shorter = self.sizes[_random_int(0, len(self.sizes) - 1)]
         factor = min(shorter / min(height, width), self.longest / max(height, width))
-        return {"size": [_scaled(height, factor), _scaled(width, factor)]}
+        return {"size": [_round_side(height, factor), _round_side(width, factor)]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize an image, boxes or masks; bilinear without a low-pass filter, as published."""
+        """Resize an image, boxes or masks; bilinear without antialiasing, as published."""
         return self._call_kernel(F.resize, inpt, size=params["size"], antialias=False)
 
 
 class RandomSizedCrop(v2.Transform):
-    """Cut out a part of random height and width at a random place; objects outside it stay as empty boxes.
+    """Crop to a random size at a random position; objects outside the crop remain as empty boxes.
 
     Args:
-        smallest: least side in pixels, or the image's where that is less.
-        largest: largest side in pixels, or the image's.
+        smallest: smallest side in pixels; that of the image if it is smaller.
+        largest: largest side in pixels; that of the image if it is smaller.
 
     Raises:
-        UsageError: sides that are not 1 or more, the smaller first.
+        UsageError: sides below 1, or the larger side first.
     """
 
     def __init__(self, smallest: int, largest: int) -> None:
@@ -74,10 +74,10 @@ class RandomSizedCrop(v2.Transform):
         self.largest = largest
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw size and place."""
+        """Choose size and position."""
         sides = v2.query_size(flat_inputs)
-        height, width = (_draw(min(self.smallest, side), min(self.largest, side)) for side in sides)
-        top, left = _draw(0, sides[0] - height), _draw(0, sides[1] - width)
+        height, width = (_random_int(min(self.smallest, side), min(self.largest, side)) for side in sides)
+        top, left = _random_int(0, sides[0] - height), _random_int(0, sides[1] - width)
         return {"top": top, "left": left, "height": height, "width": width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -86,11 +86,11 @@ class RandomSizedCrop(v2.Transform):
 
 
 class LargeScaleJitter(v2.Transform):
-    """Large-scale jitter (Ghiasi et al., arXiv:2012.07177) as ViTDet's recipe has it.
+    """Large-scale jitter (Ghiasi et al., arXiv:2012.07177) as in ViTDet's recipe.
 
-    The image is resized to fit into a square of `size` times a random factor and cut at a random place to at
-    most `size`; a smaller one is filled with grey at the right and the bottom. Boxes are drawn anew around
-    what is left of the masks, where there are masks.
+    The image is resized to fit into a square of `size` times a random factor, then cropped at a random
+    position or padded with gray at the right and the bottom to `size`. If there are masks, boxes are
+    recomputed from them.
 
     Args:
         size: height and width of the result in pixels.
@@ -111,42 +111,42 @@ class LargeScaleJitter(v2.Transform):
         self.scale = scale
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw factor and place."""
+        """Choose factor and position."""
         height, width = v2.query_size(flat_inputs)
         factor = self.scale[0] + float(torch.rand(())) * (self.scale[1] - self.scale[0])
         factor *= min(self.size / height, self.size / width)
-        resized = [_scaled(height, factor), _scaled(width, factor)]
-        top, left = (_draw(0, max(side - self.size, 0)) for side in resized)
+        resized = [_round_side(height, factor), _round_side(width, factor)]
+        top, left = (_random_int(0, max(side - self.size, 0)) for side in resized)
         return {"source": (height, width), "resized": resized, "top": top, "left": left}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize, crop and fill an image, boxes or masks."""
+        """Resize, crop and pad an image, boxes or masks."""
         if isinstance(inpt, tv_tensors.Mask):
-            return tv_tensors.wrap(self._pick(inpt, params), like=inpt)
+            return tv_tensors.wrap(self._resample_masks(inpt, params), like=inpt)
         resized = self._call_kernel(F.resize, inpt, size=params["resized"], antialias=True)
         height, width = (min(side, self.size) for side in params["resized"])
         cropped = self._call_kernel(
             F.crop, resized, top=params["top"], left=params["left"], height=height, width=width
         )
         border = [0, 0, self.size - width, self.size - height]
-        return self._call_kernel(F.pad, cropped, padding=border, fill=_GREY)
+        return self._call_kernel(F.pad, cropped, padding=border, fill=_GRAY)
 
     def forward(self, *inputs: Any) -> Any:
-        """Change (image, target) and draw the boxes anew."""
+        """Transform (image, target) and recompute the boxes from the masks."""
         image, target = super().forward(*inputs)
         if "masks" in target and len(target["masks"]):
-            boxes = _enclose(target["masks"].as_subclass(Tensor))
+            boxes = _boxes_of_masks(target["masks"].as_subclass(Tensor))
             target = target | {"boxes": tv_tensors.wrap(boxes, like=target["boxes"])}
         return image, target
 
-    def _pick(self, masks: Tensor, params: dict[str, Any]) -> Tensor:
-        """Pick the nearest pixels of the result alone: all masks of a crowded image enlarged take GBs."""
+    def _resample_masks(self, masks: Tensor, params: dict[str, Any]) -> Tensor:
+        """Resample only the pixels of the result; enlarging all masks first would take gigabytes."""
         indices = []
         for source, resized, start in zip(
             params["source"], params["resized"], (params["top"], params["left"]), strict=True
         ):
             places = torch.arange(start, start + min(resized, self.size))
-            # By the centres of the pixels: their corners would shift the mask against the image.
+            # Aligned by pixel centers; alignment by corners would shift the mask against the image.
             indices.append(((2 * places + 1) * source).div(2 * resized, rounding_mode="floor"))
         plain = masks.as_subclass(Tensor)
         result = plain.new_zeros(*plain.shape[:-2], self.size, self.size)
@@ -162,20 +162,21 @@ def create_detection_transform(
     longest: int = 1333,
     size: int = 1024,
 ) -> v2.Transform:
-    """Return the training transform of a published schedule.
+    """Create the training transform of a published schedule.
 
-    - "none": resized to a shorter side of `shorter`, the longest side bounded.
-    - "flip": the same with a horizontal flip of every second image: the 1x schedules.
-    - "multi_scale": flip, then either a shorter side of 480 to 800 or first one of 400, 500 or 600 and a crop
-      of 384 to 600 px: DETR's augmentation in the 3x schedules. All these sides are for a `shorter` of 800
-      and go with it.
+    - "none": resize to a shorter side of `shorter`, with the longer side at most `longest`.
+    - "flip": the same and a horizontal flip with probability 0.5: the 1x schedules.
+    - "multi_scale": flip, then resize to a shorter side of 480 to 800; in half of the cases after a resize to
+    400,
+      500 or 600 and a crop of 384 to 600 px: DETR's augmentation in the 3x schedules. These lengths are for a
+      `shorter` of 800 and scale with it.
     - "large_scale_jitter": flip and large-scale jitter to `size`: ViTDet's schedule.
 
     Args:
-        augmentation: the schedule's name.
-        shorter: of the resized image's sides, in pixels.
-        longest: bound of the longer side, in pixels.
-        size: of the square that large-scale jitter gives, in pixels.
+        augmentation: name of the schedule.
+        shorter: length of the shorter side in pixels.
+        longest: largest length of the longer side in pixels.
+        size: side in pixels of the square that large-scale jitter produces.
 
     Raises:
         UsageError: an unknown name or sides below 1.
@@ -192,25 +193,29 @@ def create_detection_transform(
     if augmentation == "large_scale_jitter":
         return v2.Compose([LargeScaleJitter(size), flip])
 
-    def scaled(*sides: int) -> tuple[int, ...]:
-        return tuple(_scaled(side, shorter / 800) for side in sides)
+    def scale_sides(*sides: int) -> tuple[int, ...]:
+        return tuple(_round_side(side, shorter / 800) for side in sides)
 
-    many = ResizeShorterSide(scaled(*MULTI_SCALE), longest)
-    crop = [ResizeShorterSide(scaled(400, 500, 600), *scaled(4200)), RandomSizedCrop(*scaled(384, 600)), many]
+    many = ResizeShorterSide(scale_sides(*MULTI_SCALE), longest)
+    crop = [
+        ResizeShorterSide(scale_sides(400, 500, 600), *scale_sides(4200)),
+        RandomSizedCrop(*scale_sides(384, 600)),
+        many,
+    ]
     return v2.Compose([flip, v2.RandomChoice([many, v2.Compose(crop)])])
 
 
-def _draw(least: int, most: int) -> int:
+def _random_int(least: int, most: int) -> int:
     return int(torch.randint(least, most + 1, ()))
 
 
-def _scaled(side: int, factor: float) -> int:
+def _round_side(side: int, factor: float) -> int:
     return max(int(side * factor + 0.5), 1)
 
 
-def _enclose(masks: Tensor) -> Tensor:
-    """Return the boxes around masks (N, H, W), (N, 4) float32; without a pixel a box without area."""
-    # Of bytes torch's `any` gives bytes.
+def _boxes_of_masks(masks: Tensor) -> Tensor:
+    """Return the bounding boxes of masks (N, H, W), (N, 4) float32; an empty mask has a box without area."""
+    # `any` of a uint8 tensor returns uint8.
     rows, columns = masks.any(dim=2).bool(), masks.any(dim=1).bool()
     sides = []
     for filled in (columns, rows):

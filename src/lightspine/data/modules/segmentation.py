@@ -1,4 +1,4 @@
-"""Images with label maps for training segmenters."""
+"""Data modules for semantic segmentation."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,29 +28,30 @@ _log = logging.getLogger(__name__)
 
 
 class SegmentationDataModule(ImageDataModule):
-    """Training and validation pairs of images and label maps; the readers pass what they do not know to it.
+    """Base of the data modules for segmentation; the others pass their `**options` on to it.
 
     Args:
-        train: pairs to train on, and what reads their labels.
-        val: pairs to validate on, and what reads their labels.
-        class_names: in the order of the labels.
+        train: training pairs, and the reader of their label maps.
+        val: validation pairs, and the reader of their label maps.
+        class_names: names in the order of the class indices.
         crop: height and width of the training images in pixels.
-        scale: longer and shorter side of the rectangle that a training image is resized to fit into.
-        ratio: smallest and largest factor of that rectangle.
-        largest_share: of a crop's labelled pixels that one class may fill (mmseg's cat_max_ratio).
+        scale: longer and shorter side of the rectangle into which a training image is resized.
+        ratio: smallest and largest random factor of that rectangle.
+        largest_share: largest share of a crop's labeled pixels that one class may fill (mmseg's
+            cat_max_ratio).
         hflip: probability of a horizontal flip.
-        photometric: change brightness, contrast, saturation and hue.
-        val_scale: longer and shorter side of the rectangle that validation images are resized to fit into;
-            `None` leaves their size.
+        photometric: change brightness, contrast, saturation and hue at random.
+        val_scale: longer and shorter side of the rectangle into which validation images are resized; `None`
+            keeps their size.
         val_divisor: sides of validation images are rounded up to multiples of it.
         batch_size: images per step and device.
-        num_workers: processes that read images; 0 reads in the training process.
-        preprocessing: `mean` and `std` as in timm's pretrained cfgs; ImageNet's without it.
-        seed: order and augmentation of the images.
-        max_bad_share: largest share of an epoch's images that may be unusable before the run stops.
+        num_workers: number of worker processes; 0 reads in the training process.
+        preprocessing: `mean` and `std` as in timm's pretrained cfgs; default: ImageNet's.
+        seed: seed of the order and the augmentation of the images.
+        max_bad_share: largest share of an epoch's images that may be unreadable before the run stops.
 
     Raises:
-        UsageError: a value out of its range.
+        UsageError: a value out of range.
     """
 
     def __init__(
@@ -77,9 +78,9 @@ class SegmentationDataModule(ImageDataModule):
         super().__init__(class_names, found, batch_size, num_workers, seed, max_bad_share=max_bad_share)
         self.val_scale = val_scale
         self.val_divisor = val_divisor
-        # What reads label maps like these again, beside the class names.
+        # Settings, besides the class names, with which an evaluation reads label maps like these.
         self.reading: dict[str, Any] = {}
-        # Made once here, so that a wrong setting is refused before training starts.
+        # Created here, so that an invalid setting is reported before training starts.
         self._train = SegmentationDataset(
             *train,
             create_segmentation_transform(
@@ -98,29 +99,29 @@ class SegmentationDataModule(ImageDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        """Return batches with images (N, 3, H, W) and labels (N, H, W); see `SegmentationBatch`."""
+        """Return the training batches, images (N, 3, H, W) and labels (N, H, W); see `SegmentationBatch`."""
         return self._train_loader(self._train, collate_segmentation)
 
     def val_dataloader(self) -> DataLoader:
-        """Return the validation images and labels in lists."""
+        """Return the validation batches, with images and labels in lists."""
         return self._val_loader(self._val, collate_segmentation_lists)
 
 
 class SegmentationFolderDataModule(SegmentationDataModule):
-    """A folder `images/train/*` with `annotations/train/*.png`, and the same for `val`; ADE20K's included.
+    """Segmentation folder: `images/train/*` and `annotations/train/*.png`, and the same for `val`.
 
     Args:
         root: the folder; see `lightspine.data.segmentation.scan_segmentation_folder`.
-        class_names: a file with one class name per line; `classes.txt` in the folder without it.
-        num_classes: number of classes where there is no file with their names.
-        ignored: value of the label maps that stands for no class.
-        remap: value in the label maps -> class, or 255 for no class.
-        val_fraction: share that is held out where the folder has no splits.
-        seed: order and augmentation of the images and choice of the held-out ones.
+        class_names: file with one class name per line; default: `classes.txt` in the folder.
+        num_classes: number of classes if there is no file with their names.
+        ignored: value of the label maps that means no class.
+        remap: value in the label maps -> class index, or 255 for no class.
+        val_fraction: share of the images for validation if the folder has no splits.
+        seed: seed of the split and of the order and the augmentation of the images.
         **options: see `SegmentationDataModule`.
 
     Raises:
-        UsageError: what `scan_segmentation_folder` refuses, or a value out of its range.
+        UsageError: see `scan_segmentation_folder`; a value out of range.
         LightspineError: the class names cannot be read.
     """
 
@@ -160,18 +161,18 @@ class SegmentationFolderDataModule(SegmentationDataModule):
 
 
 class CocoSemanticDataModule(SegmentationDataModule):
-    """The masks of COCO files as label maps: class 0 is what no object covers, an object's class follows.
+    """Label maps from the masks of COCO files: class 0 is the background, then the classes of the file.
 
     Args:
-        root: the folder, with `annotations/instances_SPLIT.json` and the images in `SPLIT/`.
-        train: name of the split to train on.
-        val: name of the split to validate on.
-        seed: order and augmentation of the images.
+        root: folder with `annotations/instances_SPLIT.json` and the images in `SPLIT/`.
+        train: name of the training split.
+        val: name of the validation split.
+        seed: seed of the order and the augmentation of the images.
         **options: see `SegmentationDataModule`.
 
     Raises:
-        UsageError: what `read_coco` refuses, too many classes, or a value out of its range.
-        LightspineError: a file that cannot be read.
+        UsageError: see `read_coco`; too many classes; a value out of range.
+        LightspineError: a file cannot be read.
     """
 
     def __init__(

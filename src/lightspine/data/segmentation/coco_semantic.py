@@ -1,4 +1,4 @@
-"""Label maps painted from the masks of a COCO file."""
+"""Semantic label maps from the instance masks of COCO files."""
 
 from pathlib import Path
 
@@ -6,23 +6,23 @@ import numpy as np
 
 from lightspine.data.detection import CocoAnnotations, decode_segmentation
 from lightspine.data.segmentation.folders import LabeledImage
-from lightspine.data.segmentation.label_maps import IGNORED, MOST_CLASSES
+from lightspine.data.segmentation.label_maps import IGNORED, MAX_CLASSES
 from lightspine.errors import UsageError
 
 BACKGROUND = "background"
 
 
 class CocoSemanticLabels:
-    """Paints the objects of an image into one map: 0 where there is none, else the object's class + 1.
+    """Draw the instance masks of an image into one label map: 0 is background, else the object's class + 1.
 
-    The largest object comes first, so that a small one on top of it stays whole. Pixels that only a crowd
-    covers have no class: what lies there is not told one by one.
+    Larger objects are drawn first, so that small objects on top of them remain complete. Pixels that only a
+    crowd covers are ignored, because a crowd's mask also covers pixels between its objects.
 
     Args:
-        annotations: read with masks.
+        annotations: annotations with masks.
 
     Attributes:
-        class_names: "background", and the classes of the file.
+        class_names: "background", then the classes of the file.
 
     Raises:
         UsageError: annotations without masks, or too many classes for one byte per pixel.
@@ -30,31 +30,32 @@ class CocoSemanticLabels:
 
     def __init__(self, annotations: CocoAnnotations) -> None:
         if annotations.segmentations is None:
-            raise UsageError("expected annotations with masks to paint label maps, got boxes only")
+            raise UsageError("expected annotations with masks for label maps, got boxes only")
         self.annotations = annotations
         self.class_names = [BACKGROUND, *annotations.class_names]
-        if len(self.class_names) > MOST_CLASSES:
+        if len(self.class_names) > MAX_CLASSES:
             raise UsageError(
-                f"expected at most {MOST_CLASSES} classes, got {len(self.class_names)} with the background"
+                f"expected at most {MAX_CLASSES} classes, got {len(self.class_names)} with the background"
             )
 
     def pairs(self) -> list[LabeledImage]:
-        """Return the images; for `read`, the labels of image number i are called i."""
+        """Return the images with the names of their label maps, which are the positions of the images."""
         return [
             LabeledImage(self.annotations.path(position), Path(str(position)))
             for position in range(len(self.annotations))
         ]
 
     def read(self, path: str | Path) -> np.ndarray:
-        """Return the labels of an image, (height, width), uint8."""
-        notes, position = self.annotations, int(str(path))
-        assert notes.segmentations is not None  # checked at the start
-        height, width = notes.sizes[position].tolist()
+        """Return the label map of an image by its position, (height, width), uint8."""
+        annotations, position = self.annotations, int(str(path))
+        assert annotations.segmentations is not None  # checked in __init__
+        height, width = annotations.sizes[position].tolist()
         labels = np.zeros((height, width), dtype=np.uint8)
         objects = sorted(
-            notes.objects(position), key=lambda number: (not notes.crowd[number], -notes.areas[number])
+            annotations.objects(position),
+            key=lambda number: (not annotations.crowd[number], -annotations.areas[number]),
         )
         for number in objects:
-            mask = decode_segmentation(notes.segmentation(number), height, width).astype(bool)
-            labels[mask] = IGNORED if notes.crowd[number] else notes.labels[number] + 1
+            mask = decode_segmentation(annotations.segmentation(number), height, width).astype(bool)
+            labels[mask] = IGNORED if annotations.crowd[number] else annotations.labels[number] + 1
         return labels

@@ -1,4 +1,4 @@
-"""Find the pairs of image and label map in a folder."""
+"""Segmentation folders: pairs of images and label maps."""
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,16 +16,16 @@ from lightspine.utils.image_files import list_image_files
 
 _IMAGE_FOLDERS = ("images", "image", "imgs")
 _LABEL_FOLDERS = ("annotations", "labels", "masks")
-_LABEL_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff")
+_LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 _TRAIN = ("train", "training")
 _VAL = ("val", "validation", "valid", "test")
 _CLASS_FILES = ("classes.txt", "class_names.txt", "labels.txt")
 _ADE20K_CLASSES = "objectInfo150.txt"
-_LOOKED_AT = 16
+_CHECKED_PAIRS = 16
 
 
 class LabeledImage(NamedTuple):
-    """An image and its label map."""
+    """Paths of an image and its label map."""
 
     image: Path
     labels: Path
@@ -33,13 +33,13 @@ class LabeledImage(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentationSplits:
-    """The pairs of a data set, split for training and validation.
+    """Training and validation pairs of a data set.
 
     Attributes:
-        class_names: in the order of the labels.
+        class_names: names in the order of the class indices.
         reader: reads the label maps.
-        train: pairs to train on.
-        val: pairs to validate on.
+        train: training pairs.
+        val: validation pairs.
         unpaired: images without a label map, which are left out.
     """
 
@@ -60,27 +60,27 @@ def scan_segmentation_folder(
     val_fraction: float = 0.2,
     seed: int = 0,
 ) -> SegmentationSplits:
-    """List `root/images/train/*` with `root/annotations/train/*.png`, and the same for `val`.
+    """List the pairs `root/images/train/*` and `root/annotations/train/*.png`, and the same for `val`.
 
-    Label maps lie below `annotations`, `labels` or `masks` and are called as their image. "training",
-    "validation", "valid" and "test" stand for the splits too; without folders for them a share of all images,
-    chosen by `seed`, is held out.
+    Label maps are in `annotations`, `labels` or `masks` and have the file name of their image. The split
+    folders may also be called "training", "validation", "valid" and "test". Without split folders, a share of
+    all images, chosen by `seed`, becomes the validation split.
 
     A folder with ADE20K's `objectInfo150.txt` is read as the MIT scene parsing benchmark: 0 is no class, 1 to
     150 are the classes 0 to 149.
 
     Args:
         root: the folder.
-        class_names: a file with one class name per line; `classes.txt` in the folder without it.
-        num_classes: number of classes where there is no file with their names.
-        ignored: value of the label maps that stands for no class; `None` if none does.
-        remap: value in the label maps -> class, or 255 for no class.
-        val_fraction: share that is held out where the folder has no splits, between 0 and 1.
-        seed: which images are held out.
+        class_names: file with one class name per line; default: `classes.txt` in the folder.
+        num_classes: number of classes if there is no file with their names.
+        ignored: value of the label maps that means no class; `None` if there is none.
+        remap: value in the label maps -> class index, or 255 for no class.
+        val_fraction: share of the images, between 0 and 1, for validation if the folder has no splits.
+        seed: seed of the split.
 
     Raises:
-        UsageError: a folder, split or class names are missing, no image has a label map, label maps of two
-            classes hold one of them and 255 only.
+        UsageError: a folder, split or the class names are missing; no image has a label map; label maps of
+            two classes contain only one class and 255.
         LightspineError: the class names cannot be read.
     """
     root = Path(root)
@@ -109,7 +109,7 @@ def scan_segmentation_folder(
 
 
 def pair_labels(images: Path, labels: Path) -> tuple[list[LabeledImage], list[Path]]:
-    """Pair the images of a folder with the label maps of another that have the same path but for the ending.
+    """Pair the images of a folder with the label maps of another folder by relative path without suffix.
 
     Returns:
         The pairs, sorted, and the images without a label map.
@@ -117,28 +117,30 @@ def pair_labels(images: Path, labels: Path) -> tuple[list[LabeledImage], list[Pa
     Raises:
         UsageError: there is no pair.
     """
-    of_stem = {
+    label_files = {
         path.relative_to(labels).with_suffix(""): path
         for path in list_image_files(labels)
-        if path.suffix.lower() in _LABEL_EXTENSIONS
+        if path.suffix.lower() in _LABEL_SUFFIXES
     }
     files = list_image_files(images)
     stems = [path.relative_to(images).with_suffix("") for path in files]
     pairs = [
-        LabeledImage(path, of_stem[stem]) for path, stem in zip(files, stems, strict=True) if stem in of_stem
+        LabeledImage(path, label_files[stem])
+        for path, stem in zip(files, stems, strict=True)
+        if stem in label_files
     ]
     if not pairs:
         raise UsageError(
             f"none of the {len(files)} images of {images} has a label map of the same name in {labels}, "
-            f"which holds {len(of_stem)}"
+            f"which holds {len(label_files)}"
         )
-    return pairs, [path for path, stem in zip(files, stems, strict=True) if stem not in of_stem]
+    return pairs, [path for path, stem in zip(files, stems, strict=True) if stem not in label_files]
 
 
 def read_ade20k_classes(path: str | Path) -> list[str]:
-    """Read the class names of ADE20K's `objectInfo150.txt`: the last column, its first synonym.
+    """Read the class names of ADE20K's `objectInfo150.txt`: the first synonym in the last column.
 
-    A first synonym that another class has too is kept with all of its synonyms.
+    Where two classes share the first synonym, all synonyms are kept.
 
     Raises:
         LightspineError: the file is not such a table.
@@ -157,12 +159,12 @@ def read_ade20k_classes(path: str | Path) -> list[str]:
 
 
 def _check_two_classes(reader: LabelReader, pairs: Sequence[LabeledImage]) -> None:
-    """Refuse masks of 0 and 255 whose second class would be taken for pixels without a class."""
+    """Raise for binary masks of 0 and 255, whose foreground would be ignored as pixels without a class."""
     if reader.num_classes != 2:
         return
     found: set[int] = set()
-    for pair in pairs[:_LOOKED_AT]:
-        # A damaged file is reported when it is met in training.
+    for pair in pairs[:_CHECKED_PAIRS]:
+        # Damaged files are reported when training reads them.
         with contextlib.suppress(LightspineError):
             found.update(np.unique(reader.read(pair.labels)).tolist())
     if IGNORED in found and len(found) == 2:

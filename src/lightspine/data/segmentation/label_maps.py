@@ -11,40 +11,43 @@ from PIL import Image, UnidentifiedImageError
 from lightspine.errors import LightspineError, UsageError
 
 IGNORED = 255
-"""The value of pixels without a class, in what the readers give and as the usual value in files."""
+"""Value of pixels without a class (ignore index), in the output of the readers and, by default, in files."""
 
-MOST_CLASSES = IGNORED
-"""Label maps hold one byte per pixel, and one value stands for no class."""
+MAX_CLASSES = IGNORED
+"""Label maps have one byte per pixel, and one value is the ignore index."""
 
 _MODES = ("1", "L", "P", "I;16", "I;16B", "I;16L", "I")
 
 
 class LabelMapSource(Protocol):
-    """Whatever turns the name of a label map into its classes."""
+    """Object that reads label maps by name."""
 
     def read(self, path: str) -> np.ndarray:
-        """Return (height, width), uint8, 255 where there is no class; a bad one is a `LightspineError`."""
+        """Return the labels, (height, width), uint8, 255 where there is no class.
+
+        Raises:
+            LightspineError: the label map cannot be read.
+        """
 
 
 class LabelReader:
-    """Reads label maps and gives classes from 0, or 255 where there is none.
+    """Read label map images as class indices from 0, with 255 where there is no class.
 
     Args:
-        num_classes: of the data set, at most 255.
-        ignored: value of the files that stands for no class where `remap` does not say otherwise; `None` if
-            none does.
-        remap: value in the file -> class, or 255 for no class; a value that it lacks is refused. Without it
-            the values are the classes.
+        num_classes: number of classes, at most 255.
+        ignored: value in the files that means no class, unless `remap` contains it; `None` if there is none.
+        remap: value in the file -> class index, or 255 for no class; other values are an error. Default: the
+            values are the class indices.
 
     Raises:
-        UsageError: a count or class out of its range.
+        UsageError: a number of classes or class index out of range.
     """
 
     def __init__(
         self, num_classes: int, *, ignored: int | None = IGNORED, remap: Mapping[int, int] | None = None
     ) -> None:
-        if not 1 <= num_classes <= MOST_CLASSES:
-            raise UsageError(f"expected 1 to {MOST_CLASSES} classes, got {num_classes}")
+        if not 1 <= num_classes <= MAX_CLASSES:
+            raise UsageError(f"expected 1 to {MAX_CLASSES} classes, got {num_classes}")
         classes = {number: number for number in range(num_classes)} if remap is None else dict(remap)
         for value, number in classes.items():
             if not 0 <= value < 2**16 or not (0 <= number < num_classes or number == IGNORED):
@@ -61,17 +64,16 @@ class LabelReader:
             self._known[value], self._classes[value] = True, number
 
     def read(self, path: str | Path) -> np.ndarray:
-        """Return the classes of a label map, (height, width), uint8.
+        """Read a label map, (height, width), uint8.
 
         Raises:
-            LightspineError: it cannot be read, has colours instead of one value per pixel, or a value that
-                is no class.
+            LightspineError: it cannot be read, is a color image, or has a value that is not a class.
         """
         try:
             with Image.open(io.BytesIO(Path(path).read_bytes())) as file:
                 mode = file.mode
                 values = np.asarray(file)
-        # As with images: Pillow's decoders raise nearly anything on damaged data.
+        # Pillow's decoders raise many types on damaged data.
         except Exception as error:
             reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
             raise LightspineError(f"cannot read labels {path}: {reason or type(error).__name__}") from error
@@ -88,11 +90,11 @@ class LabelReader:
         found = np.unique(values)
         unknown = [value for value in found.tolist() if not 0 <= value < 2**16 or not self._known[value]]
         known = np.flatnonzero(self._known).tolist()
-        return f"the value {unknown[0]}, expected {_describe(known)}"
+        return f"the value {unknown[0]}, expected {_format_ranges(known)}"
 
 
-def _describe(values: list[int]) -> str:
-    """Return numbers with runs of neighbours drawn together: 0 to 149 or 255."""
+def _format_ranges(values: list[int]) -> str:
+    """Format sorted numbers as ranges: "0 to 149 or 255"."""
     known = set(values)
     starts = [value for value in values if value - 1 not in known]
     ends = [value for value in values if value + 1 not in known]

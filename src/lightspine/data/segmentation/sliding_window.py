@@ -1,4 +1,4 @@
-"""Class probabilities of whole images: at once, through a sliding window, at several sizes and mirrored."""
+"""Segmentation inference: whole image or sliding window, with multi-scale and flip test-time augmentation."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,20 +10,19 @@ from torch import Tensor
 from lightspine.errors import UsageError
 
 Network = Callable[[Tensor], Tensor]
-"""(B, 3, H, W), normalised, to logits (B, classes, H, W)."""
+"""Maps normalized images (B, 3, H, W) to logits (B, classes, H, W)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindowInference:
-    """How a segmenter looks at an image outside training.
+    """Settings of segmentation inference, and the inference itself.
 
     Attributes:
-        window: height and width in pixels of a window that slides over larger images; `None` takes the whole
-            image at once.
-        stride: of the window in pixels, down and across.
-        ratios: factors of the image's size whose probabilities are averaged; 0.5 to 1.75 in steps of 0.25 are
-            the published multi-scale test.
-        flip: average over the mirrored image too.
+        window: height and width of the sliding window in pixels; `None` processes the whole image at once.
+        stride: vertical and horizontal stride of the window in pixels.
+        ratios: scales of the image whose probabilities are averaged; 0.5 to 1.75 in steps of 0.25 is the
+            published multi-scale test.
+        flip: also average over the horizontally flipped image.
     """
 
     window: tuple[int, int] | None = None
@@ -32,7 +31,7 @@ class SlidingWindowInference:
     flip: bool = False
 
     def check(self) -> None:
-        """Refuse a value out of its range.
+        """Check that all values are in range.
 
         Raises:
             UsageError: a window, stride or ratio that is not above 0, a stride larger than the window.
@@ -48,12 +47,12 @@ class SlidingWindowInference:
                     )
 
     def predict(self, network: Network, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return the probabilities of the classes for one image.
+        """Return the class probabilities of one image.
 
         Args:
-            network: the segmenter, in evaluation mode.
-            image: (3, H, W), normalised.
-            size: height and width of the result, in pixels.
+            network: segmentation network in evaluation mode.
+            image: (3, H, W), normalized.
+            size: height and width of the result in pixels.
 
         Returns:
             (classes, *size), float32.
@@ -62,35 +61,35 @@ class SlidingWindowInference:
             UsageError: see `check`.
         """
         self.check()
-        views = self._views(network, image, size)
-        # Added up as they come: twelve views of 150 classes would take gigabytes.
+        views = self._augmented_logits(network, image, size)
+        # Accumulated one by one, because 12 views of 150 classes would take gigabytes.
         total = next(views).softmax(0)
         for logits in views:
             total += logits.softmax(0)
         return total / (len(self.ratios) * (2 if self.flip else 1))
 
     def classify(self, network: Network, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return the likeliest class of every pixel, (*size), int64; see `predict`."""
+        """Return the class index of every pixel, (*size), int64; see `predict`."""
         self.check()
         if len(self.ratios) == 1 and not self.flip:
-            # The largest logit is the largest probability: no pass over all classes for the softmax.
-            return next(self._views(network, image, size)).argmax(0)
+            # The argmax of the logits is that of the probabilities.
+            return next(self._augmented_logits(network, image, size)).argmax(0)
         return self.predict(network, image, size).argmax(0)
 
-    def _views(self, network: Network, image: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
-        """Give the logits (classes, *size) of the image at each size and mirrored."""
+    def _augmented_logits(self, network: Network, image: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
+        """Yield the logits (classes, *size) of the image at each scale, also flipped."""
         for ratio in self.ratios:
             resized = image[None]
             if ratio != 1:
                 sides = [max(int(side * ratio + 0.5), 1) for side in image.shape[1:]]
                 resized = F.interpolate(resized, sides, mode="bilinear", align_corners=False)
-            for mirrored in (False, True) if self.flip else (False,):
-                logits = self._logits(network, resized.flip(3) if mirrored else resized)
+            for flipped in (False, True) if self.flip else (False,):
+                logits = self._window_logits(network, resized.flip(3) if flipped else resized)
                 yield F.interpolate(
-                    logits.flip(3) if mirrored else logits, size, mode="bilinear", align_corners=False
+                    logits.flip(3) if flipped else logits, size, mode="bilinear", align_corners=False
                 )[0]
 
-    def _logits(self, network: Network, images: Tensor) -> Tensor:
+    def _window_logits(self, network: Network, images: Tensor) -> Tensor:
         if self.window is None:
             return network(images).float()
         height, width = images.shape[2:]
@@ -110,13 +109,13 @@ def sliding_windows(
 ) -> list[tuple[int, int, int, int]]:
     """Return the windows that cover an image, row by row: top, bottom, left, right in pixels.
 
-    The last of a row or column is moved back to end at the border; a window is cut where it is larger than
-    the image.
+    The last window of a row or column ends at the border of the image; windows larger than the image are
+    cropped.
 
     Args:
         size: height and width of the image.
         window: height and width of a window.
-        stride: steps down and across, at most the window's sides.
+        stride: vertical and horizontal stride, at most the sides of the window.
     """
     spans = []
     for side, length, step in zip(size, window, stride, strict=True):

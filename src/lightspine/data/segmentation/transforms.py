@@ -1,4 +1,4 @@
-"""Random changes of an image together with its label map, as the published segmenters are trained."""
+"""Segmentation augmentation: joint transforms of an image and its label map, as in the published recipes."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ from lightspine.data.segmentation.label_maps import IGNORED
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import UsageError
 
-_TRIES = 10
+_CROP_ATTEMPTS = 10
 
 
 class RandomRatioResize(v2.Transform):
-    """Resize to fit into a rectangle times a random factor; the ratio stays.
+    """Resize to fit into a rectangle scaled by a random factor; keeps the aspect ratio.
 
     Args:
         scale: longer and shorter side of the rectangle in pixels.
         ratio: smallest and largest factor.
 
     Raises:
-        UsageError: sides below 1, factors that are not above 0, the smaller first.
+        UsageError: sides below 1, factors that are not above 0, or the larger factor first.
     """
 
     def __init__(self, scale: tuple[int, int] = (2048, 512), ratio: tuple[float, float] = (0.5, 2.0)) -> None:
@@ -37,27 +37,27 @@ class RandomRatioResize(v2.Transform):
         self.ratio = ratio
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the size."""
+        """Choose the size."""
         height, width = v2.query_size(flat_inputs)
         drawn = self.ratio[0] + float(torch.rand(())) * (self.ratio[1] - self.ratio[0])
-        return {"size": fit_into(height, width, (int(self.scale[0] * drawn), int(self.scale[1] * drawn)))}
+        return {"size": fit_size(height, width, (int(self.scale[0] * drawn), int(self.scale[1] * drawn)))}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize an image, bilinear without a low-pass filter as published, or labels to the nearest."""
+        """Resize an image (bilinear without antialiasing, as published) or labels (nearest neighbor)."""
         return self._call_kernel(F.resize, inpt, size=params["size"], antialias=False)
 
 
 class RandomDiverseCrop(v2.Transform):
-    """Cut out a part at a random place, drawn anew up to ten times while one class fills too much of it.
+    """Random crop, redrawn up to ten times while one class fills too much of it (mmseg's cat_max_ratio).
 
-    An image that is smaller than the crop stays so on that side.
+    A side on which the image is smaller than the crop is not changed.
 
     Args:
         size: height and width in pixels.
-        largest_share: of the labelled pixels that one class may fill; 1 takes the first place drawn.
+        largest_share: largest share of the labeled pixels that one class may fill; 1 accepts every crop.
 
     Raises:
-        UsageError: a value out of its range.
+        UsageError: a value out of range.
     """
 
     def __init__(self, size: tuple[int, int], largest_share: float = 0.75) -> None:
@@ -71,16 +71,16 @@ class RandomDiverseCrop(v2.Transform):
         self.largest_share = largest_share
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw a place."""
+        """Choose a position."""
         height, width = v2.query_size(flat_inputs)
         labels = next(value for value in flat_inputs if isinstance(value, tv_tensors.Mask))
         box = {"height": min(height, self.size[0]), "width": min(width, self.size[1])}
-        for _ in range(_TRIES):
+        for _ in range(_CROP_ATTEMPTS):
             place = {
                 "top": int(torch.randint(height - box["height"] + 1, ())),
                 "left": int(torch.randint(width - box["width"] + 1, ())),
             }
-            if self.largest_share == 1 or self._is_mixed(F.crop_mask(labels, **place, **box)):
+            if self.largest_share == 1 or self._is_diverse(F.crop_mask(labels, **place, **box)):
                 break
         return place | box
 
@@ -88,56 +88,56 @@ class RandomDiverseCrop(v2.Transform):
         """Crop an image or labels."""
         return self._call_kernel(F.crop, inpt, **params)
 
-    def _is_mixed(self, labels: Tensor) -> bool:
+    def _is_diverse(self, labels: Tensor) -> bool:
         counts = torch.bincount(labels.as_subclass(Tensor).flatten(), minlength=IGNORED + 1)
         counts[IGNORED] = 0
         return int((counts > 0).sum()) > 1 and bool(counts.max() < self.largest_share * counts.sum())
 
 
 class PhotometricDistortion(v2.Transform):
-    """SSD's photometric distortion (Liu et al., arXiv:1512.02325) as the ADE20K recipes have it.
+    """SSD's photometric distortion (Liu et al., arXiv:1512.02325) as in the ADE20K recipes.
 
-    Each with probability 0.5: a number from -32 to 32 is added; values are multiplied by 0.5 to 1.5, before
-    or after the colours change; the saturation of HSV is multiplied by 0.5 to 1.5; the hue is turned by up
-    to 36 degrees. torchvision's RandomPhotometricDistort multiplies the brightness, mixes with grey and
-    exchanges channels instead.
+    Each with probability 0.5: brightness, adds -32 to 32; contrast, multiplies by 0.5 to 1.5, before or after
+    the other color changes; saturation in HSV, multiplies by 0.5 to 1.5; hue, rotates by up to 36 degrees.
+    torchvision's RandomPhotometricDistort differs: it multiplies the brightness, blends with gray and
+    permutes channels.
     """
 
     _transformed_types = (tv_tensors.Image,)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:  # noqa: ARG002  # torchvision's signature
-        """Draw what happens; 0 or 1 where nothing does."""
+        """Choose the parameters; 0 or 1 is the identity."""
         return {
-            "brightness": _draw(-32, 32, 0),
-            "contrast": _draw(0.5, 1.5, 1),
+            "brightness": _random_or_identity(-32, 32, 0),
+            "contrast": _random_or_identity(0.5, 1.5, 1),
             "contrast_first": bool(torch.rand(()) < 0.5),
-            "saturation": _draw(0.5, 1.5, 1),
-            "hue": _draw(-0.1, 0.1, 0),
+            "saturation": _random_or_identity(0.5, 1.5, 1),
+            "hue": _random_or_identity(-0.1, 0.1, 0),
         }
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Change an image, uint8 (3, H, W)."""
+        """Distort an image, uint8 (3, H, W)."""
         image = inpt.as_subclass(Tensor).float()
         if params["brightness"]:
-            image = _rounded(image + params["brightness"])
+            image = _round_to_byte(image + params["brightness"])
         if params["contrast"] != 1 and params["contrast_first"]:
-            image = _rounded(image * params["contrast"])
+            image = _round_to_byte(image * params["contrast"])
         if params["saturation"] != 1:
-            image = _rounded(_saturate(image, params["saturation"]))
+            image = _round_to_byte(_scale_saturation(image, params["saturation"]))
         if params["hue"]:
             image = F.adjust_hue(image.to(torch.uint8), params["hue"]).float()
         if params["contrast"] != 1 and not params["contrast_first"]:
-            image = _rounded(image * params["contrast"])
+            image = _round_to_byte(image * params["contrast"])
         return tv_tensors.wrap(image.to(torch.uint8), like=inpt)
 
 
-class ToModelInput(torch.nn.Module):
-    """Normalise the image, float32 (3, H, W), and widen the labels, int64 (H, W).
+class NormalizeAndPad(torch.nn.Module):
+    """Normalize the image to float32 (3, H, W) and convert the labels to int64 (H, W).
 
     Args:
-        preprocessing: mean and standard deviation that the model takes.
-        size: height and width that smaller ones are filled up to at the right and the bottom, with the mean
-            colour and without labels; `None` fills nothing.
+        preprocessing: mean and standard deviation of the model's input.
+        size: height and width to which smaller images are padded at the right and the bottom, with the mean
+            color and ignored labels; `None` does not pad.
     """
 
     def __init__(self, preprocessing: Preprocessing, size: tuple[int, int] | None = None) -> None:
@@ -158,8 +158,8 @@ class ToModelInput(torch.nn.Module):
         return pad(pixels, border), pad(classes, border, value=IGNORED)
 
 
-class ResizeImage(torch.nn.Module):
-    """Resize the image to fit into a rectangle and leave its labels, which a prediction is brought back to.
+class ResizeImageOnly(torch.nn.Module):
+    """Resize the image to fit into a rectangle, but not its labels: predictions are resized to the labels.
 
     Args:
         scale: longer and shorter side of the rectangle in pixels.
@@ -173,7 +173,7 @@ class ResizeImage(torch.nn.Module):
 
     def forward(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Resize an image (3, H, W)."""
-        size = fit_into(image.shape[-2], image.shape[-1], self.scale)
+        size = fit_size(image.shape[-2], image.shape[-1], self.scale)
         size = [-(-side // self.divisor) * self.divisor for side in size]
         return F.resize(image, size, antialias=False), labels
 
@@ -188,19 +188,19 @@ def create_segmentation_transform(
     hflip: float = 0.5,
     photometric: bool = True,
 ) -> v2.Transform:
-    """Return the published training transform: resize, crop, flip, change colours, normalise, fill.
+    """Create the published training transform: resize, crop, flip, photometric distortion, normalize, pad.
 
     Args:
-        preprocessing: mean and standard deviation that the model takes.
+        preprocessing: mean and standard deviation of the model's input.
         crop: height and width of the result in pixels.
-        scale: longer and shorter side of the rectangle that the image is resized to fit into.
-        ratio: smallest and largest factor of that rectangle.
-        largest_share: of a crop's labelled pixels that one class may fill.
+        scale: longer and shorter side of the rectangle into which the image is resized.
+        ratio: smallest and largest random factor of that rectangle.
+        largest_share: largest share of a crop's labeled pixels that one class may fill.
         hflip: probability of a horizontal flip.
-        photometric: change colours too.
+        photometric: apply `PhotometricDistortion`.
 
     Raises:
-        UsageError: a value out of its range.
+        UsageError: a value out of range.
     """
     if not 0 <= hflip <= 1:
         raise UsageError(f"expected a probability hflip from 0 to 1, got {hflip}")
@@ -211,18 +211,18 @@ def create_segmentation_transform(
     ]
     if photometric:
         steps.append(PhotometricDistortion())
-    return v2.Compose([*steps, ToModelInput(preprocessing, crop)])
+    return v2.Compose([*steps, NormalizeAndPad(preprocessing, crop)])
 
 
 def create_segmentation_eval_transform(
     preprocessing: Preprocessing, *, scale: tuple[int, int] | None = (2048, 512), divisor: int = 1
 ) -> v2.Transform:
-    """Return the transform for validation: the image is resized and normalised, the labels keep their size.
+    """Create the validation transform: the image is resized and normalized, the labels keep their size.
 
     Args:
-        preprocessing: mean and standard deviation that the model takes.
-        scale: longer and shorter side of the rectangle that images are resized to fit into, in pixels;
-            `None` leaves their size.
+        preprocessing: mean and standard deviation of the model's input.
+        scale: longer and shorter side in pixels of the rectangle into which images are resized; `None` keeps
+            their size.
         divisor: sides are rounded up to multiples of it; 32 in the published Semantic FPN configurations.
 
     Raises:
@@ -230,28 +230,28 @@ def create_segmentation_eval_transform(
     """
     if divisor < 1 or (scale is not None and min(scale) < 1):
         raise UsageError(f"expected sides and a divisor of at least 1, got {scale} and {divisor}")
-    convert = ToModelInput(preprocessing)
-    return v2.Compose([convert] if scale is None else [ResizeImage(scale, divisor), convert])
+    convert = NormalizeAndPad(preprocessing)
+    return v2.Compose([convert] if scale is None else [ResizeImageOnly(scale, divisor), convert])
 
 
-def fit_into(height: int, width: int, scale: tuple[int, int]) -> list[int]:
+def fit_size(height: int, width: int, scale: tuple[int, int]) -> list[int]:
     """Return the largest size of the same ratio that fits into a longer and a shorter side, in pixels."""
     longest, shortest = max(scale), min(scale)
     factor = min(longest / max(height, width), shortest / min(height, width))
     return [max(int(side * factor + 0.5), 1) for side in (height, width)]
 
 
-def _saturate(image: Tensor, factor: float) -> Tensor:
-    """Multiply the saturation (max - min) / max of HSV, at most to 1; value and hue stay."""
+def _scale_saturation(image: Tensor, factor: float) -> Tensor:
+    """Multiply the saturation of HSV, (max - min) / max, up to at most 1; value and hue do not change."""
     largest, smallest = image.amax(dim=0), image.amin(dim=0)
     bound = largest / (largest - smallest).clamp(min=1)
     return largest - (largest - image) * bound.clamp(max=factor)
 
 
-def _rounded(image: Tensor) -> Tensor:
+def _round_to_byte(image: Tensor) -> Tensor:
     return image.round().clamp(0, 255)
 
 
-def _draw(least: float, most: float, otherwise: float) -> float:
+def _random_or_identity(least: float, most: float, identity: float) -> float:
     chosen, share = torch.rand(2).tolist()
-    return least + share * (most - least) if chosen < 0.5 else otherwise
+    return least + share * (most - least) if chosen < 0.5 else identity
