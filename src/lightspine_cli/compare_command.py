@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, then train and measure."""
-    from lightspine.compare.names import check_model_names
+    from lightspine.compare import check_model_names
 
     names = [name.strip() for name in args.models.split(",") if name.strip()]
     # Before Lightning is loaded, which takes longer than all the checks.

@@ -1,4 +1,29 @@
-"""Several models on the same images: trained, measured and shown side by side.
+"""Compare several models: train them on the same images, measure them, plot accuracy over latency.
 
-Import from the modules here: `compare` and `runs` load Lightning, `names` and `results` do not.
+The modules `compare` and `runs` import Lightning; this module and `results` do not.
 """
+
+from collections.abc import Sequence
+
+import timm
+
+from lightspine.errors import UsageError
+from lightspine.models import find_record
+from lightspine.models.registry import unknown_model
+
+__all__ = ["check_model_names"]
+
+
+def check_model_names(names: Sequence[str]) -> None:
+    """Check that every name is a model of lightspine or timm and is given once, without building anything.
+
+    Raises:
+        UsageError: no name, an unknown name, or a repeated name.
+    """
+    if not names:
+        raise UsageError("expected at least one model name, got none")
+    for position, name in enumerate(names):
+        if find_record(name) is None and not timm.is_model(name):
+            raise unknown_model(name)
+        if name in names[:position]:
+            raise UsageError(f"expected each model once, got {name} twice")

@@ -1,4 +1,4 @@
-"""Train several models on the same images and measure them side by side."""
+"""Train several models on the same images, then measure accuracy and latency of all of them."""
 
 import logging
 import time
@@ -9,18 +9,20 @@ from typing import Any
 import torch
 
 from lightspine.benchmark import count_macs, describe_system, measure_latency_ms
+from lightspine.benchmark.scatter import ScatterPoint, plot_accuracy_over_latency
 from lightspine.compare.contact_sheet import draw_contact_sheet
-from lightspine.compare.plot import Point, plot_accuracy_against_latency
 from lightspine.compare.results import CompareResult, ModelResult
 from lightspine.compare.runs import CompareData, ModelRun
 from lightspine.errors import LightspineError
 from lightspine.evaluation import evaluate, predict
+from lightspine.models import find_record
 from lightspine.models.factory import load_model
 from lightspine.training.fit import TrainingInterruptedError, TrainResult
 from lightspine.training.resume import prepare_folder
 from lightspine.utils.image_files import open_image
 
 _SHEET_IMAGES = 10
+_PLOT_DPI = 150
 
 _log = logging.getLogger(__name__)
 
@@ -34,22 +36,22 @@ def compare(
     latency_repeats: int = 50,
     progress: bool = True,
 ) -> CompareResult:
-    """Train each model, then measure all of them; a failure of one model does not stop the others.
+    """Train each model, then measure all of them; a model that fails does not stop the others.
 
-    After every model the folder receives `results.json` and `NAME.safetensors` (its curves and metrics are in
-    the sub-folder `NAME`), and at the end `accuracy_latency.png` and `predictions.png`.
-    Ctrl-C ends the training but not the comparison: what was finished is measured and written.
+    After each model the folder gets `results.json` and `NAME.safetensors` (training curves and metrics are in
+    the sub-folder `NAME`), at the end `accuracy_latency.png` and `predictions.png`. Ctrl-C ends the training;
+    the finished models are still measured and written.
 
     Args:
-        runs: what to train.
-        folder: is made; a folder that is not empty gets a numbered neighbour.
-        data: what every model is scored on.
-        settings: how the runs were trained, for the results.
+        runs: the training runs.
+        folder: is created; if it exists and is not empty, a numbered folder beside it is used.
+        data: the held-out images for all models.
+        settings: the training settings, for the results file.
         latency_repeats: timed passes of each model.
-        progress: show live progress.
+        progress: show progress bars.
 
     Returns:
-        The rows, also of the models that failed.
+        The results of all models, including those that failed.
     """
     started = time.perf_counter()
     folder = prepare_folder(folder)
@@ -63,14 +65,14 @@ def compare(
     for number, (run, row) in enumerate(zip(runs, result.models, strict=True), start=1):
         _log.info("[%d/%d] %s", number, len(runs), run.name)
         _train_one(run, row, data, folder, progress)
-        _log.info("[%d/%d] %s", number, len(runs), _outcome(row))
+        _log.info("[%d/%d] %s", number, len(runs), _describe_outcome(row))
         result.seconds = time.perf_counter() - started
         result.save()
         if row.status == "interrupted":
             break
     if result.finished:
         _measure_latency(result, latency_repeats)
-        _draw(result, data)
+        _draw_pictures(result, data)
     result.seconds = time.perf_counter() - started
     result.save()
     return result
@@ -78,29 +80,29 @@ def compare(
 
 def _train_one(run: ModelRun, row: ModelResult, data: CompareData, folder: Path, progress: bool) -> None:
     try:
-        _take_over(run.train(folder / run.name, progress), row, data, folder)
+        _record_training(run.train(folder / run.name, progress), row, data, folder)
         row.status = "done"
     except (TrainingInterruptedError, KeyboardInterrupt) as error:
         row.status, row.error = "interrupted", str(error) or "interrupted"
     except LightspineError as error:
         row.status, row.error = "failed", str(error)
     except Exception as error:
-        # Any timm model may be asked for: one that cannot take these images must not stop the others.
+        # A timm model that does not support these images must not stop the others.
         row.status, row.error = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
         _log.debug("%s failed", run.name, exc_info=True)
 
 
-def _take_over(trained: TrainResult, row: ModelResult, data: CompareData, folder: Path) -> None:
+def _record_training(trained: TrainResult, row: ModelResult, data: CompareData, folder: Path) -> None:
     checkpoint = folder / f"{row.name}.safetensors"
     trained.weights.replace(checkpoint)
-    # They are there to resume from, and this run has reached its end; of a large model they are large.
+    # A finished run needs no checkpoints to resume from, and they are large.
     for path in {trained.last_checkpoint, trained.best_checkpoint}:
         path.unlink(missing_ok=True)
     model, saved = load_model(checkpoint)
     row.input_size = tuple(saved.preprocessing["input_size"])
     row.params = sum(parameter.numel() for parameter in model.parameters())
     row.macs = count_macs(model, row.input_size).total
-    # Scored once more from the file, so that the number belongs to what was saved.
+    # The saved file is evaluated, so that the accuracy is that of the file.
     report = evaluate(checkpoint, data.source, val_fraction=data.val_fraction, seed=data.seed)
     row.accuracy = report["top1"]
     row.train_seconds = trained.seconds
@@ -108,7 +110,7 @@ def _take_over(trained: TrainResult, row: ModelResult, data: CompareData, folder
     row.skipped = trained.skipped | report["skipped"]
 
 
-def _outcome(row: ModelResult) -> str:
+def _describe_outcome(row: ModelResult) -> str:
     if row.accuracy is None or row.train_seconds is None:
         return f"{row.name} {row.status}: {row.error}"
     return f"{row.name}: {row.accuracy:.2f} % after {row.train_seconds:.0f} s"
@@ -119,27 +121,36 @@ def _measure_latency(result: CompareResult, repeats: int) -> None:
     for row in result.finished:
         models[row.name], saved = load_model(result.folder / str(row.checkpoint))
         inputs[row.name] = torch.randn(1, *saved.preprocessing["input_size"])
-    _log.info("measuring the latency, side by side")
+    _log.info("measuring the latency of all models")
     for name, latency in measure_latency_ms(models, inputs, repeats=repeats).items():
         row = next(row for row in result.finished if row.name == name)
         row.latency_ms, row.latency_p90_ms = latency.median_ms, latency.p90_ms
 
 
-def _draw(result: CompareResult, data: CompareData) -> None:
+def _draw_pictures(result: CompareResult, data: CompareData) -> None:
     system, rows = result.system, result.finished
     points = [
-        Point(name=row.name, latency_ms=row.latency_ms, accuracy=row.accuracy, params=row.params)
+        ScatterPoint(
+            label=f"{row.name}  {row.params / 1e6:.1f}M",
+            latency_ms=row.latency_ms,
+            accuracy=row.accuracy,
+            family=record.family if (record := find_record(row.name)) else None,
+            params=row.params,
+        )
         for row in rows
         if row.latency_ms is not None and row.accuracy is not None and row.params is not None
     ]
-    plot_accuracy_against_latency(
+    figure, _ = plot_accuracy_over_latency(
         points,
-        result.folder / "accuracy_latency.png",
-        title=f"Accuracy against latency: {data.name}",
-        caption=f"{result.conditions}, torch {system['versions']['torch']}",
+        title=f"Accuracy over latency: {data.name}",
+        note=f"{result.conditions}, torch {system['versions']['torch']}; "
+        "marker area grows with the number of parameters",
+        x_label="latency of one image in ms (median)",
+        y_label="accuracy on held-out images in %",
     )
+    figure.savefig(result.folder / "accuracy_latency.png", dpi=_PLOT_DPI)
     images = data.held_out_images(result.folder / "images", count=_SHEET_IMAGES)
-    answers = {
+    predictions = {
         row.name: [
             prediction.classes[0]
             for prediction in predict(result.folder / str(row.checkpoint), [i.path for i in images], topk=1)
@@ -149,8 +160,8 @@ def _draw(result: CompareResult, data: CompareData) -> None:
     draw_contact_sheet(
         [open_image(image.path) for image in images],
         [image.label for image in images],
-        answers,
+        predictions,
         result.folder / "predictions.png",
-        title=f"Held-out images of {data.name}, and what each model takes them for",
+        title=f"Held-out images of {data.name} and the prediction of each model",
     )
     result.files += ["accuracy_latency.png", "predictions.png"]

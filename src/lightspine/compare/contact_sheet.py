@@ -1,4 +1,4 @@
-"""A few held-out images with their true label and what each model says about them."""
+"""Contact sheet: held-out images with the true label and the prediction of each model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,23 +26,23 @@ def draw_contact_sheet(
     *,
     title: str,
 ) -> Figure:
-    """Draw one column per image and one row per model; a wrong answer is crossed and framed.
+    """Draw one column per image and one row per model; wrong predictions have a cross and a frame.
 
     Args:
-        images: the images as a person sees them.
-        labels: the true class of each.
-        predictions: for each model, its likeliest class for each image.
+        images: the images before preprocessing.
+        labels: the true class of each image.
+        predictions: by model, the top-1 class of each image.
         path: the PNG file.
-        title: what is shown.
+        title: above the images.
 
     Raises:
-        UsageError: there is no image, or a model has not answered them all.
+        UsageError: no image, or a label or prediction is missing.
     """
     count = len(images)
     if not count or any(len(answers) != count for answers in predictions.values()) or len(labels) != count:
         received = {name: len(answers) for name, answers in predictions.items()}
         raise UsageError(
-            f"every one of {count} images needs a label and an answer, got {len(labels)} and {received}"
+            f"expected a label and a prediction for each of {count} images, got {len(labels)} and {received}"
         )
     width = _NAME_INCHES + count * _CELL_INCHES + 0.1
     height = 0.45 + _CELL_INCHES + _ROW_INCHES * (len(predictions) + 1)
@@ -64,33 +64,35 @@ def draw_contact_sheet(
 def _draw_table(
     axes: Axes, labels: Sequence[str], predictions: Mapping[str, Sequence[ClassScore]], width: float
 ) -> None:
-    # In inches across and in rows down, so that a cell is where its image is.
+    # x in inches and y in rows, so that each cell is below its image.
     axes.set_xlim(0, width)
     axes.set_ylim(len(predictions) + 1, 0)
     axes.set_axis_off()
     axes.text(0.1, 0.5, "true label", fontsize=9, va="center", style="italic")
     for column, label in enumerate(labels):
-        _write(axes, column, 0, _shorten(label), weight="bold")
+        _write_cell(axes, column, 0, _shorten(label), weight="bold")
     for row, (name, answers) in enumerate(predictions.items(), start=1):
         axes.axhline(row, color="#dddddd", linewidth=0.7)
         axes.text(0.1, row + 0.5, name, fontsize=9, va="center")
         for column, (label, answer) in enumerate(zip(labels, answers, strict=True)):
             text = f"{_shorten(answer.name)}\n{100 * answer.probability:.0f} %"
             if answer.name == label:
-                _write(axes, column, row, text)
+                _write_cell(axes, column, row, text)
             else:
-                _frame(axes, column, row)
-                _write(axes, column, row, f"\N{MULTIPLICATION SIGN} {text}", weight="bold", color="#922b21")
+                _frame_cell(axes, column, row)
+                _write_cell(
+                    axes, column, row, f"\N{MULTIPLICATION SIGN} {text}", weight="bold", color="#922b21"
+                )
 
 
-def _write(
+def _write_cell(
     axes: Axes, column: int, row: int, text: str, *, weight: str = "normal", color: str = "black"
 ) -> None:
     x = _NAME_INCHES + (column + 0.5) * _CELL_INCHES
     axes.text(x, row + 0.5, text, fontsize=7.5, ha="center", va="center", weight=weight, color=color)
 
 
-def _frame(axes: Axes, column: int, row: int) -> None:
+def _frame_cell(axes: Axes, column: int, row: int) -> None:
     left = _NAME_INCHES + (column + 0.04) * _CELL_INCHES
     axes.add_patch(
         Rectangle(

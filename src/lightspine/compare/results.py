@@ -1,4 +1,4 @@
-"""What a comparison found, and how it is written down."""
+"""Results of a comparison, saved as `results.json`."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -12,21 +12,21 @@ Status = Literal["waiting", "done", "failed", "interrupted"]
 
 @dataclass(kw_only=True)
 class ModelResult:
-    """One model's row; a value that was not reached is `None`.
+    """Results of one model; values that are not known yet are `None`.
 
     Attributes:
         name: model name.
-        status: "waiting" until it is trained, then "done", "failed" (see `error`) or "interrupted".
-        error: the sentence of the failure.
-        params: number of parameters, with the classifier of this data.
+        status: "waiting", "done", "failed" or "interrupted".
+        error: the reason of a failure.
+        params: number of parameters, with the classifier for this data.
         macs: multiply-adds of one image at `input_size` (`lightspine.benchmark.count_macs`).
-        input_size: (channels, height, width) of the images that the model saw.
-        accuracy: top-1 accuracy in percent on the held-out images, of the saved file.
-        train_seconds: time of the training, with its validations.
-        latency_ms: median time of one image.
-        latency_p90_ms: nine of ten passes were faster.
+        input_size: (channels, height, width) of the model's input.
+        accuracy: top-1 accuracy of the saved file on the held-out images, in percent.
+        train_seconds: duration of the training, with validation.
+        latency_ms: median latency of one image.
+        latency_p90_ms: 90th percentile of the latency.
         checkpoint: the saved model, relative to the comparison's folder.
-        skipped: path -> reason of the images that could not be used.
+        skipped: path and reason of each image that could not be read.
     """
 
     name: str
@@ -45,15 +45,15 @@ class ModelResult:
 
 @dataclass(kw_only=True)
 class CompareResult:
-    """The rows of all models, in the order in which they were asked for, and how they came about.
+    """Results of all models, in the order of the command line, and how they were obtained.
 
     Attributes:
-        folder: holds everything that was written.
-        data: the data's name or folder.
+        folder: holds all files.
+        data: name of the data.
         system: versions, processor, threads (`lightspine.benchmark.describe_system`).
         settings: the training settings.
         models: one row per model.
-        files: what was written besides the checkpoints, relative to `folder`.
+        files: the files beside the checkpoints, relative to `folder`.
         seconds: duration of the whole comparison.
     """
 
@@ -67,7 +67,7 @@ class CompareResult:
 
     @property
     def finished(self) -> list[ModelResult]:
-        """The rows of the models that were trained and scored."""
+        """The models that were trained and evaluated."""
         return [row for row in self.models if row.status == "done"]
 
     @property
@@ -77,23 +77,27 @@ class CompareResult:
 
     @property
     def conditions(self) -> str:
-        """How the latency was measured, for captions."""
+        """Conditions of the latency, for captions."""
         threads = self.system["torch_threads"]
         return f"{self.system['processor']}, {threads} thread{'s' if threads > 1 else ''}, batch 1"
 
     @property
     def exit_status(self) -> int:
-        """0 when every model was trained, 1 when one failed, 130 after Ctrl-C."""
+        """0 if every model was trained, 1 if one failed, 130 after Ctrl-C."""
         if self.interrupted:
             return 130
         return 0 if len(self.finished) == len(self.models) else 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self) | {"folder": str(self.folder)}
 
     def save(self) -> Path:
-        """Write `results.json` atomically and return its path."""
+        """Write `results.json` atomically and return its path.
+
+        Raises:
+            LightspineError: the file cannot be written.
+        """
         path = self.folder / "results.json"
         atomic_write_text(path, json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n")
         return path

@@ -1,4 +1,4 @@
-"""What a comparison trains, and on which images: one run per model, from shared settings or from recipes."""
+"""Training runs and held-out images of a comparison, from shared settings or from recipes."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 
-from lightspine.compare.names import check_model_names
+from lightspine.compare import check_model_names
 from lightspine.data.digits import export_digits
 from lightspine.data.image_folder import VAL_SPLITS, scan_image_folder
 from lightspine.data.modules import DigitsDataModule, ImageDataModule, ImageFolderDataModule
@@ -25,17 +25,17 @@ DIGITS = "digits"
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """How every model of a comparison is trained.
+    """Training settings that all models of a comparison share.
 
     Attributes:
         epochs: passes over the training images.
         batch_size: images per step.
         size: height and width of the images in pixels, at least 32.
-        lr: highest learning rate.
-        augmentation: "none", "light", "medium" or "strong"; the digits have their own.
-        val_fraction: share of every class that is held out where the folder has no `val`.
-        num_workers: processes that read images.
-        seed: of weights, order, augmentation and split.
+        lr: peak learning rate.
+        augmentation: "none", "light", "medium" or "strong"; not used for the digits.
+        val_fraction: fraction of each class that is held out if the folder has no `val`.
+        num_workers: data loading processes.
+        seed: random seed of weights, order, augmentation and split.
         accelerator: "cpu", "gpu", "mps" or "auto".
     """
 
@@ -52,11 +52,11 @@ class CompareSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRun:
-    """One model of a comparison.
+    """One training run of a comparison.
 
     Attributes:
-        name: the model's name, also of its files.
-        train: trains into a folder, with live progress or without.
+        name: model name, also the stem of its files.
+        train: trains into a folder, with or without progress bars.
     """
 
     name: str
@@ -65,7 +65,7 @@ class ModelRun:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutImage:
-    """An image file of the held-out split and its true class."""
+    """A held-out image file and its true class."""
 
     path: Path
     label: str
@@ -77,9 +77,9 @@ class CompareData:
 
     Attributes:
         source: "digits" or a folder of images (see `scan_image_folder`).
-        val_fraction: share of every class that is held out; `None` where the data has a split of its own.
-        seed: of the held-out share.
-        size: side in pixels of the digits that are written as files.
+        val_fraction: fraction of each class that is held out; `None` if the data has its own split.
+        seed: random seed of the split.
+        size: side in pixels of the digits when they are written as files.
     """
 
     source: str | Path
@@ -89,15 +89,15 @@ class CompareData:
 
     @property
     def name(self) -> str:
-        """What titles and results call the data."""
+        """Name of the data in titles and results."""
         return DIGITS if self.source == DIGITS else Path(self.source).resolve().name
 
     def held_out_images(self, folder: Path, *, count: int) -> list[HeldOutImage]:
-        """Return a few readable held-out images, drawn at random; of the digits, the classes in turn.
+        """Return some readable held-out images at random; for the digits, one of each class in turn.
 
         Args:
-            folder: where digits are written as files; not used for a folder of images.
-            count: how many at most.
+            folder: where digits are written; not used for a folder of images.
+            count: maximum number of images.
         """
         if self.source == DIGITS:
             files = export_digits(folder, count=count, image_size=self.size)
@@ -115,7 +115,7 @@ class CompareData:
 
 
 def data_of_settings(source: str | Path, settings: CompareSettings) -> CompareData:
-    """Return the held-out images that `runs_of_models` with the same settings does not train on."""
+    """Return the images that `runs_of_models` with the same settings holds out."""
     has_split = source == DIGITS or any((Path(source) / name).is_dir() for name in VAL_SPLITS)
     return CompareData(
         source=source,
@@ -126,33 +126,33 @@ def data_of_settings(source: str | Path, settings: CompareSettings) -> CompareDa
 
 
 def runs_of_models(names: Sequence[str], source: str | Path, settings: CompareSettings) -> list[ModelRun]:
-    """Return one run per model, all with the same settings.
+    """Return one training run per model, all with the same settings.
 
     Args:
-        names: models of ours or of timm.
+        names: models of lightspine or timm.
         source: a folder of images (see `scan_image_folder`), or "digits".
-        settings: how to train.
+        settings: training settings.
 
     Raises:
-        UsageError: an unknown model name, or a folder or size that cannot be used.
+        UsageError: an unknown model, or an invalid folder or image size.
     """
     check_model_names(names)
     _create_data(source, settings)
 
     def run_of(name: str) -> ModelRun:
         return ModelRun(
-            name=name, train=lambda folder, progress: _train(name, source, settings, folder, progress)
+            name=name, train=lambda folder, progress: _train_model(name, source, settings, folder, progress)
         )
 
     return [run_of(name) for name in names]
 
 
 def runs_of_recipes(recipes: Sequence[str], overrides: Sequence[str] = ()) -> list[ModelRun]:
-    """Return one run per shipped digits recipe, named after its model.
+    """Return one training run per digits recipe of the library, named after its model.
 
     Args:
         recipes: names such as `digits_shvit_s1`.
-        overrides: flags of `lightspine train` over all of them.
+        overrides: options of `lightspine train` for all runs.
     """
 
     def run_of(recipe: str) -> ModelRun:
@@ -188,16 +188,16 @@ def _create_data(source: str | Path, settings: CompareSettings) -> ImageDataModu
     )
 
 
-def _train(
+def _train_model(
     name: str, source: str | Path, settings: CompareSettings, folder: Path, progress: bool
 ) -> TrainResult:
     images = _create_data(source, settings)
     task = ClassificationTask(
         name,
         images.num_classes,
-        model_args=_size_arguments(name, settings.size),
+        model_args=_image_size_argument(name, settings.size),
         lr=settings.lr,
-        # A run of an epoch or two must reach its learning rate too.
+        # A run of one or two epochs must also reach its peak learning rate.
         warmup_epochs=min(1.0, settings.epochs / 4),
         seed=settings.seed,
     )
@@ -212,7 +212,7 @@ def _train(
     )
 
 
-def _size_arguments(name: str, size: int) -> dict[str, Any]:
-    # Some of timm's models are built for one size and have to be told another; ours take any.
+def _image_size_argument(name: str, size: int) -> dict[str, Any]:
+    # Some timm models have a fixed input size that is a constructor argument.
     cfg = None if find_record(name) else timm.get_pretrained_cfg(name)
     return {"img_size": size} if cfg is not None and cfg.fixed_input_size else {}

@@ -1,25 +1,25 @@
-"""The rows of a result file as a report needs them: what was measured alike, and short names."""
+"""Conditions, names and number formats of benchmark rows in charts and tables."""
 
+import math
 import re
 from collections.abc import Callable, Hashable, Iterable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, get_args
 
-from lightspine.benchmark.report.numbers import TIMES, cut
-from lightspine.benchmark.results import Row
+from lightspine.benchmark.results import Mode, Row
 from lightspine.models import find_record
 
-MODES = ("eager", "optimized", "compile", "onnx")
-"""From the plainest to the most prepared."""
+MODES = get_args(Mode)
+TIMES = "\N{MULTIPLICATION SIGN}"
 
-# What timm's names say about the weights, a patch, a window or the input size, which the tables tell.
-_DETAILS = re.compile(r"\..*$|_patch\d+|_window\d+|_(192|224|240|256|288|384)(?=$|\.)")
-_MOST_LETTERS = 30
+# Parts of timm's names that the tables show in columns: weights, patch size, window size, image size.
+_TIMM_DETAILS = re.compile(r"\..*$|_patch\d+|_window\d+|_(192|224|240|256|288|384)(?=$|\.)")
+_MAX_NAME_LENGTH = 30
 _Key = TypeVar("_Key", bound=Hashable)
 _Item = TypeVar("_Item")
 
 
 class Conditions(NamedTuple):
-    """What two rows must share for their times to be compared."""
+    """What two rows must share for their times to be comparable."""
 
     device: str
     dtype: str
@@ -27,73 +27,75 @@ class Conditions(NamedTuple):
     batch: int
 
     def __str__(self) -> str:
-        return f"{self.machine}, {self.images}"
+        if self.device != "cpu":
+            return f"{self.device}, {self.dtype}, batch {self.batch}"
+        return f"CPU, {self.threads} thread{'s' * (self.threads != 1)}, {self.dtype}, batch {self.batch}"
 
     @property
-    def images(self) -> str:
-        """The batch in words."""
-        return "one image" if self.batch == 1 else f"{self.batch} images"
-
-    @property
-    def headline(self) -> str:
-        """The batch and, where it is not the usual one, the type in words."""
-        return self.images if self.dtype == "float32" else f"{self.images}, {self.dtype}"
-
-    @property
-    def machine(self) -> str:
-        """Device, type and threads in words."""
-        threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.device == "cpu" else ""
-        return f"{self.device.upper() if self.device == 'cpu' else self.device}{threads}, {self.dtype}"
+    def short(self) -> str:
+        """Batch size, and the dtype if it is not float32."""
+        return f"batch {self.batch}" if self.dtype == "float32" else f"batch {self.batch}, {self.dtype}"
 
 
 def conditions_of(row: Row) -> Conditions:
-    """Return under what a row was measured."""
+    """Return the conditions of a row."""
     return Conditions(row.device, row.dtype, row.threads, row.batch)
 
 
-def size_of(row: Row) -> str:
-    """Return the input's size as `224x224`, with the sign of multiplication."""
+def format_size(row: Row) -> str:
+    """Return the image size, such as `224x224` with a multiplication sign."""
     return f"{row.height}{TIMES}{row.width}"
 
 
-def pixels_of(row: Row) -> int:
-    """Return the input's height times width."""
+def count_pixels(row: Row) -> int:
+    """Return the number of pixels of an image."""
     return row.height * row.width
 
 
-def name_of(row: Row) -> str:
-    """Return a name for a chart, 30 letters at most; timm's lose what says patch, window or input size."""
+def short_name(row: Row) -> str:
+    """Return a name of at most 30 characters for charts, without the details in timm's names."""
     name = row.model.removeprefix("timm/")
     if row.source == "timm":
-        # Some of ours are in timm too, under the same name.
-        name = f"{name} (timm)" if find_record(name) else _DETAILS.sub("", name)
-    return cut(f"{name} ({row.variant})" if row.variant else name, _MOST_LETTERS)
+        # timm also has some of our models under the same name.
+        name = f"{name} (timm)" if find_record(name) else _TIMM_DETAILS.sub("", name)
+    return truncate(f"{name} ({row.variant})" if row.variant else name, _MAX_NAME_LENGTH)
 
 
-def is_ours(row: Row) -> bool:
-    """Whether the row measured a model of this library, not a peer."""
-    return row.source == "lightspine"
+def family_of(row: Row) -> str | None:
+    """Return the family of one of our models, `None` for a model of timm."""
+    if row.source != "lightspine":
+        return None
+    record = find_record(row.model)
+    # A newer version may have written the file, with families that this one lacks.
+    return record.family if record else truncate(row.model.partition("_")[0], _MAX_NAME_LENGTH // 2)
 
 
-def family_of(model: str) -> str:
-    """Return the family of one of our models; where this version lacks it, what its name begins with."""
-    record = find_record(model)
-    return record.family if record else cut(model.partition("_")[0], _MOST_LETTERS // 2)
+def format_status(row: Row) -> str:
+    """Return the status in words, such as "out of memory"."""
+    return row.status.replace("_", " ")
 
 
-def grouped(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, list[_Item]]:
-    """Return the items by a key, both in the order of the items."""
+def group_by(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, list[_Item]]:
+    """Group items by a key and keep their order."""
     groups: dict[_Key, list[_Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
 
 
-def mode_order(mode: str) -> int:
-    """Return where a mode stands among the modes."""
-    return MODES.index(mode)
+def format_number(value: float, digits: int = 3) -> str:
+    """Round to significant digits, without an exponent: 0.0123, 4.56, 1,235."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
 
 
-def status_in_words(row: Row) -> str:
-    """Return why a row has no time, such as "out of memory"."""
-    return row.status.replace("_", " ")
+def format_published(value: float) -> str:
+    """Write a number as published, without trailing zeros: 82.6, 467, 0.24."""
+    return f"{value:,.10g}"
+
+
+def truncate(text: str, length: int) -> str:
+    """Shorten a text to a number of characters."""
+    return text if len(text) <= length else f"{text[: length - 1]}\N{HORIZONTAL ELLIPSIS}"

@@ -1,23 +1,74 @@
-"""Models measured at several sizes: their costs by pixel count, and the exponents fitted to them."""
+"""Resolution sweeps: cost of a model over the number of pixels, and the fitted power laws."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from scipy.stats import linregress
+
 from lightspine.benchmark.report.conditions import (
     Conditions,
     conditions_of,
-    grouped,
-    name_of,
-    pixels_of,
-    size_of,
+    count_pixels,
+    format_size,
+    group_by,
+    short_name,
 )
-from lightspine.benchmark.report.fit import FEWEST_SIZES, PowerFit, fit_power
 from lightspine.benchmark.results import Row
+from lightspine.errors import UsageError
+
+MIN_SIZES = 3
+"""Two sizes fit any power law, without an error estimate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerFit:
+    """`cost = factor * pixels ** exponent`.
+
+    Attributes:
+        exponent: 1 for a cost that is linear in the pixels, 2 for a quadratic one.
+        standard_error: of the exponent.
+        factor: cost of one pixel.
+    """
+
+    exponent: float
+    standard_error: float
+    factor: float
+
+    def at(self, pixels: float) -> float:
+        """Return the fitted cost at a number of pixels."""
+        return float(self.factor * pixels**self.exponent)
+
+    def __str__(self) -> str:
+        return f"{self.exponent:.2f} ± {self.standard_error:.2f}"
+
+
+def fit_power(pixels: Sequence[float], costs: Sequence[float]) -> PowerFit:
+    """Fit a power law by least squares on the logarithms.
+
+    Args:
+        pixels: number of pixels of each measurement; at least three different ones.
+        costs: cost of each measurement, above zero.
+
+    Raises:
+        UsageError: fewer than three sizes, or a cost that is not positive.
+    """
+    if len(set(pixels)) < MIN_SIZES or len(pixels) != len(costs) or min(*pixels, *costs) <= 0:
+        raise UsageError(
+            f"expected costs above zero at {MIN_SIZES} or more sizes, "
+            f"got {list(costs)} at {list(pixels)} pixels"
+        )
+    line = linregress(np.log(pixels), np.log(costs))
+    return PowerFit(
+        exponent=float(line.slope),
+        standard_error=float(line.stderr),
+        factor=float(np.exp(line.intercept)),
+    )
 
 
 class Quantity(NamedTuple):
-    """Something that costs: its name, its unit and where a row has it."""
+    """A cost: name, unit and its value in a row."""
 
     name: str
     unit: str
@@ -36,34 +87,29 @@ TRAINING = (
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One quantity of one model over the sizes.
+    """One quantity of one model over the image size.
 
     Attributes:
-        quantity: what it cost.
-        rows: those that have the quantity, by rising pixel count.
-        costs: of these rows.
-        fit: the power law, where there are at least three sizes.
+        rows: the rows that have the quantity, sorted by pixels.
+        pixels: pixels of these rows.
+        costs: costs of these rows.
+        fit: the power law; `None` with fewer than three sizes.
     """
 
-    quantity: Quantity
     rows: tuple[Row, ...]
+    pixels: tuple[int, ...]
     costs: tuple[float, ...]
     fit: PowerFit | None
 
-    @property
-    def pixels(self) -> list[int]:
-        """Pixel counts of the rows."""
-        return [pixels_of(row) for row in self.rows]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Series:
-    """One model in one mode over the sizes.
+class Sweep:
+    """One model in one mode at three or more image sizes.
 
     Attributes:
-        name: of the model, short, with its mode.
-        rows: all of them, also those that failed.
-        conditions: under which it was measured.
+        name: short name and mode.
+        rows: all rows, including those that failed.
+        conditions: of all rows.
     """
 
     name: str
@@ -71,55 +117,57 @@ class Series:
     conditions: Conditions
 
     def curve(self, quantity: Quantity) -> Curve | None:
-        """Return a quantity over the sizes, or `None` where no row has it."""
-        pairs = [(row, cost) for row in self.rows if (cost := quantity.of(row))]
-        if not pairs:
+        """Return a quantity over the image size, or `None` if no row has it."""
+        measured = sorted(
+            ((row, cost) for row in self.rows if (cost := quantity.of(row))),
+            key=lambda pair: count_pixels(pair[0]),
+        )
+        if not measured:
             return None
-        pairs.sort(key=lambda pair: pixels_of(pair[0]))
-        rows, costs = zip(*pairs, strict=True)
-        pixels = [pixels_of(row) for row in rows]
-        fit = fit_power(pixels, costs) if len(set(pixels)) >= FEWEST_SIZES else None
-        return Curve(quantity=quantity, rows=rows, costs=costs, fit=fit)
+        rows, costs = zip(*measured, strict=True)
+        pixels = tuple(count_pixels(row) for row in rows)
+        fit = fit_power(pixels, costs) if len(set(pixels)) >= MIN_SIZES else None
+        return Curve(rows=rows, pixels=pixels, costs=costs, fit=fit)
 
     @property
     def out_of_memory(self) -> list[Row]:
-        """The rows whose memory did not suffice."""
+        """The rows that ran out of memory."""
         return [row for row in self.rows if row.status == "out_of_memory"]
 
 
-def find_series(rows: Iterable[Row]) -> list[Series]:
-    """Return each model and mode that was tried at three or more sizes, in the order of the rows."""
+def find_sweeps(rows: Iterable[Row]) -> list[Sweep]:
+    """Return each model and mode that was run at three or more image sizes, in the order of the rows."""
     present = [row for row in rows if row.status != "absent"]
-    groups = grouped(present, lambda row: (row.source, row.model, row.variant, row.mode, conditions_of(row)))
+    groups = group_by(present, lambda row: (row.source, row.model, row.variant, row.mode, conditions_of(row)))
     return [
-        Series(name=f"{name_of(of_model[0])}, {of_model[0].mode}", rows=tuple(of_model), conditions=key[-1])
-        for key, of_model in groups.items()
-        if len({pixels_of(row) for row in of_model}) >= FEWEST_SIZES
-        and any(row.status == "ok" for row in of_model)
+        Sweep(name=f"{short_name(group[0])}, {group[0].mode}", rows=tuple(group), conditions=key[-1])
+        for key, group in groups.items()
+        if len({count_pixels(row) for row in group}) >= MIN_SIZES and any(row.status == "ok" for row in group)
     ]
 
 
 class Exponent(NamedTuple):
-    """A line of the table of exponents."""
+    """A row of the table of exponents."""
 
-    series: str
+    sweep: str
     conditions: str
     quantity: str
     sizes: str
     fit: PowerFit
 
 
-def exponents(series: Sequence[Series]) -> list[Exponent]:
-    """Return every exponent that can be fitted, quantity by quantity."""
+def find_exponents(sweeps: Sequence[Sweep]) -> list[Exponent]:
+    """Return all fitted exponents, ordered by quantity."""
     return [
         Exponent(
-            series=one.name,
-            conditions=str(one.conditions),
+            sweep=sweep.name,
+            conditions=str(sweep.conditions),
             quantity=quantity.name,
-            sizes=f"{size_of(curve.rows[0])} to {size_of(curve.rows[-1])}, {len(set(curve.pixels))} sizes",
+            sizes=f"{format_size(curve.rows[0])} to {format_size(curve.rows[-1])}, "
+            f"{len(set(curve.pixels))} sizes",
             fit=curve.fit,
         )
         for quantity in (*INFERENCE, *TRAINING)
-        for one in series
-        if (curve := one.curve(quantity)) is not None and curve.fit is not None
+        for sweep in sweeps
+        if (curve := sweep.curve(quantity)) is not None and curve.fit is not None
     ]

@@ -1,4 +1,4 @@
-// Each heading of a table sorts it: once upwards, once more downwards; empty cells stay last.
+// A click on a heading sorts the table, a second click reverses the order; empty cells stay last.
 for (const table of document.querySelectorAll("table.sortable")) {
   const headings = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
   headings.forEach((heading, index) => {
