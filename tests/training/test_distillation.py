@@ -99,7 +99,7 @@ def test_gradient_reaches_both_heads_and_never_the_teacher(weights: Path) -> Non
 def test_teacher_is_in_evaluation_and_its_norms_stay(weights: Path) -> None:
     distiller = Distiller(RESNET, 2, checkpoint=weights)
     before = {key: value.clone() for key, value in distiller.teacher.state_dict().items()}
-    distiller.ask_teacher(torch.randn(4, 3, 32, 32))
+    distiller.teacher_logits(torch.randn(4, 3, 32, 32))
     assert not any(module.training for module in distiller.teacher.modules())
     assert all(torch.equal(value, before[key]) for key, value in distiller.teacher.state_dict().items())
 
@@ -127,8 +127,8 @@ def test_copy_of_a_task_shares_the_teacher(weights: Path) -> None:
 
 def test_teacher_follows_the_precision_of_the_images(weights: Path) -> None:
     distiller = Distiller(RESNET, 2, checkpoint=weights)
-    assert distiller.ask_teacher(IMAGES.double()).dtype == torch.float64
-    assert distiller.ask_teacher(IMAGES).dtype == torch.float32
+    assert distiller.teacher_logits(IMAGES.double()).dtype == torch.float64
+    assert distiller.teacher_logits(IMAGES).dtype == torch.float32
 
 
 def test_teacher_sees_the_same_images_in_its_own_statistics(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_teacher_sees_the_same_images_in_its_own_statistics(tmp_path: Path) -> N
         torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     )
     expected = model.double()((pixels - 0.5) / 0.5)
-    torch.testing.assert_close(distiller.ask_teacher((pixels - mean) / std), expected)
+    torch.testing.assert_close(distiller.teacher_logits((pixels - mean) / std), expected)
 
 
 def test_statistics_of_the_data_can_be_told(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_statistics_of_the_data_can_be_told(tmp_path: Path) -> None:
     distiller = Distiller(VIT, 2, checkpoint=path)
     distiller.expect_images((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     images = torch.randn(2, 3, 160, 160)
-    assert torch.equal(distiller.ask_teacher(images), model(images))
+    assert torch.equal(distiller.teacher_logits(images), model(images))
 
 
 def test_statistics_in_a_file_of_ours_count(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_statistics_in_a_file_of_ours_count(tmp_path: Path) -> None:
     distiller = Distiller(RESNET, 2, checkpoint=path)
     pixels = torch.rand(2, 3, 32, 32)
     distiller.expect_images((0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
-    torch.testing.assert_close(distiller.ask_teacher((pixels - 0.4) / 0.2), model(pixels))
+    torch.testing.assert_close(distiller.teacher_logits((pixels - 0.4) / 0.2), model(pixels))
 
 
 def test_teacher_sees_images_at_the_size_asked_for(tmp_path: Path) -> None:
@@ -166,14 +166,14 @@ def test_teacher_sees_images_at_the_size_asked_for(tmp_path: Path) -> None:
     distiller.expect_images((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     images = torch.randn(2, 3, 32, 32)
     larger = F.interpolate(images, size=(48, 48), mode="bicubic", antialias=True)
-    assert torch.equal(distiller.ask_teacher(images), model(larger))
+    assert torch.equal(distiller.teacher_logits(images), model(larger))
 
 
 def test_teacher_of_one_size_names_it(tmp_path: Path) -> None:
     path, _ = write_teacher(tmp_path, "vit_tiny_patch16_224")
     distiller = Distiller("vit_tiny_patch16_224", 2, checkpoint=path)
     with pytest.raises(UsageError, match="224 x 224 px only, got 32 x 32: set image_size=224"):
-        distiller.ask_teacher(IMAGES)
+        distiller.teacher_logits(IMAGES)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -185,7 +185,7 @@ def test_model_of_ours_teaches(tmp_path: Path, suffix: str) -> None:
     else:
         save_checkpoint(model, path)
     images = torch.randn(2, 3, 64, 64)
-    assert torch.equal(Distiller("shvit_s1_dist", 2, checkpoint=path).ask_teacher(images), model(images))
+    assert torch.equal(Distiller("shvit_s1_dist", 2, checkpoint=path).teacher_logits(images), model(images))
 
 
 def test_further_arguments_reach_the_teacher(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_further_arguments_reach_the_teacher(tmp_path: Path) -> None:
     torch.save({"model": model.state_dict()}, tmp_path / "teacher.pth")
     distiller = Distiller("shvit_s1", 2, checkpoint=tmp_path / "teacher.pth", teacher_args={"stem_stride": 4})
     images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(distiller.ask_teacher(images), model(images))
+    assert torch.equal(distiller.teacher_logits(images), model(images))
 
 
 @pytest.mark.parametrize(("name", "heads"), [("shvit_s1_dist", "two"), ("shvit_s1", "one")])
@@ -247,7 +247,7 @@ def test_output_with_the_wrong_number_of_heads_is_refused(weights: Path) -> None
         ({"kind": "firm"}, "'hard' or 'soft', got 'firm'"),
         ({"heads": "three"}, "'two' or 'one', got 'three'"),
         ({"alpha": 1.5}, "from 0 to 1, got 1.5"),
-        ({"temperature": 2.0}, "belongs to kind 'soft': got 2.0"),
+        ({"temperature": 2.0}, "only for kind 'soft', got 2.0"),
         ({"kind": "soft", "temperature": 0.0}, "above 0, got 0.0"),
         ({"image_size": 0}, "at least 1 px for the teacher, got 0"),
         ({"teacher": "test_resnett"}, "test_resnet"),

@@ -1,8 +1,8 @@
-"""Complete training configurations that ship with the package: one YAML file is one run.
+"""Training recipes that ship with the package. A recipe is one YAML file that configures a complete run.
 
-`classification/`, `detection/` and `segmentation/` have one recipe for each published row; the others finish
-on a laptop or start from weights. What the papers print for a recipe stands in `published.csv`. Vim-base has
-no recipe: the script of its training was not published.
+`classification/`, `detection/` and `segmentation/` have one recipe for each published result. The other
+recipes train on small data or fine-tune. `published.csv` has the published scores. There is no recipe for
+Vim-base, because its training script was not published.
 """
 
 import csv
@@ -17,26 +17,27 @@ import yaml
 from lightspine.errors import UsageError
 
 SCORES = ("top1", "box_ap", "mask_ap", "miou", "miou_ms")
-"""The columns of `published.csv` that hold a score."""
+"""The score columns of `published.csv`."""
 
 _FOLDER = Path(__file__).parent
+_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRecipe:
-    """What is printed about the run that a recipe repeats.
+    """Published scores of the run that a recipe reproduces; a score that is not published is None.
 
     Attributes:
         recipe: name of the recipe.
         model: name of the model.
-        data: what it is trained on.
-        top1: accuracy in percent; None where none is printed, as all scores.
-        box_ap: average precision of a detector's boxes in percent.
-        mask_ap: of its masks.
-        miou: mean intersection over union of a segmenter in percent.
-        miou_ms: the same tested at several sizes and mirrored.
-        note: what the number stands for where it is not plain training.
-        source: where it is printed.
+        data: training data.
+        top1: top-1 accuracy in percent.
+        box_ap: box AP of a detector in percent.
+        mask_ap: mask AP of a detector in percent.
+        miou: single-scale mIoU of a segmenter in percent.
+        miou_ms: mIoU with multi-scale and flip testing in percent.
+        note: deviations from plain training and evaluation.
+        source: where the scores are published.
     """
 
     recipe: str
@@ -51,67 +52,20 @@ class PublishedRecipe:
     source: str
 
 
-def list_recipes() -> list[str]:
-    """Return the names of the shipped recipes, sorted: `classification/vim_tiny`, `digits_vim_tiny`, ..."""
-    return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.rglob("*.yaml"))
-
-
-def list_published() -> list[PublishedRecipe]:
-    """Return the recipes that repeat a published run, in the order of the families' papers."""
-    with (_FOLDER / "published.csv").open(newline="") as file:
-        return [
-            PublishedRecipe(**row | {key: float(row[key]) if row[key] else None for key in SCORES})  # type: ignore[arg-type]
-            for row in csv.DictReader(file)
-        ]
-
-
-def describe_recipe(name: str) -> str:
-    """Return the first line of a recipe: what it does, in a sentence."""
-    first = find_recipe(name).read_text().split("\n", 1)[0]
-    return first.removeprefix("#").strip()
-
-
-def find_recipe(name: str | Path) -> Path:
-    """Return the file of a shipped recipe, or the path itself where it is a file.
-
-    Args:
-        name: such as `digits_vim_tiny` or `classification/vim_tiny`, or a path.
-
-    Raises:
-        UsageError: neither a recipe nor a file.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    names = list_recipes()
-    if str(name) not in names:
-        # `vim_tiny` is close to `classification/vim_tiny` by its last part only.
-        close = [known for known in names if known.rpartition("/")[2] == str(name)]
-        close = close or difflib.get_close_matches(str(name), names, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UsageError(
-            f"expected a file or the name of a recipe, got {str(name)!r}: {hint}"
-            "`lightspine recipes` lists them"
-        )
-    return _FOLDER / f"{name}.yaml"
-
-
-_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RecipeSummary:
-    """A shipped recipe in a line.
+    """Main settings of a recipe.
 
     Attributes:
-        name: what `lightspine train --config` takes.
-        description: what it does, in a sentence.
+        name: name for `lightspine train --config`.
+        description: what the recipe trains, in one sentence.
         model: name of the model.
-        task: such as "classification".
-        data: what it is trained on.
-        batch_size: images per step over all devices of the recipe.
-        epochs: length of the run, or a bound of it where it is counted in steps.
-        steps: length of the run in steps of the optimiser, where it is counted in them.
-        published: what is printed about the run that it repeats, if it repeats one.
+        task: task, such as "classification".
+        data: training data.
+        batch_size: total batch size over the devices of the recipe.
+        epochs: length of the run in epochs, or an upper limit if the run is measured in steps.
+        steps: length of the run in optimizer steps, if it is measured in steps.
+        published: published scores of the run, if it reproduces one.
     """
 
     name: str
@@ -125,8 +79,53 @@ class RecipeSummary:
     published: PublishedRecipe | None
 
 
+def list_recipes() -> list[str]:
+    """Return the sorted names of the shipped recipes: `classification/vim_tiny`, `digits_vim_tiny`, ..."""
+    return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.rglob("*.yaml"))
+
+
+def list_published() -> list[PublishedRecipe]:
+    """Return the published scores of all recipes that reproduce a run, in the order of the papers."""
+    with (_FOLDER / "published.csv").open(newline="") as file:
+        return [
+            PublishedRecipe(**row | {key: float(row[key]) if row[key] else None for key in SCORES})  # type: ignore[arg-type]
+            for row in csv.DictReader(file)
+        ]
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Return the path of a recipe.
+
+    Args:
+        name: name of a shipped recipe, such as `digits_vim_tiny` or `classification/vim_tiny`, or the path of
+            a file.
+
+    Raises:
+        UsageError: there is no such recipe or file.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    names = list_recipes()
+    if str(name) not in names:
+        # `vim_tiny` matches only the last part of `classification/vim_tiny`.
+        close = [known for known in names if known.rpartition("/")[2] == str(name)]
+        close = close or difflib.get_close_matches(str(name), names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UsageError(
+            f"expected a file or the name of a recipe, got {str(name)!r}: {hint}"
+            "`lightspine recipes` lists them"
+        )
+    return _FOLDER / f"{name}.yaml"
+
+
+def describe_recipe(name: str) -> str:
+    """Return the first line of a recipe, which describes it in one sentence."""
+    first = find_recipe(name).read_text().split("\n", 1)[0]
+    return first.removeprefix("#").strip()
+
+
 def summarize_recipe(name: str) -> RecipeSummary:
-    """Read a shipped recipe.
+    """Read the main settings of a shipped recipe.
 
     Raises:
         UsageError: there is no recipe of that name.
@@ -138,8 +137,8 @@ def summarize_recipe(name: str) -> RecipeSummary:
         name=name,
         description=describe_recipe(name),
         model=task["init_args"]["model"],
-        task=_words(task["class_path"], "Task"),
-        data=published.data if published else _data_of(data["class_path"]),
+        task=_class_words(task["class_path"], "Task"),
+        data=published.data if published else _data_name(data["class_path"]),
         batch_size=data["init_args"]["batch_size"] * trainer.get("devices", 1),
         epochs=trainer["max_epochs"],
         steps=trainer.get("max_steps"),
@@ -147,12 +146,13 @@ def summarize_recipe(name: str) -> RecipeSummary:
     )
 
 
-def _data_of(class_path: str) -> str:
-    # What the task says already is left out: "segmentation folder" is "folder", "coco semantic" is "coco".
-    words = _words(class_path, "DataModule").split()
+def _data_name(class_path: str) -> str:
+    # The column of the task already says "segmentation": "segmentation folder" becomes "folder".
+    words = _class_words(class_path, "DataModule").split()
     return " ".join(word for word in words if word not in ("segmentation", "semantic"))
 
 
-def _words(class_path: str, ending: str) -> str:
-    name = class_path.rpartition(".")[2].removesuffix(ending)
+def _class_words(class_path: str, suffix: str) -> str:
+    """Split a class name into words: "ImageFolderDataModule" without "DataModule" is "image folder"."""
+    name = class_path.rpartition(".")[2].removesuffix(suffix)
     return _CAPITAL.sub(" ", name).lower()

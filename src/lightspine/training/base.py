@@ -1,4 +1,4 @@
-"""What every task does alike: optimiser and schedule, clipping, randomness, and steps that go wrong."""
+"""Base LightningModule: optimizer, schedule, clipping, RNG seeding and non-finite handling."""
 
 import logging
 import math
@@ -28,37 +28,39 @@ _log = logging.getLogger(__name__)
 
 
 class LightspineTask(pl.LightningModule):
-    """A network in training. A task derives from it and says what the loss and the score are.
+    """Base class of the training tasks. A subclass defines the loss and the metrics.
 
     Args:
-        optimizer: made by timm; see `create_optimizer` for what is decayed.
-        lr: highest learning rate.
-        weight_decay: of the decayed parameters.
-        layer_decay: factor of the rate from one layer to the one before it, for fine-tuning.
-        frozen_stages: stages that are not trained, with their norms in evaluation mode: 0 is the stem alone.
-        schedule: the rule of a published recipe. Without it `warmup_epochs` and `min_lr_ratio` count.
-        warmup_epochs: epochs, or parts of one, in which the rate rises linearly from near zero.
-        min_lr_ratio: the rate at the end of the cosine, as a share of `lr`.
-        agc: adaptive gradient clipping (Brock et al., arXiv:2102.06171): largest ratio of the norms of
-            gradient and weights, unit by unit, over all parameters. The trainer's `gradient_clip_val` clips
-            the global norm.
-        ema_decay: average the weights exponentially, per step; see `lightspine.training.ema`.
+        optimizer: timm's name of the optimizer; see `lightspine.training.optim.create_optimizer`.
+        lr: peak learning rate.
+        weight_decay: weight decay; norms and biases have none by default.
+        layer_decay: factor between the learning rates of neighboring layers, for fine-tuning.
+        frozen_stages: number of frozen stages, whose norms are in evaluation mode; 0 freezes only the stem.
+        schedule: learning-rate schedule. By default linear warm-up and cosine decay by `warmup_epochs` and
+            `min_lr_ratio`.
+        warmup_epochs: length of the warm-up in epochs, which may be fractional.
+        min_lr_ratio: learning rate at the end of the cosine, as a fraction of `lr`.
+        agc: adaptive gradient clipping (Brock et al., arXiv:2102.06171): largest ratio of gradient norm to
+            weight norm, per unit, over all parameters. To clip the global norm use the trainer's
+            `gradient_clip_val`.
+        ema_decay: decay of the exponential moving average of the weights, per step; see
+            `lightspine.training.ema`.
         export_weights: with `ema_decay`, the weights that are validated and exported as `model.safetensors`:
             "ema" or "raw". The others are exported to a second file.
-        max_bad_steps: so many steps with a non-finite loss or gradient in a row end the run.
-        seed: of the initial weights and, with the step, of everything random in training.
+        max_bad_steps: number of consecutive steps with a non-finite loss or gradient that end the run.
+        seed: seed of the initial weights and, together with the step, of all randomness in training.
 
     Attributes:
-        model: the network; set by the derived task.
-        model_name: what names it to a user, and its run.
-        num_classes: number of classes, which must be that of the data.
-        score: name of the metric of the validation that tells the best epoch, higher is better.
-        curves: names of the metrics that are drawn together.
-        guard: counts the steps that were skipped.
-        bad_images: the images that could not be used so far.
+        model: the model in training; set by the subclass.
+        model_name: name of the model in messages and in the default folder of the run.
+        num_classes: number of classes, which must equal that of the data.
+        score: name of the validation metric that selects the best epoch; higher is better.
+        curves: names of the metrics in each subplot of `curves.png`.
+        guard: skips and counts non-finite steps.
+        bad_images: log of the images that could not be used so far.
 
     Raises:
-        UsageError: a value out of its range.
+        UsageError: a value is out of range.
     """
 
     model: nn.Module
@@ -112,29 +114,29 @@ class LightspineTask(pl.LightningModule):
 
     @property
     def backbone(self) -> nn.Module:
-        """The model of lightspine or timm in the network: the network itself, or what a head stands on."""
+        """The model of lightspine or timm: the whole model of a classifier, or the backbone under a head."""
         return self.model
 
     @abstractmethod
     def save(self, path: Path, data: ImageDataModule, metadata: dict[str, str]) -> None:
-        """Write the network as a file that tells how to build it.
+        """Save the model with all metadata that loading it needs.
 
         Args:
-            path: ends in .safetensors.
-            data: what it was trained on.
-            metadata: further strings.
+            path: a .safetensors file.
+            data: the training data, which has the class names and the preprocessing.
+            metadata: further entries.
         """
 
     def build_model(self, name: str, **arguments: Any) -> None:
-        """Make the network, with weights drawn from the task's seed, and freeze what is not trained.
+        """Create the model with weights initialized from the task's seed, and freeze its `frozen_stages`.
 
         Args:
-            name: of a model of lightspine or timm.
+            name: name of a model of lightspine or timm.
             **arguments: see `lightspine.create_model`.
 
         Raises:
-            UsageError: an unknown model or argument.
-            LightspineError: a checkpoint that cannot be read.
+            UsageError: the model or an argument is unknown.
+            LightspineError: the checkpoint cannot be read.
         """
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
@@ -148,32 +150,32 @@ class LightspineTask(pl.LightningModule):
             self._frozen = freeze_stages(self.model, self.frozen_stages)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Return the callback that averages the weights, if they are averaged."""
+        """Return the EMA callback, if `ema_decay` is set."""
         return [] if self._ema is None else [self._ema]
 
     def train(self, mode: bool = True) -> "LightspineTask":
-        """Set the mode; what is frozen stays in evaluation mode."""
+        """Set the mode, but keep frozen stages in evaluation mode."""
         super().train(mode)
         if mode and self._frozen:
             hold_frozen(self.model, self._frozen)
         return self
 
     def on_train_start(self) -> None:
-        """Refuse two ways of clipping, and let the guard see the network as it is."""
+        """Check that only one kind of clipping is set, and start the non-finite guard."""
         if self.agc is not None and self.trainer.gradient_clip_val:
             raise UsageError(
                 f"expected either agc or the trainer's gradient_clip_val, got both ({self.agc} and "
                 f"{self.trainer.gradient_clip_val})"
             )
-        self._compare_length()
+        self._log_other_length()
         self.guard.start(self.model)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002  Lightning's signature
-        """Seed by the position: a resumed run draws the same numbers as one that was never stopped."""
+        """Seed by epoch and batch, so that a resumed run has the random numbers of an uninterrupted one."""
         seed_generators(self.seed, self.current_epoch, batch_idx, self.global_rank)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
-        """Leave out a step that would make the weights non-finite."""
+        """Skip a step with a non-finite loss or gradient."""
         where = f"step {self.global_step} (epoch {self.current_epoch}), learning rate {self.current_lr():.3g}"
         self.guard.check_gradients(self.model, scaler=self._scaler(), where=where)
 
@@ -183,20 +185,20 @@ class LightspineTask(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip unit by unit with `agc`, else as the trainer says."""
+        """Apply adaptive gradient clipping if `agc` is set, else the trainer's clipping."""
         if self.agc is None:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             adaptive_clip_grad([p for p in self.model.parameters() if p.grad is not None], self.agc)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimiser and its rate per step."""
-        # The fused one would divide by the scale itself, behind the guard and the clipping.
+        """Return the optimizer and its learning-rate scheduler, which is updated every step."""
+        # With a gradient scaler a fused optimizer would unscale only after the guard and the clipping.
         optimizer = self.create_optimizer(fused=self.device.type == "cpu" and self._scaler() is None)
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):
-            raise UsageError("expected an end of the training: trainer.max_epochs or trainer.max_steps")
-        # Not total / max_epochs: max_steps may end the run before its epochs.
+            raise UsageError("expected trainer.max_epochs or trainer.max_steps, got a run without an end")
+        # Not total / max_epochs: max_steps may end the run earlier.
         per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         if self.schedule is None:
             warmup = round(per_epoch * self.warmup_epochs)
@@ -214,7 +216,7 @@ class LightspineTask(pl.LightningModule):
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": schedule})
 
     def create_optimizer(self, *, fused: bool) -> torch.optim.Optimizer:
-        """Return the optimiser; see `lightspine.training.optim.create_optimizer`."""
+        """Create the optimizer; see `lightspine.training.optim.create_optimizer`."""
         return create_optimizer(
             self.model,
             self.optimizer_name,
@@ -225,26 +227,26 @@ class LightspineTask(pl.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counts of the guard."""
+        """Save the counters of the non-finite guard."""
         checkpoint["guard"] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counts of the guard."""
+        """Restore the counters of the non-finite guard."""
         if "guard" in checkpoint:
             self.guard.load_state_dict(checkpoint["guard"])
 
     def current_lr(self) -> float:
-        """Return the highest learning rate of all groups, now."""
+        """Return the current learning rate: the highest of all parameter groups."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, torch.optim.Optimizer | pl.core.optimizer.LightningOptimizer)
         return float(max(group["lr"] for group in optimizer.param_groups))
 
-    def averaged(self) -> nn.Module | None:
-        """Return the averaged network, or None without an average or before the first step."""
+    def ema_model(self) -> nn.Module | None:
+        """Return the EMA of the model, or None without EMA or before the first step."""
         return averaged_model(self.trainer)
 
-    def watch(self, loss: Tensor, *inputs: Any) -> Tensor:
-        """Show a loss to the guard and return it; with what the network was given a culprit can be named."""
+    def check_loss(self, loss: Tensor, *inputs: Any) -> Tensor:
+        """Pass a loss and the inputs of the model to the non-finite guard, and return the loss."""
         self.guard.check_loss(loss, self.model, *inputs)
         return loss
 
@@ -253,11 +255,11 @@ class LightspineTask(pl.LightningModule):
         self.bad_images.add(bad)
 
     def log_bad_images(self) -> None:
-        """Log a warning with the names of the skipped images, if there are new ones."""
+        """Log a warning about skipped images, if there are new ones."""
         self.bad_images.report(_log)
 
-    def _compare_length(self) -> None:
-        """Say where the run is not as long as its schedule."""
+    def _log_other_length(self) -> None:
+        """Log if the run and its schedule have different lengths."""
         if self.schedule is None:
             return
         for unit, planned, given in (
@@ -268,11 +270,12 @@ class LightspineTask(pl.LightningModule):
                 _log.info("the run has %s %s, its schedule %g", given, unit, planned)
 
     def _scaler(self) -> Any:
-        """Return the gradient scaler of 16-mixed, or None."""
+        """Return the gradient scaler of 16-mixed precision, or None."""
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _total_batch(self) -> int:
+        """Return the images per optimizer step over all devices."""
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if size is None:
-            raise UsageError("expected a data module with a batch_size, by which the schedule is scaled")
+            raise UsageError("expected a data module with a batch_size, which the schedule depends on")
         return int(size) * self.trainer.world_size * self.trainer.accumulate_grad_batches

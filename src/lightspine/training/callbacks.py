@@ -1,4 +1,4 @@
-"""What a run leaves behind besides its weights: numbers per epoch as CSV, curves, lines on the screen."""
+"""Callbacks of every run: metrics log, progress bar, gradient accumulation and final validation."""
 
 import csv
 import io
@@ -19,23 +19,23 @@ from lightspine.utils.files import atomic_write_text
 
 _log = logging.getLogger(__name__)
 
-_LABELS = {"val_top1": "accuracy (%)", "lr": "learning rate"}
+_AXIS_LABELS = {"val_top1": "accuracy (%)", "lr": "learning rate"}
 
 
 class RunLog(pl.Callback):
-    """Keeps one row of numbers per epoch, in `metrics.csv` and inside every checkpoint.
+    """Logs one row of metrics per epoch to `metrics.csv` and to every checkpoint.
 
-    Because the rows travel in the checkpoint, a resumed run goes on with the file where it was left.
-    (Lightning's CSVLogger deletes the rows that are there.)
+    The rows are part of the checkpoint, so a resumed run continues the file. (Lightning's CSVLogger would
+    delete the existing rows.)
 
     Args:
-        folder: where `metrics.csv` and `curves.png` are written.
-        announce: write a line per epoch to the standard error, for a run without a progress bar.
+        folder: folder of `metrics.csv` and `curves.png`.
+        announce: also write a line per epoch to standard error, for a run without progress bar.
 
     Attributes:
-        rows: per finished epoch: epoch, seconds, every metric that the task logs, `data_share` (of the time
-            of the steps that they waited for their batch), `peak_mib` (memory of the process, of the device
-            on a GPU, so far) and the steps that were skipped so far.
+        rows: one dictionary per finished epoch: epoch, seconds, every metric that the task logs, `data_share`
+            (fraction of the step time spent waiting for data), `peak_mib` (peak memory so far, of the GPU or
+            else of the process) and `skipped_steps` so far.
     """
 
     def __init__(self, folder: Path, *, announce: bool = False) -> None:
@@ -44,19 +44,19 @@ class RunLog(pl.Callback):
         self.rows: list[dict[str, float]] = []
         self._started = 0.0
         self._validated = False
-        self._waiting = DataTimer()
+        self._data_timer = DataTimer()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Take the folder of the first process, the only one that chooses it."""
+        """Receive the folder that rank 0 has chosen."""
         self.folder = Path(trainer.strategy.broadcast(os.fspath(self.folder)))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Start the clocks of an epoch that is resumed in its middle."""
-        self._start()
+        """Start the timers of an epoch that is resumed in the middle."""
+        self._start_epoch()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Start the clocks."""
-        self._start()
+        """Start the timers."""
+        self._start_epoch()
 
     def on_train_batch_start(
         self,
@@ -65,8 +65,8 @@ class RunLog(pl.Callback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        """Note when a batch has come."""
-        self._waiting.batch_came()
+        """Stop timing the wait for data."""
+        self._data_timer.batch_ready()
 
     def on_train_batch_end(
         self,
@@ -76,28 +76,28 @@ class RunLog(pl.Callback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        """Note when the next one is asked for."""
-        self._waiting.batch_done()
+        """Start timing the wait for the next batch."""
+        self._data_timer.step_done()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Stop the clock of the steps."""
-        self._waiting.pause()
+        """Exclude the validation from the step times."""
+        self._data_timer.pause()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Remember that the epoch has a validation."""
+        """Record that the epoch was validated."""
         self._validated = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: LightspineTask) -> None:  # type: ignore[override]  # the only kind of module here
         """Write the row of the epoch."""
-        # The training loss of the epoch is known only now; the validation's numbers are from before.
+        # Not at the end of the validation: the mean training loss is known only now.
         row = {"epoch": float(trainer.current_epoch), "seconds": time.perf_counter() - self._started}
-        # Lightning keeps the numbers of the last validation, however long ago it was.
+        # Lightning keeps the metrics of the last validation, which may be from an earlier epoch.
         row |= {
             name: value.item()
             for name, value in trainer.callback_metrics.items()
             if self._validated or not name.startswith("val_")
         }
-        row["data_share"] = self._waiting.share()
+        row["data_share"] = self._data_timer.wait_share()
         peak = peak_memory_mib(pl_module.device)
         if peak is not None:
             row["peak_mib"] = peak
@@ -110,18 +110,142 @@ class RunLog(pl.Callback):
                 sys.stderr.write(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {numbers}\n")
                 sys.stderr.flush()
 
-    def _start(self) -> None:
+    def _start_epoch(self) -> None:
         self._started = time.perf_counter()
         self._validated = False
-        self._waiting = DataTimer()
+        self._data_timer = DataTimer()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rows, for the checkpoint."""
+        """Return the rows for the checkpoint."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the rows of a checkpoint."""
+        """Restore the rows from a checkpoint."""
         self.rows = list(state_dict["rows"])
+
+
+class DataTimer:
+    """Measures how much of the step time is spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._waited = 0.0
+        self._worked = 0.0
+        self._since: float | None = None
+
+    def batch_ready(self) -> None:
+        """Record that a batch has arrived. The wait for the first one is not counted: workers start up."""
+        now = time.perf_counter()
+        if self._since is not None:
+            self._waited += now - self._since
+        self._since = now
+
+    def step_done(self) -> None:
+        """Record that a step has ended and the next batch is requested."""
+        now = time.perf_counter()
+        if self._since is not None:
+            self._worked += now - self._since
+        self._since = now
+
+    def pause(self) -> None:
+        """Exclude the time until the next batch."""
+        self._since = None
+
+    def wait_share(self) -> float:
+        """Return the fraction of the time spent waiting, from 0 to 1; 0 before the second batch."""
+        total = self._waited + self._worked
+        return self._waited / total if total else 0.0
+
+
+class GradientAccumulation(pl.Callback):
+    """Accumulates gradients so that an optimizer step has a given number of images over all devices.
+
+    The number of batches per epoch is rounded down to whole steps, so that all steps have the same number of
+    images.
+
+    Args:
+        effective_batch: images per optimizer step over all devices.
+
+    Raises:
+        UsageError: `effective_batch` is below 1. When training begins: it is not a multiple of devices x
+            batch size, there are fewer images than that, or `accumulate_grad_batches` is set too.
+    """
+
+    def __init__(self, effective_batch: int) -> None:
+        if effective_batch < 1:
+            raise UsageError(f"expected an effective batch of at least 1, got {effective_batch}")
+        self.effective_batch = effective_batch
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Set `accumulate_grad_batches` and `limit_train_batches` of the trainer."""
+        if trainer.accumulate_grad_batches != 1:
+            raise UsageError(
+                "expected either effective_batch or accumulate_grad_batches, got both "
+                f"({self.effective_batch} and {trainer.accumulate_grad_batches})"
+            )
+        loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]  # unknown to its types
+        images = loader.batch_size * trainer.world_size
+        devices = "1 device" if trainer.world_size == 1 else f"{trainer.world_size} devices"
+        if self.effective_batch % images:
+            raise UsageError(
+                f"expected an effective batch that is a multiple of {devices} x {loader.batch_size} images "
+                f"= {images}, got {self.effective_batch}"
+            )
+        accumulated = self.effective_batch // images
+        limit = trainer.limit_train_batches
+        batches = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
+        if batches < accumulated:
+            raise UsageError(
+                f"expected at least {self.effective_batch} images for one step of the effective batch, "
+                f"got {batches * images}"
+            )
+        trainer.accumulate_grad_batches = accumulated
+        trainer.limit_train_batches = batches // accumulated * accumulated
+        _log.info(
+            "effective batch %d = %s x %d images x %d accumulated batches; %d steps per epoch",
+            self.effective_batch,
+            devices,
+            loader.batch_size,
+            accumulated,
+            batches // accumulated,
+        )
+
+
+class FinalValidation(pl.Callback):
+    """Validates at the end of a run that is limited by `max_steps` or validates only every n epochs.
+
+    Lightning would end such a run without validation, so the exported weights would have no score.
+    """
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Enable validation in the last epoch."""
+        if trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs > 0:
+            trainer.check_val_every_n_epoch = 1
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """After the last step, request an early stop, which validates first."""
+        if 0 <= trainer.max_steps <= trainer.global_step:
+            trainer.check_val_every_n_epoch = 1
+            trainer.should_stop = True
+
+
+class RunProgressBar(RichProgressBar):
+    """Lightning's progress bar with epochs counted from 1 and three significant digits."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=False)
+        self.theme.metrics_format = ".3g"
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        text = f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
+        # Padded to the length of "Validation", or the bar flickers.
+        return f"{text:{len(self.validation_description)}}"
 
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
@@ -136,15 +260,15 @@ def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
 def plot_curves(
     path: Path, rows: list[dict[str, float]], title: str, curves: tuple[tuple[str, ...], ...]
 ) -> None:
-    """Draw metrics over the epochs into a PNG file.
+    """Plot metrics over epochs to a PNG file.
 
     Args:
         path: the file.
-        rows: what `RunLog` has written.
-        title: of the figure.
-        curves: names of the metrics that share a diagram.
+        rows: rows of `RunLog`.
+        title: title of the figure.
+        curves: names of the metrics of each subplot.
     """
-    # The figure is built without pyplot: no global state, no window system.
+    # Without pyplot, which needs a window system on some machines and has global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -158,133 +282,9 @@ def plot_curves(
             if points:
                 axes.plot(*zip(*points, strict=True), marker=".", label=name)
         axes.set_xlabel("epoch")
-        axes.set_ylabel(_LABELS.get(names[0], "loss" if names[0].endswith("loss") else "score (%)"))
+        axes.set_ylabel(_AXIS_LABELS.get(names[0], "loss" if names[0].endswith("loss") else "score (%)"))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend()
     figure.savefig(path, dpi=120)
-
-
-class DataTimer:
-    """Adds up the time between steps, when a batch is awaited, and the time of the steps themselves."""
-
-    def __init__(self) -> None:
-        self._waited = 0.0
-        self._worked = 0.0
-        self._since: float | None = None
-
-    def batch_came(self) -> None:
-        """Tell that a batch is there; before the first one the workers start, which is not counted."""
-        now = time.perf_counter()
-        if self._since is not None:
-            self._waited += now - self._since
-        self._since = now
-
-    def batch_done(self) -> None:
-        """Tell that a step is done and the next batch is wanted."""
-        now = time.perf_counter()
-        if self._since is not None:
-            self._worked += now - self._since
-        self._since = now
-
-    def pause(self) -> None:
-        """Leave out the time up to the next batch."""
-        self._since = None
-
-    def share(self) -> float:
-        """Return the waiting as a share of the whole, 0 to 1; 0 before the second batch."""
-        total = self._waited + self._worked
-        return self._waited / total if total else 0.0
-
-
-class GradientAccumulation(pl.Callback):
-    """Accumulates gradients over as many batches as make up the batch size that a recipe was written for.
-
-    The batches of an epoch are cut to whole steps, so that every step has the effective batch and an epoch
-    has as many steps as on the recipe's devices.
-
-    Args:
-        size: images per step of the optimiser, over all devices.
-
-    Raises:
-        UsageError: below 1; when training begins: not a multiple of devices x batch size, fewer images than
-            that, or an accumulation set by hand beside it.
-    """
-
-    def __init__(self, size: int) -> None:
-        if size < 1:
-            raise UsageError(f"expected an effective batch of at least 1, got {size}")
-        self.size = size
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Set the trainer's accumulation."""
-        if trainer.accumulate_grad_batches != 1:
-            raise UsageError(
-                "expected either effective_batch or accumulate_grad_batches, got both "
-                f"({self.size} and {trainer.accumulate_grad_batches})"
-            )
-        loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]  # unknown to its types
-        at_once = loader.batch_size * trainer.world_size
-        devices = "1 device" if trainer.world_size == 1 else f"{trainer.world_size} devices"
-        if self.size % at_once:
-            raise UsageError(
-                f"expected an effective batch that is a multiple of {devices} x {loader.batch_size} images "
-                f"= {at_once}, got {self.size}"
-            )
-        steps = self.size // at_once
-        limit = trainer.limit_train_batches
-        batches = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
-        if batches < steps:
-            raise UsageError(
-                f"expected at least {self.size} images for one step of the effective batch, "
-                f"got {batches * at_once}"
-            )
-        trainer.accumulate_grad_batches = steps
-        trainer.limit_train_batches = batches // steps * steps
-        _log.info(
-            "effective batch %d = %s x %d images x %d accumulated batches; %d steps per epoch",
-            self.size,
-            devices,
-            loader.batch_size,
-            steps,
-            batches // steps,
-        )
-
-
-class FinalValidation(pl.Callback):
-    """Validates at the end of a run of so many steps and of one that validates every few epochs only.
-
-    Lightning leaves the end of such a run without scores: nothing would be known of the exported weights.
-    """
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Let the last epoch have a validation."""
-        if trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs > 0:
-            trainer.check_val_every_n_epoch = 1
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,  # noqa: ARG002
-        outputs: Any,  # noqa: ARG002
-        batch: Any,  # noqa: ARG002
-        batch_idx: int,  # noqa: ARG002
-    ) -> None:
-        """Let the last step end the run as an early stop does: behind a validation."""
-        if 0 <= trainer.max_steps <= trainer.global_step:
-            trainer.check_val_every_n_epoch = 1
-            trainer.should_stop = True
-
-
-class RunProgressBar(RichProgressBar):
-    """Lightning's bar with epochs counted from 1 and numbers that a small learning rate survives."""
-
-    def __init__(self) -> None:
-        super().__init__(leave=False)
-        self.theme.metrics_format = ".3g"
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        text = f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
-        # Uneven lengths of this text and of "Validation" make the bar flicker.
-        return f"{text:{len(self.validation_description)}}"

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: when they are written, and how a file survives a kill or a full disk."""
+"""Checkpoint files: when `last.ckpt` and `best.ckpt` are written, and atomic writes."""
 
 import os
 from collections.abc import Callable
@@ -16,18 +16,19 @@ BEST, LAST = "best.ckpt", "last.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Replaces a checkpoint in one step: at any moment the old file or the new one is there, whole."""
+    """Replaces a checkpoint atomically: a complete old or new file exists at any moment."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint beside its place, onto the disk, and rename it.
+        """Write a checkpoint to a temporary file, flush it to disk, and rename it.
 
         Raises:
-            LightspineError: it cannot be written, such as on a full disk; the previous one stays.
+            LightspineError: the file cannot be written, for example on a full disk. The previous checkpoint
+                is kept.
         """
         if storage_options is not None:
             raise UsageError(f"expected no storage options, got {storage_options}")
         path = Path(path)
-        # The same name every time: what a kill leaves behind is overwritten by the next checkpoint.
+        # A fixed name: the next checkpoint overwrites what a killed process left behind.
         part = path.with_name(path.name + ".part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             part.replace(path)
             _sync_folder(path.parent)
-        # torch wraps what the file raised into an error of its own.
+        # torch.save wraps the file's OSError into a RuntimeError.
         except (OSError, RuntimeError) as error:
             cause = _find_os_error(error)
             if cause is None:
@@ -53,24 +54,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self,
         path: Any,
         map_location: Callable | None = lambda storage, loc: storage,  # noqa: ARG005  torch's signature
-        weights_only: bool | None = None,  # noqa: ARG002  never anything but True
+        weights_only: bool | None = None,  # noqa: ARG002  always True
     ) -> dict[str, Any]:
-        """Return a checkpoint; code inside the file is refused."""
+        """Load a checkpoint with `weights_only=True`, which refuses code in the file."""
         return super().load_checkpoint(path, map_location=map_location, weights_only=True)
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `last.ckpt` after every epoch and, if wanted, after so many steps.
+    """Writes `last.ckpt` after every epoch and, optionally, every n steps.
 
-    A checkpoint within an epoch lies behind a complete step and before anything that ends an epoch: going on
-    from it repeats the rest of the epoch exactly, the validation included.
+    A checkpoint within an epoch is written after a complete optimizer step and before validation. A run that
+    is resumed from it repeats the rest of the epoch exactly.
 
     Args:
-        folder: where the file is written.
-        every_n_steps: steps of the optimiser between two checkpoints within an epoch.
+        folder: folder of the file.
+        every_n_steps: optimizer steps between checkpoints within an epoch.
 
     Raises:
-        UsageError: fewer than 1 step.
+        UsageError: `every_n_steps` is below 1.
     """
 
     def __init__(self, folder: Path, *, every_n_steps: int | None = None) -> None:
@@ -81,11 +82,11 @@ class LastCheckpoint(Checkpoint):
         self._seen_step = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Take the folder of the first process, the only one that chooses it."""
+        """Receive the folder that rank 0 has chosen."""
         self.folder = Path(trainer.strategy.broadcast(os.fspath(self.folder)))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Note the step that a resumed run begins with, which has its checkpoint."""
+        """Record the first step; a resumed run already has its checkpoint."""
         self._seen_step = trainer.global_step
 
     def on_train_batch_end(
@@ -96,20 +97,20 @@ class LastCheckpoint(Checkpoint):
         batch: Any,  # noqa: ARG002
         batch_idx: int,
     ) -> None:
-        """Save if a step is complete and it is its turn."""
-        # Between the batches of one step there are gradients, which no checkpoint holds.
+        """Save after every n-th complete step."""
+        # Between the batches of an accumulated step there are gradients, which no checkpoint holds.
         stepped = trainer.global_step != self._seen_step
         self._seen_step = trainer.global_step
         if self.every_n_steps is None or not stepped or trainer.global_step % self.every_n_steps:
             return
-        # Lightning would go on behind the validation that is due now.
+        # A run that is resumed here would skip a validation that is due after this batch.
         every = trainer.val_check_batch
         validated = every is not None and (batch_idx + 1) % every == 0
         if not trainer.is_last_batch and not validated:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Save the epoch, RunLog's row included."""
+        """Save after the epoch, when RunLog has added its row."""
         self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
@@ -120,12 +121,12 @@ class BestCheckpoint(ModelCheckpoint):
     """Keeps `best.ckpt`, the validated epoch with the highest score.
 
     Args:
-        folder: where the file is written.
-        score: name of the metric.
+        folder: folder of the file.
+        score: name of the monitored metric.
     """
 
     def __init__(self, folder: Path, score: str) -> None:
-        # At the end of the epoch and not of the validation, so that RunLog's row of the epoch is inside.
+        # Save after the epoch and not after the validation, so that the file has RunLog's row of the epoch.
         super().__init__(
             folder,
             Path(BEST).stem,
@@ -137,19 +138,19 @@ class BestCheckpoint(ModelCheckpoint):
         self._validated = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember that there is a new score."""
+        """Record that this epoch has a score."""
         super().on_validation_end(trainer, pl_module)
         self._validated = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the epoch if it has the best score; one without a validation is no candidate."""
+        """Save if the epoch was validated and has the best score."""
         if self._validated:
             super().on_train_epoch_end(trainer, pl_module)
         self._validated = False
 
 
 def _sync_folder(folder: Path) -> None:
-    # Without it a power failure may forget the new name, though not the contents.
+    # Makes the rename itself survive a power failure.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Image classification: the loss of every published recipe, and the scores."""
+"""Image classification task: losses of the published recipes, and top-1 and top-5 accuracy."""
 
 import inspect
 from pathlib import Path
@@ -20,28 +20,28 @@ from lightspine.training.lr_schedules import CosineSchedule
 
 
 class ClassificationTask(LightspineTask):
-    """Trains any model of lightspine or timm to tell classes apart.
+    """Trains any model of lightspine or timm as a classifier.
 
     Args:
-        model: name of the model.
-        num_classes: number of classes; the command line takes it from the data.
+        model: model name.
+        num_classes: number of classes; the command line sets it from the data.
         model_args: further arguments of the model, such as `drop_path_rate` or `img_size`.
-        checkpoint: a file of weights to start from, ours or a published one; the classifier is made anew
-            where the number of classes differs.
-        label_smoothing: share of the target that is spread over all classes.
-        mixup: alpha of mixup; 0 is off.
-        cutmix: alpha of CutMix; 0 is off.
-        mix_prob: probability that a batch is mixed.
-        cutmix_prob: probability that a mixed batch is mixed by CutMix, where both are on.
-        teacher: arguments of a `Distiller` but the number of classes: the name of the `teacher`, the `kind`,
-            `alpha`, ...; without it nobody teaches.
-        mesa: arguments of `Mesa`, self-distillation from the averaged weights; `{}` for its defaults. Needs
-            `ema_decay`, and no teacher.
-        **options: see `LightspineTask`: optimiser, schedule, clipping, average, seed.
+        checkpoint: file of initial weights, from lightspine or an official repository. The classifier is
+            initialized from scratch if the number of classes differs.
+        label_smoothing: label smoothing, from 0 to below 1.
+        mixup: alpha of mixup; 0 disables it.
+        cutmix: alpha of CutMix; 0 disables it.
+        mix_prob: probability of mixing a batch.
+        cutmix_prob: probability of CutMix for a mixed batch if both are enabled.
+        teacher: arguments of `lightspine.training.distillation.Distiller` except `num_classes`: `teacher`,
+            `kind`, `alpha`, ... None trains without a teacher.
+        mesa: arguments of `lightspine.training.distillation.Mesa`, self-distillation from the EMA model; `{}`
+            uses the defaults. Requires `ema_decay` and no teacher.
+        **options: optimizer, schedule, clipping, EMA and seed; see `LightspineTask`.
 
     Raises:
-        UsageError: an unknown model, a value out of its range, a teacher with other classes.
-        LightspineError: a checkpoint that cannot be read.
+        UsageError: the model is unknown, a value is out of range, or the teacher has other classes.
+        LightspineError: the checkpoint cannot be read.
     """
 
     score = "val_top1"
@@ -86,25 +86,25 @@ class ClassificationTask(LightspineTask):
             if mixup or cutmix
             else None
         )
-        # Not submodules: a teacher is neither trained nor saved.
+        # Not submodules, so that the teacher is neither trained nor saved.
         self.distiller = (
-            None if teacher is None else _make("teacher", Distiller, teacher, num_classes=num_classes)
+            None if teacher is None else _construct("teacher", Distiller, teacher, num_classes=num_classes)
         )
-        self.mesa = None if mesa is None else _make("mesa", Mesa, mesa)
+        self.mesa = None if mesa is None else _construct("mesa", Mesa, mesa)
         if self.distiller is not None:
             self.distiller.prepare_student(self.model)
         if self.mesa is not None and (self.distiller is not None or self.ema_decay is None):
-            raise UsageError("MESA learns from averaged weights: expected an ema_decay and no teacher")
+            raise UsageError("MESA distills from the EMA model: expected an ema_decay and no teacher")
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
-        # With five classes or fewer the right one is always among the first five.
+        # With at most five classes the top-5 accuracy is always 100 %.
         self.top5 = MulticlassAccuracy(num_classes, top_k=5, average="micro") if num_classes > 5 else None
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits (N, num_classes) of images (N, C, H, W); a distilled model trains with a pair."""
+        """Return logits (N, num_classes) of images (N, C, H, W); `_dist` models return a pair in training."""
         return self.model(images)
 
     def save(self, path: Path, data: ImageDataModule, metadata: dict[str, str]) -> None:
-        """Write the model as a file that tells its classes and how its images are prepared."""
+        """Save the model with its class names and preprocessing."""
         save_checkpoint(
             self.model,
             path,
@@ -114,35 +114,37 @@ class ClassificationTask(LightspineTask):
         )
 
     def on_train_start(self) -> None:
-        """Tell the teacher how the images are normalised."""
+        """Pass the normalization of the images to the distiller."""
         super().on_train_start()
         preprocessing = getattr(getattr(self.trainer, "datamodule", None), "preprocessing", None)
         if self.distiller is not None and preprocessing is not None:
             self.distiller.expect_images(preprocessing.mean, preprocessing.std)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002  Lightning's signature
-        """Return the loss of a batch, over the heads of a distilled model without a teacher its mean."""
+        """Return the loss of a batch."""
         images, labels, bad = batch
         self.record_bad_images(bad)
         if len(images) == 0:
             raise LightspineError(f"none of the training images can be used; {bad[0].reason}")
         targets = labels
         if self.mix is not None and len(images) > 1:
-            even = len(images) // 2 * 2  # timm's Mixup pairs the images of a batch
+            even = len(images) // 2 * 2  # timm's Mixup needs an even batch
             images, targets = self.mix(images[:even], labels[:even])
-        loss = self.watch(self.training_loss(images, targets), images)
-        # A bad one is skipped by the guard, and would spoil the mean of the epoch.
+        loss = self.check_loss(self.training_loss(images, targets), images)
+        # The guard skips a non-finite loss, which would make the mean of the epoch NaN.
         if torch.isfinite(loss):
             self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
         self.log("lr", self.current_lr(), prog_bar=True)
         return loss
 
     def training_loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss that is minimised.
+        """Return the training loss: cross-entropy, with distillation or MESA if set.
+
+        A model with two heads but no teacher trains with the mean loss of both heads.
 
         Args:
-            images: (N, C, H, W), mixed or not.
-            targets: classes (N,), or after mixing shares (N, K), which have been smoothed already.
+            images: (N, C, H, W), after mixup or CutMix.
+            targets: class indices (N,), or after mixing smoothed class probabilities (N, K).
         """
         output = self.model(images)
         if self.distiller is not None:
@@ -151,13 +153,13 @@ class ClassificationTask(LightspineTask):
             return torch.stack([self._base_loss(head, targets) for head in output]).mean()
         loss = self._base_loss(output, targets)
         if self.mesa is not None and self.mesa.is_active(self.current_epoch, self._schedule_epochs()):
-            averaged = self.averaged()
-            assert averaged is not None  # the callback has made it before the first step
-            loss = loss + self.mesa.loss(output, averaged, images)
+            ema = self.ema_model()
+            assert ema is not None  # the EMA callback creates it before the first step
+            loss = loss + self.mesa.loss(output, ema, images)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        """Count the hits of a batch."""
+        """Update the metrics with a batch."""
         images, labels, bad = batch
         self.record_bad_images(bad)
         if len(images) == 0:
@@ -170,12 +172,12 @@ class ClassificationTask(LightspineTask):
             self.top5.update(logits, labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores and name the images that were skipped."""
+        """Log the metrics and the skipped images."""
         self.log_bad_images()
         if not self.top1.update_called:
             reason = next(iter(self.bad_images.reasons.values()), "there is none")
             raise LightspineError(f"none of the validation images can be used; {reason}")
-        # Stops before the checkpoint of this epoch is written, so the last one on disk is a good one.
+        # Stop before the checkpoint of this epoch is written, so that the last one on disk is good.
         if not torch.isfinite(self.trainer.callback_metrics["val_loss"]):
             raise LightspineError(
                 f"the validation loss is not finite at step {self.global_step} (epoch {self.current_epoch}) "
@@ -187,7 +189,7 @@ class ClassificationTask(LightspineTask):
             metric.reset()
 
     def _base_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        # Mixed targets have been smoothed already.
+        # Mixup smooths its targets itself.
         smoothing = self.label_smoothing if targets.dim() == 1 else 0.0
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
@@ -197,7 +199,8 @@ class ClassificationTask(LightspineTask):
         return self.trainer.max_epochs or 1
 
 
-def _make(key: str, kind: Any, settings: dict[str, Any], **more: Any) -> Any:
+def _construct(key: str, kind: Any, settings: dict[str, Any], **more: Any) -> Any:
+    """Call a class with the settings under a recipe key; report wrong argument names by that key."""
     try:
         inspect.signature(kind).bind(**settings, **more)
     except TypeError as error:

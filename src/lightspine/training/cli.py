@@ -1,4 +1,4 @@
-"""`lightspine train`: LightningCLI reads the recipe and the flags, `run_training` does the rest."""
+"""`lightspine train`: parse a recipe and flags with LightningCLI, then call `run_training`."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import timm
 import torch
-from jsonargparse import ArgumentError, Namespace
+import yaml
+from jsonargparse import ArgumentError, Namespace, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -23,6 +24,7 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import PREPROCESSING_KEYS, default_preprocessing
 from lightspine.models.registry import find_record
 from lightspine.recipes import find_recipe
+from lightspine.recipes.deprecated import upgrade_flags, upgrade_recipe
 from lightspine.training.base import LightspineTask
 from lightspine.training.classification import ClassificationTask
 from lightspine.training.detection import DetectionTask
@@ -38,15 +40,16 @@ _ABSTRACT = ("ImageDataModule", "SegmentationDataModule", "ClassificationDataMod
 _TASKS = (ClassificationTask, DetectionTask, SegmentationTask)
 _SCHEDULES = (CosineSchedule, MilestoneSchedule, DecaySchedule)
 _SWITCHES = {
-    "grad_checkpointing": "recompute activations in the backward pass: slower, with less memory",
-    "compile": "run the model through torch.compile",
-    "tensorboard": "write the numbers for TensorBoard too",
+    "grad_checkpointing": "recompute activations in the backward pass, which saves memory and takes time",
+    "compile": "compile the model with torch.compile",
+    "tensorboard": "also log to TensorBoard",
 }
-# What a recipe or a flag names without an import path.
+# Classes that recipes and flags may name without an import path.
 _CLASSES = {
     "data": [name for name in modules.__all__ if name.endswith("DataModule") and name not in _ABSTRACT],
     "model": [task.__name__ for task in _TASKS],
 }
+# Lines of jsonargparse's messages that do not help a user.
 _BOILERPLATE = (
     "Does not validate",
     "Subtypes:",
@@ -59,28 +62,28 @@ _BOILERPLATE = (
 
 
 def main(args: Sequence[str] | None = None) -> TrainResult:
-    """Train as the command line says: `--config NAME_OR_PATH` and any flag over it.
+    """Run `lightspine train` with `--config NAME_OR_PATH` and flags that override it.
 
     Args:
-        args: the arguments after `lightspine train`; those of the process by default.
+        args: the arguments after `lightspine train`; by default those of the process.
 
     Returns:
-        What the run left behind.
+        The paths and metrics of the run.
 
     Raises:
-        UsageError: a wrong flag or recipe.
-        LightspineError: what `lightspine.training.fit.train` raises.
+        UsageError: a flag or the recipe is wrong.
+        LightspineError: see `lightspine.training.fit.train`.
         SystemExit: after `--help` or `--print_config`.
     """
-    arguments = _resolve_recipes(list(sys.argv[1:] if args is None else args))
+    arguments = _resolve_recipes(upgrade_flags(sys.argv[1:] if args is None else args))
     with filter_lightning_logs():
         try:
             cli = TrainCLI(arguments)
         except ArgumentError as error:
             raise UsageError(_one_line(str(error))) from error
         except ValueError as error:
-            # The parser wraps what the constructor of the task or the data raised.
-            raise _find_ours(error) or error from None
+            # jsonargparse wraps the errors of the constructors of the task and the data.
+            raise _find_lightspine_error(error) or error from None
     return cli.train()
 
 
@@ -90,24 +93,37 @@ def train_recipe(
     """Train a recipe from Python.
 
     Args:
-        recipe: name of a shipped recipe, or the path of a YAML file.
-        folder: where everything is saved; see `lightspine.training.fit.train`.
+        recipe: name of a shipped recipe, or path of a YAML file.
+        folder: folder of the run; see `lightspine.training.fit.train`.
         overrides: flags as on the command line, such as "--trainer.max_epochs=3".
         progress: show the progress.
 
     Returns:
-        What the run left behind.
+        The paths and metrics of the run.
 
     Raises:
-        UsageError: an unknown recipe or a wrong override.
-        LightspineError: what `lightspine.training.fit.train` raises.
+        UsageError: the recipe is unknown or an override is wrong.
+        LightspineError: see `lightspine.training.fit.train`.
     """
     bar = [] if progress else ["--trainer.enable_progress_bar=false"]
     return main(["--config", str(recipe), "--folder", str(folder), *bar, *overrides])
 
 
+def load_recipe(text: str) -> Any:
+    """Parse YAML like jsonargparse does, and replace deprecated names.
+
+    jsonargparse also parses the values of flags with it, which need not be mappings.
+    """
+    content = get_loader("yaml")(text)
+    return upgrade_recipe(content) if isinstance(content, dict) else content
+
+
+_RECIPE_MODE = "lightspine_recipe"
+set_loader(_RECIPE_MODE, load_recipe, exceptions=(yaml.YAMLError,))
+
+
 class TrainCLI(LightningCLI):
-    """The parser of `lightspine train`; making one parses the arguments and builds trainer, task and data."""
+    """LightningCLI of `lightspine train`: parses the arguments and creates trainer, task and data."""
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(
@@ -117,7 +133,11 @@ class TrainCLI(LightningCLI):
             subclass_mode_data=True,
             trainer_defaults=dict(TRAINER_DEFAULTS),
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"exit_on_error": False, "prog": "lightspine train"},
+            parser_kwargs={
+                "exit_on_error": False,
+                "prog": "lightspine train",
+                "parser_mode": _RECIPE_MODE,
+            },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=list(args),
@@ -125,7 +145,7 @@ class TrainCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer; what it refuses comes from a flag of the user."""
+        """Create the trainer; report a wrong option as UsageError."""
         try:
             return super().instantiate_trainer(**kwargs)
         except LightspineError:
@@ -134,12 +154,12 @@ class TrainCLI(LightningCLI):
             raise UsageError(f"wrong --trainer option: {str(error).strip().splitlines()[0]}") from error
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the flags that are about the run, in place of Lightning's `--seed_everything`."""
+        """Add the flags of the run instead of Lightning's `--seed_everything`."""
         parser.add_argument(
-            "--seed", type=int, default=0, help="initial weights, order of the images, augmentation"
+            "--seed", type=int, default=0, help="seed of initial weights, image order and augmentation"
         )
         parser.add_argument(
-            "--folder", type=str | None, default=None, help="where the run is saved: runs/MODEL"
+            "--folder", type=str | None, default=None, help="folder of the run, by default runs/MODEL"
         )
         parser.add_argument(
             "--resume",
@@ -147,24 +167,22 @@ class TrainCLI(LightningCLI):
             default=None,
             nargs="?",
             const=AUTO,
-            help="a last.ckpt to go on from; without a value or with auto: the one in --folder, if any",
+            help="last.ckpt to resume from; auto or no value: the one in --folder, if there is one",
         )
-        parser.add_argument(
-            "--export", type=Export, default="last", help="which epoch's weights are exported"
-        )
+        parser.add_argument("--export", type=Export, default="last", help="epoch whose weights are exported")
         parser.add_argument(
             "--save-every-steps",
             "--save_every_steps",
             type=int | None,
             default=None,
-            help="write last.ckpt after so many steps too, not only after every epoch",
+            help="also write last.ckpt every n steps, not only after every epoch",
         )
         parser.add_argument(
             "--effective-batch",
             "--effective_batch",
             type=int | None,
             default=None,
-            help="images per step over all devices: gradients are accumulated up to it",
+            help="images per optimizer step over all devices, reached by gradient accumulation",
         )
         for name, text in _SWITCHES.items():
             parser.add_argument(
@@ -172,7 +190,7 @@ class TrainCLI(LightningCLI):
             )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the task know the data's classes."""
+        """Link the seed and the number of classes to the task and the data."""
         parser.set_defaults({"model": "ClassificationTask"})
         parser.link_arguments("seed", "model.init_args.seed")
         parser.link_arguments("seed", "data.init_args.seed")
@@ -180,17 +198,17 @@ class TrainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments."""
-        # Lightning's version warns whenever the process has arguments of its own, which is always.
+        # Lightning's method warns if sys.argv has arguments, which is always the case here.
         self.config = parser.parse_args(cast(Sequence[str], args))
 
     def _set_seed(self) -> None:
-        # The task and the data seed themselves; the environment is left alone.
+        # The task and the data seed themselves.
         pass
 
     def before_instantiate_classes(self) -> None:
-        """Give the data the model's preprocessing; make the folder of the run and what writes into it."""
+        """Set the preprocessing of the data, create the folder of the run and configure the callbacks."""
         config: Namespace = self.config
-        # No linked arguments: the parser leaves out a link to an option that has no default in the signature.
+        # Not linked arguments: jsonargparse skips a link to an option without default in the signature.
         task: type[LightspineTask] = _find_class(config.model.class_path)
         prepared = issubclass(
             _find_class(config.data.class_path), (ClassificationDataModule, SegmentationDataModule)
@@ -214,7 +232,7 @@ class TrainCLI(LightningCLI):
         )
 
     def train(self) -> TrainResult:
-        """Run the training that was asked for."""
+        """Run the training."""
         switches = {name: self.config[name] for name in _SWITCHES}
         with show_info_logs() if self.progress else contextlib.nullcontext():
             return run_training(
@@ -228,7 +246,7 @@ class TrainCLI(LightningCLI):
 
 
 def published_preprocessing(model: str) -> dict[str, Any]:
-    """Return the preprocessing of a model's published evaluation without building the model."""
+    """Return the preprocessing of a model's published weights without creating its parameters."""
     record = find_record(model)
     if record is not None:
         with torch.device("meta"):
@@ -236,7 +254,7 @@ def published_preprocessing(model: str) -> dict[str, Any]:
     else:
         cfg = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
         found = {} if cfg is None else cfg.to_dict()
-    # Lists, as a YAML file gives them back.
+    # Lists instead of tuples, as YAML loads them.
     return {
         key: list(found[key]) if isinstance(found[key], tuple) else found[key]
         for key in PREPROCESSING_KEYS
@@ -250,7 +268,7 @@ def _find_class(class_path: str) -> Any:
 
 
 def _resolve_recipes(args: list[str]) -> list[str]:
-    """Replace the name behind `--config` by the recipe's path."""
+    """Replace the recipe name after `--config` by its path."""
     resolved = list(args)
     for i, arg in enumerate(args):
         if arg in ("--config", "-c") and i + 1 < len(args):
@@ -261,27 +279,27 @@ def _resolve_recipes(args: list[str]) -> list[str]:
 
 
 def _one_line(message: str) -> str:
-    """Return what jsonargparse says in one line, without the list of everything that it tried."""
+    """Shorten a message of jsonargparse to one line, without the list of all types that it tried."""
     key = ".".join(_KEY.findall(message))
     lines = [_KEY.sub("", line).strip(" -:\n") for line in message.splitlines()]
-    told = [line for line in lines if line and not line.startswith(_BOILERPLATE)]
-    if key in _CLASSES and any("dot import path" in line for line in told):
-        value = told[-1].rpartition(": ")[2]
+    kept = [line for line in lines if line and not line.startswith(_BOILERPLATE)]
+    if key in _CLASSES and any("dot import path" in line for line in kept):
+        value = kept[-1].rpartition(": ")[2]
         known = ", ".join(_CLASSES[key])
         return f"expected --{key} with {known} or the import path of a class, got {value!r}"
     if key == "model.schedule":
-        # The parser tells what each of them does not know, but not their names.
-        known = "; ".join(f"{kind.__name__} ({', '.join(_names(kind))})" for kind in _SCHEDULES)
+        # jsonargparse lists the errors of every schedule class, but not their names.
+        known = "; ".join(f"{kind.__name__} ({', '.join(_field_names(kind))})" for kind in _SCHEDULES)
         return f"wrong argument {key}: expected the fields of one of {known}"
-    text = _CLASS.sub(r"\1", "; ".join(told[:2])).replace("typing.", "")
+    text = _CLASS.sub(r"\1", "; ".join(kept[:2])).replace("typing.", "")
     return f"wrong argument {key}: {text}" if key else text
 
 
-def _names(kind: Any) -> list[str]:
+def _field_names(kind: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def _find_ours(error: BaseException | None) -> LightspineError | None:
+def _find_lightspine_error(error: BaseException | None) -> LightspineError | None:
     while error is not None and not isinstance(error, LightspineError):
         error = error.__cause__ or error.__context__
     return error

@@ -1,4 +1,4 @@
-"""What the training of detectors and of segmenters does alike: the network's creation and its optimiser."""
+"""Base class of the detection and segmentation tasks: model creation, optimizer groups, logging."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,27 +17,29 @@ from lightspine.training.optim import dense_parameter_groups, optimizer_from_gro
 
 
 class DenseTask(LightspineTask):
-    """A model with a head of any of the dense tasks in training.
+    """Base class of tasks that train a backbone with a detection or segmentation head.
 
     Args:
         create: `create_detector` or `create_segmenter`.
         head: name of the head.
-        model: name of the model that gives the maps.
-        num_classes: number of classes; the command line takes it from the data.
-        model_args: further arguments of the model, such as `drop_path_rate`.
-        checkpoint: weights to start from: of the model's classifier, or a detector or segmenter of the same
-            head and model.
-        weights: which entry of a classifier's file: "model", "ema" or "auto"; see `create_detector`.
-        norm: see `lightspine.heads.FeatureBackbone`, also for what the papers set.
-        freeze_batch_norm: likewise.
+        model: model name of the backbone.
+        num_classes: number of classes; the command line sets it from the data.
+        model_args: further arguments of the backbone, such as `drop_path_rate`.
+        checkpoint: initial weights: a classifier of the backbone, or a detector or segmenter with the same
+            head and backbone.
+        weights: which weights of a classifier's file to load: "model", "ema" or "auto"; see
+            `lightspine.dense.create_detector`.
+        norm: norm over each feature map; see `lightspine.heads.FeatureBackbone`.
+        freeze_batch_norm: keep the BatchNorm layers of the backbone in evaluation mode.
         head_args: arguments of the head.
-        undecayed: see `lightspine.training.optim.dense_parameter_groups`.
-        layer_decay_blocks: likewise.
-        **options: see `LightspineTask`: optimiser, schedule, clipping, average, seed.
+        undecayed: substrings of the names of parameters without weight decay; see
+            `lightspine.training.optim.dense_parameter_groups`.
+        layer_decay_blocks: apply `layer_decay` to blocks too, not only to the stem.
+        **options: optimizer, schedule, clipping, EMA and seed; see `LightspineTask`.
 
     Raises:
-        UsageError: an unknown name, a value out of its range.
-        LightspineError: a checkpoint that cannot be read or does not fit.
+        UsageError: a name is unknown or a value is out of range.
+        LightspineError: the checkpoint cannot be read or does not fit.
     """
 
     def __init__(
@@ -84,16 +86,16 @@ class DenseTask(LightspineTask):
 
     @property
     def backbone(self) -> nn.Module:
-        """The model without its wrapper, which recomputes activations where that is asked for."""
+        """The backbone without timm's `features_only` wrapper; it has `set_grad_checkpointing`."""
         wrapper: nn.Module = feature_backbone(self.network).model
         return cast(nn.Module, getattr(wrapper, "model", wrapper))
 
-    def settings(self, data: ImageDataModule) -> dict[str, Any]:  # noqa: ARG002  for what derives from it
-        """Return how the network looks at images outside training, for its file."""
+    def settings(self, data: ImageDataModule) -> dict[str, Any]:  # noqa: ARG002  for subclasses
+        """Return the inference settings that are saved with the model."""
         return {}
 
     def save(self, path: Path, data: ImageDataModule, metadata: dict[str, str]) -> None:
-        """Write the network as a file for `lightspine.dense.load_network`."""
+        """Save the model for `lightspine.dense.load_network`."""
         save_network(
             self.network,
             path,
@@ -104,7 +106,7 @@ class DenseTask(LightspineTask):
         )
 
     def create_optimizer(self, *, fused: bool) -> torch.optim.Optimizer:
-        """Return the optimiser with the groups of `dense_parameter_groups`."""
+        """Create the optimizer with the groups of `dense_parameter_groups`."""
         groups = dense_parameter_groups(
             self.network,
             lr=self.lr,
@@ -116,9 +118,9 @@ class DenseTask(LightspineTask):
         return optimizer_from_groups(groups, self.optimizer_name, lr=self.lr, fused=fused)
 
     def log_losses(self, losses: dict[str, Tensor], images: int) -> Tensor:
-        """Log the parts of the loss and return their sum."""
+        """Log the terms of the loss and return their sum."""
         loss = torch.stack(list(losses.values())).sum()
-        # A bad one is skipped by the guard, and would spoil the mean of the epoch.
+        # The guard skips a non-finite loss, which would make the mean of the epoch NaN.
         if torch.isfinite(loss):
             parts = {name if name.startswith("loss_") else f"loss_{name}": v for name, v in losses.items()}
             self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=images)
@@ -128,23 +130,23 @@ class DenseTask(LightspineTask):
         return loss
 
     def log_scores(self, scores: dict[str, float | None]) -> None:
-        """Log what a validation found; None is a number that there is nothing for."""
+        """Log validation metrics; None marks a metric without data."""
         for name, value in scores.items():
             if value is not None:
                 self.log(f"val_{name}", value, prog_bar=f"val_{name}" == self.score)
 
     def check_validated(self, images: int) -> None:
-        """Stop where none of the validation images could be used."""
+        """Raise LightspineError if none of the validation images could be used."""
         self.log_bad_images()
         if not images:
             reason = next(iter(self.bad_images.reasons.values()), "there is none")
             raise LightspineError(f"none of the validation images can be used; {reason}")
 
     def data_module(self, kind: type[ImageDataModule]) -> Any:
-        """Return the data of the run, which must be of a kind.
+        """Return the data module of the run.
 
         Raises:
-            UsageError: it is of another one.
+            UsageError: it is not an instance of `kind`.
         """
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, kind):

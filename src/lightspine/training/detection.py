@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation."""
+"""Object detection and instance segmentation task: detector losses and COCO metrics."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,33 +18,33 @@ from lightspine.training.dense import DenseTask
 
 
 class DetectionTask(DenseTask):
-    """Trains a detector over any model of lightspine or timm.
+    """Trains a detector with any model of lightspine or timm as backbone.
 
     Args:
-        model: name of the model that gives the maps.
-        num_classes: number of classes; the command line takes it from the data.
+        model: model name of the backbone.
+        num_classes: number of classes; the command line sets it from the data.
         head: "retinanet", "mask_rcnn" or "cascade_mask_rcnn".
-        model_args: further arguments of the model, such as `drop_path_rate`.
-        checkpoint: weights to start from: of the model's classifier, or a detector of the same head and
-            model.
-        weights: which entry of a classifier's file: "model", "ema" or "auto"; see
+        model_args: further arguments of the backbone, such as `drop_path_rate`.
+        checkpoint: initial weights: a classifier of the backbone, or a detector with the same head and
+            backbone.
+        weights: which weights of a classifier's file to load: "model", "ema" or "auto"; see
             `lightspine.dense.create_detector`.
-        norm: "layer" puts a LayerNorm over each map; see `lightspine.heads.FeatureBackbone`.
-        freeze_batch_norm: keep the model's batch norms in evaluation mode.
-        channels: width of the pyramid.
-        resize: shorter and longest side that images are brought to outside training, in pixels; `None` leaves
-            them.
-        score_threshold: least score of a detection.
-        detections_per_image: most detections of an image, in the scores too.
-        anchor_scale: factor of the published anchors' sides, which begin at 32 px.
-        undecayed: parts of the names of parameters that are not decayed; see
+        norm: "layer" applies a LayerNorm to each feature map; see `lightspine.heads.FeatureBackbone`.
+        freeze_batch_norm: keep the BatchNorm layers of the backbone in evaluation mode.
+        channels: channels of the feature pyramid.
+        resize: (shorter, longest) side in pixels to which images are resized in evaluation; `None` keeps
+            their size.
+        score_threshold: lowest score of a detection.
+        detections_per_image: largest number of detections per image, also in the metrics.
+        anchor_scale: factor of the anchor sizes, which start at 32 px.
+        undecayed: substrings of the names of parameters without weight decay; see
             `lightspine.training.optim.dense_parameter_groups`.
-        layer_decay_blocks: likewise.
-        **options: see `LightspineTask`: optimiser, schedule, clipping, average, seed.
+        layer_decay_blocks: apply `layer_decay` to blocks too, not only to the stem.
+        **options: optimizer, schedule, clipping, EMA and seed; see `LightspineTask`.
 
     Raises:
-        UsageError: an unknown name, a value out of its range.
-        LightspineError: a checkpoint that cannot be read or does not fit.
+        UsageError: a name is unknown or a value is out of range.
+        LightspineError: the checkpoint cannot be read or does not fit.
     """
 
     score = "val_box_AP"
@@ -97,11 +97,16 @@ class DetectionTask(DenseTask):
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Return the losses in training, else the detections of each image (3, H, W), 0..1."""
+        """Return the losses in training, else the detections per image.
+
+        Args:
+            images: tensors (3, H, W) with values from 0 to 1.
+            targets: annotations per image, in training.
+        """
         return self.network(images, targets)
 
     def on_fit_start(self) -> None:
-        """Refuse data that lacks the masks that the head learns from, or reads them for nothing."""
+        """Check that the data has masks if and only if the head trains on them."""
         super().on_fit_start()
         masks = self.data_module(CocoDataModule).masks
         if masks != self.has_masks:
@@ -117,17 +122,17 @@ class DetectionTask(DenseTask):
         if not images:
             raise LightspineError(f"none of the training images can be used; {bad[0].reason}")
         loss = self.log_losses(self.network(images, targets), len(images))
-        return self.watch(loss, images, targets)
+        return self.check_loss(loss, images, targets)
 
     def on_validation_epoch_start(self) -> None:
-        """Begin to gather detections."""
+        """Reset the COCO metrics."""
         data = self.data_module(CocoDataModule)
-        # 100 by the definition of COCO's numbers; a limit above it is meant for crowded images.
+        # COCO metrics use 100 detections per image; a higher limit is meant for crowded images.
         most = max(self.detections_per_image, 100)
         self._metrics = CocoMetrics(data.val_annotations, most_detections=most)
 
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:  # noqa: ARG002
-        """Detect the objects of a batch."""
+        """Add the detections of a batch to the metrics."""
         assert self._metrics is not None
         self.record_bad_images(batch.bad)
         if batch.images:
@@ -135,7 +140,7 @@ class DetectionTask(DenseTask):
             self._metrics.update(numbers, self.network(batch.images))
 
     def on_validation_epoch_end(self) -> None:
-        """Score the detections of all processes: COCO's 12 numbers for boxes and masks."""
+        """Gather the detections of all ranks and log the 12 COCO metrics for boxes and masks."""
         assert self._metrics is not None
         self._metrics.all_gather()
         self.check_validated(self._metrics.num_images)

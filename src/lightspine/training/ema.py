@@ -1,7 +1,7 @@
-"""The exponential average of the weights, kept by a callback during training.
+"""Exponential moving average (EMA) of the weights.
 
-A checkpoint holds the averaged weights as `state_dict` and the trained ones beside them. Both are exported;
-which of the two the validation scores, and `model.safetensors` holds, is up to the recipe.
+A checkpoint holds the averaged weights as `state_dict` and the trained weights as `current_model_state`. Both
+are exported; `export_weights` of the task selects which are validated and saved as `model.safetensors`.
 """
 
 from typing import Any, Literal, cast
@@ -16,11 +16,11 @@ ExportedWeights = Literal["ema", "raw"]
 
 
 class WeightAverage(EMAWeightAveraging):
-    """Lightning's average; where the trained weights are the published ones, it only looks on.
+    """Lightning's EMA callback, which can also keep the average without validating or exporting it.
 
     Args:
-        decay: between 0 and 1.
-        export_weights: the weights that are validated, and stay in the network when training ends.
+        decay: decay of the average, between 0 and 1.
+        export_weights: the weights that are validated and stay in the model at the end of training.
     """
 
     def __init__(self, decay: float, export_weights: ExportedWeights) -> None:
@@ -28,33 +28,32 @@ class WeightAverage(EMAWeightAveraging):
         self.export_weights = export_weights
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the average in place of the trained weights."""
+        """Swap in the averaged weights."""
         if self.export_weights == "ema":
             super().on_validation_epoch_start(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the trained weights back."""
+        """Swap the trained weights back in."""
         if self.export_weights == "ema":
             super().on_validation_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the published weights in the network."""
+        """Leave the selected weights in the model."""
         if self.export_weights == "ema":
             super().on_train_end(trainer, pl_module)
 
 
 def ema_callback(decay: float, export_weights: ExportedWeights = "ema") -> WeightAverage:
-    """Return the callback: after step n the average is decay * average + (1 - decay) * weights.
+    """Return the EMA callback: after each step, average = decay * average + (1 - decay) * weights.
 
-    Parameters and buffers are averaged, as by timm's ModelEma. The average begins with the weights after the
-    first step.
+    Averages parameters and buffers, as timm's ModelEma does, starting from the weights after the first step.
 
     Args:
-        decay: between 0 and 1.
+        decay: decay of the average, between 0 and 1.
         export_weights: the weights that are validated and exported as `model.safetensors`, "ema" or "raw".
 
     Raises:
-        UsageError: a decay that is not above 0 and below 1, or an unknown `export_weights`.
+        UsageError: `decay` is not between 0 and 1, or `export_weights` is unknown.
     """
     if not 0 < decay < 1:
         raise UsageError(f"expected an EMA decay between 0 and 1, got {decay}")
@@ -64,11 +63,11 @@ def ema_callback(decay: float, export_weights: ExportedWeights = "ema") -> Weigh
 
 
 def averaged_model(trainer: pl.Trainer) -> nn.Module | None:
-    """Return the averaged copy of the task's network, or None without an average."""
+    """Return the averaged copy of the task's model, or None without EMA or before the first step."""
     callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]  # unknown to its types
     for callback in callbacks:
         if isinstance(callback, WeightAverage) and callback._average_model is not None:
-            # The average is one of the whole task. Lightning 2.6 has no public way to it.
+            # The average covers the whole LightningModule. Lightning 2.6 has no public access to it.
             average: Any = callback._average_model.module
             return cast(nn.Module, average.model)
     return None

@@ -1,9 +1,9 @@
-"""Fine-tuning: stages that stay as they are, smaller learning rates towards the image, and what is new.
+"""Fine-tuning: frozen stages, layer indices for layer-wise decay, and a summary of the loaded weights.
 
-What a checkpoint needs to fit happens when it is loaded (`lightspine.create_model(name, checkpoint=PATH,
-num_classes=N)`): a classifier of another size is left out, a first convolution is adapted, a position table
-is resized. Vim's stride-8 models start from stride-16 weights in this way (`vim_tiny_plus` from `vim_tiny`),
-the other families have nothing that depends on the size of the images and start at 384 or 512 px as they are.
+`lightspine.create_model(name, checkpoint=PATH, num_classes=N)` adapts a checkpoint to the model: it drops a
+classifier of another size, adapts the first convolution and resizes position embeddings. So Vim's stride-8
+models start from stride-16 weights (`vim_tiny_plus` from `vim_tiny`). In the other families no parameter
+depends on the image size, so they load unchanged at 384 or 512 px.
 """
 
 from typing import Any
@@ -16,26 +16,26 @@ from lightspine.models.loading import LoadReport
 
 
 def freeze_stages(model: nn.Module, stages: int) -> list[str]:
-    """Stop the training of a model's stem and of its first stages.
+    """Freeze the stem and the first stages of a model.
 
-    Their parameters need no gradient any more. In training their norms would still follow the images and
-    their drop path would still drop: `hold_frozen` keeps them in evaluation mode.
+    Sets `requires_grad=False` on their parameters and puts them in evaluation mode. `model.train()` would
+    put their BatchNorm and drop path back in training mode: call `hold_frozen` after it.
 
     Args:
         model: a model of lightspine or timm.
-        stages: 0 freezes the stem alone, n also the first n stages; in models without stages (Vim, a ViT) the
-            blocks count as such.
+        stages: number of stages to freeze after the stem; 0 freezes only the stem. In models without stages
+            (Vim, ViT) blocks count as stages.
 
     Returns:
         The names of the frozen modules, for `hold_frozen`.
 
     Raises:
-        UsageError: the model does not have as many stages, does not tell them apart, or was made by
-            `lightspine.create_model` without weights that are worth keeping.
+        UsageError: the model has fewer stages, has no `group_matcher`, or was created by
+            `lightspine.create_model` without pretrained weights.
     """
-    _check_weights(model)
+    _check_pretrained(model)
     layers = layer_indices(model, coarse=True)
-    # The last layer is the classifier, with the norms before it: frozen too, nothing would be left to train.
+    # The last layer holds the final norm and the classifier, which must stay trainable.
     most = max(layers.values()) - 1
     if not 0 <= stages <= most:
         raise UsageError(f"expected from 0 to {most} frozen stages of {_model_name(model)}, got {stages}")
@@ -54,22 +54,22 @@ def freeze_stages(model: nn.Module, stages: int) -> list[str]:
 
 
 def hold_frozen(model: nn.Module, names: list[str]) -> None:
-    """Put frozen modules into evaluation mode; to be called after every `model.train()`.
+    """Put frozen modules in evaluation mode; call it after every `model.train()`.
 
     Args:
         model: the model, or a copy of it.
-        names: what `freeze_stages` returned.
+        names: the return value of `freeze_stages`.
     """
     for name in names:
         model.get_submodule(name).eval()
 
 
 def layer_indices(model: nn.Module, *, coarse: bool) -> dict[str, int]:
-    """Return the layer of every parameter, counted from the stem, which is 0.
+    """Return the layer index of every parameter, from 0 for the stem.
 
     Args:
         model: a model of lightspine or timm; its `group_matcher` assigns parameters to layers.
-        coarse: count stages instead of blocks; the blocks of a model without stages count as stages.
+        coarse: count stages instead of blocks.
 
     Raises:
         UsageError: the model has no `group_matcher`.
@@ -84,10 +84,10 @@ def layer_indices(model: nn.Module, *, coarse: bool) -> dict[str, int]:
 
 
 def describe_start(model: nn.Module) -> str:
-    """Return in one line what a model starts from: tensors loaded, tensors that are new, parameters frozen.
+    """Summarize in one line the loaded, new, resized and frozen parameters of a model.
 
     Args:
-        model: a model that `lightspine.create_model` made.
+        model: a model from `lightspine.create_model`.
     """
     report: LoadReport | None = getattr(model, "load_report", None)
     if report is None:
@@ -105,7 +105,7 @@ def describe_start(model: nn.Module) -> str:
     return f"{_model_name(model)} starts from " + ", ".join(parts)
 
 
-def _check_weights(model: nn.Module) -> None:
+def _check_pretrained(model: nn.Module) -> None:
     init_args: dict[str, Any] | None = getattr(model, "init_args", None)
     if init_args is None or hasattr(model, "load_report") or init_args["kwargs"].get("pretrained"):
         return

@@ -1,4 +1,4 @@
-"""One training run from start to end: the same function serves the command line and a call from Python."""
+"""Run a training from Python or the command line, and export its weights."""
 
 import importlib.util
 import logging
@@ -39,7 +39,7 @@ __all__ = ["Export", "TrainResult", "TrainingInterruptedError", "run_callbacks",
 
 _log = logging.getLogger(__name__)
 
-# A quiet, plain run; every one of them can be set on the command line.
+# Defaults that differ from Lightning's; flags on the command line override them.
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 10,
     "logger": False,
@@ -50,29 +50,29 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 Export = Literal["last", "best"]
 
-# Where Lightning puts the trained weights when the averaged ones take the usual place.
+# Lightning's entry of the trained weights when `state_dict` has the averaged ones.
 _TRAINED = "current_model_state"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run left behind.
+    """Paths and metrics of a finished run.
 
     Attributes:
-        model: name of the model.
-        folder: everything below lies here, with `metrics.csv` and `curves.png`.
-        weights: the exported model, for `evaluate`, `predict` and `lightspine.create_model`; with averaging
-            the one that the task publishes, averaged or raw.
-        raw_weights: with averaging, the trained weights; else None.
-        ema_weights: with averaging, the averaged weights; else None.
-        last_checkpoint: full state of training after the last epoch, to resume from.
-        best_checkpoint: the same after the epoch with the best score.
-        score_name: what the score is: "val_top1", "val_box_AP", "val_mask_AP" or "val_mIoU".
-        score: in percent, of the exported weights on the held-out images.
-        best_score: the highest of any epoch. Chosen on the images it is measured on, so it flatters.
-        seconds: duration of this call of the training, validation included.
+        model: model name.
+        folder: folder of the run, which also has `metrics.csv` and `curves.png`.
+        weights: the exported model, for `evaluate`, `predict` and `lightspine.create_model`. With EMA, the
+            task's `export_weights` selects its weights.
+        raw_weights: with EMA, the trained weights, else None.
+        ema_weights: with EMA, the averaged weights, else None.
+        last_checkpoint: training state after the last epoch, to resume from.
+        best_checkpoint: training state after the epoch with the best score.
+        score_name: name of the score: "val_top1", "val_box_AP" or "val_mIoU".
+        score: score of the exported weights on the validation images, in percent.
+        best_score: highest score of all epochs. It is selected on the validation images, so it is optimistic.
+        seconds: duration of this call, with validation.
         history: one dictionary per epoch: epoch, seconds, train_loss, val_loss, val_top1, lr, ...
-        skipped: path -> reason of the images that could not be used.
+        skipped: path -> reason of images that could not be used.
     """
 
     model: str
@@ -109,35 +109,36 @@ def train(
     progress: bool = True,
     **trainer_options: Any,
 ) -> TrainResult:
-    """Train a task on data and save everything into a folder.
+    """Train a task on a data module and save the results to a folder.
 
     Args:
-        task: what is trained.
-        data: what it is trained on; its number of classes must be the task's.
-        folder: is made; a folder with an earlier run gets a numbered neighbour unless `resume` is given.
-        epochs: passes over the training images, those before `resume` included.
-        resume: a `last.ckpt` of an earlier run to go on from, in the same folder; "auto" is the one in
-            `folder`, and begins where there is none.
-        export: save the weights of the last epoch, or of the one that scored best on the held-out images.
-        save_every_steps: write `last.ckpt` after so many steps too, and not only after every epoch.
-        effective_batch: images per step over all devices, reached by gradient accumulation.
-        grad_checkpointing: recompute activations in the backward pass: slower, with less memory.
-        compile: run the model through `torch.compile`.
-        tensorboard: write the numbers for TensorBoard too, into `folder/tensorboard`.
-        gradient_clip: largest norm of the gradient.
-        accelerator: Lightning's name of the device kind: "cpu", "gpu", "mps" or "auto".
-        precision: Lightning's name of the number format, such as "bf16-mixed".
-        progress: show a live bar in a terminal, or a line per epoch on the standard error elsewhere.
-        **trainer_options: anything else that Lightning's Trainer takes.
+        task: the task, such as `ClassificationTask`.
+        data: the data module; it must have the number of classes of the task.
+        folder: folder of the run, which is created. If it has files of another run and `resume` is None,
+            `folder-2`, `folder-3`, ... is used.
+        epochs: total number of epochs, including those before `resume`.
+        resume: path of a `last.ckpt` to resume from, whose folder is then used; "auto" uses the one in
+            `folder`, or starts from the beginning if there is none.
+        export: export the weights of the last epoch or of the epoch with the best validation score.
+        save_every_steps: also write `last.ckpt` every n steps, not only after every epoch.
+        effective_batch: images per optimizer step over all devices, reached by gradient accumulation.
+        grad_checkpointing: recompute activations in the backward pass, which saves memory and takes time.
+        compile: compile the model with `torch.compile`.
+        tensorboard: also log to TensorBoard, in `folder/tensorboard`.
+        gradient_clip: clip the gradient to this norm.
+        accelerator: Lightning's accelerator: "cpu", "gpu", "mps" or "auto".
+        precision: Lightning's precision, such as "bf16-mixed".
+        progress: show a progress bar in a terminal, else print a line per epoch to standard error.
+        **trainer_options: further arguments of Lightning's Trainer.
 
     Returns:
-        The paths and scores of the run.
+        The paths and metrics of the run.
 
     Raises:
-        UsageError: the class counts differ, `resume` is no file, or an option does not fit the others.
-        LightspineError: the loss diverged, no image can be read, a checkpoint is damaged or cannot be
-            written, or another process of a distributed run died.
-        TrainingInterruptedError: Ctrl-C.
+        UsageError: the numbers of classes differ, `resume` is not a file, or options contradict each other.
+        LightspineError: training diverged, no image can be read, a checkpoint is damaged or cannot be
+            written, or another rank died.
+        TrainingInterruptedError: training was interrupted by Ctrl-C or a signal.
     """
     folder = prepare_folder(folder, resume=resume)
     callbacks = run_callbacks(
@@ -187,16 +188,16 @@ def run_training(
     compile: bool = False,
     tensorboard: bool = False,
 ) -> TrainResult:
-    """Train with a trainer that has the callbacks of `run_callbacks`; see `train`."""
+    """Train with a trainer that has the callbacks of `run_callbacks`; see `train` for the arguments."""
     if data.num_classes != task.num_classes:
         raise UsageError(f"expected a task with {data.num_classes} classes, got {task.num_classes}")
     for limit in ("max_epochs", "max_steps"):
         if getattr(trainer, limit) == 0:
             raise UsageError(f"expected a {limit} of at least 1, got 0")
-    # torch's synchronised batch norms have no version for a CPU.
+    # PyTorch's SyncBatchNorm has no CPU implementation.
     if getattr(trainer.strategy, "_layer_sync", None) and trainer.strategy.root_device.type == "cpu":
         raise UsageError("expected a GPU for sync_batchnorm, got the cpu")
-    log = _callback(trainer, RunLog)
+    log = _find_callback(trainer, RunLog)
     checkpoint = find_checkpoint(log.folder, resume, trainer.max_epochs)
     if grad_checkpointing:
         set_grad_checkpointing(task.backbone)
@@ -204,8 +205,11 @@ def run_training(
         task.model.compile()
     if tensorboard:
         trainer.logger = _tensorboard(log.folder)
-    # FSDP has an atomic way of its own and refuses any other.
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO and "fsdp" not in _name(trainer.strategy):
+    # FSDP accepts no other CheckpointIO than its own.
+    if (
+        type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
+        and "fsdp" not in type(trainer.strategy).__name__.lower()
+    ):
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     if hasattr(task.model, "load_report") and trainer.is_global_zero:
         _log.info("%s", describe_start(task.model))
@@ -214,7 +218,7 @@ def run_training(
         _fit(trainer, task, data, checkpoint)
     seconds = time.perf_counter() - started
 
-    return finish(log, task, data, export=export, seconds=seconds, write=trainer.is_global_zero)
+    return export_run(log, task, data, export=export, seconds=seconds, write=trainer.is_global_zero)
 
 
 def run_callbacks(
@@ -226,7 +230,7 @@ def run_callbacks(
     save_every_steps: int | None = None,
     effective_batch: int | None = None,
 ) -> list[pl.Callback]:
-    """Return the callbacks that every run has: checkpoints, the log and, if asked for, the progress bar."""
+    """Return the callbacks of every run: checkpoints, metrics log and progress bar; see `train`."""
     callbacks: list[pl.Callback] = [RankWatchdog()]
     if effective_batch is not None:
         callbacks.append(GradientAccumulation(effective_batch))
@@ -234,8 +238,8 @@ def run_callbacks(
         RunLog(folder, announce=progress and not live),
         EpochState(),
         FinalValidation(),
-        # Two of them: Lightning's save_last leaves out the epochs that are not the best. The last one comes
-        # last: its file holds the state of the other.
+        # Two callbacks, because Lightning's save_last skips epochs that are not the best. LastCheckpoint is
+        # the last one, because its file holds the state of BestCheckpoint.
         BestCheckpoint(folder, score),
         LastCheckpoint(folder, every_n_steps=save_every_steps),
     ]
@@ -244,53 +248,7 @@ def run_callbacks(
     return callbacks
 
 
-def set_grad_checkpointing(model: nn.Module) -> None:
-    """Let a model recompute its activations in the backward pass, which takes time and saves memory.
-
-    Raises:
-        UsageError: the model cannot.
-    """
-    switch = getattr(model, "set_grad_checkpointing", None)
-    if switch is None:
-        raise UsageError(f"expected a model with gradient checkpointing, got {type(model).__name__}")
-    try:
-        switch(True)
-    # timm's way to say that a model cannot.
-    except AssertionError as error:
-        raise UsageError(
-            f"expected a model with gradient checkpointing, got {type(model).__name__}"
-        ) from error
-
-
-def _fit(trainer: pl.Trainer, task: LightspineTask, data: ImageDataModule, checkpoint: Path | None) -> None:
-    try:
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except LightspineError:
-        raise
-    # What a collective operation says when another process is gone depends on the backend.
-    except Exception as error:
-        lost = _callback(trainer, RankWatchdog).explain(timeout_s=5.0)
-        if lost is None:
-            raise
-        raise LightspineError(f"{lost}, so the run was stopped") from error
-
-
-def _tensorboard(folder: Path) -> TensorBoardLogger:
-    if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
-        raise UsageError("expected the package tensorboard for --tensorboard: pip install tensorboard")
-    return TensorBoardLogger(folder, name="", version="tensorboard")
-
-
-def _callback(trainer: Any, kind: type) -> Any:
-    # An attribute that Lightning's type annotations do not know.
-    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
-
-
-def _name(strategy: object) -> str:
-    return type(strategy).__name__.lower()
-
-
-def finish(
+def export_run(
     log: RunLog,
     task: LightspineTask,
     data: ImageDataModule,
@@ -299,41 +257,36 @@ def finish(
     seconds: float,
     write: bool,
 ) -> TrainResult:
-    """Export a run's weights from its checkpoint, draw its curves and sum it up.
+    """Export the weights of a run from its checkpoint, plot its curves and return its result.
 
     Args:
-        log: with the rows of all epochs.
-        task: receives the exported weights.
-        data: what it was trained on.
-        export: the epoch whose weights are exported.
+        log: metrics log with the rows of all epochs.
+        task: the task; it receives the exported weights.
+        data: the data module.
+        export: export the weights of the "last" or the "best" epoch.
         seconds: duration of the training.
-        write: write the files; one process of a distributed run does.
+        write: write the files, which only rank 0 does.
     """
-    # An epoch may have no validation; the last one has.
+    # Epochs before the last may have no validation.
     best = max((row for row in log.rows if task.score in row), key=lambda row: row[task.score])
     chosen = best if export == "best" else log.rows[-1]
-    # The file and not the memory: a run that was resumed behind its last epoch has trained nothing.
+    # Read the file, because a run that is resumed after its last epoch trains nothing.
     path = log.folder / (BEST if export == "best" else LAST)
     stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    about = {"epochs": str(len(log.rows)), "seed": str(task.seed)}
-    with_score = about | {task.score: f"{chosen[task.score]:.2f}"}
+    metadata = {"epochs": str(len(log.rows)), "seed": str(task.seed)}
     weights = log.folder / "model.safetensors"
-    # kind -> entry of the checkpoint; with averaging `state_dict` holds the averaged weights.
+    # Kind of weights -> entry of the checkpoint; with EMA, `state_dict` has the averaged weights.
     entries = {"raw": _TRAINED, "ema": "state_dict"} if _TRAINED in stored else {}
     files = {kind: log.folder / f"model_{kind}.safetensors" for kind in entries}
     if entries:
         files[task.export_weights] = weights
     for kind, file in files.items():
         if kind != task.export_weights:
-            _export(task, data, stored[entries[kind]], file if write else None, about)
-    # Last, so that the task keeps them.
-    _export(
-        task,
-        data,
-        stored[entries.get(task.export_weights, "state_dict")],
-        weights if write else None,
-        with_score,
-    )
+            _export_weights(task, data, stored[entries[kind]], file if write else None, metadata)
+    # Last, so that these weights stay in the task.
+    selected = stored[entries.get(task.export_weights, "state_dict")]
+    metadata[task.score] = f"{chosen[task.score]:.2f}"
+    _export_weights(task, data, selected, weights if write else None, metadata)
     if write:
         plot_curves(log.folder / "curves.png", log.rows, task.model_name, task.curves)
     return TrainResult(
@@ -353,7 +306,49 @@ def finish(
     )
 
 
-def _export(
+def set_grad_checkpointing(model: nn.Module) -> None:
+    """Turn on activation checkpointing of a model: recompute activations in the backward pass.
+
+    Raises:
+        UsageError: the model does not support it.
+    """
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        raise UsageError(f"expected a model with gradient checkpointing, got {type(model).__name__}")
+    try:
+        switch(True)
+    # timm asserts that the model supports it.
+    except AssertionError as error:
+        raise UsageError(
+            f"expected a model with gradient checkpointing, got {type(model).__name__}"
+        ) from error
+
+
+def _fit(trainer: pl.Trainer, task: LightspineTask, data: ImageDataModule, checkpoint: Path | None) -> None:
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except LightspineError:
+        raise
+    # The exception of a collective whose peer is gone depends on the backend.
+    except Exception as error:
+        lost = _find_callback(trainer, RankWatchdog).explain(timeout_s=5.0)
+        if lost is None:
+            raise
+        raise LightspineError(f"{lost}, so the run was stopped") from error
+
+
+def _tensorboard(folder: Path) -> TensorBoardLogger:
+    if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
+        raise UsageError("expected the package tensorboard for --tensorboard: pip install tensorboard")
+    return TensorBoardLogger(folder, name="", version="tensorboard")
+
+
+def _find_callback(trainer: Any, kind: type) -> Any:
+    # The attribute is missing in Lightning's type annotations.
+    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
+
+
+def _export_weights(
     task: LightspineTask,
     data: ImageDataModule,
     state: dict[str, Any],

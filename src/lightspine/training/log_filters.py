@@ -1,4 +1,4 @@
-"""What a user of the command line is told: our notes, and not those of the libraries below."""
+"""Console output of a run: show lightspine's log messages, hide irrelevant notes of the libraries."""
 
 import contextlib
 import logging
@@ -10,15 +10,15 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def filter_lightning_logs() -> Iterator[None]:
-    """Keep Lightning's notes and the warnings that do not concern a user's run to itself."""
+    """Hide Lightning's info messages and the warnings that a user of a run cannot act on."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        # In-memory data needs no workers; a resumed run finds its folder full on purpose.
+        # In-memory data needs no workers, and the folder of a resumed run has files.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
-        # Between Lightning and what it builds on (torch, jsonargparse): a caller cannot change it.
+        # Deprecations between Lightning and its own dependencies, torch and jsonargparse.
         warnings.filterwarnings(
             "ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning
         )
@@ -35,8 +35,8 @@ def filter_lightning_logs() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class _NotesHandler(logging.Handler):
-    """Writes to the standard error of the moment, which a live bar replaces by its own."""
+class _StderrHandler(logging.Handler):
+    """Writes to the current `sys.stderr`, which a live progress bar replaces."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(f"{record.getMessage()}\n")
@@ -45,12 +45,12 @@ class _NotesHandler(logging.Handler):
 
 @contextlib.contextmanager
 def show_info_logs() -> Iterator[None]:
-    """Show what lightspine logs, such as how a batch was made up, on the standard error."""
+    """Show lightspine's info messages, such as the composition of a batch, on standard error."""
     logger = logging.getLogger("lightspine")
-    # In place of the command line's own handler, which knows no live bar and would say everything twice.
+    # Replaces the command line's handler, which would print messages twice and break a live progress bar.
     level, handlers = logger.level, list(logger.handlers)
     logger.setLevel(min(level, logging.INFO) if level else logging.INFO)
-    logger.handlers[:] = [_NotesHandler()]
+    logger.handlers[:] = [_StderrHandler()]
     try:
         yield
     finally:
@@ -59,5 +59,5 @@ def show_info_logs() -> Iterator[None]:
 
 
 def has_terminal() -> bool:
-    """Return whether a live bar can be drawn."""
+    """Return whether standard error is a terminal that is wide enough for a progress bar."""
     return sys.stderr.isatty() and shutil.get_terminal_size().columns > 40

@@ -1,4 +1,9 @@
-"""The learning rate as a function of time: the rules that the official training scripts follow."""
+"""Learning-rate schedules of the official training scripts, as functions of the optimizer step.
+
+A schedule is a dataclass that a recipe sets under `schedule:`. The fields select the class: `epochs` for
+`CosineSchedule` (classification), `milestones` for `MilestoneSchedule` (detection), `steps` for
+`DecaySchedule` (segmentation).
+"""
 
 import math
 from dataclasses import dataclass
@@ -11,28 +16,28 @@ Unit = Literal["step", "epoch"]
 
 @dataclass(frozen=True, kw_only=True)
 class CosineSchedule:
-    """A linear warm-up, a cosine down to a smallest rate, and a cool-down at that rate.
+    """Linear warm-up, cosine decay and constant cool-down.
 
-    With t in epochs, W the warm-up, T the epochs of the cosine and r the highest rate:
+    With t in epochs, warm-up length W, cosine length T and peak rate r:
 
         t < W              warmup_lr + (r - warmup_lr) t / W
         t < T              min_lr + (r - min_lr) (1 + cos(pi s)) / 2,  s = (t - W) / (T - W) or t / T
-        later              min_lr
+        otherwise          min_lr
 
     Attributes:
-        epochs: T, the epochs without the cool-down.
+        epochs: T, length of the cosine including the warm-up, without the cool-down.
         warmup_epochs: W.
-        warmup_lr: rate at the start of the warm-up.
-        min_lr: rate at the end of the cosine.
-        cooldown_epochs: epochs at `min_lr` behind the cosine, so that the run has T + cooldown_epochs.
-        unit: "step": t grows with every step of the optimiser; "epoch": it is a whole number of epochs.
-        after_warmup: the cosine begins where the warm-up ends, s = (t - W) / (T - W); else it has run since
-            the first epoch, s = t / T, and the warm-up hides its beginning.
-        lag_epochs: t counts so many epochs too few, but never below 0. A scheduler that is told the number of
-            the epoch just finished lags by one: the first two epochs have the same rate.
-        batch: the total batch size for which the rate is given: it grows and shrinks with the batch size of
-            the run. None: it does not depend on it.
-        scale_ends: `warmup_lr` and `min_lr` are given for that batch size too.
+        warmup_lr: learning rate at the start of the warm-up.
+        min_lr: learning rate at the end of the cosine.
+        cooldown_epochs: epochs at `min_lr` after the cosine; the run has T + cooldown_epochs epochs.
+        unit: "step" updates the rate at every optimizer step, "epoch" once per epoch.
+        after_warmup: start the cosine when the warm-up ends, s = (t - W) / (T - W). Otherwise it starts with
+            the first epoch, s = t / T, and the warm-up replaces its beginning.
+        lag_epochs: epochs to subtract from t, which stays at least 0. A scheduler that receives the number of
+            the finished epoch lags by one: the first two epochs have the same rate.
+        batch: total batch size for which `lr` is given: the rate scales linearly with the batch size of the
+            run. None disables the scaling.
+        scale_ends: scale `warmup_lr` and `min_lr` with the batch size too.
     """
 
     epochs: float
@@ -48,21 +53,21 @@ class CosineSchedule:
 
     @property
     def total_epochs(self) -> float:
-        """Epochs of the whole run, with the cool-down."""
+        """Length of the run in epochs, with the cool-down."""
         return self.epochs + self.cooldown_epochs
 
     @property
     def total_steps(self) -> float | None:
-        """Steps of the whole run, which depend on the data."""
+        """None: the number of steps depends on the data."""
         return None
 
     def check(self) -> None:
-        """Refuse a value out of its range.
+        """Check that all values are in range.
 
-        Not done at construction: the parser of recipes would take the error for a wrong type and bury it.
+        This is not done in the constructor because the recipe parser would hide the message in a type error.
 
         Raises:
-            UsageError: a value is out of its range.
+            UsageError: a value is out of range.
         """
         if self.epochs <= 0:
             raise UsageError(f"expected a schedule of more than 0 epochs, got {self.epochs}")
@@ -72,20 +77,20 @@ class CosineSchedule:
             )
         for name in ("warmup_lr", "min_lr", "cooldown_epochs", "lag_epochs"):
             if getattr(self, name) < 0:
-                raise UsageError(f"expected a {name} of at least 0, got {getattr(self, name)}")
+                raise UsageError(f"expected {name} of at least 0, got {getattr(self, name)}")
         if self.batch is not None and self.batch < 1:
             raise UsageError(f"expected the batch size of a schedule to be at least 1, got {self.batch}")
         if self.scale_ends and self.batch is None:
-            raise UsageError("expected the batch size for which the rates are given, since scale_ends is on")
+            raise UsageError("expected a batch size in the schedule, since scale_ends is on")
 
     def rate(self, step: int, *, lr: float, steps_per_epoch: int, total_batch: int) -> float:
         """Return the learning rate of a step.
 
         Args:
-            step: number of the step of the optimiser, from 0.
-            lr: the highest rate, as the recipe gives it.
-            steps_per_epoch: steps of the optimiser in an epoch.
-            total_batch: images per step over all devices.
+            step: optimizer step, from 0.
+            lr: peak learning rate as in the recipe, before batch-size scaling.
+            steps_per_epoch: optimizer steps per epoch.
+            total_batch: images per optimizer step over all devices.
         """
         scale = 1.0 if self.batch is None else total_batch / self.batch
         highest, ends = lr * scale, scale if self.scale_ends else 1.0
@@ -101,28 +106,19 @@ class CosineSchedule:
         return lowest + (highest - lowest) * (1 + math.cos(math.pi * share)) / 2
 
 
-def warmup_cosine(step: int, warmup: int, total: int, floor: float) -> float:
-    """Return the factor of the rate: linear up over `warmup` steps, then a cosine down to `floor`."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 @dataclass(frozen=True, kw_only=True)
 class MilestoneSchedule:
-    """A constant rate that is cut at milestones, as detectors are trained.
+    """Step decay at milestones with linear warm-up, as for training detectors.
 
-    With W warm-up steps and w the warm-up ratio the rate of step t < W is the regular one times
-    1 - (1 - t / W) (1 - w).
+    In warm-up step t < W the rate is multiplied by 1 - (1 - t / W) (1 - w), with warm-up ratio w.
 
     Attributes:
         milestones: when the rate is multiplied by `gamma`, in `unit`.
-        length: of the run, in `unit`.
-        unit: "epoch" or "step" of the optimiser.
+        length: length of the run, in `unit`.
+        unit: "epoch", or "step" for optimizer steps.
         gamma: factor at each milestone.
-        warmup_steps: W, steps of the optimiser.
-        warmup_ratio: w, the first rate as a share of the regular one.
+        warmup_steps: W, in optimizer steps.
+        warmup_ratio: w, the first rate as a fraction of the regular rate.
     """
 
     milestones: tuple[float, ...]
@@ -134,19 +130,19 @@ class MilestoneSchedule:
 
     @property
     def total_epochs(self) -> float | None:
-        """Epochs of the whole run, where the schedule counts them."""
+        """Length of the run in epochs, or None if it is given in steps."""
         return self.length if self.unit == "epoch" else None
 
     @property
     def total_steps(self) -> float | None:
-        """Steps of the whole run, where the schedule counts them."""
+        """Length of the run in optimizer steps, or None if it is given in epochs."""
         return self.length if self.unit == "step" else None
 
     def check(self) -> None:
-        """Refuse a value out of its range.
+        """Check that all values are in range.
 
         Raises:
-            UsageError: milestones that do not ascend within the run, or a wrong factor, ratio or warm-up.
+            UsageError: milestones do not ascend within the run, or another value is out of range.
         """
         points = [0, *self.milestones, self.length]
         if self.length <= 0 or points != sorted(set(points)):
@@ -160,32 +156,32 @@ class MilestoneSchedule:
 
     def rate(self, step: int, *, lr: float, steps_per_epoch: int, total_batch: int) -> float:  # noqa: ARG002
         """Return the learning rate of a step; see `CosineSchedule.rate`."""
-        # mmdet and detectron2 cut by whole epochs or steps.
+        # mmdet and detectron2 decay at whole epochs or steps.
         time = step // steps_per_epoch if self.unit == "epoch" else step
         passed = sum(time >= milestone for milestone in self.milestones)
-        return lr * self.gamma**passed * _warmup(step, self.warmup_steps, self.warmup_ratio)
+        return lr * self.gamma**passed * _warmup_factor(step, self.warmup_steps, self.warmup_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecaySchedule:
-    """A rate that falls over a given number of steps, as segmenters are trained.
+    """Polynomial or cosine decay over a number of steps with linear warm-up, as for training segmenters.
 
-    With T steps, W of them warm-up, r the highest and m the smallest rate:
+    With T steps, W warm-up steps, warm-up ratio w, peak rate r and minimum rate m:
 
-        s = t / T, or with `after_warmup` (t - W) / (T - W), and 0 before
+        s = t / T, or with `after_warmup` max(t - W, 0) / (T - W)
         m + (r - m) (1 - s)^power, or m + (r - m) (1 + cos(pi s)) / 2
 
-    times 1 - (1 - t / W) (1 - w) in the warm-up.
+    multiplied by 1 - (1 - t / W) (1 - w) during warm-up.
 
     Attributes:
-        steps: T, of the optimiser.
+        steps: T, in optimizer steps.
         shape: "poly" or "cosine".
-        power: of the polynomial.
+        power: exponent of the polynomial.
         min_lr: m.
         warmup_steps: W.
-        warmup_ratio: w, the first rate as a share of the regular one.
-        after_warmup: the decay begins where the warm-up ends (mmengine); else it runs since the first step
-            and the warm-up hides its beginning (mmcv 1).
+        warmup_ratio: w, the first rate as a fraction of the regular rate.
+        after_warmup: start the decay when the warm-up ends, as in mmengine. Otherwise it starts with the
+            first step, as in mmcv 1.
     """
 
     steps: int
@@ -198,18 +194,19 @@ class DecaySchedule:
 
     @property
     def total_epochs(self) -> None:
-        """Epochs of the whole run, which depend on the data."""
+        """None: the number of epochs depends on the data."""
+        return None
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
+        """Length of the run in optimizer steps."""
         return self.steps
 
     def check(self) -> None:
-        """Refuse a value out of its range.
+        """Check that all values are in range.
 
         Raises:
-            UsageError: no steps, a warm-up that fills them, a power or a rate below 0.
+            UsageError: a value is out of range.
         """
         if not 0 <= self.warmup_steps < self.steps:
             raise UsageError(
@@ -217,7 +214,7 @@ class DecaySchedule:
             )
         for name in ("power", "min_lr"):
             if getattr(self, name) < 0:
-                raise UsageError(f"expected a {name} of at least 0, got {getattr(self, name)}")
+                raise UsageError(f"expected {name} of at least 0, got {getattr(self, name)}")
         _check_warmup(self.warmup_steps, self.warmup_ratio)
 
     def rate(self, step: int, *, lr: float, steps_per_epoch: int, total_batch: int) -> float:  # noqa: ARG002
@@ -226,10 +223,25 @@ class DecaySchedule:
         share = min(max((step - begin) / (self.steps - begin), 0.0), 1.0)
         left = (1 + math.cos(math.pi * share)) / 2 if self.shape == "cosine" else (1 - share) ** self.power
         regular = self.min_lr + (lr - self.min_lr) * left
-        return regular * _warmup(step, self.warmup_steps, self.warmup_ratio)
+        return regular * _warmup_factor(step, self.warmup_steps, self.warmup_ratio)
 
 
-def _warmup(step: int, steps: int, ratio: float) -> float:
+def warmup_cosine(step: int, warmup: int, total: int, floor: float) -> float:
+    """Return the learning-rate factor of linear warm-up and cosine decay from 1 to `floor`.
+
+    Args:
+        step: optimizer step, from 0.
+        warmup: steps of the warm-up.
+        total: steps of the run.
+        floor: factor at the end of the run.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _warmup_factor(step: int, steps: int, ratio: float) -> float:
     return 1.0 if step >= steps else 1 - (1 - step / steps) * (1 - ratio)
 
 

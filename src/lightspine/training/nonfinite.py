@@ -1,4 +1,4 @@
-"""Non-finite losses and gradients: the step is skipped, counted and traced to the module that made it."""
+"""Non-finite losses and gradients: skip the step, count it, and trace the module that caused it."""
 
 import logging
 from collections.abc import Iterator
@@ -19,22 +19,22 @@ _ADVICE = (
 
 
 class NonFiniteGuard:
-    """Keeps a step with a non-finite loss or gradient away from the weights.
+    """Skips optimizer steps whose loss or gradient is NaN or infinite.
 
-    A task calls `start` when training begins, `check_loss` with every loss and `check_gradients` when the
-    gradients are complete and unscaled but not yet clipped (Lightning's `on_before_optimizer_step`). A bad
-    step leaves weights, buffers (statistics of batch norms) and the state of the optimiser as they were; the
-    schedule goes on. All processes of a distributed run skip together.
+    Call `start` when training begins, `check_loss` with every loss, and `check_gradients` when the gradients
+    are accumulated and unscaled but not yet clipped (Lightning's `on_before_optimizer_step`). A skipped step
+    changes neither the weights, nor the buffers (BatchNorm statistics), nor the optimizer state; the
+    learning-rate schedule advances. In distributed training all ranks skip the step together.
 
     Args:
-        max_bad_steps: so many bad steps in a row end the run.
+        max_bad_steps: number of consecutive bad steps that end the run.
 
     Attributes:
-        skipped: bad steps so far.
-        in_a_row: bad steps since the last good one.
+        skipped: number of skipped steps.
+        in_a_row: number of skipped steps since the last good step.
 
     Raises:
-        UsageError: max_bad_steps below 1.
+        UsageError: `max_bad_steps` is below 1.
     """
 
     def __init__(self, max_bad_steps: int = 10) -> None:
@@ -44,75 +44,76 @@ class NonFiniteGuard:
         self.skipped = 0
         self.in_a_row = 0
         self._bad_loss: Tensor | None = None
-        self._forward: Forward | None = None
-        self._kept: list[Tensor] = []
+        self._forward: RecordedForward | None = None
+        self._good_buffers: list[Tensor] = []
 
     def start(self, module: nn.Module) -> None:
-        """Remember the buffers of the network as they are before the first step."""
-        self._kept = [buffer.detach().clone() for buffer in module.buffers()]
+        """Copy the buffers of the model before the first step."""
+        self._good_buffers = [buffer.detach().clone() for buffer in module.buffers()]
 
     def check_loss(self, loss: Tensor, module: nn.Module, *inputs: Any) -> None:
-        """Note whether a loss is finite; nothing waits for the device here.
+        """Record whether a loss is finite, without synchronizing the device.
 
         Args:
-            loss: scalar.
-            module: the network that it comes from.
-            *inputs: what the network was given, the images first; with it the module that was the first to
-                give something non-finite can be named.
+            loss: scalar loss.
+            module: the model that produced it.
+            *inputs: the inputs of the model, images first. They are needed to trace the first module with a
+                non-finite output.
         """
         bad = ~torch.isfinite(loss.detach())
-        # Over the batches whose gradients are accumulated into one step.
+        # With gradient accumulation one step has several losses.
         self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
         if inputs:
-            self._forward = Forward(module, *inputs)
+            self._forward = RecordedForward(module, *inputs)
 
     def check_gradients(self, module: nn.Module, *, scaler: Any = None, where: str = "") -> bool:
-        """Return whether the step may be taken; the gradients of a bad one are dropped.
+        """Return whether the optimizer step is good; set the gradients of a bad step to None.
 
-        Without gradients an optimiser leaves weights and state as they are.
+        An optimizer leaves weights and state of parameters without gradients as they are.
 
         Args:
-            module: the network whose gradients are looked at.
-            scaler: the gradient scaler of 16-mixed. It meets infinite gradients in its normal work and skips
-                such a step by itself: that counts as bad only when its scale has fallen below 1.
-            where: what tells a reader which step it is, such as "step 17 (epoch 1), learning rate 0.001".
+            module: the model whose gradients are checked.
+            scaler: the gradient scaler of 16-mixed precision. It meets infinite gradients in normal operation
+                and skips those steps itself, so such a step counts as bad only once the scale is below 1.
+            where: description of the step for messages, such as "step 17 (epoch 1), learning rate 0.001".
 
         Raises:
-            LightspineError: the last of `max_bad_steps` bad steps in a row.
+            LightspineError: this was the last of `max_bad_steps` consecutive bad steps.
         """
-        bad_loss, bad_gradient = self._agree(module)
+        bad_loss, bad_gradient = self._check_all_ranks(module)
         self._bad_loss = None
         forward, self._forward = self._forward, None
         if not bad_loss and not bad_gradient:
             self.in_a_row = 0
-            for kept, buffer in zip(self._kept, module.buffers(), strict=True):
-                kept.copy_(buffer)
+            for good, buffer in zip(self._good_buffers, module.buffers(), strict=True):
+                good.copy_(buffer)
             return True
         if not bad_loss and scaler is not None and scaler.get_scale() >= 1:
             _drop_gradients(module)
             return False
         what = "loss" if bad_loss else "gradient"
-        found = _first_found(trace_forward(forward) if bad_loss else trace_gradients(module))
-        for kept, buffer in zip(self._kept, module.buffers(), strict=True):
-            buffer.copy_(kept)
+        cause = _first_over_ranks(trace_forward(forward) if bad_loss else trace_gradients(module))
+        for good, buffer in zip(self._good_buffers, module.buffers(), strict=True):
+            buffer.copy_(good)
         _drop_gradients(module)
         self.skipped += 1
         self.in_a_row += 1
-        sentence = f"non-finite {what}{' at ' + where if where else ''}{'; ' + found if found else ''}"
+        message = f"non-finite {what}{' at ' + where if where else ''}{'; ' + cause if cause else ''}"
         if self.in_a_row >= self.max_bad_steps:
-            raise LightspineError(f"{self.in_a_row} bad steps in a row, the last: {sentence}; {_ADVICE}")
-        _log.warning("skipped a step: %s", sentence)
+            raise LightspineError(f"{self.in_a_row} bad steps in a row, the last: {message}; {_ADVICE}")
+        _log.warning("skipped a step: %s", message)
         return False
 
     def state_dict(self) -> dict[str, int]:
-        """Return the counts, for a checkpoint."""
+        """Return the counters for a checkpoint."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take the counts of a checkpoint."""
+        """Restore the counters from a checkpoint."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
-    def _agree(self, module: nn.Module) -> tuple[bool, bool]:
+    def _check_all_ranks(self, module: nn.Module) -> tuple[bool, bool]:
+        """Return whether the loss and the gradients are non-finite on any rank."""
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         device = norm.device if self._bad_loss is None else self._bad_loss.device
@@ -125,30 +126,12 @@ class NonFiniteGuard:
         return bool(loss_flag), bool(gradient_flag)
 
 
-def _drop_gradients(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        parameter.grad = None
-
-
-def _first_found(found: str | None) -> str | None:
-    """Return what the first process that found something has found."""
-    if not _is_distributed():
-        return found
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    return next((text for text in everyone if text), None)
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-class Forward:
-    """One pass through a network, kept so that it can be run again under the same autocast.
+class RecordedForward:
+    """A forward pass that can be repeated under the same autocast settings.
 
     Args:
-        module: the network.
-        *inputs: what it was given, the images first: one tensor, or several in a list.
+        module: the model.
+        *inputs: its inputs, images first: one tensor, or a list of tensors.
     """
 
     def __init__(self, module: nn.Module, *inputs: Any) -> None:
@@ -159,7 +142,7 @@ class Forward:
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
     def run_again(self) -> None:
-        """Run the network as before, uncompiled and without gradients; random numbers stay as they are."""
+        """Repeat the forward pass uncompiled and without gradients; the random state is left unchanged."""
         kind, dtype, enabled = self._autocast
         devices = [self.device] if kind == "cuda" else []
         with (
@@ -171,11 +154,11 @@ class Forward:
             self.module(*self.inputs)
 
 
-def trace_forward(forward: Forward | None) -> str | None:
-    """Return a phrase that names what made a loss non-finite, or None where nothing is known.
+def trace_forward(forward: RecordedForward | None) -> str | None:
+    """Return a phrase that names the cause of a non-finite loss, or None if the forward was not recorded.
 
     Args:
-        forward: the pass that led to the loss; None if it was not kept.
+        forward: the forward pass that produced the loss.
     """
     if forward is None:
         return None
@@ -186,13 +169,13 @@ def trace_forward(forward: Forward | None) -> str | None:
             return f"the weight {name} is not finite"
     first: list[str] = []
 
-    def note(name: str, output: Any) -> None:
+    def record_first(name: str, output: Any) -> None:
         if not first and not all(_is_finite(tensor) for tensor in _tensors(output)):
             first.append(name)
 
-    # A module ends before the one that contains it: the innermost is noted.
+    # The hook of a submodule runs before that of its parent, so the innermost module is recorded.
     hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: note(name, output))
+        module.register_forward_hook(lambda _, __, output, name=name: record_first(name, output))
         for name, module in forward.module.named_modules()
     ]
     try:
@@ -206,19 +189,38 @@ def trace_forward(forward: Forward | None) -> str | None:
 
 
 def trace_gradients(module: nn.Module) -> str | None:
-    """Return a phrase that names where the backward pass became non-finite, or None."""
-    # The backward pass runs from the last module to the first, so the last bad gradient was the first.
+    """Return a phrase that names the parameter whose gradient became non-finite first, or None."""
+    # The backward pass runs from the last module to the first: the last bad gradient came first.
     bad = [name for name, p in module.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
     return f"the first parameter with a non-finite gradient is {bad[-1]}" if bad else None
+
+
+def _drop_gradients(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.grad = None
+
+
+def _first_over_ranks(found: str | None) -> str | None:
+    """All-gather the traces and return the first that is not None."""
+    if not _is_distributed():
+        return found
+    traces: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(traces, found)
+    return next((trace for trace in traces if trace), None)
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (tuple, list, dict)):
-        for part in output.values() if isinstance(output, dict) else output:
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors(part)

@@ -1,4 +1,4 @@
-"""The folder of a run, and the checkpoint in it to go on from."""
+"""Resuming a run: its folder, its checkpoint, the mid-epoch state, and messages about interrupted runs."""
 
 import contextlib
 import signal
@@ -17,37 +17,45 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.training.checkpoint import LAST
 
 AUTO = "auto"
-"""Value of `resume`: go on from the folder's checkpoint, or begin if it has none."""
+"""Value of `resume` that continues from `last.ckpt` in the folder, or starts if there is none."""
+
+
+class TrainingInterruptedError(LightspineError):
+    """Training was interrupted by Ctrl-C or a signal; the message names the last checkpoint."""
+
+    exit_status = 130
 
 
 def prepare_folder(folder: str | Path, *, resume: str | Path | None = None) -> Path:
-    """Return the folder of a run, which is made.
+    """Create the folder of a run and return it.
 
     Args:
-        folder: the wanted one; with another run's files in it, `folder-2`, `folder-3`, ... is taken.
-        resume: a checkpoint, whose folder is the run's; or "auto": then it is `folder` whatever is in it.
+        folder: the requested folder. If it has files of another run, `folder-2`, `folder-3`, ... is created
+            instead.
+        resume: a checkpoint, whose folder is then used, or "auto", which uses `folder` whatever is in it.
     """
     if resume is not None and resume != AUTO:
         return Path(resume).resolve().parent
     path = Path(folder)
-    # The other processes of a distributed run come later than the first and are told its folder.
+    # The other ranks start later than rank 0, when the folder already has files; they receive its choice.
     if resume is None and getattr(rank_zero_only, "rank", 0) == 0:
-        path = _free_neighbour(path)
+        path = _first_free_folder(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def find_checkpoint(folder: Path, resume: str | Path | None, max_epochs: int | None) -> Path | None:
-    """Return the checkpoint that `resume` means, or None where the run begins.
+    """Return the checkpoint to resume from, or None to start from the beginning.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         resume: a path, "auto" or None.
-        max_epochs: epochs that the run shall have in the end.
+        max_epochs: total number of epochs of the run.
 
     Raises:
-        UsageError: no such file, or it has all epochs behind it (with "auto" such a run is only exported).
-        LightspineError: the file is no checkpoint.
+        UsageError: the file does not exist, or has already been trained for `max_epochs`. With "auto" such a
+            run is exported again instead.
+        LightspineError: the file is not a checkpoint.
     """
     if resume is None:
         return None
@@ -64,31 +72,41 @@ def find_checkpoint(folder: Path, resume: str | Path | None, max_epochs: int | N
     return path
 
 
-def _finished_epochs(path: Path) -> int:
+@contextlib.contextmanager
+def report_last_checkpoint(last: Path) -> Iterator[None]:
+    """Name the last checkpoint in the message when a run fails or is interrupted.
+
+    Args:
+        last: path of the checkpoint, which need not exist.
+
+    Raises:
+        TrainingInterruptedError: instead of KeyboardInterrupt or SystemExit.
+        LightspineError: the original error, with the checkpoint appended to its message.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if in_main else None
     try:
-        # Mapped: only the few numbers that are looked at are read.
-        loops = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loops"]
-        return int(loops["fit_loop"]["epoch_progress"]["current"]["processed"])
-    # torch's unpickler raises nearly anything on bytes that are no checkpoint.
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LightspineError(f"cannot resume from {path}: {reason}") from error
-
-
-def _free_neighbour(wanted: Path) -> Path:
-    path, number = wanted, 2
-    while path.exists() and (not path.is_dir() or any(path.iterdir())):
-        path = wanted.with_name(f"{wanted.name}-{number}")
-        number += 1
-    return path
+        yield
+    # Lightning turns KeyboardInterrupt into SystemExit.
+    except (KeyboardInterrupt, SystemExit) as error:
+        resume = f"; resume with --resume {last}" if last.is_file() else ""
+        raise TrainingInterruptedError(f"training was interrupted; {_describe(last)}{resume}") from error
+    except UsageError:
+        raise
+    except LightspineError as error:
+        raise LightspineError(f"{error}; {_describe(last)}") from error
+    finally:
+        # Lightning leaves SIGINT ignored for the rest of the process.
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
 
 
 class EpochState(pl.Callback):
-    """Saves the position in the training data and what `self.log(..., on_epoch=True)` has summed up so far.
+    """Saves and restores the data position and the running metric means in the middle of an epoch.
 
-    Lightning keeps the sums out of its checkpoints: the training loss of a resumed epoch would be the mean of
-    its later part only. The position it saves, but forgets to restore where a task has asked for
-    `trainer.estimated_stepping_batches`, which most do.
+    Lightning does not save the sums of `self.log(..., on_epoch=True)`: the training loss of a resumed epoch
+    would be the mean of the steps after the resume only. It saves the position of the data loader, but does
+    not restore it if `trainer.estimated_stepping_batches` has been read before.
     """
 
     def __init__(self) -> None:
@@ -97,11 +115,11 @@ class EpochState(pl.Callback):
         self._position: dict[str, int] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Note whose sums are saved."""
+        """Keep the trainer, which `state_dict` does not receive."""
         self._trainer = trainer
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Move the loader to the restored position; it has not given a batch yet."""
+        """Move the data loader to the restored position, before its first batch."""
         position, self._position = self._position, None
         if position is not None and isinstance(trainer.train_dataloader, ResumableLoader):
             trainer.train_dataloader.load_state_dict(position)
@@ -114,45 +132,45 @@ class EpochState(pl.Callback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        """Add the restored sums to those that the first batch has begun."""
+        """Add the restored sums to the sums of the first batch."""
         restored, self._restored = self._restored, {}
-        for name, metric in _means(trainer).items():
+        for name, metric in _running_means(trainer).items():
             if name in restored:
                 value, weight = restored[name]
                 metric.value += value
                 metric.cumulated_batch_size += weight
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, which all processes have in common, and the sums of every process."""
+        """Return the data position, which all ranks share, and the sums of every rank."""
         assert self._trainer is not None
-        # At the end of an epoch they have served.
+        # At the end of an epoch the sums are no longer needed.
         done = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         sums = {
             name: (metric.value.item(), metric.cumulated_batch_size.item())
-            for name, metric in (() if done else _means(self._trainer).items())
+            for name, metric in (() if done else _running_means(self._trainer).items())
         }
-        everyone = [sums]
+        all_sums = [sums]
         if dist.is_available() and dist.is_initialized():
-            everyone = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(everyone, sums)
+            all_sums = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(all_sums, sums)
         loader = self._trainer.train_dataloader
         position = loader.state_dict() if isinstance(loader, ResumableLoader) else None
-        return {"position": position, "sums": everyone}
+        return {"position": position, "sums": all_sums}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the position, and the sums of this process."""
+        """Restore the data position and the sums of this rank."""
         assert self._trainer is not None
         self._position = state_dict["position"]
-        everyone = state_dict["sums"]
-        # With fewer processes than before some sums would be lost, so one process takes them all.
-        if len(everyone) == self._trainer.world_size:
-            self._restored = everyone[self._trainer.global_rank]
+        all_sums = state_dict["sums"]
+        # With another number of ranks, rank 0 takes the total, so that no sum is lost.
+        if len(all_sums) == self._trainer.world_size:
+            self._restored = all_sums[self._trainer.global_rank]
         elif self._trainer.is_global_zero:
-            self._restored = _total(everyone)
+            self._restored = _add_sums(all_sums)
 
 
-def _means(trainer: pl.Trainer) -> dict[str, Any]:
-    # Lightning 2.6 has no public way to them.
+def _running_means(trainer: pl.Trainer) -> dict[str, Any]:
+    # Lightning 2.6 has no public access to them.
     results = trainer.fit_loop.epoch_loop._results
     return {
         name: metric
@@ -161,50 +179,34 @@ def _means(trainer: pl.Trainer) -> dict[str, Any]:
     }
 
 
-def _total(everyone: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
-    names = {name for sums in everyone for name in sums}
+def _add_sums(all_sums: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    names = {name for sums in all_sums for name in sums}
     return {
         name: (
-            sum(sums[name][0] for sums in everyone if name in sums),
-            sum(sums[name][1] for sums in everyone if name in sums),
+            sum(sums[name][0] for sums in all_sums if name in sums),
+            sum(sums[name][1] for sums in all_sums if name in sums),
         )
         for name in names
     }
 
 
-class TrainingInterruptedError(LightspineError):
-    """Ctrl-C during training; the sentence says where the last checkpoint is."""
-
-    exit_status = 130
-
-
-@contextlib.contextmanager
-def report_last_checkpoint(last: Path) -> Iterator[None]:
-    """Say where the last checkpoint is when a run fails or is interrupted.
-
-    Args:
-        last: where it is if there is one.
-
-    Raises:
-        TrainingInterruptedError: in place of the exception of Ctrl-C.
-        LightspineError: the same sentence with the checkpoint behind it.
-    """
-    in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT) if in_main else None
+def _finished_epochs(path: Path) -> int:
     try:
-        yield
-    # Lightning ends the process at Ctrl-C instead of passing it on.
-    except (KeyboardInterrupt, SystemExit) as error:
-        resume = f"; go on with --resume {last}" if last.is_file() else ""
-        raise TrainingInterruptedError(f"training was interrupted; {_describe(last)}{resume}") from error
-    except UsageError:
-        raise
-    except LightspineError as error:
-        raise LightspineError(f"{error}; {_describe(last)}") from error
-    finally:
-        # Lightning leaves Ctrl-C switched off for the rest of the process.
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
+        # mmap reads only the few bytes that are used.
+        loops = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loops"]
+        return int(loops["fit_loop"]["epoch_progress"]["current"]["processed"])
+    # torch's unpickler raises nearly any exception on invalid data.
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LightspineError(f"cannot resume from {path}: {reason}") from error
+
+
+def _first_free_folder(folder: Path) -> Path:
+    path, number = folder, 2
+    while path.exists() and (not path.is_dir() or any(path.iterdir())):
+        path = folder.with_name(f"{folder.name}-{number}")
+        number += 1
+    return path
 
 
 def _describe(last: Path) -> str:

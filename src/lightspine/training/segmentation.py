@@ -1,4 +1,4 @@
-"""Semantic segmentation."""
+"""Semantic segmentation task: segmenter losses and mIoU."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,32 +19,32 @@ from lightspine.training.dense import DenseTask
 
 
 class SegmentationTask(DenseTask):
-    """Trains a segmenter over any model of lightspine or timm.
+    """Trains a semantic segmenter with any model of lightspine or timm as backbone.
 
     Args:
-        model: name of the model that gives the maps.
-        num_classes: number of classes; the command line takes it from the data.
+        model: model name of the backbone.
+        num_classes: number of classes; the command line sets it from the data.
         head: "semantic_fpn" or "upernet".
-        model_args: further arguments of the model, such as `drop_path_rate`.
-        checkpoint: weights to start from: of the model's classifier, or a segmenter of the same head and
-            model.
-        weights: which entry of a classifier's file: "model", "ema" or "auto"; see
+        model_args: further arguments of the backbone, such as `drop_path_rate`.
+        checkpoint: initial weights: a classifier of the backbone, or a segmenter with the same head and
+            backbone.
+        weights: which weights of a classifier's file to load: "model", "ema" or "auto"; see
             `lightspine.dense.create_detector`.
-        norm: "layer" puts a LayerNorm over each map; see `lightspine.heads.FeatureBackbone`.
-        freeze_batch_norm: keep the model's batch norms in evaluation mode.
-        channels: width of the head; the published one without it.
-        dropout: share of channels dropped before the classifiers.
-        auxiliary_weight: weight of UPerNet's auxiliary loss; 0 leaves the auxiliary head out.
-        test: how images are looked at outside training: `window`, `stride`, `ratios`, `flip`; see
+        norm: "layer" applies a LayerNorm to each feature map; see `lightspine.heads.FeatureBackbone`.
+        freeze_batch_norm: keep the BatchNorm layers of the backbone in evaluation mode.
+        channels: channels of the head; None uses the published number.
+        dropout: dropout rate before the classifiers.
+        auxiliary_weight: weight of UPerNet's auxiliary loss; 0 removes the auxiliary head.
+        test: inference settings: sliding `window` and `stride`, scale `ratios`, `flip`; see
             `lightspine.data.segmentation.SlidingWindowInference`.
-        undecayed: parts of the names of parameters that are not decayed; see
+        undecayed: substrings of the names of parameters without weight decay; see
             `lightspine.training.optim.dense_parameter_groups`.
-        layer_decay_blocks: likewise.
-        **options: see `LightspineTask`: optimiser, schedule, clipping, average, seed.
+        layer_decay_blocks: apply `layer_decay` to blocks too, not only to the stem.
+        **options: optimizer, schedule, clipping, EMA and seed; see `LightspineTask`.
 
     Raises:
-        UsageError: an unknown name, a value out of its range.
-        LightspineError: a checkpoint that cannot be read or does not fit.
+        UsageError: a name is unknown or a value is out of range.
+        LightspineError: the checkpoint cannot be read or does not fit.
     """
 
     score = "val_mIoU"
@@ -93,36 +93,36 @@ class SegmentationTask(DenseTask):
         self._metrics: SegmentationMetrics | None = None
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
-        """Return logits (N, num_classes, H, W) of images (N, 3, H, W), or with labels the losses."""
+        """Return logits (N, num_classes, H, W) of images (N, 3, H, W), or the losses if labels are given."""
         return self.network(images, labels)
 
     def settings(self, data: ImageDataModule) -> dict[str, Any]:
-        """Return the size of the images and the test, for the file."""
+        """Return the image size and the inference settings that are saved with the model."""
         assert isinstance(data, SegmentationDataModule)
         sizes = {"scale": data.val_scale, "divisor": data.val_divisor}
         return sizes | data.reading | asdict(self.test)
 
     def on_fit_start(self) -> None:
-        """Refuse data without label maps."""
+        """Check that the data has label maps."""
         super().on_fit_start()
         self.data_module(SegmentationDataModule)
 
     def training_step(self, batch: SegmentationBatch, batch_idx: int) -> Tensor:  # noqa: ARG002
-        """Return the loss, the auxiliary one added."""
+        """Return the loss, including the auxiliary loss."""
         self.record_bad_images(batch.bad)
         if not batch.names:
             raise LightspineError(f"none of the training images can be used; {batch.bad[0].reason}")
         loss = self.log_losses(self.network(batch.images, batch.labels), len(batch.names))
-        return self.watch(loss, batch.images, batch.labels)
+        return self.check_loss(loss, batch.images, batch.labels)
 
     def on_validation_epoch_start(self) -> None:
-        """Begin to count pixels."""
+        """Reset the metrics."""
         self._metrics = SegmentationMetrics(
             self.data_module(SegmentationDataModule).class_names, ignored=IGNORED
         )
 
     def validation_step(self, batch: SegmentationBatch, batch_idx: int) -> None:  # noqa: ARG002
-        """Count the pixels of a batch, each image at the size of its labels."""
+        """Add a batch to the metrics, each image at the size of its label map."""
         assert self._metrics is not None
         self.record_bad_images(batch.bad)
         found = [
@@ -132,7 +132,7 @@ class SegmentationTask(DenseTask):
         self._metrics.update(batch.names, found, batch.labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Score the pixels of all processes."""
+        """Gather the pixel counts of all ranks and log the metrics."""
         assert self._metrics is not None
         self._metrics.all_gather()
         self.check_validated(self._metrics.num_images)
