@@ -15,7 +15,7 @@ import torch
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.training.checkpoint import AtomicCheckpointIO
-from support.training import run
+from support.training import make_task, run
 
 KILLED_WHILE_WRITING = """
 import os, sys, torch
@@ -91,3 +91,18 @@ def test_code_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_storage_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no storage options"):
         AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt", storage_options={"key": 1})
+
+
+def test_checkpoint_has_the_entries_of_the_previous_release(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", task=make_task(ema_decay=0.9), epochs=1)
+    stored = torch.load(result.last_checkpoint, weights_only=True)
+    # Lightning looks the state of a callback up by its class name: a renamed class would lose it in silence.
+    states = {key.partition("{")[0]: set(state) for key, state in stored["callbacks"].items()}
+    assert states.pop("BestCheckpoint") >= {"best_model_score", "best_model_path"}
+    assert states == {
+        "RunLog": {"rows"},
+        "EpochState": {"position", "sums"},
+        "WeightAverage": {"latest_update_step"},
+    }
+    assert set(stored["guard"]) == {"skipped", "in_a_row"}
+    assert {"state_dict", "current_model_state", "averaging_state", "optimizer_states"} <= set(stored)

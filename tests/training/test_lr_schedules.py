@@ -158,7 +158,7 @@ def test_length_is_told_in_the_schedules_own_unit() -> None:
         (MilestoneSchedule(milestones=(8,), length=12, gamma=0), "expected a gamma above 0"),
         (MilestoneSchedule(milestones=(8,), length=12, warmup_ratio=2), "a warmup_ratio from 0 to 1"),
         (DecaySchedule(steps=100, warmup_steps=100), "a warm-up from 0 to less than the 100 steps"),
-        (DecaySchedule(steps=100, power=-1), "expected a power of at least 0"),
+        (DecaySchedule(steps=100, power=-1), "expected power of at least 0"),
     ],
 )
 def test_wrong_dense_schedule_is_refused(schedule: Any, sentence: str) -> None:

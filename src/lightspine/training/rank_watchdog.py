@@ -1,4 +1,9 @@
-"""Several processes of one run: when one dies, the others end with a sentence and do not hang."""
+"""Rank watchdog of distributed training: when one rank dies, the others stop with a message.
+
+The launchers do not cover all cases. torchrun stops only the ranks of its own node. Lightning's launcher
+stops all ranks of a node when a child dies, but if rank 0 dies, its children wait for the timeout of a
+collective, or forever if they hang elsewhere.
+"""
 
 import os
 import selectors
@@ -9,18 +14,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-_FAREWELL = b"done"
+_GOODBYE = b"done"
 _GRACE_S = 20.0
 
 
 class RankWatchdog(pl.Callback):
-    """Connects every process with the first one; a connection that breaks tells of a death at once.
-
-    The operating system closes the connections of a process that is killed. Without this, a process that
-    waits for a dead one in a collective operation waits for a time-out of many minutes.
+    """Connects every rank to rank 0 by TCP: the operating system closes the connection of a rank that dies.
 
     Attributes:
-        lost: a sentence about the process that died, or None.
+        lost: a message about the rank that died, or None.
     """
 
     def __init__(self) -> None:
@@ -28,10 +30,10 @@ class RankWatchdog(pl.Callback):
         self._noticed = threading.Event()
         self._finished = threading.Event()
         self._connections: dict[socket.socket, int] = {}
-        self._lock = threading.Lock()
+        self._send_lock = threading.Lock()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Connect the processes; Lightning has joined them into a group by now."""
+        """Connect the ranks; Lightning has already initialized the process group."""
         if trainer.world_size == 1:
             return
         rank, world_size = trainer.global_rank, trainer.world_size
@@ -42,18 +44,18 @@ class RankWatchdog(pl.Callback):
         if server is not None:
             for _ in range(world_size - 1):
                 accepted, _ = server.accept()
-                self._add(accepted, int.from_bytes(_read(accepted, 4)))
+                self._add(accepted, int.from_bytes(_receive(accepted, 4)))
             server.close()
         else:
             hub = socket.create_connection((os.environ.get("MASTER_ADDR", "127.0.0.1"), port))
             hub.sendall(rank.to_bytes(4))
             self._add(hub, 0)
-        thread = threading.Thread(target=self._watch, args=(world_size,), name="peer-watch", daemon=True)
+        thread = threading.Thread(target=self._watch, args=(world_size,), name="rank-watchdog", daemon=True)
         thread.start()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Say farewell, so that the end of this process is not taken for a death."""
-        self._close(_FAREWELL)
+        """Announce the regular end of this rank, so that it does not count as dead."""
+        self._close(_GOODBYE)
 
     def on_exception(
         self,
@@ -61,16 +63,17 @@ class RankWatchdog(pl.Callback):
         pl_module: pl.LightningModule,  # noqa: ARG002
         exception: BaseException,  # noqa: ARG002
     ) -> None:
-        """Break the connections: the others cannot go on without this process."""
+        """Close the connections, because the others cannot continue without this rank."""
+        # Unless the exception is itself the result of a death, which is then reported instead.
         if not self._noticed.wait(1.0 if self._connections else 0.0):
             self._close(b"")
 
     def explain(self, timeout_s: float) -> str | None:
-        """Return the sentence about a death, for which it waits a little."""
+        """Return the message about a rank that died, or None if none dies within `timeout_s`."""
         return self.lost if self._connections and self._noticed.wait(timeout_s) else None
 
     def _add(self, connection: socket.socket, rank: int) -> None:
-        # A machine that loses its power closes nothing: the system asks it, and gives up after 40 seconds.
+        # A machine that loses power closes no connection: keep-alive probes find out within 40 seconds.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
             if hasattr(socket, name):
@@ -81,29 +84,29 @@ class RankWatchdog(pl.Callback):
         with selectors.DefaultSelector() as selector:
             for connection in self._connections:
                 selector.register(connection, selectors.EVENT_READ)
-            open_ends = len(self._connections)
-            while open_ends and not self._finished.is_set():
+            open_connections = len(self._connections)
+            while open_connections and not self._finished.is_set():
                 for key, _ in selector.select(timeout=1.0):
-                    end: Any = key.fileobj
+                    connection: Any = key.fileobj
                     if self._finished.is_set():
                         return
-                    message = _read_now(end)
-                    if message.startswith(_FAREWELL):
-                        selector.unregister(end)
-                        open_ends -= 1
+                    message = _receive_now(connection)
+                    if message.startswith(_GOODBYE):
+                        selector.unregister(connection)
+                        open_connections -= 1
                         continue
-                    dead = int.from_bytes(message) if message else self._connections[end]
-                    self._mourn(dead, world_size)
+                    dead = int.from_bytes(message) if message else self._connections[connection]
+                    self._report_death(dead, world_size)
                     return
 
-    def _mourn(self, dead: int, world_size: int) -> None:
-        self.lost = f"process {dead} of {world_size} (counted from 0) ended before the others"
-        # The first process passes the news on.
+    def _report_death(self, dead: int, world_size: int) -> None:
+        self.lost = f"rank {dead} of {world_size} ended before the others"
+        # Rank 0 tells the other ranks, which are connected to it only.
         self._send(dead.to_bytes(4))
-        sys.stderr.write(f"lightspine: {self.lost}; stopping this one\n")
+        sys.stderr.write(f"lightspine: {self.lost}; stopping this rank\n")
         sys.stderr.flush()
         self._noticed.set()
-        # The training meets an error of its own where the communication notices; elsewhere it hangs.
+        # The next collective usually raises an error. A rank that hangs is ended here.
         if not self._finished.wait(_GRACE_S):
             os._exit(1)
 
@@ -116,26 +119,26 @@ class RankWatchdog(pl.Callback):
             connection.close()
 
     def _send(self, message: bytes) -> None:
-        with self._lock:
+        with self._send_lock:
             for connection in self._connections:
                 try:
                     connection.sendall(message)
                 except OSError:
-                    # That one is gone already; whoever watches it is told by its own end.
+                    # That rank is gone, which its own closed connection reports.
                     continue
 
 
-def _read(connection: socket.socket, count: int) -> bytes:
+def _receive(connection: socket.socket, count: int) -> bytes:
     data = b""
     while len(data) < count:
         part = connection.recv(count - len(data))
         if not part:
-            raise ConnectionError("a process ended while the processes were being connected")
+            raise ConnectionError("a rank ended while the ranks were being connected")
         data += part
     return data
 
 
-def _read_now(connection: socket.socket) -> bytes:
+def _receive_now(connection: socket.socket) -> bytes:
     try:
         return connection.recv(4)
     except OSError:
