@@ -1,4 +1,4 @@
-"""What `evaluate` and `predict` do with a detector or segmenter, and print."""
+"""Run and print `evaluate` and `predict` for detectors and segmenters."""
 
 import argparse
 import shlex
@@ -8,11 +8,12 @@ from typing import Any
 
 from lightspine_cli._output import print_json, print_pairs, print_table
 
-_SHOWN = 50
+MAX_CLASS_ROWS = 50
+"""Of more classes only the 10 with the lowest scores are printed."""
 
 
-def evaluate_dense(args: argparse.Namespace, kind: str) -> int:
-    """Score a detector or segmenter, print the scores and write the report if asked for."""
+def evaluate_dense(args: argparse.Namespace, task: str, checkpoint: Any) -> int:
+    """Evaluate a detector or segmenter, print the metrics and, with --out, write the report."""
     from lightspine.evaluation import evaluate_detector, evaluate_segmenter, write_dense_report
 
     shared = {
@@ -21,24 +22,24 @@ def evaluate_dense(args: argparse.Namespace, kind: str) -> int:
         "device": args.device,
         "progress": sys.stderr.isatty(),
     }
-    if kind == "detector":
+    if task == "detector":
         report = evaluate_detector(
-            args.checkpoint,
+            checkpoint,
             args.data,
             images=args.images,
-            **_detector_test(args),
-            # The usual 64 of classifiers are too many images of a thousand pixels.
+            **_detector_arguments(args),
+            # Detectors take much larger images than classifiers, whose default is 64.
             batch_size=1 if args.batch_size is None else args.batch_size,
             results=None if args.out is None else args.out / "detections.json",
             **shared,
         )
     else:
         report = evaluate_segmenter(
-            args.checkpoint,
+            checkpoint,
             args.data,
             val_fraction=0.2 if args.val_fraction is None else args.val_fraction,
             seed=args.seed,
-            **_segmenter_test(args),
+            **_segmenter_arguments(args),
             **shared,
         )
     report["command"] = shlex.join(["lightspine", "evaluate", *args.arguments])
@@ -51,14 +52,14 @@ def evaluate_dense(args: argparse.Namespace, kind: str) -> int:
     for path in written.values():
         print(f"wrote {path}")
     for problem in report.get("problems", []):
-        print(f"left out or mended: {problem}")
+        print(f"annotation problem: {problem}")
     for reason in report["skipped"].values():
         print(f"skipped: {reason}")
     return 0
 
 
-def predict_dense_files(args: argparse.Namespace) -> int:
-    """Find objects or classes of pixels, print them and draw them if asked for."""
+def predict_dense_files(args: argparse.Namespace, checkpoint: Any) -> int:
+    """Predict objects or class maps, print them and, with --out, draw them."""
     from lightspine.errors import UsageError
     from lightspine.evaluation import predict_dense
     from lightspine.utils.image_files import list_image_files
@@ -71,16 +72,16 @@ def predict_dense_files(args: argparse.Namespace) -> int:
         if not inside:
             raise UsageError(f"expected images in the folder {path}, found none")
         files += inside
-    # A file that is named has to be an image; of a folder's the rest goes on.
+    # An unreadable file named by the user is an error; in a folder it is skipped.
     skipped: dict[str, str] | None = {} if any(path.is_dir() for path in args.images) else None
     found = predict_dense(
-        args.checkpoint,
+        checkpoint,
         files,
         out=args.out,
         labels=args.labels,
         coco=args.coco,
-        **_detector_test(args),
-        **_segmenter_test(args),
+        **_detector_arguments(args),
+        **_segmenter_arguments(args),
         skipped=skipped,
         device=args.device,
         progress=sys.stderr.isatty(),
@@ -94,7 +95,7 @@ def predict_dense_files(args: argparse.Namespace) -> int:
     return 0
 
 
-def _detector_test(args: argparse.Namespace) -> dict[str, Any]:
+def _detector_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "resize": _pair(args.resize),
         "score_threshold": args.score_threshold,
@@ -102,7 +103,7 @@ def _detector_test(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _segmenter_test(args: argparse.Namespace) -> dict[str, Any]:
+def _segmenter_arguments(args: argparse.Namespace) -> dict[str, Any]:
     from lightspine.errors import UsageError
     from lightspine.evaluation.segmentation import MULTI_SCALE
 
@@ -133,34 +134,34 @@ def _print_classes(report: dict[str, Any]) -> None:
         columns = ("class", ">IoU %", ">accuracy %")
     seen = [row for row in rows if any(value != "-" for value in row[1:])]
     title = None
-    if len(seen) > _SHOWN:
+    if len(seen) > MAX_CLASS_ROWS:
         seen = sorted(seen, key=lambda row: float(row[1]) if row[1] != "-" else 0.0)[:10]
-        title = f"the 10 weakest of {len(classes)} classes (--out writes all)"
+        title = f"10 of {len(classes)} classes with the lowest scores (--out writes all)"
     print_table(columns, seen, title=title)
     print()
 
 
 def _print_scores(report: dict[str, Any]) -> None:
     speed = report["throughput"]
-    facts = [
+    pairs = [
         ("network", f"{report['head']} over {report['model']}"),
         ("images", f"{report['images']}, {len(report['skipped'])} skipped"),
     ]
     for name, value in report["scores"].items():
         if isinstance(value, dict):
             numbers = ", ".join(f"{key} {_percent(number)}" for key, number in value.items())
-            facts.append((f"{name} %", numbers))
+            pairs.append((f"{name} %", numbers))
         else:
-            facts.append((name, f"{value:.2f} %"))
-    memory = "" if speed["peak_mib"] is None else f", {speed['peak_mib']:.0f} MiB at most"
-    facts.append(
+            pairs.append((name, f"{value:.2f} %"))
+    memory = "" if speed["peak_mib"] is None else f", {speed['peak_mib']:.0f} MiB peak memory"
+    pairs.append(
         (
             "speed",
-            f"{speed['images_per_second']:.2f} images/s, {speed['reading_share']:.0%} of it reading; "
+            f"{speed['images_per_second']:.2f} images/s, {speed['reading_share']:.0%} data loading; "
             f"{report['device']}, {report['threads']} threads{memory}",
         )
     )
-    print_pairs(facts)
+    print_pairs(pairs)
 
 
 def _percent(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""How commands print: aligned tables for people, JSON for programs."""
+"""Output of the commands: aligned tables, or JSON."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -11,9 +11,9 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
-    """Print rows under their columns; a column whose name starts with `>` is aligned to the right.
+    """Print a table; a column name that starts with `>` right-aligns the column.
 
-    A table is never cut: in a pipe it takes the width it needs, in a narrow terminal its lines wrap.
+    Tables are never truncated: in a pipe they are as wide as necessary, in a narrow terminal lines wrap.
     """
     from rich import box
     from rich.console import Console
@@ -32,14 +32,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
     Console(highlight=False, width=max(needed, console.width)).print(table)
 
 
-def print_pairs(facts: Iterable[tuple[str, str]]) -> None:
-    """Print `name  value` lines with the values aligned."""
-    facts = list(facts)
-    width = max((len(name) for name, _ in facts), default=0)
-    for name, value in facts:
+def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    """Print `name  value` lines with aligned values."""
+    pairs = list(pairs)
+    width = max((len(name) for name, _ in pairs), default=0)
+    for name, value in pairs:
         print(f"{name:<{width}}  {value}".rstrip())
 
 
 def with_thousands(number: int | None) -> str:
-    """Return 30,249,064 for 30249064 and `-` for nothing."""
+    """Format a number with thousands separators, None as `-`."""
     return "-" if number is None else f"{number:,}"

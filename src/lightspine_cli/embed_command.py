@@ -1,30 +1,35 @@
-"""Compute the features of any number of images: the vector before the classifier, or those of the stages."""
+"""Compute features of any number of images: the vector before the classifier, or maps of the stages."""
 
 import argparse
 from pathlib import Path
 
-from lightspine_cli._inference_arguments import add_bulk, add_preparation, bulk_options, print_run
+from lightspine_cli._inference_options import (
+    add_batch_inference_options,
+    add_preprocessing_options,
+    inference_options,
+    print_outcome,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine embed`."""
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint file, or a name with --checkpoint")
-    parser.add_argument("--checkpoint", type=Path, help="weights, where MODEL is a name")
+    """Add the options of `lightspine embed`."""
+    parser.add_argument("model", metavar="MODEL", help="checkpoint file, or a model name with --checkpoint")
+    parser.add_argument("--checkpoint", type=Path, help="weights file, if MODEL is a name")
     parser.add_argument(
         "--stage",
         action="append",
         metavar="pooled|all|N",
-        help="the vector before the classifier (default), every stage, or stage N from 0; may be repeated",
+        help="vector before the classifier (default), all stages, or stage N from 0; may be repeated",
     )
     parser.add_argument("--maps", action="store_true", help="keep the stages' maps instead of their average")
-    add_preparation(parser)
-    parser.add_argument("--device", default="cpu", help="torch's name of the device (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print what was done as an object")
-    add_bulk(parser, ("npy", "parquet"))
+    add_preprocessing_options(parser)
+    parser.add_argument("--device", default="cpu", help="PyTorch device (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    add_batch_inference_options(parser, ("npy", "parquet"))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the features and tell where they are."""
+    """Compute and write the features, and print the outcome."""
     from lightspine.errors import UsageError
     from lightspine.evaluation import embed_images
 
@@ -37,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         stages=args.stage or ["pooled"],
         maps=args.maps,
         format=args.format,
-        options=bulk_options(args, args.checkpoint),
+        options=inference_options(args, args.checkpoint),
     )
-    print_run(outcome, args, "index.csv" if args.format == "npy" else "features.parquet")
+    print_outcome(outcome, args, "index.csv" if args.format == "npy" else "features.parquet")
     return 0

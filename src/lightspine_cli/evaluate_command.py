@@ -1,61 +1,71 @@
-"""Score a checkpoint on labelled images: folders, shards, digits, COCO files, or images with label maps."""
+"""Evaluate a checkpoint on image folders, shards, the digits, COCO files, or images with label maps."""
 
 import argparse
 import shlex
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._dense_options import EVALUATE, add_evaluation, detect_task, reject_inapplicable_options
-from lightspine_cli._dense_output import evaluate_dense
-from lightspine_cli._inference_arguments import add_preparation, preparation, take_checkpoint
+from lightspine_cli._dense_output import MAX_CLASS_ROWS, evaluate_dense
+from lightspine_cli._inference_options import (
+    EVALUATE_TASKS,
+    add_dense_evaluation_options,
+    add_preprocessing_options,
+    detect_task,
+    preprocessing_arguments,
+    reject_inapplicable_options,
+    take_checkpoint,
+)
 from lightspine_cli._output import print_json, print_pairs, print_table
-
-_SHOWN = 50
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine evaluate`."""
+    """Add the options of `lightspine evaluate`."""
     parser.add_argument(
         "file",
         nargs="?",
         type=Path,
         metavar="FILE",
-        help="a checkpoint or an exported .onnx file, unless --checkpoint names it",
+        help="checkpoint or exported .onnx file, unless --checkpoint is given",
     )
-    parser.add_argument("--checkpoint", type=Path, help="weights: ours, an official file or timm's")
+    parser.add_argument("--checkpoint", type=Path, help="weights file: lightspine's, official or timm's")
     parser.add_argument(
         "--data",
         required=True,
         metavar="FOLDER|FILE|digits",
         help="CLASS/*, val/CLASS/*, ImageNet's flat val, .tar shards, or digits; for a detector a COCO file "
-        "or folder; for a segmenter images/val and annotations/val, or COCO's",
+        "or folder; for a segmenter a folder with images/val and annotations/val, or COCO data",
     )
-    parser.add_argument("--model", metavar="NAME", help="the model's name, for a file that does not tell")
+    parser.add_argument("--model", metavar="NAME", help="model name, for a file that does not store it")
     parser.add_argument(
-        "--val-fraction", type=float, help="score only the share of each class that training held out"
+        "--val-fraction", type=float, help="evaluate only the fraction of each class that training held out"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the held-out share (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the held-out split (default: %(default)s)"
+    )
     parser.add_argument(
         "--class-mapping",
         metavar="FILE|imagenet",
-        help="which classes the folders or images mean, such as ReaL's real.json; imagenet: WordNet ids or "
-        "class numbers as folders, the model choosing among those only (ImageNet-A, -R)",
+        help="file that maps folders or images to classes, such as ReaL's real.json; imagenet: folders named "
+        "by WordNet ids or class indices, only these classes may be predicted (ImageNet-A, -R)",
     )
-    add_preparation(parser)
-    parser.add_argument("--batch-size", type=int, help="images at a time (default: 64, of a detector 1)")
+    add_preprocessing_options(parser)
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes that read images (default: %(default)s)"
+        "--batch-size", type=int, help="images per forward pass (default: 64, for a detector 1)"
     )
-    parser.add_argument("--device", default="cpu", help="torch's name of the device (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="data loader processes (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="PyTorch device (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="also write report.json, classes.csv and confusion.png"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write report.json, classes.csv and confusion.png to this folder",
     )
-    add_evaluation(parser)
-    parser.add_argument("--json", action="store_true", help="print the whole report")
+    add_dense_evaluation_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate, print the scores and write the report if asked for."""
+    """Evaluate, print the metrics and, with --out, write the report."""
     import sys
 
     from lightspine.errors import UsageError
@@ -64,15 +74,15 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None and (args.out.suffix == ".json" or args.out.is_file()):
         raise UsageError(f"expected a folder for --out, got {args.out}")
     if take_checkpoint(args, [args.file] if args.file is not None else []):
-        raise UsageError(f"expected a checkpoint as the only argument without an option, got {args.file}")
-    kind = detect_task(args)
-    reject_inapplicable_options(args, kind, EVALUATE)
-    if kind != "classifier":
-        return evaluate_dense(args, kind)
+        raise UsageError(f"expected a checkpoint as the only positional argument, got {args.file}")
+    task, checkpoint = detect_task(args.checkpoint)
+    reject_inapplicable_options(args, task, EVALUATE_TASKS)
+    if task != "classifier":
+        return evaluate_dense(args, task, checkpoint)
     report = evaluate(
-        args.model or args.checkpoint,
+        args.model or checkpoint,
         args.data,
-        checkpoint=args.checkpoint if args.model else None,
+        checkpoint=checkpoint if args.model else None,
         val_fraction=args.val_fraction,
         seed=args.seed,
         class_mapping=args.class_mapping,
@@ -80,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         num_workers=args.workers,
         device=args.device,
         progress=sys.stderr.isatty(),
-        **preparation(args),
+        **preprocessing_arguments(args),
     )
     report["command"] = shlex.join(["lightspine", "evaluate", *args.arguments])
     written = write_report(report, args.out) if args.out is not None else {}
@@ -97,16 +107,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_classes(classes: dict[str, dict[str, Any]] | None) -> None:
-    """Print all classes, or of very many the weakest."""
+    """Print all classes, or the 10 with the lowest accuracy of more than 50."""
     if classes is None:
         return
-    rows = [(name, entry) for name, entry in classes.items() if entry["images"] or len(classes) <= _SHOWN]
+    rows = [
+        (name, entry) for name, entry in classes.items() if entry["images"] or len(classes) <= MAX_CLASS_ROWS
+    ]
     title = None
-    if len(rows) > _SHOWN:
+    if len(rows) > MAX_CLASS_ROWS:
         rows = sorted(rows, key=lambda row: row[1]["top1"])[:10]
-        title = f"the 10 weakest of {len(classes)} classes (--out writes all)"
+        title = f"10 of {len(classes)} classes with the lowest accuracy (--out writes all)"
     print_table(
-        ("class", ">images", ">top-1 %", "most often taken for"),
+        ("class", ">images", ">top-1 %", "most confused with"),
         [
             (
                 name,
@@ -142,7 +154,7 @@ def _print_scores(report: dict[str, Any]) -> None:
             (
                 "speed",
                 f"{speed['images_per_second']:.1f} images/s, {speed['model_images_per_second']:.1f} without "
-                f"reading them; {report['device']}, {report['threads']} threads",
+                f"data loading; {report['device']}, {report['threads']} threads",
             ),
         ]
     )

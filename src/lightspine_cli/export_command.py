@@ -98,9 +98,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     from lightspine import create_model
     from lightspine.dense import load_network as load_dense
-    from lightspine.dense.checkpoint import is_network_file
     from lightspine.errors import UsageError
     from lightspine.evaluation.classifiers import class_names, load_classifier
+    from lightspine.models.checkpoint import read_checkpoint
 
     file = args.checkpoint or (Path(args.model) if Path(args.model).is_file() else None)
     if file is None:
@@ -111,7 +111,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if not file.is_file():
         raise UsageError(f"expected a checkpoint file, but {file} does not exist")
     source = {"file": file.name, "sha256": _hash(file)}
-    if is_network_file(file):
+    if read_checkpoint(file).is_dense:
         if args.features or args.checkpoint:
             raise UsageError(f"{file} holds a detector or segmenter: expected it alone, without --features")
         network, about = load_dense(file)

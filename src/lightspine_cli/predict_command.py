@@ -1,57 +1,60 @@
-"""Tell what is in image files: classes, of a few or with --data of any number; objects; classes of pixels."""
+"""Predict classes of image files (with --data of any number), objects, or class maps."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._dense_options import PREDICT, add_prediction, detect_task, reject_inapplicable_options
 from lightspine_cli._dense_output import predict_dense_files
-from lightspine_cli._inference_arguments import (
-    add_bulk,
-    add_preparation,
-    bulk_options,
-    preparation,
-    print_run,
+from lightspine_cli._inference_options import (
+    PREDICT_TASKS,
+    add_batch_inference_options,
+    add_dense_prediction_options,
+    add_preprocessing_options,
+    detect_task,
+    inference_options,
+    preprocessing_arguments,
+    print_outcome,
+    reject_inapplicable_options,
     take_checkpoint,
 )
 from lightspine_cli._output import print_json, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine predict`."""
+    """Add the options of `lightspine predict`."""
     parser.add_argument(
         "images",
         nargs="*",
         type=Path,
         metavar="FILE",
-        help="a checkpoint or an exported .onnx file, unless --checkpoint names it; then image files, for a "
-        "detector or segmenter folders too",
+        help="checkpoint or exported .onnx file, unless --checkpoint is given; then image files, for a "
+        "detector or segmenter also folders",
     )
-    parser.add_argument("--checkpoint", type=Path, help="weights: ours, an official file or timm's")
-    parser.add_argument("--model", metavar="NAME", help="the model's name, for a file that does not tell")
-    parser.add_argument("--topk", type=int, default=5, help="how many classes to tell (default: %(default)s)")
-    add_preparation(parser)
-    parser.add_argument("--device", default="cpu", help="torch's name of the device (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print objects")
-    add_prediction(parser)
-    add_bulk(parser, ("csv", "parquet"))
+    parser.add_argument("--checkpoint", type=Path, help="weights file: lightspine's, official or timm's")
+    parser.add_argument("--model", metavar="NAME", help="model name, for a file that does not store it")
+    parser.add_argument("--topk", type=int, default=5, help="classes per image (default: %(default)s)")
+    add_preprocessing_options(parser)
+    parser.add_argument("--device", default="cpu", help="PyTorch device (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the predictions as JSON")
+    add_dense_prediction_options(parser)
+    add_batch_inference_options(parser, ("csv", "parquet"))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the classes and probabilities of each image, or write those of many."""
+    """Print the predictions of image files, or write those of many images."""
     from lightspine.errors import UsageError
 
     args.images = take_checkpoint(args, args.images)
-    kind = detect_task(args)
-    reject_inapplicable_options(args, kind, PREDICT)
-    if kind != "classifier":
-        return predict_dense_files(args)
+    task, checkpoint = detect_task(args.checkpoint)
+    reject_inapplicable_options(args, task, PREDICT_TASKS)
+    if task != "classifier":
+        return predict_dense_files(args, checkpoint)
     if bool(args.images) == bool(args.data) or (args.data is None) != (args.out is None):
         raise UsageError("expected either image files, or --data and --out")
-    return _predict_many(args) if args.data else _predict_few(args)
+    return _run_batch_inference(args) if args.data else _predict_files(args, checkpoint)
 
 
-def _predict_many(args: argparse.Namespace) -> int:
+def _run_batch_inference(args: argparse.Namespace) -> int:
     from lightspine.evaluation import predict_images
 
     outcome = predict_images(
@@ -60,22 +63,22 @@ def _predict_many(args: argparse.Namespace) -> int:
         args.out,
         topk=args.topk,
         format=args.format,
-        options=bulk_options(args, args.checkpoint if args.model else None),
+        options=inference_options(args, args.checkpoint if args.model else None),
     )
-    print_run(outcome, args, f"predictions.{args.format}")
+    print_outcome(outcome, args, f"predictions.{args.format}")
     return 0
 
 
-def _predict_few(args: argparse.Namespace) -> int:
+def _predict_files(args: argparse.Namespace, checkpoint: Any) -> int:
     from lightspine.evaluation import predict
 
     predictions = predict(
-        args.model or args.checkpoint,
+        args.model or checkpoint,
         args.images,
-        checkpoint=args.checkpoint if args.model else None,
+        checkpoint=checkpoint if args.model else None,
         topk=args.topk,
         device=args.device,
-        **preparation(args),
+        **preprocessing_arguments(args),
     )
     if args.json:
         print_json([_as_object(prediction) for prediction in predictions])

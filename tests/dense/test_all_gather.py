@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightspine.dense.all_gather import all_gather_by_image
+from lightspine.dense.metrics import all_gather_by_image
 from support.coco import content, square, write_coco
 from support.processes import ROOT
 

@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from lightspine.data.detection import CocoAnnotations, DetectionDataset
-from lightspine.dense.coco_metrics import NUMBERS, CocoMetrics
+from lightspine.dense.metrics import METRIC_NAMES, CocoMetrics
 from lightspine.errors import LightspineError, UsageError
 from support.coco import read_small, real_annotations, real_files, square
 
@@ -61,7 +61,7 @@ def _pycocotools(file: Path, results: list[dict[str, Any]], kind: str) -> np.nda
 
 
 def _listed(scores: dict[str, float | None]) -> list[float]:
-    return [-100.0 if scores[name] is None else scores[name] for name in NUMBERS]
+    return [-100.0 if scores[name] is None else scores[name] for name in METRIC_NAMES]
 
 
 # pycocotools is built for an older numpy.
@@ -156,7 +156,7 @@ def test_more_detections_than_100_count_where_asked_for(tmp_path: Path) -> None:
     found = {"boxes": boxes, "labels": torch.full((150,), 2), "scores": torch.linspace(1, 0.1, 150)}
     recalls = []
     for most in (100, 300):
-        metrics = CocoMetrics(annotations, most_detections=most)
+        metrics = CocoMetrics(annotations, max_detections=most)
         metrics.update([1], [found])
         recalls.append(metrics.compute()["box"]["AR"])
     assert recalls == [pytest.approx(100 * 100 / 150), pytest.approx(100)]
@@ -214,4 +214,4 @@ def test_add_of_values_that_are_not_finite_fails(part: str, tmp_path: Path) -> N
 
 def test_fewer_than_10_detections_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least 10, got 5"):
-        CocoMetrics(read_small(tmp_path, square()), most_detections=5)
+        CocoMetrics(read_small(tmp_path, square()), max_detections=5)

@@ -1,7 +1,5 @@
 """mIoU, mAcc and aAcc."""
 
-import csv
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightspine.data.segmentation import scan_segmentation_folder
-from lightspine.dense.segmentation_metrics import SegmentationMetrics
+from lightspine.dense.metrics import SegmentationMetrics
 from lightspine.errors import LightspineError, UsageError
 from support.coco import unpack
 
@@ -84,15 +82,12 @@ def test_image_that_is_added_again_counts_once() -> None:
     assert (metrics.num_images, int(metrics.confusion().sum())) == (1, 16)
 
 
-def test_write_classes_is_a_table_of_every_class(tmp_path: Path) -> None:
-    metrics = _scored(torch.tensor([[[0, 0, 1, 1]]]), torch.tensor([[[0, 0, 0, 0]]]))
-    metrics.write_classes(tmp_path / "classes.csv")
-    with (tmp_path / "classes.csv").open() as file:
-        rows = list(csv.DictReader(file))
+def test_per_class_has_a_row_of_every_class() -> None:
+    rows = _scored(torch.tensor([[[0, 0, 1, 1]]]), torch.tensor([[[0, 0, 0, 0]]])).per_class()
     assert [row["name"] for row in rows] == NAMES
-    assert [row["IoU"] for row in rows] == ["50.0000", "0.0000", "", ""]
-    assert [row["accuracy"] for row in rows] == ["50.0000", "", "", ""]
-    assert [(row["pixels"], row["predicted"]) for row in rows[:2]] == [("4", "2"), ("0", "2")]
+    assert [row["IoU"] for row in rows] == [50, 0, None, None]
+    assert [row["accuracy"] for row in rows] == [50, None, None, None]
+    assert [(row["pixels"], row["predicted"]) for row in rows[:2]] == [(4, 2), (0, 2)]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +105,7 @@ def test_add_of_another_size_is_refused() -> None:
 
 
 def test_scores_without_a_labelled_pixel_fail() -> None:
-    with pytest.raises(LightspineError, match="no labelled pixel to score in 1 images"):
+    with pytest.raises(LightspineError, match="no labeled pixel in 1 images"):
         _scored(torch.zeros(1, 2, 2, dtype=torch.int64), torch.full((1, 2, 2), 255)).compute()
 
 

@@ -184,7 +184,7 @@ def test_values_that_are_not_finite_are_bad_images(
     [
         ({"devices": 0}, "devices of at least 1, got 0"),
         ({"part_size": 0}, "part_size of at least 1, got 0"),
-        ({"devices": 2, "device": "cuda:0"}, "expected a kind of device"),
+        ({"devices": 2, "device": "cuda:0"}, "expected a device type"),
     ],
 )
 def test_option_out_of_range_is_refused(options: dict[str, object], message: str) -> None:

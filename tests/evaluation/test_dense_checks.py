@@ -11,7 +11,7 @@ import torch
 from lightspine.dense import load_network, save_network
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation import evaluate_detector, evaluate_segmenter, predict_dense
-from lightspine.evaluation.dense_common import detect_by_size, sort_by_size
+from lightspine.evaluation.detection import detect_by_size, sort_by_size
 from support.coco import content, square, write_coco
 from support.dense_files import detector_file, segmenter_file
 from support.images import write_image

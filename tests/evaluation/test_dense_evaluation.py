@@ -17,8 +17,7 @@ from lightspine.data.segmentation import (
 from lightspine.data.segmentation.dataset import SegmentationDataset
 from lightspine.data.transforms import Preprocessing
 from lightspine.dense import load_network
-from lightspine.dense.coco_metrics import CocoMetrics
-from lightspine.dense.segmentation_metrics import SegmentationMetrics
+from lightspine.dense.metrics import CocoMetrics, SegmentationMetrics
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation import evaluate_detector, evaluate_segmenter, write_dense_report
 from lightspine.evaluation.segmentation import MULTI_SCALE

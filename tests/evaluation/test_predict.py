@@ -64,7 +64,7 @@ def test_unreadable_image_is_named(checkpoint: Path, images: list[Path], tmp_pat
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("shvit_s1", "expected a checkpoint besides the name 'shvit_s1'"),
+        ("shvit_s1", "expected a checkpoint with the model name 'shvit_s1'"),
         ("gone/model.safetensors", "gone/model.safetensors does not exist"),
     ],
 )

@@ -9,7 +9,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 
 from lightspine.errors import UsageError
-from lightspine.heads.roi_heads import CASCADE, CascadeRoIHeads, Stage
+from lightspine.heads.mask_rcnn import CASCADE, CascadeRoIHeads, Stage
 
 CLASSES = 4  # with the background
 SIZES = [(128, 160), (120, 96)]
@@ -134,7 +134,7 @@ def test_later_stages_ask_for_more_overlap():
     box = torch.tensor([[0.0, 0.0, 100.0, 100.0]], dtype=torch.float64)
     target = {"boxes": box, "labels": torch.tensor([2])}
     wide = torch.tensor([[0.0, 0.0, 100.0, side] for side in (55.0, 65.0, 75.0)], dtype=torch.float64)
-    labels = [cascade._match(stage, [wide], [target]).labels[0].tolist() for stage in range(3)]
+    labels = [cascade._match_boxes(stage, [wide], [target]).labels[0].tolist() for stage in range(3)]
     assert labels == [[2, 2, 2], [0, 2, 2], [0, 0, 2]]
 
 

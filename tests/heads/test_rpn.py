@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.models.detection.image_list import ImageList
 
-from lightspine.heads.roi_heads import RoIPooler
+from lightspine.heads.mask_rcnn import RoIPooler
 from lightspine.heads.rpn import MinOverlapMatcher, StridedAnchors
 
 
@@ -60,10 +60,10 @@ def test_no_box_at_all_gives_no_crop():
 
 
 @pytest.mark.parametrize(("overlap", "matched"), [(0.31, 0), (0.29, -1)])
-def test_last_resort_needs_the_least_overlap(overlap, matched):
+def test_low_quality_match_needs_the_minimum_overlap(overlap, matched):
     quality = torch.tensor([[overlap, 0.1]])
-    assert MinOverlapMatcher(0.7, 0.3, least=0.3)(quality)[0] == matched
+    assert MinOverlapMatcher(0.7, 0.3, min_overlap=0.3)(quality)[0] == matched
 
 
 def test_object_that_no_anchor_overlaps_matches_none():
-    assert MinOverlapMatcher(0.7, 0.3, least=0.0)(torch.zeros(1, 3)).tolist() == [-1, -1, -1]
+    assert MinOverlapMatcher(0.7, 0.3, min_overlap=0.0)(torch.zeros(1, 3)).tolist() == [-1, -1, -1]

@@ -8,25 +8,15 @@ from lightspine.heads.retinanet import RetinaNet
 
 
 class CountedDetector(nn.Module):
-    """All convolutions and matrix products of a detector for one image, at a fixed number of boxes.
+    """All convolutions and matrix products of a detector for one image and a fixed number of boxes.
 
-    The published figures' convention: the image enters at its size, without resizing or padding; the box
-    heads run on 1000 proposals, the mask head on 100; cropping, sorting and suppression count nothing.
+    Convention of the published numbers: no resizing or padding of the image, 1000 proposals in the box heads,
+    100 boxes in the mask head; pooling, sorting and suppression count nothing.
 
     Args:
-        detector: what `build_detector` returns.
-        proposals: boxes that each box head sees.
-        masks: boxes that the mask head sees.
-
-    Examples:
-        >>> import lightspine, torch
-        >>> from lightspine.benchmark.macs import count_macs
-        >>> from lightspine.heads import FeatureBackbone, build_detector
-        >>> with torch.device("meta"):
-        ...     model = lightspine.create_model("vmamba_tiny", features_only=True)
-        ...     detector = build_detector("mask_rcnn", FeatureBackbone(model, norm="layer"), num_classes=80)
-        >>> round(count_macs(CountedDetector(detector), (3, 1280, 800)).total / 1e9)
-        271
+        detector: from `build_detector`.
+        proposals: boxes per box head.
+        masks: boxes in the mask head.
     """
 
     def __init__(self, detector: RetinaNet | MaskRCNN, *, proposals: int = 1000, masks: int = 100):

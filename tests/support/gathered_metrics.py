@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lightspine.data.detection import read_coco
-from lightspine.dense.coco_metrics import CocoMetrics
-from lightspine.dense.segmentation_metrics import SegmentationMetrics
+from lightspine.dense.metrics import CocoMetrics, SegmentationMetrics
 
 LABELS = torch.arange(3 * 8 * 8).reshape(3, 8, 8) % 3
 
@@ -24,7 +23,7 @@ def main() -> None:
     rank = dist.get_rank()
     shared = (0, 1) if rank == 0 else (1, 2)
     pixels = SegmentationMetrics(["a", "b", "c"])
-    boxes = CocoMetrics(read_coco(folder / "objects.json", folder), most_detections=10)
+    boxes = CocoMetrics(read_coco(folder / "objects.json", folder), max_detections=10)
     for number in shared:
         # What the second process finds in the image of both is of no account.
         wrong = number == 1 and rank == 1

@@ -13,7 +13,7 @@ import torch
 import lightspine
 from lightspine.data.detection import collate_detection
 from lightspine.dense import load_network
-from lightspine.dense.coco_metrics import CocoMetrics
+from lightspine.dense.metrics import CocoMetrics
 from lightspine.errors import UsageError
 from lightspine.training.resume import TrainingInterruptedError
 from support.coco import unpack

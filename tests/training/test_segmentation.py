@@ -9,7 +9,7 @@ import torch
 
 from lightspine.data.segmentation import SlidingWindowInference
 from lightspine.dense import load_network
-from lightspine.dense.segmentation_metrics import SegmentationMetrics
+from lightspine.dense.metrics import SegmentationMetrics
 from lightspine.errors import UsageError
 from lightspine.training.resume import TrainingInterruptedError
 from support.coco import unpack

@@ -1,4 +1,4 @@
-"""Detectors and segmenters by the names of their head and model, and files of them."""
+"""Create, load, save and score detectors and segmenters."""
 
 from lightspine.dense.checkpoint import DenseNetwork as DenseNetwork
 from lightspine.dense.checkpoint import NetworkMetadata as NetworkMetadata

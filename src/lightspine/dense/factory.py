@@ -7,7 +7,6 @@ from typing import Any, get_args
 from lightspine.dense.checkpoint import (
     DenseNetwork,
     NetworkMetadata,
-    is_network_file,
     load_pretrained,
     read_network_metadata,
 )
@@ -18,7 +17,7 @@ from lightspine.heads.features import MapNorm
 from lightspine.heads.mask_rcnn import MaskRCNN
 from lightspine.heads.retinanet import RetinaNet
 from lightspine.heads.segmenters import Segmenter, SegmenterName
-from lightspine.models.checkpoint import Weights
+from lightspine.models.checkpoint import Checkpoint, Weights, read_checkpoint
 from lightspine.models.factory import create_model
 
 
@@ -39,26 +38,26 @@ def create_detector(
 
     Args:
         head: "retinanet", "mask_rcnn" or "cascade_mask_rcnn".
-        model: name of the model that gives the maps.
-        num_classes: classes of objects, background not counted.
-        checkpoint: weights to start from: those of the model's classifier, or a file of `save_network` with
-            the same head and model. Of the latter, the layers that depend on the number of classes are made
-            anew where that differs.
-        weights: which entry of a classifier's file: "model" (as trained, what all five papers' dense tasks
-            start from), "ema", or "auto" for the one whose score is published.
+        model: name of the backbone model.
+        num_classes: object classes, without background.
+        checkpoint: initial weights: a classifier checkpoint of the model, or a file of `save_network` with
+            the same head and model, whose class-dependent layers are left out if the number of classes
+            differs.
+        weights: entry of a classifier checkpoint: "model" (as trained; all five papers start dense tasks from
+            it), "ema", or "auto" for the one whose score is published.
         model_args: further arguments of the model, such as `drop_path_rate`.
-        norm: see `lightspine.heads.FeatureBackbone`, also for what the papers set.
-        freeze_batch_norm: likewise.
-        frozen_stages: likewise.
+        norm: see `lightspine.heads.FeatureBackbone`, which also lists the published settings.
+        freeze_batch_norm: see `lightspine.heads.FeatureBackbone`.
+        frozen_stages: see `lightspine.heads.FeatureBackbone`.
         **head_args: see `lightspine.heads.build_detector`: `channels`, `resize`, `score_threshold`,
             `detections_per_image`, `anchor_scale`.
 
     Returns:
-        torchvision's detector: see `lightspine.heads.build_detector` for what it takes and gives.
-        `load_report` tells what became of the checkpoint's tensors.
+        A detector with torchvision's interface, see `lightspine.heads.build_detector`. Its `load_report`
+        describes which tensors of the checkpoint were loaded.
 
     Raises:
-        UsageError: an unknown name or argument, a value out of its range, a file of another head or model.
+        UsageError: an unknown name or argument, a value out of range, a file of another head or model.
         LightspineError: the checkpoint cannot be read or does not fit.
 
     Examples:
@@ -67,15 +66,11 @@ def create_detector(
     """
     if head not in get_args(DetectorName):
         raise UsageError(f"expected a detector among {', '.join(get_args(DetectorName))}, got {head!r}")
-    options = {
-        "model_args": model_args or {},
-        "norm": norm,
-        "freeze_batch_norm": freeze_batch_norm,
-        **head_args,
-    }
-    backbone = _backbone(model, checkpoint, weights, options, frozen_stages)
+    options = _collect_options(model_args, norm, freeze_batch_norm, head_args)
+    opened = None if checkpoint is None else read_checkpoint(checkpoint)
+    backbone = _create_backbone(model, opened, weights, options, frozen_stages)
     network = build_detector(head, backbone, num_classes, **head_args)
-    return _finish(network, head, model, num_classes, options, checkpoint)
+    return _initialize(network, head, model, num_classes, options, opened)
 
 
 def create_segmenter(
@@ -95,23 +90,23 @@ def create_segmenter(
 
     Args:
         head: "semantic_fpn" or "upernet".
-        model: as in `create_detector`, with all that follows.
-        num_classes: classes of pixels.
-        checkpoint: likewise.
-        weights: likewise.
-        model_args: likewise.
-        norm: likewise.
-        freeze_batch_norm: likewise.
-        frozen_stages: likewise.
+        model: see `create_detector`.
+        num_classes: number of classes.
+        checkpoint: see `create_detector`.
+        weights: see `create_detector`.
+        model_args: see `create_detector`.
+        norm: see `create_detector`.
+        freeze_batch_norm: see `create_detector`.
+        frozen_stages: see `create_detector`.
         **head_args: see `lightspine.heads.build_segmenter`: `channels`, `dropout`, `auxiliary_weight`,
             `ignore_index`.
 
     Returns:
-        The segmenter: normalised images (B, C, H, W) in, logits (B, num_classes, H, W) out.
+        The segmenter: normalized images (B, C, H, W) to logits (B, num_classes, H, W).
 
     Raises:
-        UsageError: as `create_detector`.
-        LightspineError: as `create_detector`.
+        UsageError: see `create_detector`.
+        LightspineError: see `create_detector`.
 
     Examples:
         >>> from lightspine.dense import create_segmenter
@@ -119,49 +114,57 @@ def create_segmenter(
     """
     if head not in get_args(SegmenterName):
         raise UsageError(f"expected a segmenter among {', '.join(get_args(SegmenterName))}, got {head!r}")
-    options = {
+    options = _collect_options(model_args, norm, freeze_batch_norm, head_args)
+    opened = None if checkpoint is None else read_checkpoint(checkpoint)
+    backbone = _create_backbone(model, opened, weights, options, frozen_stages)
+    network = build_segmenter(head, backbone, num_classes, **head_args)
+    return _initialize(network, head, model, num_classes, options, opened)
+
+
+def load_network(source: str | Path | Checkpoint, **head_args: Any) -> tuple[DenseNetwork, NetworkMetadata]:
+    """Build a detector or segmenter from a file of `save_network` and load its weights.
+
+    Args:
+        source: the file, or an opened checkpoint.
+        **head_args: arguments of the head that replace those in the file, such as `score_threshold`.
+
+    Returns:
+        The network in evaluation mode, and its description.
+
+    Raises:
+        UsageError: the file does not exist or holds no detector or segmenter.
+        LightspineError: the file cannot be read or does not fit.
+    """
+    checkpoint = read_checkpoint(source)
+    metadata = read_network_metadata(checkpoint)
+    metadata = replace(metadata, options=metadata.options | head_args)
+    create: Any = create_detector if metadata.kind == "detector" else create_segmenter
+    network: DenseNetwork = create(metadata.head, metadata.model, metadata.num_classes, **metadata.options)
+    network.load_report = load_pretrained(network, checkpoint)
+    return network.eval(), metadata
+
+
+def feature_backbone(network: DenseNetwork) -> FeatureBackbone:
+    """Return the backbone of a detector or segmenter."""
+    inner: Any = network.backbone
+    return inner if isinstance(inner, FeatureBackbone) else inner.backbone
+
+
+def _collect_options(
+    model_args: dict[str, Any] | None, norm: MapNorm, freeze_batch_norm: bool, head_args: dict[str, Any]
+) -> dict[str, Any]:
+    """Collect the arguments that `save_network` saves."""
+    return {
         "model_args": model_args or {},
         "norm": norm,
         "freeze_batch_norm": freeze_batch_norm,
         **head_args,
     }
-    backbone = _backbone(model, checkpoint, weights, options, frozen_stages)
-    network = build_segmenter(head, backbone, num_classes, **head_args)
-    return _finish(network, head, model, num_classes, options, checkpoint)
 
 
-def load_network(path: str | Path, **head_args: Any) -> tuple[DenseNetwork, NetworkMetadata]:
-    """Build the detector or segmenter of a file that `save_network` wrote.
-
-    Args:
-        path: the file.
-        **head_args: arguments of the head that take the place of those in the file, such as
-            `score_threshold`.
-
-    Returns:
-        The network in evaluation mode, and what is known about it.
-
-    Raises:
-        UsageError: no such file, or one of a classifier.
-        LightspineError: the file cannot be read or does not fit.
-    """
-    saved = read_network_metadata(path)
-    saved = replace(saved, options=saved.options | head_args)
-    create: Any = create_detector if saved.kind == "detector" else create_segmenter
-    network: DenseNetwork = create(saved.head, saved.model, saved.num_classes, **saved.options)
-    network.load_report = load_pretrained(network, path)
-    return network.eval(), saved
-
-
-def feature_backbone(network: DenseNetwork) -> FeatureBackbone:
-    """Return the part of a detector or segmenter that gives the maps."""
-    inner: Any = network.backbone
-    return inner if isinstance(inner, FeatureBackbone) else inner.backbone
-
-
-def _backbone(
+def _create_backbone(
     model: str,
-    checkpoint: str | Path | None,
+    checkpoint: Checkpoint | None,
     weights: Weights,
     options: dict[str, Any],
     frozen_stages: int | None,
@@ -170,9 +173,9 @@ def _backbone(
     for name in ("features_only", "num_classes", "checkpoint", "weights"):
         if name in arguments:
             raise UsageError(f"expected model_args without {name}, which the head determines")
-    classifier = None if checkpoint is None or is_network_file(checkpoint) else checkpoint
     if frozen_stages is not None and checkpoint is None and not arguments.get("pretrained"):
         raise UsageError(f"frozen stages of {model} would keep random weights: give a checkpoint")
+    classifier = None if checkpoint is None or checkpoint.is_dense else checkpoint
     try:
         maps = create_model(model, checkpoint=classifier, weights=weights, features_only=True, **arguments)
     except TypeError as error:
@@ -187,15 +190,15 @@ def _backbone(
     )
 
 
-def _finish(
+def _initialize(
     network: Any,
     head: str,
     model: str,
     num_classes: int,
     options: dict[str, Any],
-    checkpoint: str | Path | None,
+    checkpoint: Checkpoint | None,
 ) -> Any:
-    """Note how the network was made, for its file, and load a file of such a network."""
+    """Record the arguments that `save_network` needs, and load a detector's or segmenter's checkpoint."""
     network.init_args = {
         "name": f"{head} over {model}",
         "head": head,
@@ -203,7 +206,7 @@ def _finish(
         "num_classes": num_classes,
         "options": options,
     }
-    if checkpoint is not None and is_network_file(checkpoint):
+    if checkpoint is not None and checkpoint.is_dense:
         network.load_report = load_pretrained(network, checkpoint)
     elif checkpoint is not None:
         network.load_report = feature_backbone(network).load_report

@@ -1,4 +1,4 @@
-"""Evaluation of and prediction with classifiers."""
+"""Evaluate and predict with classifiers."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -15,19 +15,23 @@ from lightspine.data.dataset import Batch
 from lightspine.data.transforms import create_eval_transform
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.classifiers import Weights, class_names, find_preprocessing, load_classifier
+from lightspine.evaluation.common import check_loader_options, describe_environment, hash_file
 from lightspine.evaluation.eval_datasets import open_eval_dataset
-from lightspine.evaluation.metrics import LARGEST_REPORTED, ClassificationMetrics
-from lightspine.evaluation.report import describe_device, describe_software, hash_file
+from lightspine.evaluation.metrics import ClassificationMetrics
+from lightspine.models.checkpoint import Checkpoint
 from lightspine.utils.devices import check_device, synchronize
 from lightspine.utils.image_files import open_image
 from lightspine.utils.progress import progress_bar
 
+_MAX_REPORTED_CONFUSION_CLASSES = 200
+"""With more classes the confusion matrix would dominate the report; `classes.csv` has its main entries."""
+
 
 def evaluate(
-    model: str | Path,
+    model: str | Path | Checkpoint,
     data: str | Path,
     *,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     weights: Weights = "auto",
     val_fraction: float | None = None,
     seed: int = 0,
@@ -40,62 +44,69 @@ def evaluate(
     device: str = "cpu",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Measure how often a checkpoint is right.
+    """Evaluate a classifier: top-1, top-5, loss, per-class accuracy, confusion matrix and throughput.
 
     Args:
-        model: a checkpoint file, or the name of a model together with `checkpoint`.
-        data: a folder `val/CLASS/*` or `CLASS/*`; the folders' names are matched with the class names of the
-            checkpoint, so a folder with some of its classes will do. For ImageNet's 1000 classes the folders
-            may be called by WordNet ids or class numbers, and `val` may be flat with its list beside it
+        model: a checkpoint, an exported `.onnx` file, or a model name together with `checkpoint`.
+        data: folder `val/CLASS/*` or `CLASS/*`, whose folder names are matched with the checkpoint's class
+            names and may be a subset of them. For ImageNet's 1000 classes the folders may be named by WordNet
+            ids or class indices, and `val` may be flat with its label list beside it
             (`lightspine.data.imagenet.list_imagenet_val`). Or shards: a `.tar` file, a pattern such as
-            `val-{000..012}.tar`, a folder of them. Or "digits" for the held-out digits.
-        checkpoint: the file of weights for a model's name.
-        weights: "model" (as trained), "ema" (their average), or "auto" for those whose score is published.
-        val_fraction: measure only on the share of `CLASS/*` that a training with the same fraction and seed
-            held out; without it all images of such a folder count.
-        seed: of the held-out share.
-        class_mapping: a file that says which classes the folders or images mean
-            (`lightspine.data.load_class_mapping`), or "imagenet" to go by the folders' names. Where it has a
-            part of the classes the model chooses among those only, as ImageNet-A and -R are scored.
-        image_size: height and width in pixels instead of the checkpoint's own.
-        crop_pct: see `find_preprocessing`; the checkpoint's own without it.
-        crop_mode: see `find_preprocessing`; the checkpoint's own without it.
+            `val-{000..012}.tar`, or a folder of them. Or "digits" for the test split of the digits.
+        checkpoint: the weights for a model name.
+        weights: "model" (as trained), "ema" (their average), or "auto" for the ones whose score is published.
+        val_fraction: evaluate only the validation split of `CLASS/*` that a training with the same fraction
+            and seed holds out; default: all images.
+        seed: seed of the validation split.
+        class_mapping: file that maps folders or images to classes (`lightspine.data.load_class_mapping`), or
+            "imagenet" for folders named by WordNet ids or class indices. If it covers a subset of the
+            classes, only these may be predicted, as for ImageNet-A and -R.
+        image_size: height and width in pixels; default: the checkpoint's.
+        crop_pct: see `find_preprocessing`; default: the checkpoint's.
+        crop_mode: see `find_preprocessing`; default: the checkpoint's.
         batch_size: images per forward pass.
-        num_workers: processes that read images; 0 reads in this one.
-        device: torch's name of the device.
-        progress: show a bar on the standard error.
+        num_workers: data loader processes; 0 loads in this process.
+        device: PyTorch device.
+        progress: show a progress bar on standard error.
 
     Returns:
         The report, plain values only: `model`, `checkpoint`, `checkpoint_sha256`, `weights` ("ema" or "raw";
-        None for a file with one set of weights, which does not say), `parameters`, `data`, `split`,
-        `listing_sha256` (of the images' names and classes), `images`;
+        None for a file with a single set of weights), `parameters`, `data`, `split`, `listing_sha256` (of
+        image names and classes), `images`;
         `top1` and `top5` in percent (`top5` is None with five classes or fewer), `loss`;
-        `classes` (`images`, `top1`, `top5`, `predicted`, `confused_with` of each; None where an image may
-        have several right classes, as the loss then is);
-        `confusion` (rows: true class, columns: predicted; None above 200 classes);
-        `candidates` (how many classes the model chose among); `skipped` (path -> reason); `preprocessing`;
-        `loaded` (what became of the file's tensors);
-        `throughput` (`images_per_second` with the reading of images, `model_images_per_second` without; both
-        leave the first of several batches out); `arguments` of this call; `device`, `threads`; `versions`.
+        `classes` (`images`, `top1`, `top5`, `predicted`, `confused_with` per class; None, like the loss, if
+        an image may have several correct classes);
+        `confusion` (rows: true class, columns: predicted class; None above 200 classes);
+        `candidates` (number of classes that may be predicted); `skipped` (path -> reason); `preprocessing`;
+        `loaded` (load report of the checkpoint);
+        `throughput` (`images_per_second` with data loading, `model_images_per_second` without; both exclude
+        the first of several batches); `arguments` of this call; `device`, `threads`; `versions`.
 
     Raises:
-        UsageError: a wrong model, folder, class or value.
-        LightspineError: the checkpoint, or every image, cannot be read; the model gives no finite values.
+        UsageError: an invalid model, folder, class or value.
+        LightspineError: the checkpoint or every image cannot be read, or the model gives non-finite values.
     """
-    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in locals().items()}
-    if batch_size < 1 or num_workers < 0:
-        raise UsageError(
-            f"expected a batch size of at least 1 and 0 or more workers, got {batch_size} and {num_workers}"
-        )
+    arguments = {
+        key: str(value)
+        if isinstance(value, Path)
+        else value.label
+        if isinstance(value, Checkpoint)
+        else value
+        for key, value in locals().items()
+    }
+    check_loader_options(batch_size, num_workers)
     check_device(device)
-    network, saved = load_classifier(model, checkpoint, weights=weights)
-    preprocessing = find_preprocessing(saved, image_size=image_size, crop_pct=crop_pct, crop_mode=crop_mode)
+    file = arguments["checkpoint"] or arguments["model"]
+    network, metadata = load_classifier(model, checkpoint, weights=weights)
+    preprocessing = find_preprocessing(
+        metadata, image_size=image_size, crop_pct=crop_pct, crop_mode=crop_mode
+    )
     num_classes = int(getattr(network, "num_classes", 0))
     if num_classes < 2:
-        raise UsageError(f"expected a checkpoint with a classifier, but {checkpoint or model} has none")
+        raise UsageError(f"expected a checkpoint with a classifier, but {file} has none")
     images = open_eval_dataset(
         data,
-        saved,
+        metadata,
         preprocessing,
         num_classes,
         val_fraction=val_fraction,
@@ -107,16 +118,17 @@ def evaluate(
         num_classes, right_classes=images.right_classes, candidates=images.candidates
     )
     batches = progress_bar(loader, "evaluating", shown=progress)
-    run = _score(network.to(device), batches, metrics, device)
+    run = _score_batches(network.to(device), batches, metrics, device)
     if metrics.num_images == 0:
         raise LightspineError(f"none of the images of {data} can be used; {next(iter(run.skipped.values()))}")
     report = getattr(network, "load_report", None)
+    has_confusion = metrics.confusion is not None and num_classes <= _MAX_REPORTED_CONFUSION_CLASSES
     return {
-        "model": saved.name,
-        "checkpoint": str(checkpoint or model),
-        "checkpoint_sha256": hash_file(checkpoint or model),
-        "weights": _used_weights(report),
-        # An exported network has constants in their place.
+        "model": metadata.name,
+        "checkpoint": file,
+        "checkpoint_sha256": hash_file(file),
+        "weights": None if report is None or not report.entry else "ema" if report.is_ema else "raw",
+        # An exported network has constants instead of parameters.
         "parameters": sum(parameter.numel() for parameter in network.parameters()) or None,
         "data": str(data),
         "split": images.split,
@@ -124,47 +136,48 @@ def evaluate(
         "images": metrics.num_images,
         **metrics.compute(),
         "classes": metrics.per_class(images.class_names),
-        "confusion": _reported_confusion(metrics),
+        "confusion": metrics.confusion.tolist() if has_confusion and metrics.confusion is not None else None,
         "candidates": metrics.num_candidates,
         "skipped": run.skipped,
         "preprocessing": preprocessing.to_dict(),
         "loaded": str(report or ""),
         "throughput": run.throughput(),
         "arguments": arguments,
-        "device": describe_device(device),
-        "threads": torch.get_num_threads(),
-        "versions": describe_software(),
+        **describe_environment(device),
     }
 
 
 @dataclass
 class _Run:
-    """What scoring met on its way, and how long it took; the first of several batches warms up."""
+    """Skipped images, and per batch the number of images, total seconds and seconds in the model."""
 
     skipped: dict[str, str] = field(default_factory=dict)
     timed: list[tuple[int, float, float]] = field(default_factory=list)
 
     def throughput(self) -> dict[str, float]:
+        # The first batch warms up.
         timed = self.timed[1:] or self.timed
         count = sum(images for images, _, _ in timed)
         return {
-            "images_per_second": round(count / sum(whole for _, whole, _ in timed), 2),
+            "images_per_second": round(count / sum(total for _, total, _ in timed), 2),
             "model_images_per_second": round(count / sum(forward for _, _, forward in timed), 2),
         }
 
 
-def _score(network: nn.Module, batches: Iterable[Batch], metrics: ClassificationMetrics, device: str) -> _Run:
+def _score_batches(
+    network: nn.Module, batches: Iterable[Batch], metrics: ClassificationMetrics, device: str
+) -> _Run:
     run = _Run()
-    with _evaluating(network), torch.inference_mode():
+    with _evaluation_mode(network), torch.inference_mode():
         started = time.perf_counter()
         for images, labels, bad in batches:
             run.skipped.update((image.path, image.reason) for image in bad)
             if len(images) == 0:
                 continue
-            arrived = time.perf_counter()
+            loaded = time.perf_counter()
             logits = network(images.to(device))
             synchronize(device)
-            forward = time.perf_counter() - arrived
+            forward = time.perf_counter() - loaded
             metrics.update(logits.float().cpu(), labels)
             ended = time.perf_counter()
             run.timed.append((len(images), ended - started, forward))
@@ -173,7 +186,7 @@ def _score(network: nn.Module, batches: Iterable[Batch], metrics: Classification
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def _evaluation_mode(network: nn.Module) -> Iterator[None]:
     training = network.training
     network.eval()
     try:
@@ -182,21 +195,9 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
         network.train(training)
 
 
-def _used_weights(report: Any) -> str | None:
-    if report is None or not report.entry:
-        return None
-    return "ema" if report.is_ema else "raw"
-
-
-def _reported_confusion(metrics: ClassificationMetrics) -> list[list[int]] | None:
-    if metrics.confusion is None or metrics.num_classes > LARGEST_REPORTED:
-        return None
-    return metrics.confusion.tolist()
-
-
 @dataclass(frozen=True)
 class ClassScore:
-    """One class and its probability, from 0 to 1."""
+    """A class name and its probability, from 0 to 1."""
 
     name: str
     probability: float
@@ -204,17 +205,17 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of one image, the likeliest first."""
+    """The top classes of one image, most probable first."""
 
     path: Path
     classes: list[ClassScore]
 
 
 def predict(
-    model: str | Path,
+    model: str | Path | Checkpoint,
     images: Iterable[str | Path],
     *,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     weights: Weights = "auto",
     topk: int = 5,
     image_size: int | None = None,
@@ -222,24 +223,24 @@ def predict(
     crop_mode: str | None = None,
     device: str = "cpu",
 ) -> list[Prediction]:
-    """Tell the likeliest classes of image files.
+    """Predict the top classes of image files.
 
     Args:
-        model: a checkpoint file, or the name of a model together with `checkpoint`.
+        model: a checkpoint, an exported `.onnx` file, or a model name together with `checkpoint`.
         images: image files.
-        checkpoint: the file of weights for a model's name.
-        weights: "model" (as trained), "ema" (their average), or "auto" for those whose score is published.
-        topk: how many classes to tell; at most all.
-        image_size: height and width in pixels instead of the checkpoint's own.
+        checkpoint: the weights for a model name.
+        weights: "model" (as trained), "ema" (their average), or "auto" for the ones whose score is published.
+        topk: number of classes, limited to those of the model.
+        image_size: height and width in pixels; default: the checkpoint's.
         crop_pct: see `lightspine.evaluation.classifiers.find_preprocessing`.
-        crop_mode: likewise.
-        device: torch's name of the device.
+        crop_mode: see `lightspine.evaluation.classifiers.find_preprocessing`.
+        device: PyTorch device.
 
     Returns:
         One prediction per image, in the order of `images`.
 
     Raises:
-        UsageError: a name without a checkpoint, a missing or too small image, topk below 1.
+        UsageError: a model name without a checkpoint, a missing or too small image, or topk below 1.
         LightspineError: an image or the checkpoint cannot be read; the message names it.
 
     Examples:
@@ -250,19 +251,19 @@ def predict(
     if topk < 1:
         raise UsageError(f"expected topk of at least 1, got {topk}")
     check_device(device)
-    network, saved = load_classifier(model, checkpoint, weights=weights)
+    network, metadata = load_classifier(model, checkpoint, weights=weights)
     network = network.to(device)
     transform = create_eval_transform(
-        find_preprocessing(saved, image_size=image_size, crop_pct=crop_pct, crop_mode=crop_mode)
+        find_preprocessing(metadata, image_size=image_size, crop_pct=crop_pct, crop_mode=crop_mode)
     )
     names: list[str] | None = None
     predictions = []
     for path in images:
-        # One at a time: official models take any number, and a bad file is named before the rest is read.
+        # One image at a time, so that an unreadable file is reported before the others are read.
         pixels = transform(open_image(path)).unsqueeze(0).to(device)
         with torch.inference_mode():
             probabilities = network(pixels)[0].float().softmax(dim=-1)
-        names = names or class_names(saved, len(probabilities))
+        names = names or class_names(metadata, len(probabilities))
         top = probabilities.topk(min(topk, len(probabilities)))
         scores = [
             ClassScore(names[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)

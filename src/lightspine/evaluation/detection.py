@@ -1,33 +1,34 @@
-"""Evaluation of detectors."""
+"""Evaluate detectors on COCO annotations."""
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightspine.data.detection import CocoAnnotations, DetectionDataset, collate_detection, read_coco
-from lightspine.data.detection.coco_paths import find_coco
+from lightspine.data.detection import DetectionDataset, collate_detection, find_coco, read_coco
 from lightspine.dense import load_network
-from lightspine.dense.coco_metrics import CocoMetrics
+from lightspine.dense.metrics import CocoMetrics
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.dense_common import (
+from lightspine.evaluation.common import (
     ThroughputTimer,
-    check_detection_options,
-    check_finite,
-    check_loading,
-    detect_by_size,
-    sort_by_size,
+    check_finite_weights,
+    check_loader_options,
+    describe_environment,
+    hash_file,
+    hash_names,
 )
-from lightspine.evaluation.report import describe_device, describe_software, hash_file
+from lightspine.models.checkpoint import Checkpoint, read_checkpoint
 from lightspine.utils.devices import check_device
 from lightspine.utils.progress import progress_bar
 
 
 def evaluate_detector(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     data: str | Path,
     *,
     images: str | Path | None = None,
@@ -41,104 +42,151 @@ def evaluate_detector(
     results: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Score the boxes and masks of a detector as COCO does.
+    """Evaluate the boxes and masks of a detector with COCO's metrics.
 
     Args:
-        checkpoint: a file of `lightspine.dense.save_network`.
-        data: a COCO file, or a folder with `annotations/instances_SPLIT.json` and the images in `SPLIT/`.
+        checkpoint: file of `lightspine.dense.save_network`, or an opened checkpoint.
+        data: COCO file, or a folder with `annotations/instances_SPLIT.json` and the images in `SPLIT/`.
             Categories are matched with the checkpoint's classes by name.
-        images: the folder of the images, where they lie elsewhere.
-        split: which one of the folder; by default the first of val2017, val, validation, valid and test.
-        resize: shorter and longest side that images are brought to, instead of the checkpoint's.
-        score_threshold: least score of a detection that counts, instead of the checkpoint's.
-        detections_per_image: most detections of an image, instead of the checkpoint's; scored with at least
-            COCO's 100.
-        batch_size: most images per forward pass, which are of one size: filled-up ones score otherwise.
-        num_workers: processes that read images; 0 reads in this one.
-        device: torch's name of the device.
-        results: a file for the detections in COCO's results format.
-        progress: show a bar on the standard error.
+        images: image folder, if it is not beside the annotations.
+        split: split of the folder; default: the first of val2017, val, validation, valid and test.
+        resize: shorter side and maximum longer side of the images; default: the checkpoint's.
+        score_threshold: minimum score of a detection; default: the checkpoint's.
+        detections_per_image: maximum number of detections per image; default: the checkpoint's. At least
+            COCO's 100 are evaluated.
+        batch_size: maximum number of images per forward pass. Batches hold images of one size, because
+            padding would change the detections.
+        num_workers: data loader processes; 0 loads in this process.
+        device: PyTorch device.
+        results: file for the detections in COCO's results format.
+        progress: show a progress bar on standard error.
 
     Returns:
-        The report, plain values only: `kind`, `model`, `head`, `checkpoint` and its hash, `data`, its hash,
-        `images`, `objects`, `scores` (kind -> the 12 numbers in percent, None where there is nothing to
-        average), `classes` (name -> kind -> AP), `skipped`, `problems` of the file, `options`, `throughput`,
-        `device`, `threads`, `versions`.
+        The report, plain values only: `kind`, `model`, `head`, `checkpoint` and its hash, `parameters`,
+        `data` and its hash, `listing_sha256`, `images`, `objects`, `scores` (kind -> 12 metrics in percent,
+        None if there is nothing to average), `classes` (name -> kind -> AP), `skipped` (path -> reason),
+        `problems` of the annotations, `options`, `throughput`, `device`, `threads`, `versions`.
 
     Raises:
-        UsageError: no detector, unknown classes, a value out of its range.
+        UsageError: no detector, other categories, or a value out of range.
         LightspineError: a file cannot be read or written, or no image can be used.
     """
-    check_loading(batch_size, num_workers)
+    check_loader_options(batch_size, num_workers)
     check_device(device)
     overrides = {
         "resize": resize,
         "score_threshold": score_threshold,
         "detections_per_image": detections_per_image,
     }
-    given = {name: value for name, value in overrides.items() if value is not None}
-    check_detection_options(given)
-    network, saved = load_network(checkpoint, **given)
-    if saved.kind != "detector":
-        raise UsageError(f"expected a detector in {checkpoint}, got {saved.head} over {saved.model}")
-    check_finite(network, checkpoint)
-    file, folder = find_coco(data, images, split)
-    annotations = read_coco(file, folder, masks=saved.head != "retinanet", class_names=saved.class_names)
-    if len(annotations.class_names) != saved.num_classes:
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    check_detection_options(overrides)
+    checkpoint = read_checkpoint(checkpoint)
+    network, metadata = load_network(checkpoint, **overrides)
+    if metadata.kind != "detector":
         raise UsageError(
-            f"expected {saved.num_classes} categories in {file}, found {len(annotations.class_names)}"
+            f"expected a detector in {checkpoint.label}, got {metadata.head} over {metadata.model}"
         )
-    most = max(saved.options.get("detections_per_image", 100), 100)
-    metrics = CocoMetrics(annotations, most_detections=most)
+    check_finite_weights(network, checkpoint.label)
+    file, folder = find_coco(data, images, split)
+    annotations = read_coco(
+        file, folder, masks=metadata.head != "retinanet", class_names=metadata.class_names
+    )
+    if len(annotations.class_names) != metadata.num_classes:
+        raise UsageError(
+            f"expected {metadata.num_classes} categories in {file}, found {len(annotations.class_names)}"
+        )
+    max_detections = max(metadata.options.get("detections_per_image", 100), 100)
+    metrics = CocoMetrics(annotations, max_detections=max_detections)
     loader = DataLoader(
-        # The true masks are scored as they stand in the file: none is drawn.
+        # Ground truth masks are evaluated in their encoded form, so the dataset need not decode them.
         DetectionDataset(replace(annotations, segmentations=None)),
         batch_size,
         sampler=sort_by_size(annotations.sizes),
         collate_fn=collate_detection,
         num_workers=num_workers,
     )
-    clock = ThroughputTimer(device)
+    timer = ThroughputTimer(device)
     skipped: dict[str, str] = {}
     network = network.to(device)
     with torch.inference_mode():
-        for batch in clock.reading(progress_bar(loader, "evaluating", shown=progress)):
+        for batch in timer.time_batches(progress_bar(loader, "evaluating", shown=progress)):
             skipped |= {bad.path: bad.reason for bad in batch.bad}
-            with clock.taking("network"):
+            with timer.measure("network"):
                 found = detect_by_size(network, [image.to(device) for image in batch.images])
-            with clock.taking("scoring"):
+            with timer.measure("scoring"):
                 metrics.update([int(target["image_id"]) for target in batch.targets], found)
-            clock.images += len(batch.images)
-    if not clock.images:
+            timer.images += len(batch.images)
+    if not timer.images:
         raise LightspineError(f"none of the images of {file} can be used; {next(iter(skipped.values()))}")
-    with clock.taking("scoring"):
-        numbers, classes = metrics.compute(), metrics.per_class()
+    with timer.measure("scoring"):
+        scores, classes = metrics.compute(), metrics.per_class()
     if results is not None:
         metrics.write_results(results)
     return {
-        "kind": saved.kind,
-        "model": saved.model,
-        "head": saved.head,
-        "checkpoint": str(checkpoint),
-        "checkpoint_sha256": hash_file(checkpoint),
+        "kind": metadata.kind,
+        "model": metadata.model,
+        "head": metadata.head,
+        "checkpoint": checkpoint.label,
+        "checkpoint_sha256": hash_file(checkpoint.label),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "data": str(file),
         "data_sha256": hash_file(file),
-        "listing_sha256": hash_listing(annotations),
-        "images": clock.images,
+        "listing_sha256": hash_names(annotations.files),
+        "images": timer.images,
         "objects": int((~annotations.crowd).sum()),
-        "scores": numbers,
+        "scores": scores,
         "classes": classes,
         "skipped": skipped,
         "problems": annotations.issues.sentences(),
-        "options": saved.options | {"most_detections": most, "batch_size": batch_size},
-        "throughput": clock.report(),
-        "device": describe_device(device),
-        "threads": torch.get_num_threads(),
-        "versions": describe_software(),
+        "options": metadata.options | {"max_detections": max_detections, "batch_size": batch_size},
+        "throughput": timer.report(),
+        **describe_environment(device),
     }
 
 
-def hash_listing(annotations: CocoAnnotations) -> str:
-    """Return the SHA-256 of the names of the images, in hexadecimal digits."""
-    return hashlib.sha256("\n".join(annotations.files).encode()).hexdigest()
+def check_detection_options(options: dict[str, Any]) -> None:
+    """Check options that override those of the checkpoint.
+
+    Raises:
+        UsageError: a score outside 0 to 1, detections_per_image below 1, or an invalid resize.
+    """
+    score, count = options.get("score_threshold", 0.0), options.get("detections_per_image", 1)
+    shorter, longest = options.get("resize", (1, 1))
+    if not 0 <= score <= 1:
+        raise UsageError(f"expected a score_threshold from 0 to 1, got {score}")
+    if count < 1:
+        raise UsageError(f"expected detections_per_image of at least 1, got {count}")
+    if not 1 <= shorter <= longest:
+        raise UsageError(
+            f"expected a resize of at least 1 px, the shorter side first, got {shorter} and {longest}"
+        )
+
+
+def sort_by_size(sizes: np.ndarray) -> list[int]:
+    """Return image positions grouped by size, largest first, so that running out of memory shows early.
+
+    Args:
+        sizes: (images, 2), height and width.
+    """
+    keys = (sizes[:, 1], sizes[:, 0], sizes.prod(axis=1))
+    order: list[int] = np.lexsort(keys)[::-1].tolist()
+    return order
+
+
+def detect_by_size(detector: Any, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """Run a detector on groups of images of one size, so that batching adds no padding.
+
+    Padding smaller images to the largest of a batch would change their detections.
+
+    Args:
+        detector: in evaluation mode.
+        images: each (3, H, W), 0..1.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for position, image in enumerate(images):
+        groups.setdefault(tuple(image.shape), []).append(position)
+    found: dict[int, dict[str, Tensor]] = {}
+    for positions in groups.values():
+        results = detector([images[position] for position in positions])
+        found |= dict(zip(positions, results, strict=True))
+    return [found[position] for position in range(len(images))]

@@ -1,4 +1,8 @@
-"""Draw what a detector or segmenter found into a PNG that can be read in colour and in grey."""
+"""Draw detections, class maps and confusion matrices as PNG, readable in color and in grayscale.
+
+torchvision's drawing functions have no outlines, hatching or legend, without which classes look alike in
+grayscale, so detections and class maps are drawn with matplotlib.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,13 +11,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import hsv_to_rgb
+from matplotlib.colors import PowerNorm, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import Stroke, withStroke
 from numpy.typing import ArrayLike
 from PIL import Image
 from scipy import ndimage
+from sklearn.metrics import ConfusionMatrixDisplay
 
 from lightspine.errors import UsageError
 from lightspine.utils.files import atomic_write
@@ -21,13 +26,15 @@ from lightspine.utils.files import atomic_write
 _DPI = 100
 _LEGEND_INCHES = 2.6
 _ROW_INCHES = 0.2
-_LETTERS = 26
-# Classes that are neighbours in the list differ in brightness too, so that grey prints tell them apart.
+_MAX_NAME_LENGTH = 26
+# Consecutive classes also differ in brightness, which tells them apart in grayscale.
 _BRIGHTNESS = (1.0, 0.55, 0.8)
 _SATURATION = (0.8, 0.5)
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 _HATCHES = ("", "///", "...", "xxx", "---", "\\\\\\", "ooo", "|||")
 _MIN_SIDE = 640
+# Up to these numbers of classes a confusion matrix shows values and names.
+_MAX_VALUES, _MAX_NAMES = 25, 50
 
 
 def draw_detections(
@@ -36,20 +43,20 @@ def draw_detections(
     class_names: Sequence[str],
     path: str | Path,
     *,
-    least_score: float = 0.5,
+    min_score: float = 0.5,
 ) -> int:
-    """Draw boxes with class and score and, where there are masks, their outlines and tint, as PNG.
+    """Draw boxes with class and score and, if given, masks with outlines.
 
     Args:
         image: 8-bit RGB.
-        detections: `boxes` (N, 4), left, top, right, bottom in pixels of the image; `labels` (N,), class + 1;
-            `scores` (N,), or none for the true objects; `masks` (N, H, W) or (N, 1, H, W), 0..1, if wanted.
-        class_names: in the order of the classes.
-        path: the PNG file.
-        least_score: of what is drawn.
+        detections: `boxes` (N, 4), left, top, right, bottom in image pixels; `labels` (N,), class + 1;
+            optionally `scores` (N,), absent for ground truth, and `masks` (N, H, W) or (N, 1, H, W), 0..1.
+        class_names: one name per class.
+        path: PNG file to write.
+        min_score: minimum score of the drawn detections.
 
     Returns:
-        How many detections were drawn.
+        Number of drawn detections.
 
     Raises:
         UsageError: masks of another size than the image.
@@ -58,16 +65,16 @@ def draw_detections(
     boxes = np.asarray(detections["boxes"], dtype=np.float64).reshape(-1, 4)
     labels = np.asarray(detections["labels"], dtype=np.int64) - 1
     scores = None if "scores" not in detections else np.asarray(detections["scores"], dtype=np.float64)
-    drawn = np.arange(len(boxes)) if scores is None else np.flatnonzero(scores >= least_score)
-    # The largest first: a small object inside a large one stays to be seen.
+    drawn = np.arange(len(boxes)) if scores is None else np.flatnonzero(scores >= min_score)
+    # Largest first, so that small objects inside large ones stay visible.
     drawn = drawn[np.argsort(-np.prod(boxes[drawn, 2:] - boxes[drawn, :2], axis=1), kind="stable")]
     figure, axes, scale = _canvas(image, legend=False)
     if "masks" in detections and len(drawn):
         _draw_masks(axes, image, _squeeze_masks(detections["masks"])[drawn], labels[drawn], scale)
     crowded = len(drawn) > 30
     for number in drawn:
-        _draw_box(axes, boxes[number], _colour(labels[number]), scale)
-        # Hundreds of tags would hide what they name; one class needs none.
+        _draw_box(axes, boxes[number], _class_color(labels[number]), scale)
+        # Hundreds of tags would cover the objects; a single class needs none.
         if not (crowded and len(class_names) == 1):
             text = class_names[labels[number]] + ("" if scores is None else f" {scores[number]:.2f}")
             _draw_tag(axes, boxes[number], text, small=crowded)
@@ -84,21 +91,22 @@ def draw_classes(
     ignored: int = 255,
     opacity: float = 0.6,
 ) -> None:
-    """Draw a class map over its image with a legend of the classes that are in it, as PNG.
+    """Draw a class map over its image, with a legend of its classes.
 
-    Classes differ in colour and hatching, borders are lines, and large regions carry the number that the
-    legend gives: each can be told from the others without colour too.
+    Classes differ in color and hatching, borders are drawn as lines, and large regions carry the class index
+    of the legend, so that the picture is readable without color.
 
     Args:
         image: 8-bit RGB.
         classes: (H, W), class of each pixel.
-        class_names: in the order of the classes.
-        path: the PNG file.
-        ignored: value of pixels without a class, which are left as they are.
-        opacity: of the colours, from 0 to 1.
+        class_names: one name per class.
+        path: PNG file to write.
+        ignored: value of pixels without a class, which are not drawn.
+        opacity: opacity of the colors, from 0 to 1.
 
     Raises:
-        UsageError: classes of another size than the image, or without a name; an opacity outside 0 to 1.
+        UsageError: a class map of another size than the image, a class without a name, or an opacity outside
+            0 to 1.
         LightspineError: the file cannot be written.
     """
     found = np.asarray(classes)
@@ -113,13 +121,13 @@ def draw_classes(
         raise UsageError(f"expected classes from 0 to {len(class_names) - 1}, got {numbers[-1]}")
     order = numbers[np.argsort(-counts, kind="stable")].tolist()
     figure, axes, scale = _canvas(image, legend=True, rows=len(order) + 1)
-    handles = [_draw_class(axes, found == number, number, opacity, scale) for number in order]
+    handles = [_fill_class(axes, found == number, number, opacity) for number in order]
     axes.contour(_borders(found), levels=[0.5], colors="white", linewidths=1.4)
     axes.contour(_borders(found), levels=[0.5], colors="black", linewidths=0.6)
     for number in order:
-        _number_region(axes, found == number, number, scale)
+        _label_region(axes, found == number, number, scale)
     share = {number: count / found.size for number, count in zip(numbers.tolist(), counts, strict=True)}
-    texts = [f"{number} {_shorten(class_names[number])}  {share[number]:.0%}" for number in order]
+    texts = [f"{number} {_truncate(class_names[number])}  {share[number]:.0%}" for number in order]
     figure.legend(
         handles,
         texts,
@@ -134,8 +142,80 @@ def draw_classes(
     _save(figure, path)
 
 
+def draw_confusion_matrix(
+    confusion: ArrayLike, names: Sequence[str], path: str | Path, *, title: str, unit: str = "images"
+) -> None:
+    """Draw a confusion matrix in percent of each true class, in grayscale.
+
+    Values are written for up to 25 classes and names for up to 50; more classes are labeled by their index.
+
+    Args:
+        confusion: (classes, classes) counts; rows are true classes, columns predicted ones.
+        names: one name per class.
+        path: PNG file to write.
+        title: title of the picture.
+        unit: what was counted.
+
+    Raises:
+        UsageError: a matrix that is not square, or another number of names.
+        LightspineError: the file cannot be written.
+    """
+    count, counts = len(names), np.asarray(confusion)
+    if not count or counts.shape != (count, count):
+        raise UsageError(
+            f"expected a square matrix with one name per row, got {'x'.join(map(str, counts.shape))} and "
+            f"{count} names"
+        )
+    totals = counts.sum(axis=1)
+    percent = 100 * counts / np.maximum(totals, 1)[:, None]
+    side = max(4.2, (0.5 if count <= _MAX_VALUES else 0.3) * count) if count <= _MAX_NAMES else 10.0
+    figure = Figure(figsize=(side + 2.6, side + 2.0), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    # A root scale makes rare confusions visible beside classes that are nearly always correct.
+    norm = PowerNorm(0.5 if count <= _MAX_NAMES else 0.3, vmin=0, vmax=100)
+    display = ConfusionMatrixDisplay(percent).plot(
+        ax=axes,
+        cmap="Greys",
+        include_values=count <= _MAX_VALUES,
+        values_format=".0f",
+        im_kw={"norm": norm, "interpolation": "nearest" if count <= _MAX_NAMES else "auto"},
+        text_kw={"fontsize": 8},
+        colorbar=False,
+    )
+    for row, column in np.ndindex(counts.shape) if display.text_ is not None else ():
+        text, value = display.text_[row, column], percent[row, column]
+        text.set_color("white" if value > 25 else "black")
+        if value < 0.5:
+            text.set_text("<1" if counts[row, column] else "")
+    if count <= _MAX_NAMES:
+        shown = [_truncate(name, 22) for name in names]
+        axes.set_xticks(range(count), shown, rotation=90 if max(map(len, shown)) > 2 else 0)
+        axes.set_yticks(
+            range(count), [f"{name} ({total})" for name, total in zip(shown, totals, strict=True)]
+        )
+        axes.tick_params(labelsize=8 if count <= _MAX_VALUES else 6.5, length=0)
+        # Lines between the cells are gray: white ones would be invisible beside empty cells.
+        axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="0.8", linewidth=0.4)
+        axes.tick_params(which="minor", length=0)
+        axes.set(xlabel="predicted", ylabel=f"true ({unit})")
+    else:
+        step = next(step for step in (10, 20, 50, 100, 200, 500, 1000) if count <= 12 * step or step == 1000)
+        axes.set_xticks(range(0, count, step), range(0, count, step))
+        axes.set_yticks(range(0, count, step), range(0, count, step))
+        axes.set(xlabel="predicted class index", ylabel="true class index")
+    axes.set_title(title, loc="left", fontsize=11)
+    ticks = [0, 1, 5, 10, 20, 40, 60, 80, 100]
+    bar = figure.colorbar(display.im_, ax=axes, fraction=0.046, pad=0.02, ticks=ticks)
+    bar.set_label(f"% of the {unit} of a true class", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    _save(figure, path)
+
+
 def _canvas(image: Image.Image, *, legend: bool, rows: int = 0) -> tuple[Figure, Axes, float]:
-    """Return a figure that shows the image, enlarged if it is small, and how many times enlarged."""
+    """Create a figure of the image, enlarged if it is small; returns figure, axes and enlargement factor."""
     scale = max(1.0, _MIN_SIDE / max(image.size))
     width, height = (side * scale / _DPI for side in image.size)
     full = (width + _LEGEND_INCHES * legend, max(height, rows * _ROW_INCHES + 0.2))
@@ -144,7 +224,7 @@ def _canvas(image: Image.Image, *, legend: bool, rows: int = 0) -> tuple[Figure,
     axes = figure.add_axes((0, 1 - height / full[1], width / full[0], height / full[1]))
     axes.imshow(image, interpolation="bilinear")
     axes.set_axis_off()
-    # What is drawn over the border must not change what is shown.
+    # Drawing over the border must not change the view.
     axes.set_autoscale_on(False)
     return figure, axes, scale
 
@@ -155,10 +235,10 @@ def _draw_masks(axes: Axes, image: Image.Image, masks: np.ndarray, labels: np.nd
         raise UsageError(f"expected masks of the image's size {size}, got {masks.shape[1:]}")
     layer = np.zeros((*size, 4))
     for mask, label in zip(masks >= 0.5, labels, strict=True):
-        layer[mask] = (*_colour(label), 0.35)
+        layer[mask] = (*_class_color(label), 0.35)
     axes.imshow(layer, interpolation="nearest")
     for mask in masks >= 0.5:
-        # A ring of zeros closes the outline of a mask that touches the border.
+        # Padding closes the outline of a mask that touches the border.
         outline = np.pad(mask.astype(np.float32), 1)
         if mask.any():
             x, y = np.arange(-1, size[1] + 1), np.arange(-1, size[0] + 1)
@@ -166,9 +246,9 @@ def _draw_masks(axes: Axes, image: Image.Image, masks: np.ndarray, labels: np.nd
             axes.contour(x, y, outline, levels=[0.5], colors="white", linewidths=0.8 if scale > 1 else 1.0)
 
 
-def _draw_box(axes: Axes, box: np.ndarray, colour: tuple[float, ...], scale: float) -> None:
+def _draw_box(axes: Axes, box: np.ndarray, color: tuple[float, ...], scale: float) -> None:
     left, top, right, bottom = box
-    # A coloured line between a dark and a light one is seen on any ground.
+    # A colored line between a dark and a light one is visible on any background.
     effects = [Stroke(linewidth=3.6, foreground="black"), withStroke(linewidth=2.4, foreground="white")]
     width = 1.2 if scale > 1 else 1.6
     axes.add_patch(
@@ -177,7 +257,7 @@ def _draw_box(axes: Axes, box: np.ndarray, colour: tuple[float, ...], scale: flo
             right - left,
             bottom - top,
             fill=False,
-            edgecolor=colour,
+            edgecolor=color,
             linewidth=width,
             path_effects=effects,
         )
@@ -199,24 +279,24 @@ def _draw_tag(axes: Axes, box: np.ndarray, text: str, *, small: bool) -> None:
     )
 
 
-def _draw_class(axes: Axes, mask: np.ndarray, number: int, opacity: float, scale: float) -> Patch:
+def _fill_class(axes: Axes, mask: np.ndarray, number: int, opacity: float) -> Patch:
     layer = np.zeros((*mask.shape, 4))
-    layer[mask] = (*_colour(number), opacity)
+    layer[mask] = (*_class_color(number), opacity)
     axes.imshow(layer, interpolation="nearest")
     hatch = _hatch(number)
     if hatch:
-        # Filled contours carry hatching; their own colour is left out.
+        # Only filled contours support hatching; their fill stays transparent.
         with_ring = np.pad(mask.astype(np.float32), 1)
         x, y = np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1)
         filled: Any = axes.contourf(x, y, with_ring, levels=[0.5, 2], colors="none", hatches=[hatch])
         filled.set_edgecolor((0, 0, 0, 0.55))
-        filled.set_linewidth(0 * scale)
-    red, green, blue = _colour(number)
+        filled.set_linewidth(0)
+    red, green, blue = _class_color(number)
     return Patch(facecolor=(red, green, blue, opacity), edgecolor="black", hatch=hatch, linewidth=0.8)
 
 
-def _number_region(axes: Axes, mask: np.ndarray, number: int, scale: float) -> None:
-    """Write the class's number into its largest region, where it is farthest from a border."""
+def _label_region(axes: Axes, mask: np.ndarray, number: int, scale: float) -> None:
+    """Write the class index into the largest region of a class, at the point farthest from its border."""
     regions, count = ndimage.label(mask)
     sizes = np.bincount(regions.ravel())[1:]
     if not count:
@@ -238,7 +318,7 @@ def _number_region(axes: Axes, mask: np.ndarray, number: int, scale: float) -> N
 
 
 def _borders(classes: np.ndarray) -> np.ndarray:
-    """Return 1 where a pixel's right or lower neighbour has another class."""
+    """Return 1 for pixels whose right or lower neighbor has another class."""
     border = np.zeros(classes.shape, dtype=np.float32)
     border[:, :-1] = classes[:, 1:] != classes[:, :-1]
     border[:-1] = np.maximum(border[:-1], classes[1:] != classes[:-1])
@@ -250,8 +330,8 @@ def _squeeze_masks(masks: ArrayLike) -> np.ndarray:
     return found[:, 0] if found.ndim == 4 else found
 
 
-def _colour(number: int) -> tuple[float, ...]:
-    """Return red, green and blue of a class: steps of the golden ratio keep the hues of any number apart."""
+def _class_color(number: int) -> tuple[float, ...]:
+    """Return the RGB color of a class; golden ratio steps spread the hues of any number of classes."""
     number = int(number)
     brightness = _BRIGHTNESS[number % len(_BRIGHTNESS)]
     saturation = _SATURATION[number // len(_BRIGHTNESS) % len(_SATURATION)]
@@ -262,8 +342,8 @@ def _hatch(number: int) -> str:
     return _HATCHES[int(number) % len(_HATCHES)]
 
 
-def _shorten(name: str) -> str:
-    return name if len(name) <= _LETTERS else name[: _LETTERS - 1] + "…"
+def _truncate(name: str, length: int = _MAX_NAME_LENGTH) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def _save(figure: Figure, path: str | Path) -> None:

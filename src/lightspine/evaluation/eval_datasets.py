@@ -31,22 +31,23 @@ from lightspine.models.checkpoint import ModelMetadata
 
 DIGITS = "digits"
 IMAGENET = "imagenet"
-"""The class mapping by the folders' own names: WordNet ids or class numbers of ImageNet-1k."""
+"""Class mapping by folder names: WordNet ids or class indices of ImageNet-1k."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDataset:
-    """What to score on.
+    """Labeled images for an evaluation.
 
     Attributes:
-        dataset: gives `Item`s, or whole batches where `collate` says so.
-        class_names: in the order of the checkpoint's class numbers.
-        split: which part of the data this is.
-        listing_sha256: of the lines "NAME<tab>CLASSES" of all images in order; paths relative to the data.
-        right_classes: the classes that count as right for each label of the dataset, where an image may
-            have several; a label is the class itself without it.
-        candidates: the classes that the model may choose among; all without it.
-        collate: of the data loader.
+        dataset: returns `Item`s, or samples for another `collate` function.
+        class_names: one name per class index of the checkpoint.
+        split: description of the part of the data.
+        listing_sha256: SHA-256 of the lines "NAME<tab>CLASSES" of all images in order, names relative to the
+            data.
+        right_classes: correct classes of each label, if images may have several; without it a label is the
+            class itself.
+        candidates: classes that may be predicted; default: all.
+        collate: `collate_fn` of the data loader.
     """
 
     dataset: Dataset
@@ -60,7 +61,7 @@ class EvalDataset:
 
 def open_eval_dataset(
     data: str | Path,
-    saved: ModelMetadata,
+    metadata: ModelMetadata,
     preprocessing: Preprocessing,
     num_classes: int,
     *,
@@ -68,23 +69,23 @@ def open_eval_dataset(
     seed: int = 0,
     class_mapping: str | Path | None = None,
 ) -> EvalDataset:
-    """Find the images and number their classes; see `lightspine.evaluation.evaluate` for the arguments.
+    """Open labeled images with the checkpoint's class indices; for the arguments see `evaluate`.
 
     Raises:
         UsageError: the data is missing, or its classes are not the checkpoint's.
-        LightspineError: a list of classes cannot be read.
+        LightspineError: a class list cannot be read.
     """
     if val_fraction is not None and (class_mapping is not None or is_shards(data)):
         raise UsageError("expected val_fraction with a folder of classes only, neither shards nor a mapping")
     if str(data) == DIGITS:
         if class_mapping is not None:
             raise UsageError("expected no class mapping for the digits, whose classes are their own")
-        return _digits(preprocessing, num_classes)
+        return _open_digits(preprocessing, num_classes)
     if class_mapping is not None:
-        return _mapped(Path(data), class_mapping, saved, preprocessing, num_classes)
+        return _open_mapped(Path(data), class_mapping, metadata, preprocessing, num_classes)
     if is_shards(data):
-        return _shards(data, saved, preprocessing, num_classes)
-    names, samples, split = _find_samples(Path(data), saved, num_classes, val_fraction, seed)
+        return _open_shards(data, metadata, preprocessing, num_classes)
+    names, samples, split = _find_samples(Path(data), metadata, num_classes, val_fraction, seed)
     _check_count(len(names), num_classes, str(data))
     return EvalDataset(
         dataset=ImageDataset(FileSource(samples), create_eval_transform(preprocessing)),
@@ -94,7 +95,7 @@ def open_eval_dataset(
     )
 
 
-def _digits(preprocessing: Preprocessing, num_classes: int) -> EvalDataset:
+def _open_digits(preprocessing: Preprocessing, num_classes: int) -> EvalDataset:
     _check_count(len(CLASS_NAMES), num_classes, "the digits")
     dataset = DigitsDataset("test", image_size=preprocessing.input_size[1])
     labels = [(str(position), str(label)) for position, label in enumerate(dataset.labels.tolist())]
@@ -103,14 +104,14 @@ def _digits(preprocessing: Preprocessing, num_classes: int) -> EvalDataset:
         class_names=CLASS_NAMES,
         split="test",
         listing_sha256=_hash_listing(labels),
-        collate=_as_is,
+        collate=_no_collate,
     )
 
 
-def _mapped(
+def _open_mapped(
     root: Path,
     mapping_file: str | Path,
-    saved: ModelMetadata,
+    metadata: ModelMetadata,
     preprocessing: Preprocessing,
     num_classes: int,
 ) -> EvalDataset:
@@ -131,7 +132,7 @@ def _mapped(
     ]
     return EvalDataset(
         dataset=ImageDataset(FileSource(samples), create_eval_transform(preprocessing)),
-        class_names=class_names(saved, num_classes),
+        class_names=class_names(metadata, num_classes),
         split="all images of the class mapping",
         listing_sha256=_hash_listing(
             [(_relative(image.path, root), ",".join(map(str, image.labels))) for image in found]
@@ -141,14 +142,18 @@ def _mapped(
     )
 
 
-def _shards(
-    data: str | Path, saved: ModelMetadata, preprocessing: Preprocessing, num_classes: int
+def _open_shards(
+    data: str | Path, metadata: ModelMetadata, preprocessing: Preprocessing, num_classes: int
 ) -> EvalDataset:
     source = ShardSource(data)
-    # Labels in shards are class numbers, class names or, for ImageNet, WordNet ids.
+    # Labels in shards are class indices, class names or, for ImageNet, WordNet ids.
     written = source.written_labels()
-    names = class_names(saved, num_classes)
-    ids = imagenet_synsets() if _knows_imagenet(saved, num_classes) and is_synset(written[0]) else names
+    names = class_names(metadata, num_classes)
+    ids = (
+        imagenet_synsets()
+        if _has_imagenet_classes(metadata, num_classes) and is_synset(written[0])
+        else names
+    )
     source.labels = encode_labels(written, ids, str(data))
     return EvalDataset(
         dataset=ImageDataset(source, create_eval_transform(preprocessing)),
@@ -161,41 +166,41 @@ def _shards(
 
 
 def _find_samples(
-    root: Path, saved: ModelMetadata, num_classes: int, val_fraction: float | None, seed: int
+    root: Path, metadata: ModelMetadata, num_classes: int, val_fraction: float | None, seed: int
 ) -> tuple[list[str], list[Sample], str]:
     val_root = next((root / name for name in VAL_SPLITS if (root / name).is_dir()), None)
     if val_fraction is None:
-        names, samples = _list(val_root or root, saved, num_classes)
+        names, samples = _list_samples(val_root or root, metadata, num_classes)
         return names, samples, val_root.name if val_root else "all images"
     if val_root is not None:
         raise UsageError(f"expected no val_fraction for {root}, which has a folder {val_root.name}")
     splits = scan_image_folder(root, val_fraction=val_fraction, seed=seed)
-    names = saved.class_names or splits.class_names
+    names = metadata.class_names or splits.class_names
     if unknown := sorted(set(splits.class_names) - set(names)):
         raise UsageError(f"class {unknown[0]} of {root} is not among the model's {len(names)} classes")
     samples = [Sample(path, names.index(splits.class_names[label])) for path, label in splits.val]
     return names, samples, f"{val_fraction:g} held out with seed {seed}"
 
 
-def _list(root: Path, saved: ModelMetadata, num_classes: int) -> tuple[list[str], list[Sample]]:
-    if not _knows_imagenet(saved, num_classes) or not root.is_dir():
-        return list_images(root, saved.class_names)
-    names = class_names(saved, num_classes)
+def _list_samples(root: Path, metadata: ModelMetadata, num_classes: int) -> tuple[list[str], list[Sample]]:
+    if not _has_imagenet_classes(metadata, num_classes) or not root.is_dir():
+        return list_images(root, metadata.class_names)
+    names = class_names(metadata, num_classes)
     if not any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir()):
         return names, list_imagenet_val(root, imagenet_synsets())
     folders = find_class_folders(root)
-    # In the order of the alphabet "10" comes before "2", and a part of the ids is not numbered from 0.
+    # Sorted folder names do not give the class indices: "10" precedes "2", and ids may be a subset.
     if all(is_synset(name) or name.isdecimal() for name in folders):
         found = imagenet_class_mapping(root).find(root)
         return names, [Sample(image.path, image.labels[0]) for image in found]
-    return list_images(root, saved.class_names)
+    return list_images(root, metadata.class_names)
 
 
-def _knows_imagenet(saved: ModelMetadata, num_classes: int) -> bool:
-    """Return whether the classes are those of ImageNet-1k; an official file of 1000 classes has no names."""
+def _has_imagenet_classes(metadata: ModelMetadata, num_classes: int) -> bool:
+    """Whether the classes are those of ImageNet-1k; official files with 1000 classes have no class names."""
     if num_classes != 1000:
         return False
-    return saved.class_names in (None, synset_descriptions(imagenet_synsets()))
+    return metadata.class_names in (None, synset_descriptions(imagenet_synsets()))
 
 
 def _check_count(found: int, expected: int, where: str) -> None:
@@ -214,5 +219,5 @@ def _hash_listing(rows: list[tuple[str, str]]) -> str:
     return digest.hexdigest()
 
 
-def _as_is(batch: Any) -> Any:
+def _no_collate(batch: Any) -> Any:
     return batch

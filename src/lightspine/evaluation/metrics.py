@@ -1,4 +1,7 @@
-"""Classification metrics: top-1, top-5, loss, per-class counts and the confusion matrix."""
+"""Classification metrics: top-1, top-5, loss, per-class counts and the confusion matrix.
+
+Not torchmetrics, which takes seconds to import and does not support several correct classes per image.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,21 +12,18 @@ from torch import Tensor
 
 from lightspine.errors import LightspineError
 
-LARGEST_CONFUSION = 2000
-"""With more classes the matrix of all pairs is not kept: it would take gigabytes."""
-
-LARGEST_REPORTED = 200
-"""With more classes the matrix would make the most of a report; `classes.csv` has what matters of it."""
+MAX_CONFUSION_CLASSES = 2000
+"""With more classes no confusion matrix is kept, which would take gigabytes."""
 
 
 class ClassificationMetrics:
-    """Counts what a classifier gets right.
+    """Accumulate classification metrics over batches.
 
     Args:
-        num_classes: of the classifier.
-        right_classes: the classes that count as right for each label, where there are several; such images
-            have no place in the counts per class, in the confusion matrix and in the loss.
-        candidates: the classes that may be chosen; the scores of the others are passed over.
+        num_classes: number of classes of the classifier.
+        right_classes: correct classes of each label, if an image may have several; there are then no
+            per-class counts, confusion matrix or loss.
+        candidates: classes that may be predicted; the logits of all others are ignored.
     """
 
     def __init__(
@@ -35,19 +35,19 @@ class ClassificationMetrics:
     ) -> None:
         self.num_classes = num_classes
         self.right_classes = right_classes
-        chosen_from = range(num_classes) if candidates is None else candidates
-        self.num_candidates = len(chosen_from)
-        self.ranks = min(5, self.num_candidates)
-        self.closed = torch.ones(num_classes, dtype=torch.bool)
-        self.closed[list(chosen_from)] = False
-        self.num_images = self.hits = self.near_hits = 0
+        candidate_classes = range(num_classes) if candidates is None else candidates
+        self.num_candidates = len(candidate_classes)
+        self.excluded = torch.ones(num_classes, dtype=torch.bool)
+        self.excluded[list(candidate_classes)] = False
+        self.num_images = self.top1_hits = self.top5_hits = 0
         self.loss = 0.0
+        # Rows: images, top-1 hits, top-5 hits and predictions of each class.
         self.class_counts = torch.zeros(4, num_classes, dtype=torch.int64)
-        keep = right_classes is None and num_classes <= LARGEST_CONFUSION
-        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64) if keep else None
+        keep_confusion = right_classes is None and num_classes <= MAX_CONFUSION_CLASSES
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64) if keep_confusion else None
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch.
+        """Add a batch.
 
         Args:
             logits: (N, classes), float32, on the CPU.
@@ -57,12 +57,10 @@ class ClassificationMetrics:
             LightspineError: a logit is not finite.
         """
         if not torch.isfinite(logits).all():
-            broken = int((~torch.isfinite(logits)).any(dim=1).sum())
-            raise LightspineError(
-                f"the model gives values that are not finite for {broken} images of a batch"
-            )
-        logits = logits.masked_fill(self.closed, -torch.inf)
-        ranked = logits.topk(self.ranks).indices
+            count = int((~torch.isfinite(logits)).any(dim=1).sum())
+            raise LightspineError(f"the model gives values that are not finite for {count} images of a batch")
+        logits = logits.masked_fill(self.excluded, -torch.inf)
+        ranked = logits.topk(min(5, self.num_candidates)).indices
         if self.right_classes is None:
             right = ranked == labels[:, None]
             self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
@@ -74,37 +72,36 @@ class ClassificationMetrics:
                     for row, classes in zip(ranked.tolist(), allowed, strict=True)
                 ]
             )
-        hit, near = right[:, 0], right.any(dim=1)
+        top1, top5 = right[:, 0], right.any(dim=1)
         self.num_images += len(labels)
-        self.hits += int(hit.sum())
-        self.near_hits += int(near.sum())
+        self.top1_hits += int(top1.sum())
+        self.top5_hits += int(top5.sum())
         if self.right_classes is None:
-            self._count_classes(labels, ranked[:, 0], hit, near)
+            self._update_classes(labels, ranked[:, 0], top1, top5)
 
-    def _count_classes(self, labels: Tensor, chosen: Tensor, hit: Tensor, near: Tensor) -> None:
+    def _update_classes(self, labels: Tensor, predicted: Tensor, top1: Tensor, top5: Tensor) -> None:
         size = self.num_classes
-        for row, members in enumerate((labels, labels[hit], labels[near], chosen)):
+        for row, members in enumerate((labels, labels[top1], labels[top5], predicted)):
             self.class_counts[row] += torch.bincount(members, minlength=size)
         if self.confusion is not None:
-            self.confusion += torch.bincount(labels * size + chosen, minlength=size**2).view(size, size)
+            self.confusion += torch.bincount(labels * size + predicted, minlength=size**2).view(size, size)
 
     def compute(self) -> dict[str, float | None]:
         """Return `top1` and `top5` in percent and the mean `loss`.
 
-        `top5` is None where there are five classes or fewer to choose among, `loss` where images have several
-        right classes.
+        `top5` is None with five candidate classes or fewer, `loss` if images have several correct classes.
         """
         return {
-            "top1": 100 * self.hits / self.num_images,
-            "top5": 100 * self.near_hits / self.num_images if self.num_candidates > 5 else None,
+            "top1": 100 * self.top1_hits / self.num_images,
+            "top5": 100 * self.top5_hits / self.num_images if self.num_candidates > 5 else None,
             "loss": self.loss / self.num_images if self.right_classes is None else None,
         }
 
     def per_class(self, names: Sequence[str]) -> dict[str, dict[str, Any]] | None:
-        """Return the counts of every class, or None where images have several right classes.
+        """Return the metrics of every class, or None if images have several correct classes.
 
-        `images`; `top1` and `top5` in percent; `predicted`: images of any class that were taken for it;
-        `confused_with` and `confused_images`: the class it is most often taken for when it is missed.
+        `images`; `top1` and `top5` in percent; `predicted`: number of images predicted as the class;
+        `confused_with` and `confused_images`: its most frequent wrong prediction.
         """
         if self.right_classes is not None:
             return None
@@ -112,21 +109,24 @@ class ClassificationMetrics:
         return {
             name: {
                 "images": images,
-                "top1": _percent(hits, images),
-                "top5": _percent(near, images) if self.num_candidates > 5 else None,
+                "top1": _percent(top1, images),
+                "top5": _percent(top5, images) if self.num_candidates > 5 else None,
                 "predicted": predicted,
             }
-            | self._confused(number, names)
-            for number, (name, (images, hits, near, predicted)) in enumerate(zip(names, counts, strict=True))
+            | self._most_confused(index, names)
+            for index, (name, (images, top1, top5, predicted)) in enumerate(zip(names, counts, strict=True))
         }
 
-    def _confused(self, number: int, names: Sequence[str]) -> dict[str, Any]:
+    def _most_confused(self, index: int, names: Sequence[str]) -> dict[str, Any]:
         if self.confusion is None:
             return {}
-        missed = self.confusion[number].clone()
-        missed[number] = 0
-        most = int(missed.max())
-        return {"confused_with": names[int(missed.argmax())] if most else None, "confused_images": most}
+        errors = self.confusion[index].clone()
+        errors[index] = 0
+        largest = int(errors.max())
+        return {
+            "confused_with": names[int(errors.argmax())] if largest else None,
+            "confused_images": largest,
+        }
 
 
 def _percent(part: int, whole: int) -> float | None:

@@ -1,4 +1,4 @@
-"""Predict objects or per-pixel classes with a detector or segmenter."""
+"""Predict objects or class maps of images with a detector or segmenter."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -17,24 +17,29 @@ from lightspine.data.segmentation import SlidingWindowInference
 from lightspine.dense import NetworkMetadata, load_network
 from lightspine.dense.checkpoint import read_network_metadata
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.dense_common import FiniteLogits, check_detection_options, check_finite
-from lightspine.evaluation.segmentation import choose_settings, choose_test, eval_transform
+from lightspine.evaluation.common import FiniteLogits, check_finite_weights
+from lightspine.evaluation.detection import check_detection_options
+from lightspine.evaluation.segmentation import choose_settings, choose_test, create_transform
+from lightspine.models.checkpoint import Checkpoint, read_checkpoint
 from lightspine.utils.devices import check_device
 from lightspine.utils.files import atomic_write, atomic_write_text
 from lightspine.utils.image_files import open_image
 from lightspine.utils.progress import progress_bar
 
+DEFAULT_SCORE_THRESHOLD = 0.5
+"""Minimum score of predicted objects, higher than the threshold for evaluation in the checkpoint."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DensePrediction:
-    """What was found in one image.
+    """Prediction of a detector or segmenter for one image.
 
     Attributes:
         path: the image.
-        objects: of a detector, the likeliest first: `name`, `score`, `box` (left, top, right, bottom in
-            pixels) and, with a mask head, `mask` (compressed run lengths, as in COCO files).
-        shares: of a segmenter: class name -> share of the pixels, the largest first.
-        picture: the drawing, if one was made.
+        objects: of a detector, sorted by score: `name`, `score`, `box` (left, top, right, bottom in pixels)
+            and, with a mask head, `mask` (compressed run-length encoding, as in COCO files).
+        shares: of a segmenter: class name -> fraction of the pixels, largest first.
+        picture: the drawing, if one was written.
     """
 
     path: Path
@@ -44,29 +49,31 @@ class DensePrediction:
 
 
 class Predictor(Protocol):
-    """Finds objects or classes of pixels."""
+    """Predicts objects or class maps."""
 
-    def find(self, image: Image.Image, path: Path, picture: Path | None) -> DensePrediction:
-        """Return what is in an image of a path, drawn into a picture where one is asked for."""
+    names: Sequence[str]
+
+    def predict(self, image: Image.Image, path: Path, picture: Path | None) -> DensePrediction:
+        """Predict one image, and draw the prediction into `picture` unless it is None."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionPredictor:
-    """Finds objects.
+    """Predicts objects with a detector.
 
     Attributes:
-        network: the detector, on its device, with the options it is to run with.
-        names: of its classes.
-        device: torch's name of the device.
+        network: the detector, in evaluation mode on its device.
+        names: class names.
+        device: PyTorch device.
     """
 
     network: Any
     names: Sequence[str]
     device: str
 
-    def find(self, image: Image.Image, path: Path, picture: Path | None) -> DensePrediction:
-        """Return the objects in an image, the likeliest first."""
+    def predict(self, image: Image.Image, path: Path, picture: Path | None) -> DensePrediction:
+        """Predict the objects of an image, and draw them into `picture` unless it is None."""
         pixels = F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True).to(self.device)
         found = {name: value.cpu() for name, value in self.network([pixels])[0].items()}
         objects: list[dict[str, Any]] = [
@@ -80,37 +87,37 @@ class DetectionPredictor:
         if picture is not None:
             from lightspine.evaluation.draw import draw_detections
 
-            draw_detections(image, found, self.names, picture, least_score=0.0)
+            draw_detections(image, found, self.names, picture, min_score=0.0)
         return DensePrediction(path=path, objects=objects, picture=picture)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationPredictor:
-    """Finds the class of each pixel.
+    """Predicts class maps with a segmenter.
 
     Attributes:
-        network: the segmenter, on its device.
-        names: of its classes.
-        device: torch's name of the device.
-        saved: what its file says of it.
-        settings: the file's, with what was asked for in place of its own.
-        test: how it looks at an image.
-        labels: write label maps beside the pictures.
+        network: the segmenter, in evaluation mode on its device.
+        names: class names.
+        device: PyTorch device.
+        metadata: metadata of the checkpoint.
+        settings: image preparation, see `choose_settings`.
+        test: inference procedure.
+        labels: write label maps beside the drawings.
     """
 
     network: Any
     names: Sequence[str]
     device: str
-    saved: NetworkMetadata
+    metadata: NetworkMetadata
     settings: dict[str, Any]
     test: SlidingWindowInference
     labels: bool
 
-    def find(self, image: Image.Image, path: Path, picture: Path | None) -> DensePrediction:
-        """Return the shares of the classes in an image, the largest first."""
-        nothing = tv_tensors.Mask(torch.zeros(image.height, image.width, dtype=torch.uint8))
-        prepare = eval_transform(self.saved, self.settings)
-        pixels, _ = prepare(tv_tensors.Image(F.pil_to_tensor(image)), nothing)
+    def predict(self, image: Image.Image, path: Path, picture: Path | None) -> DensePrediction:
+        """Predict the class map of an image, and draw it into `picture` unless it is None."""
+        no_labels = tv_tensors.Mask(torch.zeros(image.height, image.width, dtype=torch.uint8))
+        transform = create_transform(self.metadata, self.settings)
+        pixels, _ = transform(tv_tensors.Image(F.pil_to_tensor(image)), no_labels)
         size = image.height, image.width
         classes = self.test.classify(self.network, pixels.to(self.device), size).cpu()
         counts = torch.bincount(classes.flatten(), minlength=len(self.names))
@@ -128,12 +135,8 @@ class SegmentationPredictor:
         return DensePrediction(path=path, shares=shares, picture=picture)
 
 
-DRAWN = 0.5
-"""Least score of the objects that are told, where nothing else is asked for."""
-
-
 def predict_dense(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     images: Sequence[str | Path],
     *,
     out: str | Path | None = None,
@@ -152,35 +155,33 @@ def predict_dense(
     device: str = "cpu",
     progress: bool = False,
 ) -> list[DensePrediction]:
-    """Find objects or classes of pixels in images, with a detector or a segmenter.
+    """Predict objects or class maps of images with a detector or segmenter.
 
     Args:
-        checkpoint: a file of `lightspine.dense.save_network`.
+        checkpoint: file of `lightspine.dense.save_network`, or an opened checkpoint.
         images: image files.
-        out: a folder for a picture of each image, `NAME.png`; images of one name get a number.
-        labels: of a segmenter, write label maps into the folder too, `NAME_labels.png`: the class of a pixel
-            is its value.
-        coco: of a detector, a file for the objects in COCO's results format. Images are numbered from 1 in
-            their order; a list of them with their names lies beside it, `NAME_images.json`.
-        score_threshold: of a detector, least score of the objects; `DRAWN` by default.
-        resize: of a detector, as in `evaluate_detector`.
-        detections_per_image: of a detector, most objects of an image, instead of the checkpoint's.
-        scale: of a segmenter, as in `evaluate_segmenter`, like all that follow.
-        own_size: leave the images at their own size.
-        window: height and width of a sliding window.
-        stride: of the window, down and across.
-        ratios: factors of the image's size whose probabilities are averaged.
-        flip: average over the mirrored image too.
-        skipped: takes path -> reason of images that cannot be read, which are then left out; without it the
-            first one is an error.
-        device: torch's name of the device.
-        progress: show a bar on the standard error.
+        out: folder for a drawing of each image, `NAME.png`; a repeated name gets a number.
+        labels: segmenter: also write label maps, `NAME_labels.png`, whose pixel values are class indices.
+        coco: detector: file for the objects in COCO's results format. Images are numbered from 1 in their
+            order; `NAME_images.json` beside it lists them.
+        score_threshold: detector: minimum score of the objects; default: `DEFAULT_SCORE_THRESHOLD`.
+        resize: detector: see `evaluate_detector`.
+        detections_per_image: detector: maximum number of objects per image; default: the checkpoint's.
+        scale: segmenter: see `evaluate_segmenter`.
+        own_size: segmenter: see `evaluate_segmenter`.
+        window: segmenter: see `evaluate_segmenter`.
+        stride: segmenter: see `evaluate_segmenter`.
+        ratios: segmenter: see `evaluate_segmenter`.
+        flip: segmenter: see `evaluate_segmenter`.
+        skipped: receives path -> reason of images that cannot be read; without it they raise an error.
+        device: PyTorch device.
+        progress: show a progress bar on standard error.
 
     Returns:
-        One prediction per image that could be read, in their order.
+        One prediction per readable image, in their order.
 
     Raises:
-        UsageError: a missing or too small image, an option that the network has no use for.
+        UsageError: a missing or too small image, or an option that does not apply to the network.
         LightspineError: a file cannot be read or written; the message names it.
 
     Examples:
@@ -196,12 +197,12 @@ def predict_dense(
             raise UsageError(f"expected an image file, but {path} does not exist")
     if labels and out is None:
         raise UsageError("expected a folder out for the label maps")
-    of_detectors = {
+    detector_options = {
         "score_threshold": score_threshold,
         "resize": resize,
         "detections_per_image": detections_per_image,
     }
-    of_segmenters = {
+    segmenter_options = {
         "scale": scale,
         "own_size": own_size,
         "window": window,
@@ -209,14 +210,16 @@ def predict_dense(
         "ratios": ratios,
         "flip": flip,
     }
+    checkpoint = read_checkpoint(checkpoint)
+    predictor: Predictor
     if read_network_metadata(checkpoint).kind == "detector":
-        _refuse(checkpoint, "detector", of_segmenters | {"labels": labels})
-        finder, names = _open_detector(checkpoint, of_detectors, device)
+        _reject_options(checkpoint, "detector", segmenter_options | {"labels": labels})
+        predictor = _load_detection_predictor(checkpoint, detector_options, device)
     else:
-        _refuse(checkpoint, "segmenter", of_detectors | {"coco": coco})
-        finder, names = _open_segmenter(checkpoint, of_segmenters, labels, device)
+        _reject_options(checkpoint, "segmenter", detector_options | {"coco": coco})
+        predictor = _load_segmentation_predictor(checkpoint, segmenter_options, labels, device)
     pictures = _picture_paths(images, None if out is None else Path(out))
-    found = []
+    predictions = []
     for path, picture in zip(progress_bar(images, "predicting", shown=progress), pictures, strict=True):
         try:
             image = open_image(path)
@@ -226,45 +229,47 @@ def predict_dense(
             skipped[str(path)] = str(error)
             continue
         with torch.inference_mode():
-            found.append(finder.find(image, Path(path), picture))
+            predictions.append(predictor.predict(image, Path(path), picture))
     if coco is not None:
-        _write_coco(found, names, Path(coco))
-    return found
+        _write_coco(predictions, predictor.names, Path(coco))
+    return predictions
 
 
-def _refuse(checkpoint: str | Path, kind: str, options: dict[str, Any]) -> None:
+def _reject_options(checkpoint: Checkpoint, kind: str, options: dict[str, Any]) -> None:
     if given := [name for name, value in options.items() if value is not None and value is not False]:
-        raise UsageError(f"{given[0]} means nothing for the {kind} in {checkpoint}")
+        raise UsageError(f"{given[0]} does not apply to the {kind} in {checkpoint.label}")
 
 
-def _open_detector(
-    checkpoint: str | Path, options: dict[str, Any], device: str
-) -> tuple[Predictor, Sequence[str]]:
-    given = {"score_threshold": DRAWN} | {name: value for name, value in options.items() if value is not None}
-    check_detection_options(given)
-    network, saved = load_network(checkpoint, **given)
-    check_finite(network, checkpoint)
-    names = saved.class_names or [str(number) for number in range(saved.num_classes)]
-    return DetectionPredictor(network=network.to(device), names=names, device=device), names
+def _load_detection_predictor(
+    checkpoint: Checkpoint, options: dict[str, Any], device: str
+) -> DetectionPredictor:
+    given = {name: value for name, value in options.items() if value is not None}
+    overrides = {"score_threshold": DEFAULT_SCORE_THRESHOLD} | given
+    check_detection_options(overrides)
+    network, metadata = load_network(checkpoint, **overrides)
+    check_finite_weights(network, checkpoint.label)
+    return DetectionPredictor(network=network.to(device), names=_class_names(metadata), device=device)
 
 
-def _open_segmenter(
-    checkpoint: str | Path, options: dict[str, Any], labels: bool, device: str
-) -> tuple[Predictor, Sequence[str]]:
-    network, saved = load_network(checkpoint)
-    check_finite(network, checkpoint)
-    names = saved.class_names or [str(number) for number in range(saved.num_classes)]
-    looks = {name: value for name, value in options.items() if name not in ("scale", "own_size")}
-    finder = SegmentationPredictor(
-        network=FiniteLogits(network.to(device), checkpoint),
-        names=names,
+def _load_segmentation_predictor(
+    checkpoint: Checkpoint, options: dict[str, Any], labels: bool, device: str
+) -> SegmentationPredictor:
+    network, metadata = load_network(checkpoint)
+    check_finite_weights(network, checkpoint.label)
+    test_options = {name: value for name, value in options.items() if name not in ("scale", "own_size")}
+    return SegmentationPredictor(
+        network=FiniteLogits(network.to(device), checkpoint.label),
+        names=_class_names(metadata),
         device=device,
-        saved=saved,
-        settings=choose_settings(saved, scale=options["scale"], own_size=options["own_size"]),
-        test=choose_test(saved, **looks),
+        metadata=metadata,
+        settings=choose_settings(metadata, scale=options["scale"], own_size=options["own_size"]),
+        test=choose_test(metadata, **test_options),
         labels=labels,
     )
-    return finder, names
+
+
+def _class_names(metadata: NetworkMetadata) -> list[str]:
+    return metadata.class_names or [str(number) for number in range(metadata.num_classes)]
 
 
 def _picture_paths(images: Sequence[str | Path], out: Path | None) -> Iterator[Path | None]:
@@ -278,13 +283,13 @@ def _picture_paths(images: Sequence[str | Path], out: Path | None) -> Iterator[P
         yield None if out is None else out / f"{stem}.png"
 
 
-def _write_coco(found: Sequence[DensePrediction], names: Sequence[str], file: Path) -> None:
+def _write_coco(predictions: Sequence[DensePrediction], names: Sequence[str], file: Path) -> None:
     results = []
-    for number, prediction in enumerate(found, 1):
+    for image_id, prediction in enumerate(predictions, 1):
         for entry in prediction.objects or []:
             left, top, right, bottom = entry["box"]
             result = {
-                "image_id": number,
+                "image_id": image_id,
                 "category_id": names.index(entry["name"]) + 1,
                 "bbox": [left, top, right - left, bottom - top],
                 "score": entry["score"],
@@ -292,7 +297,8 @@ def _write_coco(found: Sequence[DensePrediction], names: Sequence[str], file: Pa
             results.append(result | ({"segmentation": entry["mask"]} if "mask" in entry else {}))
     listing = {
         "images": [
-            {"id": number, "file_name": str(prediction.path)} for number, prediction in enumerate(found, 1)
+            {"id": image_id, "file_name": str(prediction.path)}
+            for image_id, prediction in enumerate(predictions, 1)
         ],
         "categories": [{"id": number, "name": name} for number, name in enumerate(names, 1)],
     }

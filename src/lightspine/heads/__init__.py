@@ -1,4 +1,4 @@
-"""Networks for dense tasks over any backbone: pyramids, detectors and segmenters."""
+"""Feature pyramids, detectors and segmenters for any backbone."""
 
 from lightspine.heads.detectors import build_detector as build_detector
 from lightspine.heads.features import FeatureBackbone as FeatureBackbone

@@ -1,4 +1,4 @@
-"""Input transform of detectors: target checks, normalization, resizing, padding and mask pasting."""
+"""Input and output transform of detectors: target checks, normalization, resizing, padding, mask pasting."""
 
 import math
 
@@ -9,56 +9,21 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from lightspine.errors import UsageError
 
-
-def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return each mask in its place in the image, 0 outside its box.
-
-    The mask is read by bilinear interpolation at the centre of every pixel, as the published detectors do
-    (torchvision rounds the boxes to whole pixels): at 0.5 a mask of ones holds the pixels whose centres lie
-    in the box.
-
-    Args:
-        masks: probabilities (N, 1, M, M).
-        boxes: x1, y1, x2, y2 (N, 4) in pixels of the image.
-        size: height and width of the image.
-
-    Returns:
-        Probabilities (N, 1, height, width).
-    """
-    height, width = size
-    pasted = masks.new_zeros((len(masks), 1, height, width))
-    # All corners at once: on a GPU each transfer waits for it.
-    for i, (left, top, right, bottom) in enumerate(boxes.tolist()):
-        # A pixel more at each side, where the interpolation fades out.
-        rows = slice(max(math.floor(top) - 1, 0), min(math.ceil(bottom) + 1, height))
-        columns = slice(max(math.floor(left) - 1, 0), min(math.ceil(right) + 1, width))
-        if rows.start >= rows.stop or columns.start >= columns.stop or right <= left or bottom <= top:
-            continue
-        y = torch.arange(rows.start, rows.stop, device=boxes.device) + 0.5
-        x = torch.arange(columns.start, columns.stop, device=boxes.device) + 0.5
-        # -1 and 1 are the sides of the box.
-        y = (y - top) / (bottom - top) * 2 - 1
-        x = (x - left) / (right - left) * 2 - 1
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).to(masks.dtype)
-        pasted[i, :, rows, columns] = F.grid_sample(masks[i, None], grid[None], align_corners=False)[0]
-    return pasted
-
-
 Target = dict[str, Tensor]
 
 
 class DetectionTransform(GeneralizedRCNNTransform):
-    """Check the targets, normalise, resize and pad the images, and bring the predictions back.
+    """Check targets, normalize, resize and pad images, and map predictions back to the original images.
 
-    The batch is padded to multiples of 32.
+    Batches are padded to multiples of 32.
 
     Args:
         image_mean: mean of each channel, for pixels in 0..1.
         image_std: standard deviation of each channel.
-        resize: (shorter side, longest side) that images are brought to outside training; `None` leaves them
-            as they are. In training they always stay: augmentation has given them their size.
-        num_classes: classes of objects; labels are 1 to `num_classes`.
-        masks: whether the targets must have masks.
+        resize: shorter side and maximum longer side of images in evaluation mode; `None` keeps their size.
+            Images are never resized in training mode, where augmentation sets their size.
+        num_classes: object classes; labels are 1 to `num_classes`.
+        masks: whether targets must have masks.
     """
 
     def __init__(
@@ -76,11 +41,11 @@ class DetectionTransform(GeneralizedRCNNTransform):
         self.masks = masks
 
     def check(self, images: list[Tensor], targets: list[Target] | None) -> None:
-        """Refuse images and targets that do not fit each other or the detector.
+        """Check images and targets.
 
         Raises:
-            UsageError: an image that is no (C, H, W) tensor of floats, training without targets, a target
-                without its parts, with parts of another shape or kind, labels out of range, empty boxes.
+            UsageError: an image that is not a (C, H, W) float tensor, training without targets, or a target
+                with a missing entry, a wrong shape or dtype, labels out of range, or empty boxes.
         """
         for number, image in enumerate(images):
             if image.ndim != 3 or not image.is_floating_point():
@@ -100,7 +65,7 @@ class DetectionTransform(GeneralizedRCNNTransform):
             self._check_target(number, image, target)
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
-        """Resize one image and its target outside training."""
+        """Resize one image and its target in evaluation mode."""
         if self.training or not self.resizes:
             return image, target
         resized: tuple[Tensor, Target | None] = super().resize(image, target)
@@ -112,7 +77,7 @@ class DetectionTransform(GeneralizedRCNNTransform):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[Target]:
-        """Bring boxes and masks of each image to its size as given."""
+        """Map boxes and masks to the original image sizes."""
         if self.training:
             return result
         masks = [found.pop("masks", None) for found in result]
@@ -123,10 +88,10 @@ class DetectionTransform(GeneralizedRCNNTransform):
         return resized
 
     def _check_target(self, number: int, image: Tensor, target: Target) -> None:
-        wanted = ("boxes", "labels", "masks") if self.masks else ("boxes", "labels")
-        for key in wanted:
+        required = ("boxes", "labels", "masks") if self.masks else ("boxes", "labels")
+        for key in required:
             if key not in target:
-                raise UsageError(f"target {number} has no {key!r}, expected {', '.join(wanted)}")
+                raise UsageError(f"target {number} has no {key!r}, expected {', '.join(required)}")
         boxes, labels = target["boxes"], target["labels"]
         if boxes.ndim != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
             raise UsageError(
@@ -138,10 +103,11 @@ class DetectionTransform(GeneralizedRCNNTransform):
                 f"target {number} has {len(boxes)} boxes, so its labels must be int64 of shape "
                 f"({len(boxes)},), got {tuple(labels.shape)} of {labels.dtype}"
             )
-        expected = (len(boxes), *image.shape[-2:])
-        if self.masks and tuple(target["masks"].shape) != expected:
+        mask_shape = (len(boxes), *image.shape[-2:])
+        if self.masks and tuple(target["masks"].shape) != mask_shape:
             raise UsageError(
-                f"the masks of target {number} must have shape {expected}, got {tuple(target['masks'].shape)}"
+                f"the masks of target {number} must have shape {mask_shape}, "
+                f"got {tuple(target['masks'].shape)}"
             )
         if not len(boxes):
             return
@@ -154,3 +120,36 @@ class DetectionTransform(GeneralizedRCNNTransform):
         if flat.any():
             box = [round(side, 2) for side in boxes[flat][0].tolist()]
             raise UsageError(f"boxes must have x1 < x2 and y1 < y2, target {number} has {box}")
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Paste the square masks of a mask head into the image, with subpixel accuracy; 0 outside the box.
+
+    Masks are sampled bilinearly at pixel centers, as in the published detectors (torchvision rounds boxes to
+    whole pixels): thresholded at 0.5, a mask of ones covers the pixels whose centers are in the box.
+
+    Args:
+        masks: probabilities (N, 1, M, M).
+        boxes: x1, y1, x2, y2 (N, 4) in image pixels.
+        size: height and width of the image.
+
+    Returns:
+        Probabilities (N, 1, height, width).
+    """
+    height, width = size
+    pasted = masks.new_zeros((len(masks), 1, height, width))
+    # One transfer for all boxes: every transfer synchronizes with the GPU.
+    for i, (left, top, right, bottom) in enumerate(boxes.tolist()):
+        # One more pixel at each side, where the interpolation fades to 0.
+        rows = slice(max(math.floor(top) - 1, 0), min(math.ceil(bottom) + 1, height))
+        columns = slice(max(math.floor(left) - 1, 0), min(math.ceil(right) + 1, width))
+        if rows.start >= rows.stop or columns.start >= columns.stop or right <= left or bottom <= top:
+            continue
+        y = torch.arange(rows.start, rows.stop, device=boxes.device) + 0.5
+        x = torch.arange(columns.start, columns.stop, device=boxes.device) + 0.5
+        # grid_sample's coordinates: -1 and 1 are the sides of the box.
+        y = (y - top) / (bottom - top) * 2 - 1
+        x = (x - left) / (right - left) * 2 - 1
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).to(masks.dtype)
+        pasted[i, :, rows, columns] = F.grid_sample(masks[i, None], grid[None], align_corners=False)[0]
+    return pasted

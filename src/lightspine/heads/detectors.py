@@ -1,4 +1,4 @@
-"""RetinaNet, Mask R-CNN and Cascade Mask R-CNN over any backbone, with the published settings."""
+"""Build RetinaNet, Mask R-CNN and Cascade Mask R-CNN over any backbone with the published settings."""
 
 import math
 from collections import OrderedDict
@@ -20,11 +20,11 @@ DetectorName = Literal["retinanet", "mask_rcnn", "cascade_mask_rcnn"]
 
 
 class PyramidBackbone(nn.Module):
-    """A backbone and its pyramid, as torchvision's detectors take them: images to maps by stride.
+    """Backbone and feature pyramid with the interface that torchvision's detectors expect.
 
     Args:
-        backbone: gives the maps.
-        pyramid: makes the levels of them.
+        backbone: returns the maps.
+        pyramid: computes the levels from the maps.
     """
 
     def __init__(self, backbone: FeatureBackbone, pyramid: FeaturePyramid | SimpleFeaturePyramid):
@@ -35,7 +35,7 @@ class PyramidBackbone(nn.Module):
         self.strides = pyramid.strides
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        """Map images (B, C, H, W) to the levels, stride (as a string) to map."""
+        """Return the levels of images (B, C, H, W): stride (as a string) -> map."""
         levels: OrderedDict[str, Tensor] = self.pyramid(self.backbone(x))
         return levels
 
@@ -53,40 +53,38 @@ def build_detector(
 ) -> RetinaNet | MaskRCNN:
     """Build a detector with the published settings.
 
-    - "retinanet": levels of strides 8 to 128; boxes only.
-    - "mask_rcnn": levels of strides 4 to 64; two linear layers for the boxes, four convolutions for the
-      masks.
-    - "cascade_mask_rcnn": the same levels, three stages (IoU 0.5, 0.6, 0.7) that move boxes of all classes
-      alike, and the heads of ViTDet: two convolutions before the proposals, four convolutions and one linear
-      layer for the boxes, LayerNorm in the box and mask heads.
+    - "retinanet": strides 8 to 128, boxes only.
+    - "mask_rcnn": strides 4 to 64; two linear layers in the box head, four convolutions in the mask head.
+    - "cascade_mask_rcnn": strides 4 to 64, three stages (IoU 0.5, 0.6, 0.7) with class-agnostic boxes, and
+      ViTDet's heads: two convolutions in the RPN, four convolutions and one linear layer in the box heads,
+      LayerNorm in box and mask heads.
 
-    The pyramid follows from the backbone: a plain one (Vim, ViTs) gets ViTDet's, of its last map; one with a
-    map of the finest stride an FPN; one whose maps begin later (EfficientViM, SHViT) an FPN with transposed
-    convolutions down to it. Maps finer than the finest stride are not used. What a pyramid lacks at the
-    coarse end is max-pooled, in RetinaNet over an FPN made by convolutions.
+    The pyramid depends on the backbone: ViTDet's simple feature pyramid on the last map of a plain backbone
+    (Vim, ViTs); an FPN if the backbone has a map of the finest stride; an FPN with transposed convolutions if
+    its maps start at a coarser stride (EfficientViM, SHViT). Maps finer than the finest stride are unused.
+    Missing coarse levels are max-pooled, or computed by convolutions in RetinaNet's FPN.
 
-    The detector is torchvision's to use. In training, `detector(images, targets)` returns a dict of losses
-    to sum; in evaluation mode `detector(images)` returns, for each image, `boxes` (x1, y1, x2, y2 in pixels
-    of the image as given), `scores`, `labels` and with a mask head `masks` (N, 1, H, W) in 0..1. Images are
-    a list of (C, H, W) tensors in 0..1, of any sizes; they are normalised with the backbone's own statistics.
-    Targets are dicts of `boxes` (N, 4), `labels` (N,) from 1 to `num_classes` and, with a mask head, `masks`
-    (N, H, W); an image may have no objects (N = 0). Crowds should be left out of the targets.
+    The interface is torchvision's. In training mode `detector(images, targets)` returns a dict of losses to
+    sum; in evaluation mode `detector(images)` returns, for each image, `boxes` (x1, y1, x2, y2 in pixels of
+    the input image), `scores`, `labels` and, with a mask head, `masks` (N, 1, H, W) in 0..1. Images are a
+    list of (C, H, W) tensors in 0..1 of any size, normalized with the backbone's statistics. Targets are
+    dicts of `boxes` (N, 4), `labels` (N,) from 1 to `num_classes` and, with a mask head, `masks` (N, H, W);
+    an image may have no objects (N = 0). Leave crowd annotations out of the targets.
 
     Args:
-        name: the detector.
-        backbone: the maps; the ones that the detector does not use are dropped from it.
-        num_classes: classes of objects, background not counted.
-        channels: width of the pyramid.
-        resize: (shorter side, longest side) that images are brought to outside training, `None` to leave
-            them as they are. In training they are always taken as they are.
-        score_threshold: least score of a prediction.
-        detections_per_image: most predictions of an image.
-        anchor_scale: factor of the published anchors' sides, which begin at 32 px: less where objects are
-            smaller than that.
+        name: detector name.
+        backbone: returns the maps; maps that the detector does not use are removed from it.
+        num_classes: object classes, without background.
+        channels: pyramid channels.
+        resize: shorter side and maximum longer side of images in evaluation mode; `None` keeps their size.
+            Images are never resized in training mode.
+        score_threshold: minimum score of a prediction.
+        detections_per_image: maximum number of predictions per image.
+        anchor_scale: factor of the published anchor sizes, which start at 32 px; below 1 for smaller objects.
 
     Raises:
-        UsageError: an unknown name, no class, an anchor scale that is not above 0, or a backbone whose
-            strides no pyramid fits.
+        UsageError: an unknown name, no class, an anchor scale that is not positive, or backbone strides that
+            no pyramid supports.
 
     Examples:
         >>> import lightspine, torch
@@ -102,7 +100,7 @@ def build_detector(
     if anchor_scale <= 0:
         raise UsageError(f"anchor_scale must be above 0, got {anchor_scale}")
     retina = name == "retinanet"
-    inputs = DetectionTransform(
+    transform = DetectionTransform(
         backbone.image_mean, backbone.image_std, resize, num_classes, masks=not retina
     )
     body = PyramidBackbone(backbone, _build_pyramid(backbone, channels, retina))
@@ -111,7 +109,7 @@ def build_detector(
             body,
             body.strides,
             num_classes,
-            inputs,
+            transform,
             score_threshold=score_threshold,
             detections_per_image=detections_per_image,
             anchor_scale=anchor_scale,
@@ -124,16 +122,16 @@ def build_detector(
         channels,
         body.strides,
         convs=2 if cascade else 1,
-        least_overlap=0.0 if cascade else 0.3,
+        min_overlap=0.0 if cascade else 0.3,
         anchor_scale=anchor_scale,
     )
-    return MaskRCNN(body, rpn, roi_heads, inputs)
+    return MaskRCNN(body, rpn, roi_heads, transform)
 
 
 def _build_pyramid(
     backbone: FeatureBackbone, channels: int, retina: bool
 ) -> FeaturePyramid | SimpleFeaturePyramid:
-    """Make five levels: strides 8 to 128 for RetinaNet, 4 to 64 for the others."""
+    """Build the five-level pyramid: strides 8 to 128 for RetinaNet, 4 to 64 for the others."""
     finest, levels = (8 if retina else 4), 5
     if backbone.is_plain:
         backbone.keep_maps([len(backbone.strides) - 1])

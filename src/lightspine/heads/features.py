@@ -1,4 +1,4 @@
-"""A backbone for dense tasks: the maps of a `features_only` model, normed and frozen as the papers do."""
+"""Backbone for dense tasks: the maps of a `features_only` model, optionally normalized and frozen."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, Self, cast
@@ -16,30 +16,29 @@ MapNorm = Literal["none", "layer"]
 
 
 class FeatureBackbone(nn.Module):
-    """The maps of any model that was made with `features_only=True`, lightspine's or timm's.
+    """Feature maps of any model created with `features_only=True`, from lightspine or timm.
 
-    What the published dense-task configurations set: VMamba `norm="layer"` (its `outnorm{i}`); EfficientViM
-    `norm="layer"` (its pyramid's first step) and `freeze_batch_norm=True`; SHViT `freeze_batch_norm=True`;
-    EfficientMod and Vim nothing. The deeper stages always read the map before its norm.
+    Published dense-task settings: VMamba `norm="layer"` (its `outnorm{i}`); EfficientViM `norm="layer"` (the
+    first step of its pyramid) and `freeze_batch_norm=True`; SHViT `freeze_batch_norm=True`; EfficientMod and
+    Vim the defaults. Later stages always receive the map before its norm.
 
     Args:
         model: a `features_only` model; a checkpoint is loaded when it is created
             (`lightspine.create_model(name, features_only=True, checkpoint=FILE)`), see `load_report`.
-        norm: "layer" puts a LayerNorm over the channels of each map, new ones that no checkpoint of a
-            classifier has.
-        frozen_stages: 0 freezes the stem, k the stem and the first k stages (of a plain model: blocks):
-            their parameters get no gradient and their modules stay in evaluation mode. `None` freezes
-            nothing.
-        freeze_batch_norm: keep every BatchNorm of the model in evaluation mode during training; its weight
-            and bias still learn.
+        norm: "layer" adds a LayerNorm over the channels of each map; classifier checkpoints have no weights
+            for it.
+        frozen_stages: 0 freezes the stem, k the stem and the first k stages (blocks of a plain model): no
+            gradients, and modules in evaluation mode. `None` freezes nothing.
+        freeze_batch_norm: keep every BatchNorm of the model in evaluation mode; weight and bias are still
+            trained.
 
     Shape:
-        Input `(B, in_chans, H, W)`, output one map `(B, C, H / stride, W / stride)`, rounded as the model
-        does, for each of `channels` and `strides`, the finest first.
+        Input `(B, in_chans, H, W)`; output one map `(B, C, H / stride, W / stride)` for each of `channels`
+        and `strides`, finest first, rounded as the model does.
 
     Raises:
-        UsageError: not a `features_only` model, more frozen stages than the model has, or a model that does
-            not tell its stages.
+        UsageError: not a `features_only` model, more frozen stages than the model has, or a model without
+            `group_matcher`.
 
     Examples:
         >>> import lightspine, torch
@@ -81,22 +80,22 @@ class FeatureBackbone(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether all maps have one stride, as those of Vim and of ViTs."""
+        """Whether all maps have the same stride, as in Vim and ViTs."""
         return len(set(self.strides)) == 1
 
     @property
     def load_report(self) -> Any:
-        """What became of the checkpoint's tensors (`LoadReport`), or `None` without a checkpoint."""
+        """`LoadReport` of the checkpoint, or `None` without a checkpoint."""
         return getattr(self.model, "load_report", None)
 
     @property
     def image_mean(self) -> tuple[float, ...]:
-        """Mean of each channel of the images that the model was trained on; ImageNet's if it tells none."""
+        """Channel means of the model's training images; ImageNet's if the model does not define them."""
         return self._pixel_statistics("mean", IMAGENET_DEFAULT_MEAN)
 
     @property
     def image_std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel, see `image_mean`."""
+        """Channel standard deviations, see `image_mean`."""
         return self._pixel_statistics("std", IMAGENET_DEFAULT_STD)
 
     def _pixel_statistics(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
@@ -106,19 +105,19 @@ class FeatureBackbone(nn.Module):
         return tuple(values or default)
 
     def keep_maps(self, indices: Sequence[int]) -> None:
-        """Give only these maps from now on; the norms of the others, which would get no gradient, go."""
+        """Return only these maps from now on, and remove the norms of the others."""
         self.norms = nn.ModuleList(self.norms[i] for i in indices)
         self.channels = tuple(self.channels[i] for i in indices)
         self.strides = tuple(self.strides[i] for i in indices)
         self._kept = tuple(self._kept[i] for i in indices)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Map images (B, in_chans, H, W) to the maps."""
+        """Return the maps of images (B, in_chans, H, W)."""
         maps = self.model(x)
         return [norm(maps[i]) for norm, i in zip(self.norms, self._kept, strict=True)]
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the mode, but of what is frozen."""
+        """Set the training mode, except for frozen modules."""
         super().train(mode)
         if not mode:
             return self
@@ -131,12 +130,12 @@ class FeatureBackbone(nn.Module):
 
 
 def _freeze(model: nn.Module, stages: int) -> None:
-    """Freeze the stem and the first stages, which the model's own `group_matcher` tells apart."""
+    """Freeze the stem and the first stages, found with the model's `group_matcher`."""
     inner: Any = getattr(model, "model", model)
     matcher = getattr(inner, "group_matcher", None)
     if matcher is None:
         raise UsageError(
-            f"frozen_stages needs a model that tells its stages, got a {type(model).__name__}: "
+            f"frozen_stages needs a model with a group_matcher, got a {type(model).__name__}: "
             f"create it with feature_cls='getter'"
         )
     groups = cast(dict[int, list[str]], group_parameters(inner, matcher(coarse=True)))

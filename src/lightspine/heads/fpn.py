@@ -1,4 +1,4 @@
-"""The feature pyramid network, with the finer and coarser levels that detectors add to it."""
+"""Feature pyramid network (FPN) with optional finer and coarser levels."""
 
 import math
 from collections import OrderedDict
@@ -17,25 +17,25 @@ Coarser = Literal["max_pool", "conv"]
 class FeaturePyramid(nn.Module):
     """FPN (Lin et al., arXiv:1612.03144) over maps whose strides double.
 
-    Without extra levels it is the plain FPN. `finest_stride` below that of the first map adds levels by
-    transposed convolutions, as the detectors of SHViT and EfficientViM do: the first one reads the merged
-    finest lateral, each further one the output of the one before. Every level ends with a 3x3 convolution.
+    Without extra levels it is the plain FPN. A `finest_stride` below that of the first map adds finer levels
+    by transposed convolutions, as in the detectors of SHViT and EfficientViM: the first one upsamples the
+    merged finest lateral, each further one the previous output. Every level ends with a 3x3 convolution.
 
     Args:
-        in_channels: width of each map, the finest first.
-        in_strides: their strides, each twice the one before.
-        channels: width of all levels.
-        finest_stride: stride of the first level; `None` is that of the first map.
-        coarser: number of levels behind the last map.
-        coarser_by: "max_pool" keeps every second pixel of the level before; "conv" is a 3x3 convolution of
-            stride 2, the first of which reads the last *input* map, without an activation between them.
+        in_channels: channels of each map, finest first.
+        in_strides: strides of the maps, each twice the previous one.
+        channels: channels of all levels.
+        finest_stride: stride of the first level; default: that of the first map.
+        coarser: number of levels after the last map.
+        coarser_by: "max_pool" takes every second pixel of the previous level; "conv" is a 3x3 convolution of
+            stride 2, the first one applied to the last *input* map, without activations in between.
 
     Shape:
-        `forward` takes the maps `(B, C_i, H_i, W_i)` and gives an ordered dict, stride (as a string) to
-        `(B, channels, H, W)`, the finest first. Levels between two maps have exactly the finer map's size.
+        Maps `(B, C_i, H_i, W_i)` to an ordered dict, stride (as a string) -> `(B, channels, H, W)`, finest
+        first. The level of an input map has the size of that map.
 
     Raises:
-        UsageError: strides that do not double, a `finest_stride` that is no such stride below them.
+        UsageError: strides that do not double, or an invalid `finest_stride` or `coarser_by`.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class FeaturePyramid(nn.Module):
 
         self.laterals = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in in_channels)
         self.smooths = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
-        # From coarse to fine, the convolution that ends a level beside the one that begins it.
+        # From coarse to fine; one upsampling and one output convolution per level.
         self.finer_ups = nn.ModuleList(nn.ConvTranspose2d(channels, channels, 2, 2) for _ in range(finer))
         self.finer_smooths = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(finer))
         convs = coarser if coarser_by == "conv" else 0
@@ -81,7 +81,7 @@ class FeaturePyramid(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> OrderedDict[str, Tensor]:
-        """Map the backbone's maps to the levels, by stride."""
+        """Return the levels by stride."""
         merged = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
         for i in range(len(merged) - 2, -1, -1):
             size = merged[i].shape[2:]

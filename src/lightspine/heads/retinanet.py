@@ -1,30 +1,39 @@
-"""RetinaNet as published: labels from 1, losses averaged over the objects of the whole batch."""
+"""RetinaNet with the published settings: labels from 1, losses averaged over the positives of the batch."""
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torchvision.models import detection
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from lightspine.heads.detection_transform import DetectionTransform, Target
-from lightspine.heads.rpn import Float32RetinaNetHead, MinOverlapMatcher, StridedAnchors
+from lightspine.heads.rpn import MinOverlapMatcher, StridedAnchors, at_least_float32
+
+
+class Float32RetinaNetHead(RetinaNetHead):
+    """torchvision's RetinaNet head with float32 outputs under autocast."""
+
+    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+        """Return class logits (B, N, classes) and box offsets (B, N, 4)."""
+        return {name: at_least_float32(y) for name, y in super().forward(x).items()}
 
 
 class RetinaNet(detection.RetinaNet):
     """torchvision's RetinaNet (Lin et al., arXiv:1708.02002) with the settings of the published detectors.
 
-    Anchors of 4 strides times three scales per octave and three ratios, four convolutions for classes and
-    four for boxes, focal loss (gamma 2, alpha 0.25) and L1 loss, matching above 0.5 and below 0.4. Both
-    losses are divided by the number of matched anchors of the batch. No output stands for the background.
+    Anchor sizes of 4 strides times three scales per octave, three aspect ratios, four convolutions each for
+    classes and boxes, focal loss (gamma 2, alpha 0.25) and L1 loss, positive from IoU 0.5, background below
+    0.4. Both losses are divided by the number of positive anchors of the batch. There is no background class.
 
     Args:
-        backbone: gives an ordered dict of maps of the width `out_channels`.
-        strides: strides of the maps.
-        num_classes: classes of objects; the labels of targets and predictions are 1 to `num_classes`.
-        inputs: what is done with images and targets.
-        score_threshold: least score of a prediction.
-        detections_per_image: most predictions of an image.
-        anchor_scale: factor of the anchors' sides.
+        backbone: returns an ordered dict of maps with `out_channels` channels.
+        strides: stride of each map.
+        num_classes: object classes; labels of targets and predictions are 1 to `num_classes`.
+        transform: input transform.
+        score_threshold: minimum score of a prediction.
+        detections_per_image: maximum number of predictions per image.
+        anchor_scale: factor of the anchor sizes.
     """
 
     def __init__(
@@ -32,7 +41,7 @@ class RetinaNet(detection.RetinaNet):
         backbone: nn.Module,
         strides: tuple[int, ...],
         num_classes: int,
-        inputs: DetectionTransform,
+        transform: DetectionTransform,
         *,
         score_threshold: float = 0.05,
         detections_per_image: int = 100,
@@ -45,20 +54,20 @@ class RetinaNet(detection.RetinaNet):
             num_classes,
             anchor_generator=anchors,
             head=Float32RetinaNetHead(width, anchors.num_anchors_per_location()[0], num_classes),
-            proposal_matcher=MinOverlapMatcher(0.5, 0.4, least=0.0),
+            proposal_matcher=MinOverlapMatcher(0.5, 0.4, min_overlap=0.0),
             score_thresh=score_threshold,
             nms_thresh=0.5,
             detections_per_img=detections_per_image,
         )
-        self.transform = inputs
+        self.transform = transform
 
     def forward(
         self, images: list[Tensor], targets: list[Target] | None = None
     ) -> dict[str, Tensor] | list[Target]:
-        """Return the losses in training, else the predictions; see `build_detector`.
+        """Return the losses in training mode, else the predictions; see `build_detector`.
 
         Raises:
-            UsageError: images or targets that do not fit (`DetectionTransform.check`).
+            UsageError: invalid images or targets, see `DetectionTransform.check`.
         """
         self.transform.check(images, targets)
         result: dict[str, Tensor] | list[Target] = super().forward(images, targets)
@@ -70,25 +79,27 @@ class RetinaNet(detection.RetinaNet):
         """Return the losses "classification" and "bbox_regression" of the batch."""
         logits, deltas = head_outputs["cls_logits"], head_outputs["bbox_regression"]
         class_loss, box_loss = logits.new_zeros(()), deltas.new_zeros(())
-        matched = 0
+        num_positives = 0
         for i, target in enumerate(targets):
-            match = self._match(target, anchors[i])
+            match = self._match_anchors(target, anchors[i])
             positive = torch.where(match >= 0)[0]
             objects = match[positive]
-            matched += len(positive)
-            wanted = torch.zeros_like(logits[i])
-            wanted[positive, target["labels"][objects] - 1] = 1.0
+            num_positives += len(positive)
+            class_targets = torch.zeros_like(logits[i])
+            class_targets[positive, target["labels"][objects] - 1] = 1.0
             # Anchors between the two thresholds are neither background nor object.
             valid = match != self.proposal_matcher.BETWEEN_THRESHOLDS
-            class_loss = class_loss + sigmoid_focal_loss(logits[i][valid], wanted[valid], reduction="sum")
+            class_loss = class_loss + sigmoid_focal_loss(
+                logits[i][valid], class_targets[valid], reduction="sum"
+            )
             boxes = target["boxes"][objects].to(anchors[i].dtype)
-            wanted_deltas = self.box_coder.encode_single(boxes, anchors[i][positive])
-            box_loss = box_loss + (deltas[i][positive] - wanted_deltas).abs().sum()
-        objects_or_one = max(matched, 1)
-        return {"classification": class_loss / objects_or_one, "bbox_regression": box_loss / objects_or_one}
+            delta_targets = self.box_coder.encode_single(boxes, anchors[i][positive])
+            box_loss = box_loss + (deltas[i][positive] - delta_targets).abs().sum()
+        divisor = max(num_positives, 1)
+        return {"classification": class_loss / divisor, "bbox_regression": box_loss / divisor}
 
-    def _match(self, target: Target, anchors: Tensor) -> Tensor:
-        """Return for each anchor the index of its object, or a negative number."""
+    def _match_anchors(self, target: Target, anchors: Tensor) -> Tensor:
+        """Return the index of each anchor's object, negative for none."""
         if not len(target["boxes"]):
             return torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
         overlaps = box_iou(target["boxes"], anchors)

@@ -8,43 +8,19 @@ from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return the tensor in float32, or in its own precision where that is higher."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class Float32RPNHead(RPNHead):
-    """torchvision's head of the proposal network, its outputs in full precision."""
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Map the levels to objectness logits and box offsets, one tensor per level each."""
-        logits, offsets = super().forward(x)
-        return [at_least_float32(y) for y in logits], [at_least_float32(y) for y in offsets]
-
-
-class Float32RetinaNetHead(RetinaNetHead):
-    """torchvision's head of RetinaNet, its outputs in full precision."""
-
-    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
-        """Map the levels to class logits (B, N, classes) and box offsets (B, N, 4)."""
-        return {name: at_least_float32(y) for name, y in super().forward(x).items()}
-
-
 class StridedAnchors(AnchorGenerator):
-    """Anchors of given strides and exact sizes.
+    """Anchor generator with given strides and unrounded sizes.
 
-    torchvision infers the strides from the sizes of the maps, which is wrong where a map's size was rounded
-    (800 px at stride 64 are 13 pixels: 61), and rounds the anchors' corners, which the published detectors
-    do not.
+    torchvision infers strides from feature map sizes, which is wrong if a size was rounded (800 px at stride
+    64 give 13 pixels, that is stride 61), and rounds anchor corners, which the published detectors do not.
 
     Args:
-        strides: stride of each level, in pixels of the image.
-        scales: sides of the square anchors, in strides.
-        aspect_ratios: height over width; the area stays.
+        strides: stride of each level in image pixels.
+        scales: anchor sizes in strides.
+        aspect_ratios: height / width at constant area.
     """
 
     def __init__(
@@ -64,7 +40,7 @@ class StridedAnchors(AnchorGenerator):
         dtype: torch.dtype = torch.float32,
         device: torch.device = torch.device("cpu"),  # noqa: B008 (torchvision's signature)
     ) -> Tensor:
-        """Return one level's anchors (x1, y1, x2, y2) around the origin, the scales of a ratio together."""
+        """Return one level's anchors (x1, y1, x2, y2) centered at the origin, grouped by aspect ratio."""
         sides = torch.tensor(scales, dtype=dtype, device=device)
         roots = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
         widths = (sides[None, :] / roots[:, None]).flatten()
@@ -74,7 +50,7 @@ class StridedAnchors(AnchorGenerator):
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Return the anchors of all levels, (N, 4) for each image."""
         device = feature_maps[0].device
-        # In float32 though the maps be in half precision, which cannot hold pixel coordinates.
+        # float32 even for half-precision maps: half precision cannot hold pixel coordinates.
         self.set_cell_anchors(torch.float32, device)
         strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
         levels = self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides)
@@ -83,36 +59,57 @@ class StridedAnchors(AnchorGenerator):
 
 
 class MinOverlapMatcher(Matcher):
-    """torchvision's matcher, whose last resort needs a least overlap.
+    """torchvision's IoU matcher with a minimum overlap for low-quality matches.
 
-    Where no anchor overlaps an object by `high`, the best ones are matched all the same, but only from
-    `least` on: an object that all anchors miss teaches nothing.
+    An object without an anchor above `high` is matched to its best anchors, but only if their IoU is at
+    least `min_overlap`.
+
+    Args:
+        high: IoU from which an anchor is positive.
+        low: IoU below which an anchor is background.
+        min_overlap: minimum IoU of a low-quality match.
     """
 
-    def __init__(self, high: float, low: float, least: float):
+    def __init__(self, high: float, low: float, min_overlap: float):
         super().__init__(high, low, allow_low_quality_matches=True)
-        self.least = least
+        self.min_overlap = min_overlap
 
     def set_low_quality_matches_(
         self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor
     ) -> None:
-        """Match, in place, the anchors that overlap some object best."""
+        """Match, in place, the anchors with the highest IoU for some object."""
         best = match_quality_matrix.max(dim=1, keepdim=True).values
-        # An object that lies outside the image overlaps all anchors alike: not at all.
-        is_best = (match_quality_matrix == best) & (best >= self.least) & (best > 0)
+        # An object outside the image has IoU 0 with every anchor, so every anchor would be its best.
+        is_best = (match_quality_matrix == best) & (best >= self.min_overlap) & (best > 0)
         chosen = is_best.any(dim=0)
         matches[chosen] = all_matches[chosen]
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Cast half-precision tensors to float32; bfloat16 resolves only every fourth pixel above 512."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Float32RPNHead(RPNHead):
+    """torchvision's RPN head with float32 outputs under autocast."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return objectness logits and box offsets, each one tensor per level."""
+        logits, offsets = super().forward(x)
+        return [at_least_float32(y) for y in logits], [at_least_float32(y) for y in offsets]
+
+
 class ProposalNetwork(RegionProposalNetwork):
-    """RPN: anchors of one scale (8 strides) and three ratios, L1 box loss, 256 anchors sampled per image.
+    """RPN with the published settings: one anchor size of 8 strides, three aspect ratios, L1 box loss.
+
+    256 anchors are sampled per image.
 
     Args:
-        channels: width of the pyramid.
-        strides: strides of its levels.
-        convs: 3x3 convolutions before the predictions, 1 in Mask R-CNN and 2 in ViTDet.
-        least_overlap: see `MinOverlapMatcher`.
-        anchor_scale: factor of the anchors' sides.
+        channels: pyramid channels.
+        strides: stride of each level.
+        convs: 3x3 convolutions before the predictions: 1 in Mask R-CNN, 2 in ViTDet.
+        min_overlap: see `MinOverlapMatcher`.
+        anchor_scale: factor of the anchor size.
     """
 
     def __init__(
@@ -121,7 +118,7 @@ class ProposalNetwork(RegionProposalNetwork):
         strides: tuple[int, ...],
         *,
         convs: int = 1,
-        least_overlap: float = 0.3,
+        min_overlap: float = 0.3,
         anchor_scale: float = 1.0,
     ):
         anchors = StridedAnchors(strides, scales=(8.0 * anchor_scale,))
@@ -136,7 +133,7 @@ class ProposalNetwork(RegionProposalNetwork):
             post_nms_top_n={"training": 1000, "testing": 1000},
             nms_thresh=0.7,
         )
-        self.proposal_matcher = MinOverlapMatcher(0.7, 0.3, least_overlap)
+        self.proposal_matcher = MinOverlapMatcher(0.7, 0.3, min_overlap)
 
     def compute_loss(
         self,
@@ -145,11 +142,11 @@ class ProposalNetwork(RegionProposalNetwork):
         labels: list[Tensor],
         regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Return the losses of objectness and of boxes, both averaged over the sampled anchors."""
+        """Return the objectness loss and the box loss, averaged over the sampled anchors."""
         positives, negatives = self.fg_bg_sampler(labels)
         positive = torch.where(torch.cat(positives))[0]
         sampled = torch.cat([positive, torch.where(torch.cat(negatives))[0]])
         targets = torch.cat(regression_targets)[positive]
         box_loss = F.l1_loss(pred_bbox_deltas[positive], targets, reduction="sum") / max(len(sampled), 1)
-        wanted = torch.cat(labels)[sampled]
-        return F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], wanted), box_loss
+        sampled_labels = torch.cat(labels)[sampled]
+        return F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], sampled_labels), box_loss

@@ -15,7 +15,7 @@ NormLayer = Callable[[int], nn.Module]
 
 
 def _doublings(from_stride: int, to_stride: int) -> int:
-    """Return how often a map doubles in size (negative: halves) from one stride to another."""
+    """Return how often the map size doubles (negative: halves) from one stride to another."""
     power = math.log2(from_stride / to_stride)
     if not power.is_integer():
         raise UsageError(
@@ -25,29 +25,30 @@ def _doublings(from_stride: int, to_stride: int) -> int:
 
 
 def _halve(times: int) -> nn.Module:
-    # Rounded up, so that a map of one pixel stays one; at the published sizes there is nothing to round.
+    # ceil_mode keeps a map of one pixel; it changes nothing at the published sizes.
     return nn.MaxPool2d(2**times, 2**times, ceil_mode=True)
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """ViTDet's pyramid (Li et al., arXiv:2203.16527): every level from the backbone's last map alone.
+    """ViTDet's simple feature pyramid (Li et al., arXiv:2203.16527): all levels from the last map.
 
-    A finer level begins with transposed 2x2 convolutions that halve the width each, LayerNorm and GELU
-    between them; a coarser one with max-pooling. Each ends with a 1x1 and a 3x3 convolution, normed.
+    Finer levels start with transposed 2x2 convolutions that halve the channels, with LayerNorm and GELU in
+    between; coarser ones with max pooling. Each level ends with a 1x1 and a 3x3 convolution, each followed by
+    LayerNorm.
 
     Args:
-        in_channels: width of the map.
-        in_stride: its stride.
-        strides: strides of the levels, the finest first.
-        channels: width of the levels.
-        coarser: number of levels more, each every second pixel of the one before.
+        in_channels: channels of the map.
+        in_stride: stride of the map.
+        strides: strides of the levels, finest first.
+        channels: channels of the levels.
+        coarser: number of additional levels, each every second pixel of the previous one.
 
     Shape:
-        Input `(B, in_channels, H, W)` alone in a list, output an ordered dict, stride (as a string) to
-        `(B, channels, ...)`, the finest first.
+        A list with one map `(B, in_channels, H, W)` to an ordered dict, stride (as a string) ->
+        `(B, channels, ...)`, finest first.
 
     Raises:
-        UsageError: a level that doubling or halving does not reach.
+        UsageError: a stride that is not `in_stride` times a power of two.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class SimpleFeaturePyramid(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, maps: Sequence[Tensor]) -> OrderedDict[str, Tensor]:
-        """Map the backbone's one map to the levels, by stride."""
+        """Return the levels by stride."""
         levels = [level(maps[0]) for level in self.levels]
         for _ in range(self.coarser):
             levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
@@ -91,22 +92,22 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 class RescaledMaps(nn.Module):
-    """Maps of one stride, each brought to a stride of its own, as the UperNet of Vim (and BEiT) reads them.
+    """Rescale maps of one stride to a stride each, as in UPerNet over Vim and BEiT.
 
-    A finer map comes from transposed 2x2 convolutions of the same width with a norm and GELU between them, a
-    coarser one from max-pooling, the one of the same stride as it is.
+    Finer maps are upsampled by transposed 2x2 convolutions with norm and GELU in between, coarser ones
+    max-pooled, and one with stride `in_stride` is unchanged.
 
     Args:
-        channels: width of the maps.
-        in_stride: their stride.
-        strides: the stride that each is brought to.
-        norm_layer: makes the norm of a width.
+        channels: channels of the maps.
+        in_stride: stride of the maps.
+        strides: output stride of each map.
+        norm_layer: norm layer of a number of channels.
 
     Shape:
-        Maps `(B, channels, H, W)` in, maps `(B, channels, H * in_stride / stride, ...)` out.
+        Maps `(B, channels, H, W)` to maps `(B, channels, H * in_stride / stride, ...)`.
 
     Raises:
-        UsageError: a stride that doubling or halving does not reach.
+        UsageError: a stride that is not `in_stride` times a power of two.
     """
 
     def __init__(
@@ -130,5 +131,5 @@ class RescaledMaps(nn.Module):
             self.scales.append(nn.Sequential(*layers))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Bring each map to its stride."""
+        """Rescale each map."""
         return [scale(x) for scale, x in zip(self.scales, maps, strict=True)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightspine.data.detection import DetectionBatch
 from lightspine.data.modules import CocoDataModule
 from lightspine.dense import create_detector
-from lightspine.dense.coco_metrics import CocoMetrics
+from lightspine.dense.metrics import CocoMetrics
 from lightspine.errors import LightspineError, UsageError
 from lightspine.heads.detectors import DetectorName
 from lightspine.heads.features import MapNorm
@@ -129,7 +129,7 @@ class DetectionTask(DenseTask):
         data = self.data_module(CocoDataModule)
         # COCO metrics use 100 detections per image; a higher limit is meant for crowded images.
         most = max(self.detections_per_image, 100)
-        self._metrics = CocoMetrics(data.val_annotations, most_detections=most)
+        self._metrics = CocoMetrics(data.val_annotations, max_detections=most)
 
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:  # noqa: ARG002
         """Add the detections of a batch to the metrics."""

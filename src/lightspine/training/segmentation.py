@@ -10,7 +10,7 @@ from torch import Tensor
 from lightspine.data.modules import ImageDataModule, SegmentationDataModule
 from lightspine.data.segmentation import IGNORED, SegmentationBatch, SlidingWindowInference
 from lightspine.dense import create_segmenter
-from lightspine.dense.segmentation_metrics import SegmentationMetrics
+from lightspine.dense.metrics import SegmentationMetrics
 from lightspine.errors import LightspineError
 from lightspine.heads.features import MapNorm
 from lightspine.heads.segmenters import SegmenterName

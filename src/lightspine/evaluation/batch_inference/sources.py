@@ -1,19 +1,18 @@
-"""Image sources of batch inference: listings, shards and data loaders."""
+"""Image sources of batch inference: a folder listing that is fixed when a run begins, or shards."""
 
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from lightspine.data.dataset import Batch, ImageDataset, collate_images
 from lightspine.data.shards import ShardSource
-from lightspine.errors import LightspineError, UsageError
+from lightspine.errors import UsageError
 from lightspine.utils.files import atomic_write
 from lightspine.utils.image_files import is_image_file, open_image, walk_image_files
 from lightspine.utils.packed_strings import PackedStrings
@@ -22,11 +21,11 @@ _NAMES, _ENDS = "names.bin", "ends.bin"
 
 
 class ListedFolder:
-    """The images below a folder, from a listing on the disk that all processes share.
+    """Images below a folder, read from a memory-mapped listing that all ranks share.
 
     Args:
         root: the folder.
-        listing: where `write_listing` wrote.
+        listing: the folder that `write_listing` wrote to.
     """
 
     def __init__(self, root: str | Path, listing: Path) -> None:
@@ -35,6 +34,7 @@ class ListedFolder:
             np.memmap(listing / _NAMES, dtype=np.uint8, mode="r"),
             np.memmap(listing / _ENDS, dtype=np.int64, mode="r"),
         )
+        self.labels: Sequence[int] = range(len(self.paths))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -48,10 +48,14 @@ class ListedFolder:
         return open_image(self.root / self.paths[position])
 
 
-def write_listing(root: Path, listing: Path) -> None:
-    """Write the paths of all images below a folder, hidden ones left out, folder by folder, sorted.
+ImageList = ListedFolder | ShardSource
+"""Images whose label is their position, so that the rows of a batch can be matched with their names."""
 
-    Never holds more than one folder's names in memory.
+
+def write_listing(root: Path, listing: Path) -> None:
+    """Write the sorted paths of all images below a folder, hidden ones excluded.
+
+    Only one folder's names are in memory at a time.
 
     Raises:
         UsageError: the folder is missing or has no image.
@@ -70,17 +74,19 @@ def write_listing(root: Path, listing: Path) -> None:
             raise UsageError(f"expected a folder of images or shards, but {root} has none")
 
 
-def open_images(data: str, listing: Path) -> ListedFolder | ShardSource:
-    """Return the images of a folder, whose listing is written if there is none, or of shards."""
+def open_images(data: str | Path, listing: Path) -> ImageList:
+    """Open shards, or a folder, whose listing is written unless it exists."""
     if is_shards(data):
-        return ShardSource(data)
+        shards = ShardSource(data)
+        shards.labels = range(len(shards))
+        return shards
     if not (listing / _ENDS).is_file():
         write_listing(Path(data), listing)
     return ListedFolder(data, listing)
 
 
-def hash_names(images: ListedFolder | ShardSource) -> str:
-    """Return the SHA-256 of the images' names in order, one per line."""
+def hash_listing(images: ImageList) -> str:
+    """Return the SHA-256 of the image names in order, one per line."""
     digest = hashlib.sha256()
     for position in range(len(images)):
         digest.update(os.fsencode(images.name(position)) + b"\n")
@@ -88,103 +94,55 @@ def hash_names(images: ListedFolder | ShardSource) -> str:
 
 
 def is_shards(data: str | Path) -> bool:
-    """Return whether data are tar files: one, a pattern of them, or a folder with them and no other data."""
+    """Whether data are tar files: a file, a pattern, or a folder with tar files and no images or folders."""
     path = Path(data)
     if not path.is_dir():
         return path.suffix == ".tar"
     with os.scandir(path) as entries:
-        seen = [entry for entry in entries if not entry.name.startswith(".")]
-    tars = [entry for entry in seen if entry.name.endswith(".tar")]
-    return bool(tars) and not any(entry.is_dir() or is_image_file(entry.name) for entry in seen)
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    has_tars = any(entry.name.endswith(".tar") for entry in visible)
+    return has_tars and not any(entry.is_dir() or is_image_file(entry.name) for entry in visible)
 
 
-class StreamItem(NamedTuple):
-    """One image at its place, or the sentence that says why there is none."""
-
-    position: int
-    image: Tensor | None
-    reason: str = ""
-
-
-class StreamBatch(NamedTuple):
-    """The readable images of neighbouring places.
-
-    Attributes:
-        positions: the place of every image.
-        images: (N, 3, H, W), float32; N may be 0.
-        bad: place and reason of those that could not be read.
-        end: the place behind the last.
-    """
-
-    positions: list[int]
-    images: Tensor
-    bad: list[tuple[int, str]]
-    end: int
-
-
-def stream_batches(
-    images: Any,
+def create_loader(
+    images: ImageList,
     transform: Callable[[Image.Image], Tensor],
-    ranges: Sequence[range],
+    parts: Sequence[range],
     *,
     batch_size: int,
     num_workers: int,
     pin_memory: bool,
-) -> DataLoader:
-    """Return a loader of `StreamBatch`es that reads ranges of places in order; no batch reaches over two.
+) -> DataLoader[Batch]:
+    """Create a loader that reads parts in order, with the positions of the images as labels.
 
-    A range gives the same batches whatever was read before it, so that a resumed run rounds alike.
+    No batch spans two parts: a part has the same batches, and therefore the same rounding, in a resumed run.
 
     Args:
-        images: gives an image by its place: `ListedFolder` or `ShardSource`.
-        transform: turns a PIL RGB image into a (3, H, W) tensor.
-        ranges: the places to read.
-        batch_size: most images of a batch.
-        num_workers: processes that read; 0 reads in this one.
-        pin_memory: see PyTorch's data loader.
+        images: image source.
+        transform: PIL RGB image to a (3, H, W) tensor.
+        parts: positions of the images of each part.
+        batch_size: images per batch.
+        num_workers: loader processes; 0 loads in this process.
+        pin_memory: see `torch.utils.data.DataLoader`.
     """
     return DataLoader(
-        _Stream(images, transform),
-        batch_sampler=_Batches(ranges, batch_size),
+        ImageDataset(images, transform),
+        batch_sampler=_PartBatchSampler(parts, batch_size),
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=collate_images,
         pin_memory=pin_memory,
     )
 
 
-class _Stream(Dataset[StreamItem]):
-    def __init__(self, images: Any, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.images = images
-        self.transform = transform
-
-    def __getitem__(self, position: int) -> StreamItem:
-        try:
-            image = self.images.open(position)
-        except LightspineError as error:
-            return StreamItem(position, None, str(error))
-        return StreamItem(position, self.transform(image))
-
-
-class _Batches:
-    def __init__(self, ranges: Sequence[range], batch_size: int) -> None:
-        self.ranges = ranges
+class _PartBatchSampler:
+    def __init__(self, parts: Sequence[range], batch_size: int) -> None:
+        self.parts = parts
         self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        for places in self.ranges:
-            for start in range(0, len(places), self.batch_size):
-                yield list(places[start : start + self.batch_size])
+        for part in self.parts:
+            for start in range(0, len(part), self.batch_size):
+                yield list(part[start : start + self.batch_size])
 
     def __len__(self) -> int:
-        return sum(-(-len(places) // self.batch_size) for places in self.ranges)
-
-
-def _collate(items: Sequence[StreamItem]) -> StreamBatch:
-    read = [item for item in items if item.image is not None]
-    tensors = [item.image for item in read if item.image is not None]
-    return StreamBatch(
-        [item.position for item in read],
-        torch.stack(tensors) if tensors else torch.empty(0),
-        [(item.position, item.reason) for item in items if item.image is None],
-        items[-1].position + 1,
-    )
+        return sum(-(-len(part) // self.batch_size) for part in self.parts)
