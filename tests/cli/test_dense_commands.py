@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import lightspine
+from lightspine.models import checkpoint as checkpoint_module
 from lightspine_cli.main import main
 from support.coco import content, square, write_coco
 from support.dense_files import detector_file, segmenter_file
@@ -74,6 +75,28 @@ def test_predict_tells_shares_as_json(
     assert main(["predict", "--checkpoint", str(folder / "segmenter.safetensors"), str(image), "--json"]) == 0
     [found] = json.loads(capsys.readouterr().out)
     assert sum(found["shares"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+@pytest.mark.parametrize("network", ["detector", "segmenter", "classifier"])
+def test_checkpoint_is_opened_once(
+    command: str, network: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    safe_open = checkpoint_module.safe_open
+
+    def counted_open(path: str, **options: str) -> object:
+        opened.append(Path(path).name)
+        return safe_open(path, **options)
+
+    monkeypatch.setattr(checkpoint_module, "safe_open", counted_open)
+    checkpoint = ["--checkpoint", str(folder / f"{network}.safetensors")]
+    if command == "predict":
+        assert main(["predict", *checkpoint, str(folder / "val2017" / "1.jpg")]) == 0
+    else:
+        # A classifier has no COCO categories; its checkpoint is read all the same.
+        assert main(["evaluate", *checkpoint, "--data", str(folder)]) == (2 if network == "classifier" else 0)
+    assert opened == [f"{network}.safetensors"]
 
 
 @pytest.mark.parametrize(

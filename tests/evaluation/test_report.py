@@ -12,8 +12,9 @@ from PIL import Image
 import lightspine
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation import evaluate, write_report
+from lightspine.evaluation.draw import draw_confusion_matrix
 from lightspine.evaluation.metrics import ClassificationMetrics
-from lightspine.evaluation.plots import plot_confusion_matrix
+from lightspine.evaluation.report import to_csv
 from lightspine.models.checkpoint import save_checkpoint
 from support.checkpoints import save_small
 from support.images import COLOURS, write_folder
@@ -115,15 +116,31 @@ def test_weights_choose_between_trained_and_averaged(
 def test_confusion_picture_is_grey(tmp_path: Path) -> None:
     counts = np.random.default_rng(0).integers(0, 50, (12, 12)) + np.diag([400] * 12)
     names = [f"class number {i} with a long name" for i in range(12)]
-    plot_confusion_matrix(counts, names, tmp_path / "confusion.png", title="a title")
+    draw_confusion_matrix(counts, names, tmp_path / "confusion.png", title="a title")
     pixels = np.asarray(Image.open(tmp_path / "confusion.png").convert("RGB")).astype(int)
     assert np.ptp(pixels, axis=2).max() == 0
     assert len(np.unique(pixels)) > 20
 
 
-def test_picture_of_too_many_classes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="at most 50 classes"):
-        plot_confusion_matrix(np.zeros((51, 51)), ["x"] * 51, tmp_path / "confusion.png", title="")
+def test_confusion_picture_of_a_thousand_classes_shows_single_confusions(tmp_path: Path) -> None:
+    counts = np.diag([50] * 1000)
+    counts[300, 700] = 25
+    draw_confusion_matrix(counts, [f"class {i}" for i in range(1000)], tmp_path / "all.png", title="")
+    counts[300, 700] = 0
+    draw_confusion_matrix(counts, [f"class {i}" for i in range(1000)], tmp_path / "none.png", title="")
+    pictures = [np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("all", "none")]
+    difference = pictures[1].astype(int) - pictures[0]
+    assert difference.max() > 100
+    assert 0 < (difference > 30).sum() < 20
+
+
+def test_confusion_picture_needs_a_name_per_class(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected a square matrix with one name per row, got 3x3 and 2"):
+        draw_confusion_matrix(np.zeros((3, 3)), ["a", "b"], tmp_path / "confusion.png", title="")
+
+
+def test_csv_has_four_decimals_and_empty_cells() -> None:
+    assert to_csv([("name", "IoU"), ("a", 50.0), ("b", None)]) == "name,IoU\na,50.0000\nb,\n"
 
 
 def test_folder_that_is_a_file_is_refused(colours: Path, images: Path) -> None:

@@ -203,8 +203,10 @@ def draw_confusion_matrix(
         axes.set(xlabel="predicted", ylabel=f"true ({unit})")
     else:
         step = next(step for step in (10, 20, 50, 100, 200, 500, 1000) if count <= 12 * step or step == 1000)
-        axes.set_xticks(range(0, count, step), range(0, count, step))
-        axes.set_yticks(range(0, count, step), range(0, count, step))
+        axes.set_xticks(range(0, count, step))
+        axes.set_yticks(range(0, count, step))
+        axes.set_xticklabels(map(str, range(0, count, step)), rotation=0)
+        axes.set_yticklabels(map(str, range(0, count, step)))
         axes.set(xlabel="predicted class index", ylabel="true class index")
     axes.set_title(title, loc="left", fontsize=11)
     ticks = [0, 1, 5, 10, 20, 40, 60, 80, 100]

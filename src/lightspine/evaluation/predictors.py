@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,16 +46,6 @@ class DensePrediction:
     objects: list[dict[str, Any]] | None = None
     shares: dict[str, float] | None = None
     picture: Path | None = None
-
-
-class Predictor(Protocol):
-    """Predicts objects or class maps."""
-
-    names: Sequence[str]
-
-    def predict(self, image: Image.Image, path: Path, picture: Path | None) -> DensePrediction:
-        """Predict one image, and draw the prediction into `picture` unless it is None."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +201,7 @@ def predict_dense(
         "flip": flip,
     }
     checkpoint = read_checkpoint(checkpoint)
-    predictor: Predictor
+    predictor: DetectionPredictor | SegmentationPredictor
     if read_network_metadata(checkpoint).kind == "detector":
         _reject_options(checkpoint, "detector", segmenter_options | {"labels": labels})
         predictor = _load_detection_predictor(checkpoint, detector_options, device)

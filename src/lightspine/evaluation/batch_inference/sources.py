@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightspine.data.dataset import Batch, ImageDataset, collate_images
+from lightspine.data.dataset import ImageDataset, Item, collate_images
 from lightspine.data.shards import ShardSource
 from lightspine.errors import UsageError
 from lightspine.utils.files import atomic_write
@@ -112,7 +112,7 @@ def create_loader(
     batch_size: int,
     num_workers: int,
     pin_memory: bool,
-) -> DataLoader[Batch]:
+) -> DataLoader[Item]:
     """Create a loader that reads parts in order, with the positions of the images as labels.
 
     No batch spans two parts: a part has the same batches, and therefore the same rounding, in a resumed run.
