@@ -1,4 +1,4 @@
-"""List the training recipes that ship with the package, with what the papers print for them."""
+"""List the shipped training recipes and their published scores."""
 
 import argparse
 import dataclasses
@@ -11,16 +11,22 @@ _TASK = _COLUMNS.index("task")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine recipes`."""
+    """Add the options of `lightspine recipes`."""
     parser.add_argument("pattern", nargs="?", default="", help="part of a name, such as 'vim' or 'digits'")
     parser.add_argument(
-        "--task", choices=("classification", "detection", "segmentation"), help="only the recipes of a task"
+        "--task",
+        choices=("classification", "detection", "segmentation"),
+        help="list only this task",
     )
     parser.add_argument("--json", action="store_true", help="print a list of objects")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; status 2 when no name matches."""
+    """Print the table, or JSON.
+
+    Raises:
+        UsageError: no recipe matches.
+    """
     from lightspine.errors import UsageError
     from lightspine.recipes import list_recipes, summarize_recipe
 
@@ -30,21 +36,21 @@ def run(args: argparse.Namespace) -> int:
         kind = f"{args.task} recipe" if args.task else "recipe"
         raise UsageError(f"no {kind} has {args.pattern!r} in its name; `lightspine recipes` lists all")
     if args.json:
-        print_json([_as_object(summary) for summary in summaries])
+        print_json([_summary_as_dict(summary) for summary in summaries])
         return 0
-    rows = [_COLUMNS, *(_row(summary) for summary in summaries)]
+    rows = [_COLUMNS, *(_table_row(summary) for summary in summaries)]
     if args.task:
-        # Alike in every row, and the rows fit into 120 columns without it.
+        # It is the same in every row, and without it the table fits into 120 columns.
         rows = [row[:_TASK] + row[_TASK + 1 :] for row in rows]
     print_table(rows[0], rows[1:])
     print()
     print("Published scores are those of the papers, not measured here: top-1 accuracy, box / mask AP,")
-    print("or mIoU / mIoU at several sizes. Batch is the total over all devices.")
-    print("Train one with `lightspine train --config RECIPE`; `--print_config` shows all of it.")
+    print("or single-scale / multi-scale mIoU. Batch is the total batch size over all devices.")
+    print("Train with `lightspine train --config RECIPE`; `--print_config` prints the complete recipe.")
     return 0
 
 
-def _as_object(summary: Any) -> dict[str, Any]:
+def _summary_as_dict(summary: Any) -> dict[str, Any]:
     from lightspine.recipes import SCORES
 
     content = dataclasses.asdict(summary)
@@ -53,7 +59,7 @@ def _as_object(summary: Any) -> dict[str, Any]:
     return content | scores | {key: published.get(key, "") for key in ("note", "source")}
 
 
-def _row(summary: Any) -> tuple[str, ...]:
+def _table_row(summary: Any) -> tuple[str, ...]:
     from lightspine.recipes import SCORES
 
     scores = [getattr(summary.published, name, None) for name in SCORES]

@@ -2,12 +2,12 @@
 
 import argparse
 
-# The recipe's own parser knows every option, so the arguments reach it as they are.
+# LightningCLI parses the options of the recipe, so this command passes its arguments on unparsed.
 PASSES_ARGUMENTS_THROUGH = True
 
 
 def run(args: argparse.Namespace) -> int:
-    """Hand the arguments over to the training's own parser, and tell what came of it."""
+    """Run the training and print its result."""
     from lightspine.errors import UsageError
 
     if not args.arguments:
@@ -15,11 +15,11 @@ def run(args: argparse.Namespace) -> int:
             "expected --config with a file or the name of a recipe: `lightspine recipes` lists them"
         )
 
-    # Lightning takes seconds to load: only now.
+    # Importing Lightning takes seconds, so it is done only here.
     from lightspine.training.cli import main
 
     result = main(args.arguments)
     score = result.score_name.removeprefix("val_")
     print(f"{result.model}: {score} {result.score:.2f} % on the held-out images after {result.seconds:.0f} s")
-    print(f"{result.weights}: the model; metrics, curves and checkpoints are beside it")
+    print(f"{result.weights}: the model; metrics, curves and checkpoints are in the same folder")
     return 0

@@ -1,4 +1,4 @@
-"""Callbacks that stop a run at a chosen moment, in the ways of the real world."""
+"""Callbacks that kill or hang a rank at a given step."""
 
 import os
 import signal
@@ -9,12 +9,12 @@ import lightning.pytorch as pl
 
 
 class KillAtStep(pl.Callback):
-    """Sends the process a signal after a step of the optimiser has been made.
+    """Sends a signal to the process after an optimizer step.
 
     Args:
         step: counted from 1.
         number: the signal; 9 cannot be handled, 2 is what a terminal sends at Ctrl-C.
-        rank: the process of a distributed run that is meant.
+        rank: the rank to kill.
     """
 
     def __init__(self, step: int, number: int = 9, rank: int = 0) -> None:
@@ -28,7 +28,7 @@ class KillAtStep(pl.Callback):
 
 
 class HangAtStep(pl.Callback):
-    """Does nothing for ever on one process, like a collective operation that waits for a dead one."""
+    """Hangs one rank, like a collective that waits for a dead one."""
 
     def __init__(self, step: int, rank: int) -> None:
         self.step = step

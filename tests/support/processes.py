@@ -1,4 +1,4 @@
-"""Runs `lightspine train` in processes of its own."""
+"""Run `lightspine train` in subprocesses."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 def train_command(
     folder: Path, *flags: str, launcher: tuple[str, ...] = (), timeout_s: float = 150
 ) -> subprocess.CompletedProcess[str]:
-    """Train a small network on a few batches of the digits; returns when all processes of it have ended."""
+    """Train a small model on a few batches of the digits and wait until all its processes have ended."""
     script = str(ROOT / "tests" / "support" / "command.py")
     quick = ["--data=DigitsDataModule", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
     limits = ["--trainer.limit_train_batches=8", "--trainer.limit_val_batches=2"]
@@ -26,7 +26,7 @@ def train_command(
 
 
 def kill_at(step: int, *, rank: int = 0) -> list[str]:
-    """Return the flags that let a process of the run kill itself, as nobody can prevent it, behind a step."""
+    """Return the flags that make a rank kill itself with SIGKILL after a step."""
     return [
         "--trainer.callbacks+=support.interruption.KillAtStep",
         f"--trainer.callbacks.step={step}",

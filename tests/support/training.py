@@ -17,7 +17,7 @@ SMALL_MODEL = "test_resnet"
 
 
 def make_task(**options: Any) -> ClassificationTask:
-    """Return a task for the digits."""
+    """Return a classification task for the digits."""
     return ClassificationTask(**{"model": SMALL_MODEL, "num_classes": 10, "warmup_epochs": 0.2} | options)
 
 
@@ -41,12 +41,12 @@ def same_weights(first: Path, second: Path) -> bool:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the weights of the model inside a `.ckpt` file."""
+    """Return the `state_dict` of a `.ckpt` file."""
     return torch.load(path, weights_only=True)["state_dict"]
 
 
 def make_loaded_model(name: str, **options: Any) -> nn.Module:
-    """Return a model with weights from a checkpoint; what they are does not matter here."""
+    """Return a model that was loaded from a checkpoint with random weights."""
     sizes = {key: value for key, value in options.items() if key == "depth"}
     weights = lightspine.create_model(name, **sizes).state_dict()
     return lightspine.create_model(name, checkpoint=weights, **options)

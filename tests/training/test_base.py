@@ -1,4 +1,4 @@
-"""What every task does alike: rates over a real run, and randomness by position."""
+"""Learning rate over a run, random seeds, gradient clipping and wrong settings of the base task."""
 
 import logging
 from pathlib import Path
@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
 
 from lightspine.errors import UsageError
 from lightspine.training.base import seed_generators
@@ -21,7 +23,7 @@ SCHEDULE = CosineSchedule(
 
 
 class Rates(pl.Callback):
-    """Keeps the rate of every step of the optimiser."""
+    """Records the learning rate of every optimizer step."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -92,3 +94,100 @@ def test_wrong_setting_is_refused_in_a_sentence(options: dict[str, Any], message
     with pytest.raises(UsageError, match=message) as caught:
         make_task(**options)
     assert "\n" not in str(caught.value)
+
+
+class AtStep(pl.Callback):
+    """Records the gradients of every optimizer step after clipping."""
+
+    def __init__(self, measure: Any) -> None:
+        self.measure = measure
+        self.seen: list[float] = []
+
+    def note(self, model: nn.Module) -> None:
+        self.seen.append(self.measure(model))
+
+    def on_train_start(self, trainer: pl.Trainer, task: Any) -> None:
+        trainer.optimizers[0].register_step_post_hook(lambda *_: self.note(task.model))
+
+
+def global_norm(model: nn.Module) -> float:
+    return float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
+def unit_norms(tensor: Tensor) -> Tensor:
+    """Return the norm per output unit: a row of a linear layer, a filter, or a whole vector."""
+    return tensor.norm() if tensor.dim() <= 1 else tensor.flatten(1).norm(dim=1)
+
+
+def largest_ratio(model: nn.Module) -> float:
+    ratios = [
+        (unit_norms(p.grad) / unit_norms(p.detach()).clamp(min=1e-3)).max()
+        for p in model.parameters()
+        if p.grad is not None
+    ]
+    return float(max(ratios))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("limit", [5.0, 0.02])
+def test_global_norm_is_at_most_the_limit(limit: float, accumulate: int, tmp_path: Path) -> None:
+    probe = AtStep(global_norm)
+    run(
+        tmp_path / "run",
+        epochs=1,
+        gradient_clip=limit,
+        accumulate_grad_batches=accumulate,
+        callbacks=[probe],
+        task=make_task(model_args={"drop_rate": 0.1}),
+    )
+    assert len(probe.seen) == 6 // accumulate
+    assert max(probe.seen) <= limit * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_agc_bounds_every_unit_and_the_classifier_too(accumulate: int, tmp_path: Path) -> None:
+    probe = AtStep(largest_ratio)
+    task = make_task(agc=0.02, lr=1e-8)  # the weights of the ratio are those after the step
+    run(tmp_path / "run", epochs=1, task=task, accumulate_grad_batches=accumulate, callbacks=[probe])
+    assert len(probe.seen) == 6 // accumulate
+    assert max(probe.seen) <= 0.02 * (1 + 1e-4)
+
+
+def test_gradients_are_not_clipped_unless_asked_for(tmp_path: Path) -> None:
+    probes = [AtStep(global_norm), AtStep(largest_ratio)]
+    run(tmp_path / "run", epochs=1, callbacks=probes)
+    assert max(probes[0].seen) > 0.02
+    assert max(probes[1].seen) > 0.02
+
+
+def test_agc_leaves_small_gradients_alone() -> None:
+    task = make_task(agc=0.02)
+    before = {}
+    for name, parameter in task.model.named_parameters():
+        parameter.grad = torch.full_like(parameter, 1e-9)
+        before[name] = parameter.grad.clone()
+    task.configure_gradient_clipping(torch.optim.SGD(task.parameters()))
+    assert all(torch.equal(p.grad, before[name]) for name, p in task.model.named_parameters())
+
+
+def test_two_ways_of_clipping_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"either agc or .* got both \(0.02 and 5.0\)"):
+        run(tmp_path / "run", task=make_task(agc=0.02), gradient_clip=5.0)
+
+
+@pytest.mark.parametrize(
+    ("task_options", "run_options", "measure"),
+    [({}, {"gradient_clip": 0.02}, global_norm), ({"agc": 0.02, "lr": 1e-8}, {}, largest_ratio)],
+    ids=["norm", "agc"],
+)
+def test_gradients_are_unscaled_before_they_are_clipped(
+    task_options: Any, run_options: Any, measure: Any, tmp_path: Path
+) -> None:
+    # As 16-mixed does it on a GPU: a loss scaled by 1,024 in half precision.
+    scaled = MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    probe = AtStep(measure)
+    options = {"epochs": 1, "precision": None, "plugins": [scaled], "callbacks": [probe], **run_options}
+    result = run(tmp_path / "run", task=make_task(**task_options), **options)
+    assert len(probe.seen) == 6
+    assert 0.01 < max(probe.seen) <= 0.02 * (1 + 1e-3)
+    assert result.history[0]["skipped_steps"] == 0

@@ -1,4 +1,4 @@
-"""The files of checkpoints: whole at any moment, on a full disk too, and without code."""
+"""Checkpoint files: atomic writes, full disks, and no code in the file."""
 
 import os
 import resource
@@ -32,7 +32,7 @@ io.save_checkpoint({"epoch": 2, "weights": torch.rand(1000), "fatal": Fatal()}, 
 
 
 class FullDisk(pl.Callback):
-    """Lets no file of the process grow above 100 kB from an epoch on."""
+    """Limits the size of files to 100 kB from an epoch on."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch

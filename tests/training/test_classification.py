@@ -1,4 +1,4 @@
-"""The task by itself: loss, schedule, decay groups and wrong arguments."""
+"""Classification task: loss, schedule, parameter groups and wrong arguments."""
 
 import math
 
@@ -14,7 +14,7 @@ from support.training import make_task
 
 
 @pytest.mark.parametrize("options", [{}, {"mixup": 0.2}, {"cutmix": 1.0}, {"label_smoothing": 0.1}])
-def test_optimiser_steps_lower_the_loss(options: dict[str, float]) -> None:
+def test_optimizer_steps_lower_the_loss(options: dict[str, float]) -> None:
     task = make_task(**options)
     images, labels, _ = next(iter(DigitsDataModule(batch_size=32, augment=False).val_dataloader()))
     # The same batch again and again; evaluated without mixing.

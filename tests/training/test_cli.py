@@ -1,4 +1,4 @@
-"""`lightspine train` as it is typed: recipes, flags over them, wrong ones."""
+"""`lightspine train`: recipes, flags that override them, and wrong flags."""
 
 import importlib.util
 import re

@@ -1,4 +1,4 @@
-"""One run in two processes: the same result as in one, and an end when one of them dies."""
+"""Distributed training with two ranks: same result as one, and the end when a rank dies."""
 
 import signal
 from pathlib import Path

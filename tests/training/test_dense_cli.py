@@ -1,4 +1,4 @@
-"""`lightspine train` of detectors and segmenters as it is typed."""
+"""`lightspine train` of detectors and segmenters."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Detectors and segmenters learn: eight images by heart, nuclei from scratch."""
+"""Detectors and segmenters learn: overfitting eight images, and nuclei from scratch."""
 
 import json
 from pathlib import Path

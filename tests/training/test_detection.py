@@ -1,4 +1,4 @@
-"""Detectors in training, on real images."""
+"""Detection task on real images."""
 
 import csv
 import json

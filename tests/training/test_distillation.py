@@ -1,4 +1,4 @@
-"""The distillation losses in closed form, and what the teacher sees."""
+"""Distillation and MESA losses in closed form, and the input of the teacher."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Says(nn.Module):
-    """A teacher with an opinion of its own for each image."""
+    """A teacher with fixed logits for each image."""
 
     def __init__(self, logits: list[list[float]]) -> None:
         super().__init__()
@@ -299,7 +299,7 @@ def test_damaged_file_is_refused(tmp_path: Path) -> None:
 
 
 class Fixed(nn.Module):
-    """Gives the same logits for every image, others in training."""
+    """Returns the same logits for every image, and others in training mode."""
 
     def __init__(self, logits: list[float]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The average of the weights: its values, which weights are scored, and what is exported."""
+"""EMA: values of the average, validated weights and exported weights."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from support.training import make_task, run
 
 
 class Recorder(pl.Callback):
-    """Keeps the trained weights after every step."""
+    """Records the trained weights after every step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []
@@ -25,7 +25,7 @@ class Recorder(pl.Callback):
 
 
 def average(steps: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
-    """Return the sum of (1 - decay) decay^(n-k) w_k, the first step with what is left of the weight."""
+    """Return the closed form of the EMA that starts with the weights after the first step."""
     mean = {name: value.clone().double() for name, value in steps[0].items()}
     for step in steps[1:]:
         mean = {name: decay * value + (1 - decay) * step[name] for name, value in mean.items()}
@@ -33,7 +33,7 @@ def average(steps: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_average_has_its_closed_form_after_every_step_of_the_optimiser(
+def test_average_has_its_closed_form_after_every_step_of_the_optimizer(
     accumulate: int, tmp_path: Path
 ) -> None:
     recorder, task = Recorder(), make_task(ema_decay=0.8, lr=1e-2)

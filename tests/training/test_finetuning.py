@@ -1,4 +1,4 @@
-"""Fine-tuning: what stays frozen, the rate of each layer, and starts at another stride or size."""
+"""Fine-tuning: frozen stages, the summary of loaded weights, and other strides and sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def test_start_without_a_checkpoint_says_so() -> None:
 
 
 def stride_16_weights(**options: Any) -> dict[str, Any]:
-    """Return the weights of a Vim-Ti of two layers, the position table that of the official figure."""
+    """Return weights of a two-layer Vim-Ti with the position embedding of the official figure."""
     weights = lightspine.create_model("vim_tiny", depth=2, **options).state_dict()
     weights["pos_embed"] = torch.from_numpy(fill_tensor("pos_embed", (1, 197, 192)))
     return {"model": weights}

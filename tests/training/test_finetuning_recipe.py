@@ -1,4 +1,4 @@
-"""The recipe for an own folder of images, from the command line, on photographs."""
+"""The fine-tuning recipe for an image folder, through the command line, on photographs."""
 
 import tarfile
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A run from start to end: what it leaves behind, and how it survives."""
+"""A complete run: its files, interruption, divergence, exports and memory options."""
 
 import csv
 import os
@@ -9,17 +9,19 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch import nn
 
 from lightspine.data.modules import DigitsDataModule, ImageFolderDataModule
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models.factory import load_model
-from lightspine.training.fit import TrainingInterruptedError, TrainResult, train
+from lightspine.models.factory import create_model, load_model
+from lightspine.training.classification import ClassificationTask
+from lightspine.training.fit import TrainingInterruptedError, TrainResult, set_grad_checkpointing, train
 from support.images import truncate, write_folder, write_image
 from support.training import make_task, read_weights, run, same_weights
 
 
 class AtEpoch(pl.Callback):
-    """Does something at the start of an epoch."""
+    """Calls a function at the start of an epoch."""
 
     def __init__(self, epoch: int, action: Any) -> None:
         self.epoch = epoch
@@ -235,3 +237,71 @@ def test_nothing_is_written_without_progress(tmp_path: Path, capsys: pytest.Capt
 def test_class_counts_of_task_and_data_must_agree(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a task with 10 classes, got 4"):
         train(make_task(num_classes=4), DigitsDataModule(), folder=tmp_path / "run")
+
+
+def run_vit(folder: Path, *, batch_size: int, batches: int, **options: Any) -> TrainResult:
+    # Layer norms only, so that an image does not depend on its batch; plain steps along the gradient.
+    task = ClassificationTask("test_vit", 10, model_args={"img_size": 32}, optimizer="sgd", lr=0.05)
+    data = DigitsDataModule(batch_size=batch_size, augment=False)
+    limits = {"limit_train_batches": batches, "limit_val_batches": 2, "accelerator": "cpu"}
+    return train(task, data, folder=folder, epochs=2, progress=False, **limits, **options)
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    images = torch.rand(2, 3, 64, 64)
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = create_model("shvit_s1", num_classes=5)
+        if recompute:
+            set_grad_checkpointing(model)
+        model(images).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_model_that_cannot_recompute_is_refused() -> None:
+    with pytest.raises(UsageError, match="with gradient checkpointing, got Linear"):
+        set_grad_checkpointing(nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+def test_compiled_model_trains_and_is_exported_plainly(tmp_path: Path) -> None:
+    compiled = run_vit(tmp_path / "compiled", batch_size=8, batches=2, compile=True)
+    plain = run_vit(tmp_path / "plain", batch_size=8, batches=2)
+    expected, actual = (read_weights(result.last_checkpoint) for result in (plain, compiled))
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+STEPS = 200
+
+
+def _train_digits(folder: Path, model: str, **options: Any) -> TrainResult:
+    task = make_task(model=model, lr=1e-3, warmup_epochs=0.1, model_args={"drop_path_rate": 0.1})
+    data = DigitsDataModule(batch_size=4)
+    limits = {"limit_train_batches": STEPS, "limit_val_batches": 2}
+    return train(task, data, folder=folder, epochs=1, progress=False, **limits, **options)
+
+
+def _skipped(result: TrainResult) -> int:
+    return torch.load(result.last_checkpoint, weights_only=True)["guard"]["skipped"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["vim_tiny", "vmamba_tiny"])
+def test_scan_models_train_in_bfloat16_without_a_bad_step(tmp_path: Path, model: str) -> None:
+    result = _train_digits(tmp_path / "run", model, accelerator="cpu", precision="bf16-mixed")
+    assert _skipped(result) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+@pytest.mark.parametrize("model", ["vim_tiny", "vmamba_tiny"])
+def test_scan_models_train_on_a_gpu_without_a_bad_step(tmp_path: Path, model: str, precision: str) -> None:
+    result = _train_digits(tmp_path / "run", model, accelerator="gpu", precision=precision)
+    assert _skipped(result) == 0

@@ -1,4 +1,4 @@
-"""Learning rates against numbers worked out by hand."""
+"""Learning-rate schedules against hand-computed values."""
 
 import math
 from typing import Any

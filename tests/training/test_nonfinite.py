@@ -1,4 +1,4 @@
-"""The guard against non-finite numbers: what it keeps, counts, names and when it stops."""
+"""Non-finite guard: what a skipped step preserves, counters, traces and the end of a run."""
 
 import logging
 
@@ -11,14 +11,14 @@ from lightspine.training.nonfinite import NonFiniteGuard
 
 
 class Divide(nn.Module):
-    """Divides by the mean of the first image: non-finite where that is 0."""
+    """Divides by the mean of the first image, which is non-finite for a mean of 0."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x / x[0].mean()
 
 
 class Root(nn.Module):
-    """A square root, finite at 0 where its slope is not."""
+    """Square root: finite at 0 with an infinite gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sqrt()

@@ -1,4 +1,4 @@
-"""The optimiser of a task: settings, groups and proportions."""
+"""Optimizer settings, weight-decay groups and layer-wise learning-rate decay."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def test_adamw_has_the_published_settings() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lamb"])
-def test_norms_and_biases_are_not_decayed_by_any_optimiser(name: str) -> None:
+def test_norms_and_biases_are_not_decayed_by_any_optimizer(name: str) -> None:
     model = small_model()
     optimizer = create_optimizer(model, name, lr=1e-3, weight_decay=0.05)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
@@ -132,7 +132,7 @@ def test_layer_decay_out_of_range_is_refused(layer_decay: float) -> None:
 
 
 def groups_by_name(network: Any, **options: Any) -> dict[str, tuple[float, float]]:
-    """Return parameter name -> (rate, decay)."""
+    """Return parameter name -> (learning rate, weight decay)."""
     groups = dense_parameter_groups(network, **{"lr": 1.0, "weight_decay": 0.1} | options)
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     return {name: found[id(p)] for name, p in network.named_parameters() if id(p) in found}

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and resumed ends like one that never stopped."""
+"""A run that is stopped and resumed equals an uninterrupted one."""
 
 import csv
 import random
@@ -20,7 +20,7 @@ MEASURED = ("seconds", "data_share", "peak_mib")
 
 
 def _log(folder: Path) -> list[dict[str, str]]:
-    """Return the rows of metrics.csv without what the machine has a part in."""
+    """Return the rows of metrics.csv without times and memory."""
     with (folder / "metrics.csv").open() as file:
         return [
             {key: value for key, value in row.items() if key not in MEASURED} for row in csv.DictReader(file)

@@ -1,4 +1,4 @@
-"""Segmenters in training, on real images."""
+"""Segmentation task on real images."""
 
 import signal
 from pathlib import Path
