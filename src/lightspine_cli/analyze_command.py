@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightspine.analysis import ImageResult, Subject
+    from lightspine.analysis import ImageResult, ModelHandle
 
 KINDS = ("erf", "cam", "attention", "context", "importance", "redundancy")
 
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compute, draw and write; print what was written."""
-    from lightspine.analysis import list_files, open_subject
+    from lightspine.analysis import expand_image_paths, open_model
     from lightspine.errors import UsageError
 
     for option, kinds in _OF_KIND.items():
@@ -62,44 +62,44 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--{option} belongs to {', '.join(kinds)}, got it with {args.kind}")
     if args.out.is_file():
         raise UsageError(f"expected a folder for --out, got the file {args.out}")
-    query, files = _parse_query(args.query), list_files(args.images)
+    query, files = _parse_query(args.query), expand_image_paths(args.images)
     # What is written is called like the images: beside them it would take their place.
     if beside := [file for file in files if file.resolve().parent == args.out.resolve()]:
         raise UsageError(f"expected another folder for --out than that of the image {beside[0]}")
-    subject = open_subject(args.model, args.checkpoint, size=_parse_size(args.size), device=args.device)
+    handle = open_model(args.model, args.checkpoint, size=_parse_size(args.size), device=args.device)
     if args.kind in ("erf", "redundancy"):
-        return _run_on_all(args, subject, files)
-    return _run_on_each(args, subject, files, query)
+        return _run_on_all(args, handle, files)
+    return _run_on_each(args, handle, files, query)
 
 
-def _run_on_all(args: argparse.Namespace, subject: "Subject", files: list[Path]) -> int:
+def _run_on_all(args: argparse.Namespace, handle: "ModelHandle", files: list[Path]) -> int:
     """Average over the images: one figure."""
     from lightspine.analysis import erf, redundancy
     from lightspine.utils.progress import progress_bar
 
     result: Any
     if args.kind == "erf":
-        result = erf(subject, progress_bar(files, "erf"), stage=args.stage)
+        result = erf(handle, progress_bar(files, "erf"), stage=args.stage)
         for field in result.fields:
             print(f"{field.state}: half of the contribution within {field.side_of(0.5)} px")
     else:
-        labelled = [] if args.data is None else _labelled(args.data, subject)
-        result = redundancy(subject, files, labelled=labelled, bar=progress_bar)
+        labelled = [] if args.data is None else _labelled(args.data, handle)
+        result = redundancy(handle, files, labelled=labelled, bar=progress_bar)
         for module, cosine in zip(result.modules, result.mean_similarity(), strict=True):
             print(f"{module}: mean cosine between two heads {cosine:.3f}")
     _write(result, args.out / args.kind)
     return 0
 
 
-def _run_on_each(args: argparse.Namespace, subject: "Subject", files: list[Path], query: Any) -> int:
+def _run_on_each(args: argparse.Namespace, handle: "ModelHandle", files: list[Path], query: Any) -> int:
     from lightspine.analysis import attention, cam, context, draw_results, importance, save_figure
     from lightspine.utils.progress import progress_bar
 
     functions: dict[str, Any] = {
-        "cam": lambda image: cam(subject, [image], stage=args.stage, target=getattr(args, "class")),
-        "attention": lambda image: attention(subject, [image], query=query, stage=args.stage),
-        "context": lambda image: context(subject, [image], stage=args.stage),
-        "importance": lambda image: importance(subject, [image], stage=args.stage),
+        "cam": lambda image: cam(handle, [image], stage=args.stage, target=getattr(args, "class")),
+        "attention": lambda image: attention(handle, [image], query=query, stage=args.stage),
+        "context": lambda image: context(handle, [image], stage=args.stage),
+        "importance": lambda image: importance(handle, [image], stage=args.stage),
     }
     names = _names(files)
     on_sheet: list[ImageResult] = []
@@ -111,7 +111,7 @@ def _run_on_each(args: argparse.Namespace, subject: "Subject", files: list[Path]
     if len(files) > 1:
         save_figure(draw_results(on_sheet), args.out / "contact_sheet")
         print(f"wrote {len(files)} images' maps to {args.out}, {len(on_sheet)} on contact_sheet.png")
-    print(f"{subject.name}, {subject.state}; {on_sheet[0].picture.note}")
+    print(f"{handle.name}, {handle.state}; {on_sheet[0].image.note}")
     return 0
 
 
@@ -135,10 +135,10 @@ def _names(files: list[Path]) -> dict[Path, str]:
     return named
 
 
-def _labelled(folder: Path, subject: "Subject") -> Any:
+def _labelled(folder: Path, handle: "ModelHandle") -> Any:
     from lightspine.data import list_images
 
-    return list_images(folder, subject.class_names)[1]
+    return list_images(folder, handle.class_names)[1]
 
 
 def _parse_query(text: str | None) -> Any:

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import lightspine
-from lightspine.analysis import list_files, open_subject, read_picture
-from lightspine.analysis.pictures import MOST_PIXELS, bounded_size
+from lightspine.analysis import expand_image_paths, open_model, read_image
+from lightspine.analysis.image_input import MAX_PIXELS, bounded_size
 from lightspine.data import Preprocessing, create_eval_transform, open_image
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import save_checkpoint
@@ -18,17 +18,17 @@ from support.images import truncate, write_image
 
 def test_picture_equals_the_evaluations_input(tmp_path: Path) -> None:
     path = write_image(tmp_path / "a.png", (9, 99, 200), size=(77, 61))
-    subject = open_subject("shvit_s1")
-    expected = create_eval_transform(Preprocessing.from_config(subject.network.pretrained_cfg))(
+    handle = open_model("shvit_s1")
+    expected = create_eval_transform(Preprocessing.from_config(handle.network.pretrained_cfg))(
         open_image(path)
     )
-    assert read_picture(subject, path).pixels.equal(expected[None])
+    assert read_image(handle, path).pixels.equal(expected[None])
 
 
 def test_shown_image_is_what_the_network_sees(tmp_path: Path) -> None:
     path = write_image(tmp_path / "a.png", (9, 99, 200), size=(64, 48))
-    picture = read_picture(open_subject("shvit_s1", size="native"), path)
-    np.testing.assert_array_equal(picture.shown, np.asarray(Image.open(path)))
+    picture = read_image(open_model("shvit_s1", size="native"), path)
+    np.testing.assert_array_equal(picture.display, np.asarray(Image.open(path)))
     assert picture.note == "64x48 px seen as 64x48"
 
 
@@ -37,9 +37,9 @@ def test_huge_image_at_native_size_is_reduced_and_told(
 ) -> None:
     Image.new("RGB", (3000, 1000), (9, 99, 200)).save(tmp_path / "huge.png")
     with caplog.at_level(logging.INFO, "lightspine"):
-        picture = read_picture(open_subject("shvit_s1", size="native"), tmp_path / "huge.png")
+        picture = read_image(open_model("shvit_s1", size="native"), tmp_path / "huge.png")
     height, width = picture.size
-    assert height * width <= MOST_PIXELS
+    assert height * width <= MAX_PIXELS
     assert width / height == pytest.approx(3, rel=0.01)
     assert "huge: 3000x1000 px are too many to look into, reduced to 886x295" in caplog.text
 
@@ -47,7 +47,7 @@ def test_huge_image_at_native_size_is_reduced_and_told(
 @pytest.mark.parametrize("size", [(100, 99), (9000, 40), (40, 9000), (5000, 7001)])
 def test_bounded_size_keeps_the_bound_and_the_least_side(size: tuple[int, int]) -> None:
     height, width = bounded_size(*size)
-    assert height * width <= MOST_PIXELS
+    assert height * width <= MAX_PIXELS
     assert min(height, width) >= 32
     assert (height > width) == (size[0] > size[1])
 
@@ -56,15 +56,15 @@ def test_checkpoint_brings_its_classes_and_size(tmp_path: Path) -> None:
     model = lightspine.create_model("shvit_s1", num_classes=2)
     about = Preprocessing(input_size=(3, 48, 64)).to_dict()
     file = save_checkpoint(model, tmp_path / "m.safetensors", class_names=["a", "b"], preprocessing=about)
-    subject = open_subject(file)
-    assert subject.trained
-    assert subject.class_names == ["a", "b"]
-    assert subject.preprocessing.input_size == (3, 48, 64)
-    assert open_subject("shvit_s1", file).class_names == ["a", "b"]
+    handle = open_model(file)
+    assert handle.trained
+    assert handle.class_names == ["a", "b"]
+    assert handle.preprocessing.input_size == (3, 48, 64)
+    assert open_model("shvit_s1", file).class_names == ["a", "b"]
 
 
 def test_name_alone_has_the_same_initial_weights_each_time() -> None:
-    first, second = (open_subject("shvit_s1") for _ in range(2))
+    first, second = (open_model("shvit_s1") for _ in range(2))
     assert not first.trained
     for one, other in zip(first.network.parameters(), second.network.parameters(), strict=True):
         assert one.equal(other)
@@ -87,26 +87,26 @@ def test_name_alone_has_the_same_initial_weights_each_time() -> None:
 )
 def test_wrong_network_is_one_sentence(model: str, more: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        open_subject(model, **more)
+        open_model(model, **more)
 
 
 def test_module_beside_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected a name besides the checkpoint"):
-        open_subject(lightspine.create_model("shvit_s1"), tmp_path / "m.safetensors")
+        open_model(lightspine.create_model("shvit_s1"), tmp_path / "m.safetensors")
 
 
 def test_damaged_image_is_named(tmp_path: Path) -> None:
     path = truncate(write_image(tmp_path / "half.jpg", (1, 2, 3), size=(99, 99)))
     with pytest.raises(LightspineError, match=r"cannot read image .*half\.jpg"):
-        read_picture(open_subject("shvit_s1"), path)
+        read_image(open_model("shvit_s1"), path)
 
 
 def test_folders_are_replaced_by_their_images(tmp_path: Path) -> None:
     inside = [write_image(tmp_path / "f" / name, (1, 2, 3)) for name in ("a/2.png", "b.png")]
     alone = write_image(tmp_path / "z.png", (1, 2, 3))
-    assert list_files([alone, tmp_path / "f"]) == [alone, *inside]
+    assert expand_image_paths([alone, tmp_path / "f"]) == [alone, *inside]
 
 
 def test_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"expected images in .*, found none"):
-        list_files([tmp_path])
+        expand_image_paths([tmp_path])

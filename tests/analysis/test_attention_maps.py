@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import lightspine
-from lightspine.analysis import AttentionResult, ClassPathResult, attention, open_subject
-from lightspine.analysis.recording import record_calls
-from lightspine.analysis.softmax_rows import attention_rows
+from lightspine.analysis import AttentionResult, ClassPathResult, attention, open_model
+from lightspine.analysis.attention_weights import softmax_rows
+from lightspine.analysis.op_recorder import record_calls
 from lightspine.analysis.stages import token_grid
 from lightspine.errors import UsageError
 from support.images import write_image
@@ -32,21 +32,21 @@ def small(name: str) -> nn.Module:
 
 
 def first_attention(model: nn.Module, query: tuple[int, int], image: Path, **more: object) -> AttentionResult:
-    (result,) = attention(open_subject(model, **more), [image], query=query)
+    (result,) = attention(open_model(model, **more), [image], query=query)
     assert isinstance(result, AttentionResult)
     return result
 
 
 def test_attention_of_shvit_reproduces_the_layers_values() -> None:
     calls = record_calls(small("shvit_s1"), torch.randn(1, 3, 128, 192))
-    rows = attention_rows(calls[0])
+    rows = softmax_rows(calls[0])
     torch.testing.assert_close(rows[0] @ calls[0].args[2][0], calls[0].output[0], rtol=1e-4, atol=1e-5)
 
 
 def test_attention_of_a_timm_transformer_equals_its_own_softmax() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1).eval()
     pixels, kept = torch.randn(1, 3, 64, 64), []
-    rows = attention_rows(record_calls(model, pixels)[0], torch.tensor([3, 16]))
+    rows = softmax_rows(record_calls(model, pixels)[0], torch.tensor([3, 16]))
     model.blocks[0].attn.fused_attn = False
     model.blocks[0].attn.attn_drop.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_masked_attention_equals_pytorchs(kind: str) -> None:
             return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=chosen, scale=0.3)
 
     (call,) = record_calls(Masked(), torch.randn(1, 2, 5, 4))
-    torch.testing.assert_close(attention_rows(call) @ call.args[2][0], call.output[0])
+    torch.testing.assert_close(softmax_rows(call) @ call.args[2][0], call.output[0])
 
 
 @pytest.mark.parametrize("name", ["vmamba_tiny", "vim_tiny", "shvit_s1", "efficientmod_xxs"])
@@ -98,7 +98,7 @@ def test_readers_are_where_the_query_is_read(image: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vim_tiny", "vit_tiny_patch16_224"])
 def test_class_path_gives_each_layers_shares(name: str, image: Path) -> None:
-    (result,) = attention(open_subject(small(name), size=64), [image], query="class")
+    (result,) = attention(open_model(small(name), size=64), [image], query="class")
     assert isinstance(result, ClassPathResult)
     assert len(result.modules) == 2
     np.testing.assert_allclose(result.reads.sum((1, 2)) + result.kept, 1, rtol=1e-5)
@@ -118,7 +118,7 @@ def test_class_path_gives_each_layers_shares(name: str, image: Path) -> None:
 )
 def test_wrong_question_is_one_sentence(name: str, more: dict, message: str, image: Path) -> None:
     with pytest.raises(UsageError, match=message):
-        attention(open_subject(small(name), size=64), [image], **more)
+        attention(open_model(small(name), size=64), [image], **more)
 
 
 def test_windows_are_refused() -> None:
@@ -128,7 +128,7 @@ def test_windows_are_refused() -> None:
 
     (call,) = record_calls(Windows(), torch.randn(4, 2, 9, 8))
     with pytest.raises(UsageError, match="expected attention over a whole image, got 4 windows"):
-        attention_rows(call)
+        softmax_rows(call)
 
 
 @pytest.mark.parametrize(

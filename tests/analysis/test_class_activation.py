@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lightspine
-from lightspine.analysis import cam, open_subject
+from lightspine.analysis import cam, open_model
 from lightspine.errors import UsageError
 from support.images import write_image
 
@@ -51,7 +51,7 @@ def finite_differences(toy: Toy, features: Tensor, target: int, step: float = 1e
 @pytest.mark.parametrize("target", [None, 0, 2])
 def test_grad_cam_equals_finite_differences(image: Path, target: int | None) -> None:
     toy = Toy()
-    (result,) = cam(open_subject(toy, size=(32, 40)), [image], target=target)
+    (result,) = cam(open_model(toy, size=(32, 40)), [image], target=target)
     wide = Toy().double()
     wide.load_state_dict({key: value.double() for key, value in toy.state_dict().items()})
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_grad_cam_equals_finite_differences(image: Path, target: int | None) -> 
 
 def test_likeliest_class_is_explained_with_its_probability(image: Path) -> None:
     toy = Toy()
-    (result,) = cam(open_subject(toy, size=32), [image])
+    (result,) = cam(open_model(toy, size=32), [image])
     with torch.no_grad():
         expected = toy(result.picture.pixels)[0].softmax(0).max()
     assert result.probability == pytest.approx(float(expected), rel=1e-5)
@@ -80,7 +80,7 @@ def test_every_kind_of_model_has_maps_of_its_stages(name: str, image: Path) -> N
     small = {"vmamba_tiny": {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 32, 64]}}
     model = lightspine.create_model(name, num_classes=7, **small.get(name, {}))
     fixed = name.startswith("vit")
-    (result,) = cam(open_subject(model, size=None if fixed else (70, 97)), [image], target=5)
+    (result,) = cam(open_model(model, size=None if fixed else (70, 97)), [image], target=5)
     assert len(result.cams) in (3, 4, 5)
     for cam_map, activation in zip(result.cams, result.activations, strict=True):
         assert cam_map.shape == activation.shape
@@ -94,33 +94,33 @@ def vim() -> nn.Module:
 
 
 def test_patches_that_the_class_token_no_longer_reads_are_left_out(vim: nn.Module, image: Path) -> None:
-    (result,) = cam(open_subject(vim, size=(64, 80)), [image])
+    (result,) = cam(open_model(vim, size=(64, 80)), [image])
     assert result.modules == ["blocks.0", "blocks.1"]
     assert result.cams[0].shape == (4, 5)
 
 
 def test_stage_that_the_class_does_not_depend_on_is_refused(vim: nn.Module, image: Path) -> None:
     with pytest.raises(UsageError, match=r"does not depend on the map of blocks\.2 .* earlier stage"):
-        cam(open_subject(vim, size=64), [image], stage=2)
+        cam(open_model(vim, size=64), [image], stage=2)
 
 
 def test_missing_stage_is_refused_with_those_there_are(vim: nn.Module, image: Path) -> None:
     with pytest.raises(UsageError, match="expected a stage among 0, 1, 2, got 9"):
-        cam(open_subject(vim, size=64), [image], stage=9)
+        cam(open_model(vim, size=64), [image], stage=9)
 
 
 def test_unknown_class_is_refused_with_those_there_are(vim: nn.Module, image: Path) -> None:
     with pytest.raises(UsageError, match="expected a class among 0, 1, 2, 3, got 'rose'"):
-        cam(open_subject(vim, size=64), [image], target="rose")
+        cam(open_model(vim, size=64), [image], target="rose")
 
 
 def test_class_is_found_by_the_beginning_of_its_name(image: Path) -> None:
     model = lightspine.create_model("shvit_s1")
-    (result,) = cam(open_subject(model, size=64), [image], target="tench", stage=2)
+    (result,) = cam(open_model(model, size=64), [image], target="tench", stage=2)
     assert result.class_name.startswith("tench")
 
 
 def test_network_without_classifier_is_refused(image: Path) -> None:
     model = lightspine.create_model("shvit_s1", num_classes=0, global_pool="")
     with pytest.raises(UsageError, match="expected a network with a classifier"):
-        cam(open_subject(model, size=64), [image])
+        cam(open_model(model, size=64), [image])

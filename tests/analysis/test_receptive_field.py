@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import lightspine
-from lightspine.analysis import erf, open_subject
-from lightspine.analysis.receptive_field import contribution_curve, measure_field
+from lightspine.analysis import erf, open_model
+from lightspine.analysis.receptive_field import compute_field, contribution_curve
 from lightspine.analysis.stages import Stage
 from lightspine.errors import UsageError
 from lightspine.models.checkpoint import save_checkpoint
@@ -37,12 +37,12 @@ def test_field_of_linear_convolutions_is_the_power_of_their_kernel(depth: int, s
     reach = len(line) // 2
     expected[10 - reach : 11 + reach, 12 - reach : 13 + reach] = np.outer(line, line)
     inputs = [torch.rand(1, 1, 21, 25) for _ in range(2)]
-    field = measure_field(linear_stack(depth, size), Stage(0, "0", 1), inputs)
+    field = compute_field(linear_stack(depth, size), Stage(0, "0", 1), inputs)
     np.testing.assert_allclose(field.contribution, expected / expected.sum(), rtol=1e-5, atol=1e-12)
 
 
 def test_curve_of_linear_convolutions_is_that_of_their_kernel() -> None:
-    field = measure_field(linear_stack(2, 3), Stage(0, "0", 1), [torch.rand(1, 1, 9, 9)])
+    field = compute_field(linear_stack(2, 3), Stage(0, "0", 1), [torch.rand(1, 1, 9, 9)])
     # The middle of 1 2 3 2 1, its three and its five entries, over both axes.
     shares = (np.array([3, 7, 9]) / 9) ** 2
     np.testing.assert_allclose(field.shares[[0, 2, 4]], shares, rtol=1e-6)
@@ -53,7 +53,7 @@ def test_curve_of_linear_convolutions_is_that_of_their_kernel() -> None:
 def test_strided_map_is_centred_on_the_patch_of_its_central_position() -> None:
     patches = nn.Sequential(nn.Conv2d(1, 1, 4, 4, bias=False))
     nn.init.ones_(patches[0].weight)
-    field = measure_field(patches, Stage(0, "0", 1), [torch.rand(1, 1, 16, 8)])
+    field = compute_field(patches, Stage(0, "0", 1), [torch.rand(1, 1, 16, 8)])
     assert field.centre == (10, 6)
     assert field.side_of(0.99) == 4
 
@@ -76,7 +76,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_checkpoint_is_shown_before_and_after_training(checkpoint: Path, tmp_path: Path) -> None:
     image = write_image(tmp_path / "a.png", (9, 99, 200), size=(61, 45))
-    result = erf(open_subject(checkpoint, size=(40, 56)), [image])
+    result = erf(open_model(checkpoint, size=(40, 56)), [image])
     assert [field.state for field in result.fields] == ["untrained", "trained"]
     before, after = (field.contribution for field in result.fields)
     assert before.shape == after.shape == (40, 56)
@@ -86,7 +86,7 @@ def test_checkpoint_is_shown_before_and_after_training(checkpoint: Path, tmp_pat
 
 def test_name_without_checkpoint_is_shown_untrained_only(tmp_path: Path) -> None:
     image = write_image(tmp_path / "a.png", (9, 99, 200))
-    result = erf(open_subject("shvit_s1", size=64), [image], stage=0)
+    result = erf(open_model("shvit_s1", size=64), [image], stage=0)
     assert [field.state for field in result.fields] == ["untrained"]
     assert result.module == "stages.0"
 
@@ -94,4 +94,4 @@ def test_name_without_checkpoint_is_shown_untrained_only(tmp_path: Path) -> None
 def test_images_of_different_native_sizes_are_refused(tmp_path: Path) -> None:
     images = [write_image(tmp_path / f"{side}.png", (9, 99, 200), size=(side, 40)) for side in (40, 50)]
     with pytest.raises(UsageError, match="images of one size to average over, got 40x40, 40x50"):
-        erf(open_subject("shvit_s1", size="native"), images)
+        erf(open_model("shvit_s1", size="native"), images)

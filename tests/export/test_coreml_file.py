@@ -11,7 +11,7 @@ from support.exporting import small_model
 
 
 def test_free_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="Core ML needs a fixed size"):
+    with pytest.raises(UsageError, match="an export to Core ML needs fixed_size"):
         export_coreml(small_model("shvit"), tmp_path / "m.mlpackage")
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lightspine.errors import UsageError
-from lightspine.export.check import compare, open_session, random_batches, session_function
-from lightspine.export.onnx_graph import to_onnx, write_scans_out
+from lightspine.export.onnx_graph import inline_scans, to_onnx
 from lightspine.export.program import trace
+from lightspine.export.verification import compare, open_session, random_batches, session_function
 from lightspine.ops import cross_scan, list_scan_orders, register_scan_order, scan_order
 from lightspine.ops.onnx import IN_CACHE
 from lightspine.ops.selective_scan import scan
@@ -65,7 +65,7 @@ def as_onnx(network: nn.Module, *, scan_form: Any = "loop", size: tuple[int, int
     model = to_onnx(
         program, opset=20, scan=scan_form, input_name="images", input_axes=axes, output_names=["y"]
     )
-    return write_scans_out(model, 20)
+    return inline_scans(model, 20)
 
 
 FORMS = {

@@ -1,27 +1,28 @@
-"""Looking into a network: receptive fields, class activation, attention, contexts, redundant heads.
+"""Analysis of vision models: receptive fields, Grad-CAM, attention maps, context maps, head redundancy.
 
-Only what draws a figure loads matplotlib.
+matplotlib is imported only when a figure is drawn.
 
     >>> import numpy as np
     >>> from PIL import Image
-    >>> from lightspine.analysis import cam, open_subject
-    >>> subject = open_subject("shvit_s1", size=64)
-    >>> (result,) = cam(subject, [Image.fromarray(np.zeros((80, 97, 3), np.uint8))])
-    >>> result.picture.note
+    >>> from lightspine.analysis import cam, open_model
+    >>> model = open_model("shvit_s1", size=64)
+    >>> (result,) = cam(model, [Image.fromarray(np.zeros((80, 97, 3), np.uint8))])
+    >>> result.image.note
     '97x80 px seen as 64x64'
 """
 
-from lightspine.analysis.attention_maps import attention
-from lightspine.analysis.attention_results import AttentionResult, ClassPathResult
+import warnings
+from typing import Any
+
+from lightspine.analysis.attention_maps import AttentionResult, ClassPathResult, attention
 from lightspine.analysis.class_activation import CamResult, cam
-from lightspine.analysis.context_maps import ContextResult, context
+from lightspine.analysis.figure_grid import Panel
 from lightspine.analysis.head_redundancy import RedundancyResult, redundancy
-from lightspine.analysis.pictures import Picture, list_files, read_picture
+from lightspine.analysis.image_input import ImageInput, expand_image_paths, read_image
+from lightspine.analysis.mixer_maps import ContextResult, ImportanceResult, context, importance
+from lightspine.analysis.model_handle import ModelHandle, open_model
 from lightspine.analysis.receptive_field import ErfResult, ReceptiveField, erf
-from lightspine.analysis.results import ImageResult, Panel, draw_results
-from lightspine.analysis.saving import save_arrays, save_figure
-from lightspine.analysis.state_importance import ImportanceResult, importance
-from lightspine.analysis.subject import Subject, open_subject
+from lightspine.analysis.results import ImageResult, draw_results, save_arrays, save_figure
 
 __all__ = [
     "AttentionResult",
@@ -29,23 +30,32 @@ __all__ = [
     "ClassPathResult",
     "ContextResult",
     "ErfResult",
+    "ImageInput",
     "ImageResult",
     "ImportanceResult",
+    "ModelHandle",
     "Panel",
-    "Picture",
     "ReceptiveField",
     "RedundancyResult",
-    "Subject",
     "attention",
     "cam",
     "context",
     "draw_results",
     "erf",
+    "expand_image_paths",
     "importance",
-    "list_files",
-    "open_subject",
-    "read_picture",
+    "open_model",
+    "read_image",
     "redundancy",
     "save_arrays",
     "save_figure",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "open_subject":
+        warnings.warn(
+            "lightspine.analysis.open_subject is deprecated, use open_model", FutureWarning, stacklevel=2
+        )
+        return open_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

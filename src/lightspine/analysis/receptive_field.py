@@ -1,4 +1,4 @@
-"""The effective receptive field: which pixels the centre of a map depends on, and how much."""
+"""Effective receptive field: the contribution of each pixel to the center of a feature map."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,121 +8,125 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightspine.analysis.pictures import ImageLike, read_picture
-from lightspine.analysis.stages import Stage, as_map, list_stages, pick_stage, recorded_outputs
-from lightspine.analysis.subject import Subject
+from lightspine.analysis.figure_grid import COLORMAP, new_figure
+from lightspine.analysis.image_input import ImageLike, read_image
+from lightspine.analysis.model_handle import ModelHandle
+from lightspine.analysis.stages import Stage, as_map, get_stage, list_stages, record_outputs
 from lightspine.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_DECADES = 4
+_HALF = 0.5
+_LINES = {"untrained": ("0.55", "--"), "trained": ("black", "-")}
+
 SHARES = (0.2, 0.3, 0.5, 0.99)
-"""The shares of the contribution whose squares are told, as in the literature."""
+"""Shares of the contribution whose square is reported, as in the literature."""
 
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """How much every pixel contributes to the centre of a map, averaged over images.
+    """Contribution of each pixel to the center of a feature map, averaged over images.
 
     Attributes:
         state: "trained" or "untrained".
-        contribution: (H, W) float64, at least 0; the sum over all pixels is 1.
-        centre: (y, x) in pixels, the middle of what the map's central position covers.
-        sides: of the centred squares, in pixels, from 1 up.
-        shares: of the contribution that lies in each square, from 0 to 1.
+        contribution: (H, W), float64, not negative; sums to 1.
+        center: (y, x) in pixels, the center of the area that the map's central position covers.
+        sides: sides of centered squares in pixels, 1, 2, ...
+        shares: share of the contribution inside each square, from 0 to 1.
     """
 
     state: str
     contribution: np.ndarray
-    centre: tuple[float, float]
+    center: tuple[float, float]
     sides: np.ndarray
     shares: np.ndarray
 
     def side_of(self, share: float) -> int:
-        """Return the side in pixels of the smallest centred square that holds a share of the contribution."""
+        """Return the side in pixels of the smallest centered square with a share of the contribution."""
         return int(self.sides[np.argmax(self.shares >= share - 1e-12)])
 
 
 @dataclass(frozen=True)
 class ErfResult:
-    """The receptive fields of one network, before training and, with a checkpoint, after it.
+    """Receptive fields of one model, untrained and, if there is a checkpoint, trained.
 
     Attributes:
-        subject: name of the network.
-        module: the stage's module.
-        images: how many images were averaged.
-        fields: untrained first.
+        model: name of the model.
+        module: name of the stage's module.
+        images: number of images that were averaged.
+        fields: the receptive fields, untrained first.
     """
 
-    subject: str
+    model: str
     module: str
     images: int
     fields: list[ReceptiveField]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the numbers by name: contribution, sides and shares of every field."""
+        """Return the arrays by name: STATE_contribution, STATE_centre, STATE_sides and STATE_shares."""
         found: dict[str, np.ndarray] = {}
         for field in self.fields:
             found[f"{field.state}_contribution"] = field.contribution
-            found[f"{field.state}_centre"] = np.asarray(field.centre)
+            found[f"{field.state}_centre"] = np.asarray(field.center)
             found[f"{field.state}_sides"] = field.sides
             found[f"{field.state}_shares"] = field.shares
         return found
 
     def figure(self) -> "Figure":
-        """Draw a heat map of every field, and their contribution curves."""
-        from lightspine.analysis.erf_figure import draw_erf
-
-        return draw_erf(self)
+        """Draw the heat map of each field, and their contribution curves."""
+        return _draw_erf(self)
 
 
 def erf(
-    subject: Subject,
+    handle: ModelHandle,
     images: Iterable[ImageLike],
     *,
     stage: int | None = None,
     compare_untrained: bool = True,
 ) -> ErfResult:
-    """Measure the effective receptive field (Luo et al., NeurIPS 2016) of the centre of a stage's map.
+    """Compute the effective receptive field (Luo et al., NeurIPS 2016) of the center of a stage's map.
 
-    It is the gradient of the positive features at the central position, summed over channels, with respect to
-    the pixels; of it the positive part, summed over the image's channels and averaged over images, as Ding et
-    al. (CVPR 2022) and VMamba (figure on receptive fields) draw it.
+    The contribution of a pixel is the positive part of the gradient of the positive features at the central
+    position (summed over channels) with respect to the pixel, summed over the image's channels and averaged
+    over images, as in Ding et al. (CVPR 2022) and VMamba (figure on receptive fields).
 
     Args:
-        subject: see `lightspine.analysis.open_subject`.
-        images: files or open images, all seen at the same size; some 10 give a smooth map, papers take 50.
-        stage: number in the model's `feature_info`; the last by default.
-        compare_untrained: also measure the architecture with initial weights, where there are trained ones.
+        handle: see `lightspine.analysis.open_model`.
+        images: files or open images of one size after preprocessing; about 10 give a smooth map, papers use
+            50.
+        stage: index of a stage in the model's `feature_info`; the last one by default.
+        compare_untrained: also compute the field of the untrained architecture, if the model is trained.
 
     Raises:
-        UsageError: no image, images of different sizes, no such stage, or a stage that no pixel contributes
-            to.
+        UsageError: there is no image, the images have different sizes, the stage does not exist, or no pixel
+            contributes to it.
         LightspineError: an image cannot be read.
     """
-    stages = list_stages(subject.network)
-    chosen = stages[-1] if stage is None else pick_stage(stages, stage)
-    inputs = [read_picture(subject, image).pixels for image in images]
+    stages = list_stages(handle.network)
+    chosen = stages[-1] if stage is None else get_stage(stages, stage)
+    inputs = [read_image(handle, image).pixels for image in images]
     if len({tuple(pixels.shape) for pixels in inputs}) != 1:
         sizes = sorted({f"{pixels.shape[2]}x{pixels.shape[3]}" for pixels in inputs})
         raise UsageError(f"expected images of one size to average over, got {', '.join(sizes) or 'no image'}")
-    subjects = [subject]
-    if subject.trained and compare_untrained and subject.saved is not None:
-        subjects.insert(0, subject.untrained())
-    fields = [measure_field(each.network, chosen, inputs, state=each.state) for each in subjects]
-    return ErfResult(subject.name, chosen.module, len(inputs), fields)
+    handles = [handle]
+    if handle.trained and compare_untrained and handle.metadata is not None:
+        handles.insert(0, handle.untrained())
+    fields = [compute_field(each.network, chosen, inputs, state=each.state) for each in handles]
+    return ErfResult(handle.name, chosen.module, len(inputs), fields)
 
 
-def measure_field(
+def compute_field(
     network: nn.Module, stage: Stage, inputs: Sequence[Tensor], *, state: str = "trained"
 ) -> ReceptiveField:
-    """Measure the field of one stage of a module; see `erf`.
+    """Compute the receptive field of one stage of a network; see `erf`.
 
     Args:
-        network: in evaluation mode.
-        stage: whose map.
+        network: a network in evaluation mode.
+        stage: the stage.
         inputs: images (1, C, H, W) of one size.
-        state: what the result is called.
+        state: `state` of the result.
 
     Raises:
         UsageError: no pixel contributes.
@@ -131,16 +135,16 @@ def measure_field(
     total = np.zeros(size)
     for pixels in inputs:
         pixels = pixels.detach().clone().requires_grad_()
-        with torch.enable_grad(), recorded_outputs(network, [stage]) as outputs:
+        with torch.enable_grad(), record_outputs(network, [stage.module]) as outputs:
             network(pixels)
-            features = as_map(network, outputs[stage.index], stage.channels, size)
+            features = as_map(network, outputs[stage.module], stage.channels, size)
             cell = features.shape[2] // 2, features.shape[3] // 2
-            centre = features[:, :, cell[0], cell[1]].relu().sum()
-            (gradient,) = torch.autograd.grad(centre, pixels)
+            center = features[:, :, cell[0], cell[1]].relu().sum()
+            (gradient,) = torch.autograd.grad(center, pixels)
         total += gradient.relu().sum((0, 1)).double().cpu().numpy()
     if total.sum() == 0:
         raise UsageError(
-            f"no pixel contributes to the centre of {stage.module}: its features are all negative"
+            f"no pixel contributes to the center of {stage.module}: its features are all negative"
         )
     contribution = total / total.sum()
     middle = (
@@ -152,23 +156,75 @@ def measure_field(
 
 
 def contribution_curve(
-    contribution: np.ndarray, centre: tuple[float, float]
+    contribution: np.ndarray, center: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sides of growing centred squares and the share of the contribution that lies in each.
+    """Compute the share of the contribution inside centered squares of all sizes.
 
     Args:
-        contribution: (H, W), at least 0.
-        centre: (y, x) in pixels; the middle of the first pixel is (0.5, 0.5).
+        contribution: (H, W), not negative.
+        center: (y, x) in pixels; the center of the first pixel is (0.5, 0.5).
 
     Returns:
-        Sides in pixels, 1 to the one that covers all, and shares from 0 to 1; a pixel counts when it lies
-        whole in the square.
+        Sides in pixels, from 1 to the side that covers all, and shares from 0 to 1. A pixel counts if the
+        square contains all of it.
     """
     height, width = contribution.shape
     away = np.maximum(
-        np.abs(np.arange(height) + 0.5 - centre[0])[:, None], np.abs(np.arange(width) + 0.5 - centre[1])[None]
+        np.abs(np.arange(height) + 0.5 - center[0])[:, None], np.abs(np.arange(width) + 0.5 - center[1])[None]
     )
-    # The least side whose square holds the whole pixel.
+    # The smallest side whose square contains the whole pixel.
     reached = np.ceil(2 * away + 1 - 1e-9).astype(int)
     sums = np.bincount(reached.ravel(), weights=contribution.ravel())
     return np.arange(1, len(sums)), np.cumsum(sums)[1:] / contribution.sum()
+
+
+def _draw_erf(result: ErfResult) -> "Figure":
+    """Draw one heat map per field, with the square of half the contribution, and the contribution curves."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import Rectangle
+
+    count = len(result.fields)
+    figure = new_figure(2.65 * count + 4.3, 3.15)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(1, count + 1, width_ratios=[1.0] * count + [1.25], squeeze=False)[0]
+    # The peaks of networks differ by orders of magnitude, so each map is relative to its own.
+    for axis, field in zip(axes, result.fields, strict=False):
+        relative = field.contribution / field.contribution.max()
+        image = axis.imshow(
+            np.maximum(relative, 10.0**-_DECADES),
+            cmap=COLORMAP,
+            norm=LogNorm(10.0**-_DECADES, 1),
+            extent=(0, relative.shape[1], relative.shape[0], 0),
+            interpolation="nearest",
+        )
+        side, (y, x) = field.side_of(_HALF), field.center
+        axis.add_patch(
+            Rectangle((x - side / 2, y - side / 2), side, side, fill=False, edgecolor="white", linewidth=1.1)
+        )
+        axis.set_title(f"{field.state}: half within {side} px", fontsize=9)
+        axis.set_xticks([0, relative.shape[1]])
+        axis.set_yticks([0, relative.shape[0]])
+        axis.tick_params(labelsize=7, length=2)
+    bar = figure.colorbar(image, ax=list(axes[:count]), fraction=0.05, pad=0.02)
+    bar.set_label("contribution of a pixel / the largest", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    curves = axes[-1]
+    for field in result.fields:
+        color, style = _LINES[field.state]
+        curves.plot(field.sides, 100 * field.shares, style, color=color, label=field.state, linewidth=1.6)
+    curves.set_xlim(0, max(int(field.sides[-1]) for field in result.fields))
+    curves.set_ylim(0, 100)
+    curves.set_xlabel("side of the centered square, px", fontsize=8)
+    curves.set_ylabel("contribution inside, %", fontsize=8)
+    curves.tick_params(labelsize=7)
+    curves.grid(color="0.88", linewidth=0.6)
+    curves.spines[["top", "right"]].set_visible(False)
+    curves.legend(fontsize=8, frameon=False, loc="lower right")
+    images = "1 image" if result.images == 1 else f"{result.images} images"
+    figure.suptitle(
+        f"{result.model}, effective receptive field of the center of {result.module}, {images}",
+        fontsize=10.5,
+        x=0.01,
+        ha="left",
+    )
+    return figure

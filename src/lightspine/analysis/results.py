@@ -1,72 +1,55 @@
-"""What every map of one image has in common: panels for a figure, arrays for a file."""
+"""Results of an analysis: figures, arrays and files."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightspine.analysis.pictures import Picture
+from lightspine.analysis.figure_grid import Panel, draw_grid
+from lightspine.analysis.image_input import ImageInput
 from lightspine.errors import UsageError
+from lightspine.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_COLUMNS = 7
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One picture of a figure.
-
-    Attributes:
-        title: above it.
-        values: (h, w), numbers drawn on a scale from 0 to their maximum; or (H, W, 3), an image.
-        over: draw the values half transparent over this image.
-        mark: (y, x) in pixels of the image, drawn as a cross.
-        size: height and width in pixels that the values stand for; by default those of the image.
-        root: let the brightness grow with the square root, for maps with few large values.
-    """
-
-    title: str
-    values: np.ndarray
-    over: Picture | None = None
-    mark: tuple[float, float] | None = None
-    size: tuple[int, int] | None = None
-    root: bool = False
+MAX_COLUMNS = 7
+"""Maximum number of panels per row of the figure of one image."""
 
 
 @dataclass(frozen=True)
 class ImageResult(ABC):
-    """Maps of one image. `figure()` draws them, `arrays()` are what a .npz file holds.
+    """Maps of one image; base class of the results of most analyses.
 
     Attributes:
-        picture: the image as the network saw it.
-        subject: name of the network and whether it was trained.
+        image: the preprocessed image.
+        model: name of the model, and whether it is trained.
     """
 
-    picture: Picture
-    subject: str
+    image: ImageInput
+    model: str
 
     @abstractmethod
     def rows(self) -> list[list[Panel]]:
-        """Return the maps by row of the figure; a contact sheet joins the rows."""
+        """Return the maps as rows of the figure; a contact sheet concatenates the rows."""
 
     def image_panel(self) -> Panel:
-        """Return what stands before the maps: the image."""
-        return picture_panel(self.picture)
+        """Return the panel of the image, the first of the figure."""
+        return input_panel(self.image)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the numbers by name, the image as the network saw it among them, (H, W, 3) uint8."""
-        return {"image": self.picture.shown}
+        """Return the arrays by name, among them "image", the preprocessed image (H, W, 3), uint8."""
+        return {"image": self.image.display}
 
     def heading(self) -> str:
-        """Return the line above the figure."""
-        return self.subject
+        """Return the text above the figure."""
+        return self.model
 
     def caption(self) -> str:
-        """Return the small print: how to read the figure."""
+        """Return the text below the figure, which explains the scales."""
         return ""
 
     def figure(self) -> "Figure":
@@ -78,35 +61,69 @@ def draw_results(results: Sequence[ImageResult]) -> "Figure":
     """Draw one image with its maps, or a contact sheet with one row per image.
 
     Args:
-        results: of the same analysis.
+        results: results of the same analysis.
 
     Raises:
-        UsageError: there is nothing to draw.
+        UsageError: the list is empty.
     """
-    # matplotlib is loaded by what draws, not by what computes.
-    from lightspine.analysis.sheet import draw_sheet
-
     if not results:
-        raise UsageError("a figure needs at least one result, got none")
+        raise UsageError("expected at least one result to draw, got none")
     first = results[0]
     if len(results) == 1:
-        return draw_sheet(_alone(first), heading=first.heading(), caption=first.caption())
+        return draw_grid(_single_image_rows(first), heading=first.heading(), caption=first.caption())
     rows = [[each.image_panel(), *(panel for row in each.rows() for panel in row)] for each in results]
-    names = [each.picture.name for each in results]
-    return draw_sheet(rows, names=names, heading=first.subject, caption=first.caption())
+    names = [each.image.name for each in results]
+    return draw_grid(rows, names=names, heading=first.model, caption=first.caption())
 
 
-def _alone(result: ImageResult) -> list[list[Panel | None]]:
-    """Return the rows of a single image: several one below the other, one wrapped where it is long."""
+def _single_image_rows(result: ImageResult) -> list[list[Panel | None]]:
+    """Return the panels of one image: several rows below each other, a single long row wrapped."""
     rows = result.rows()
     if len(rows) > 1:
         return [[None if i else result.image_panel(), *row] for i, row in enumerate(rows)]
     line: list[Panel | None] = [result.image_panel(), *rows[0]]
-    columns = -(-len(line) // -(-len(line) // MOST_COLUMNS))
+    columns = -(-len(line) // -(-len(line) // MAX_COLUMNS))
     return [line[start : start + columns] for start in range(0, len(line), columns)]
 
 
-def picture_panel(picture: Picture, mark: tuple[float, float] | None = None) -> Panel:
-    """Return the image itself as a panel."""
-    height, width = picture.size
-    return Panel(f"image, {width}x{height} px", picture.shown, mark=mark)
+def input_panel(image: ImageInput, mark: tuple[float, float] | None = None) -> Panel:
+    """Create the panel of an image, with an optional cross at (y, x)."""
+    height, width = image.size
+    return Panel(f"image, {width}x{height} px", image.display, mark=mark)
+
+
+def save_figure(figure: "Figure", base: Path) -> list[Path]:
+    """Write BASE.png and BASE.svg atomically; the same figure gives the same bytes.
+
+    Returns:
+        The paths of the two files.
+
+    Raises:
+        LightspineError: a file cannot be written.
+    """
+    from matplotlib import rc_context
+
+    paths = []
+    # Neither dates nor random ids, so that a file in a repository changes only with its content.
+    with rc_context({"svg.hashsalt": base.name}):
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            path = base.with_name(f"{base.name}.{kind}")
+            with atomic_write(path) as file:
+                figure.savefig(file, format=kind, metadata=metadata)
+            paths.append(path)
+    return paths
+
+
+def save_arrays(arrays: Mapping[str, np.ndarray], base: Path) -> Path:
+    """Write BASE.npz, compressed and atomically.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        LightspineError: the file cannot be written.
+    """
+    path = base.with_name(f"{base.name}.npz")
+    with atomic_write(path) as file:
+        np.savez_compressed(file, allow_pickle=False, **dict(arrays))
+    return path

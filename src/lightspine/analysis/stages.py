@@ -1,4 +1,4 @@
-"""The stages of any timm model: their modules, and their outputs as maps."""
+"""Stages of a timm model: their modules, and their outputs as maps."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from lightspine.errors import UsageError
 from lightspine.models.vim import Vim, patches_of
 
-MOST_STAGES = 6
-"""A model with more stages, such as a row of like blocks, is shown at four of them."""
+MAX_STAGES = 6
+"""Maximum number of stages that are all shown; of more, `_NUM_SELECTED` are."""
 
-_SHOWN_OF_MANY = 4
+_NUM_SELECTED = 4
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry of a model's `feature_info`: its number, the name of its module and its channels."""
+    """One entry of a model's `feature_info`: its index, the name of its module and its number of channels."""
 
     index: int
     module: str
@@ -29,13 +29,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """Where the patches of an image stand in a sequence of tokens.
+    """Positions of an image's patches in a sequence of tokens.
 
     Attributes:
-        height: rows of patches.
-        width: columns of patches.
-        patches: place of each patch in the sequence, row by row, (height * width,).
-        others: places of the tokens that are no patch, such as the class token.
+        height: number of rows of patches.
+        width: number of columns of patches.
+        patches: position of each patch in the sequence, row by row, (height * width,).
+        others: positions of the other tokens, for example the class token.
     """
 
     height: int
@@ -45,10 +45,10 @@ class TokenGrid:
 
 
 def list_stages(network: nn.Module) -> list[Stage]:
-    """Return the stages of a model.
+    """List the stages of a model.
 
     Raises:
-        UsageError: the model has no `feature_info` with the names of its modules.
+        UsageError: the model has no `feature_info` with module names.
     """
     info: Any = getattr(network, "feature_info", None)
     entries = info if isinstance(info, list) else info.get_dicts() if hasattr(info, "get_dicts") else []
@@ -63,43 +63,43 @@ def list_stages(network: nn.Module) -> list[Stage]:
     return stages
 
 
-def choose_stages(network: nn.Module, stage: int | None) -> list[Stage]:
-    """Return one stage, or with `None` all; of more than `MOST_STAGES` four that are evenly spread.
+def select_stages(network: nn.Module, stage: int | None) -> list[Stage]:
+    """Return the stage with an index, or for `None` all stages (four evenly spaced ones of a long list).
 
     Raises:
-        UsageError: no stage has this number.
+        UsageError: no stage has this index.
     """
     stages = list_stages(network)
     if stage is not None:
-        return [pick_stage(stages, stage)]
-    if len(stages) <= MOST_STAGES:
+        return [get_stage(stages, stage)]
+    if len(stages) <= MAX_STAGES:
         return stages
-    return [stages[math.ceil(len(stages) * (i + 1) / _SHOWN_OF_MANY) - 1] for i in range(_SHOWN_OF_MANY)]
+    return [stages[math.ceil(len(stages) * (i + 1) / _NUM_SELECTED) - 1] for i in range(_NUM_SELECTED)]
 
 
-def choose_layers(network: nn.Module, layers: Iterable[str], stage: int | None) -> list[str]:
-    """Return those of some layers that lie in one stage, or with `None` the last one of every stage.
+def select_layers(network: nn.Module, layers: Iterable[str], stage: int | None) -> list[str]:
+    """Return the layers inside a stage, or for `None` the last layer of each stage.
 
     Args:
         network: a model with stages.
         layers: names of modules.
-        stage: number in the model's `feature_info`.
+        stage: index of a stage in the model's `feature_info`.
 
     Raises:
-        UsageError: no stage has this number.
+        UsageError: no stage has this index.
     """
     stages, names = list_stages(network), list(layers)
     by_stage = {each.index: [n for n in names if n.startswith(f"{each.module}.")] for each in stages}
     if stage is None:
         return [inside[-1] for inside in by_stage.values() if inside]
-    return by_stage[pick_stage(stages, stage).index]
+    return by_stage[get_stage(stages, stage).index]
 
 
-def pick_stage(stages: Sequence[Stage], stage: int) -> Stage:
-    """Return the stage of this number.
+def get_stage(stages: Sequence[Stage], stage: int) -> Stage:
+    """Return the stage with an index.
 
     Raises:
-        UsageError: there is none; the message tells which there are.
+        UsageError: no stage has this index.
     """
     found = [candidate for candidate in stages if candidate.index == stage]
     if not found:
@@ -109,35 +109,43 @@ def pick_stage(stages: Sequence[Stage], stage: int) -> Stage:
 
 
 @contextmanager
-def recorded_outputs(network: nn.Module, stages: Sequence[Stage]) -> Iterator[dict[int, Tensor]]:
-    """Collect the outputs of stages while the network runs, as they stand in the graph of autograd."""
-    outputs: dict[int, Tensor] = {}
-    handles = []
-    for stage in stages:
+def record_outputs(network: nn.Module, modules: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Record the outputs of modules while the network runs, without detaching them.
 
-        def keep(_module: nn.Module, _inputs: Any, output: Any, index: int = stage.index) -> None:
-            # EfficientViM's stages give their map and a hidden state.
-            outputs[index] = output[0] if isinstance(output, tuple) else output
+    Args:
+        network: the network.
+        modules: names of its submodules.
 
-        handles.append(network.get_submodule(stage.module).register_forward_hook(keep))
+    Yields:
+        A dictionary that is filled by module name.
+    """
+    outputs: dict[str, Tensor] = {}
+    hooks = []
+    for name in modules:
+
+        def record(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
+            # EfficientViM's stages return their map and a hidden state.
+            outputs[name] = output[0] if isinstance(output, tuple) else output
+
+        hooks.append(network.get_submodule(name).register_forward_hook(record))
     try:
         yield outputs
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def as_map(network: nn.Module, output: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-    """Return a stage's output, or its gradient, as a map (B, C, h, w); tokens that are no patch are left out.
+    """Convert the output of a stage, or its gradient, to a map (B, C, h, w), without prefix tokens.
 
     Args:
-        network: whose output it is.
+        network: the network.
         output: (B, C, h, w), (B, h, w, C) or tokens (B, N, C).
         channels: C.
         size: height and width of the image in pixels.
 
     Raises:
-        UsageError: the output is no map, or its tokens form no grid.
+        UsageError: the output is not a map, or its tokens do not form a grid.
     """
     if output.dim() == 4 and output.shape[1] == channels:
         return output
@@ -145,8 +153,8 @@ def as_map(network: nn.Module, output: Tensor, channels: int, size: tuple[int, i
         return output.permute(0, 3, 1, 2)
     if output.dim() != 3 or output.shape[2] != channels:
         raise UsageError(
-            f"expected a stage whose output is a map of {channels} channels or as wide tokens, "
-            f"got the shape {tuple(output.shape)}"
+            f"expected a stage whose output is a map or tokens with {channels} channels, got the shape "
+            f"{tuple(output.shape)}"
         )
     grid = token_grid(network, output.shape[1], size)
     tokens = output[:, grid.patches.to(output.device)]
@@ -154,12 +162,17 @@ def as_map(network: nn.Module, output: Tensor, channels: int, size: tuple[int, i
 
 
 def token_grid(network: nn.Module, count: int, size: tuple[int, int]) -> TokenGrid:
-    """Return how a sequence of `count` tokens covers an image of a size in pixels.
+    """Find the grid of patches in a sequence of tokens.
 
-    Patches cover the image evenly, so of all grids with as many patches it is the one with the image's ratio.
+    Of all grids with this number of patches it is the one whose aspect ratio is closest to that of the image.
+
+    Args:
+        network: the network.
+        count: number of tokens.
+        size: height and width of the image in pixels.
 
     Raises:
-        UsageError: no grid of about the image's ratio has as many patches, as with windows or pruned tokens.
+        UsageError: no grid has about the aspect ratio of the image, for example because tokens were pruned.
     """
     places = torch.arange(count)
     if isinstance(network, Vim):
@@ -170,10 +183,11 @@ def token_grid(network: nn.Module, count: int, size: tuple[int, int]) -> TokenGr
     heights = [h for h in range(1, number + 1) if number % h == 0]
     height = min(heights, key=lambda h: abs(math.log(h * h / number / ratio)))
     width = number // height
-    # Rounding to whole patches moves each side by less than one.
+    # Rounding to whole patches changes each side by less than one patch.
     if not (height - 1) / (width + 1) <= ratio <= (height + 1) / max(width - 1, 1e-9):
         raise UsageError(
-            f"{number} tokens form no grid of the ratio of {size[0]}x{size[1]} px: expected one per patch"
+            f"expected one token per patch, but {number} tokens do not form a grid with the aspect ratio of "
+            f"{size[0]}x{size[1]} px"
         )
     others = places[~torch.isin(places, patches)]
     return TokenGrid(height, width, patches, others)

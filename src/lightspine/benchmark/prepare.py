@@ -22,8 +22,8 @@ from lightspine.benchmark.results import Row
 from lightspine.benchmark.settings import Job
 from lightspine.blocks import SS2D
 from lightspine.errors import LightspineError
-from lightspine.export.check import open_session
 from lightspine.export.onnx_file import export_onnx
+from lightspine.export.verification import open_session
 from lightspine.ops.cross_scan import cross_scan
 from lightspine.optimize import optimize
 

@@ -1,10 +1,10 @@
-"""Models for use elsewhere: inference copies, and files that run without this library.
+"""Export of models to ONNX, `torch.export` and Core ML.
 
-`import lightspine` imports this for `optimize`; what needs onnx is imported when it is called.
+`import lightspine` imports this package; onnx and onnxruntime are imported only by an export.
 """
 
-from lightspine.export.onnx_file import ExportReport as ExportReport
 from lightspine.export.onnx_file import export_onnx as export_onnx
+from lightspine.export.verification import ExportReport as ExportReport
 from lightspine.optimize import optimize as optimize
 
 __all__ = ["ExportReport", "export_onnx", "optimize"]

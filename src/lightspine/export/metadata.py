@@ -1,4 +1,4 @@
-"""What an exported file says about itself."""
+"""Metadata of an exported file: names, preprocessing and origin."""
 
 import json
 import re
@@ -7,25 +7,28 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from lightspine._version import __version__
+from torch import nn
 
-PREFIX = "lightspine."
+from lightspine._version import __version__
+from lightspine.models.checkpoint import default_preprocessing
+
+METADATA_PREFIX = "lightspine."
 
 
 @dataclass(kw_only=True)
-class Description:
-    """What goes into a file beside the network.
+class ExportMetadata:
+    """Metadata that is stored in an exported file.
 
     Attributes:
-        name: of the model.
-        kind: see `lightspine.export.targets.Target`.
-        class_names: one per class, or `None`.
+        name: name of the model.
+        kind: see `lightspine.export.program.ExportTarget`.
+        class_names: one name per class, or `None`.
         preprocessing: `input_size` (channels, height, width), `interpolation`, `mean`, `std`, `crop_pct`,
             `crop_mode`.
-        pixels: whether the network takes 8-bit pixels (B, H, W, C) and normalises them itself.
-        strides: of the maps, where the outputs are maps.
-        precision: of the weights and sums.
-        source: what the weights were read from.
+        pixels: whether the network takes 8-bit pixels (B, H, W, C) and normalizes them itself.
+        strides: strides of the output maps, if the outputs are maps.
+        precision: "fp32", "fp16", "int8-dynamic" or "int8-static".
+        source: where the weights come from.
     """
 
     name: str
@@ -42,7 +45,7 @@ class Description:
         return json.dumps(self.entries())
 
     def entries(self) -> dict[str, str]:
-        """Return the entries of the file, text by name; what is no plain text is JSON."""
+        """Return the entries as strings; values that are not text are encoded as JSON."""
         found: dict[str, str] = {
             "model": self.name,
             "kind": self.kind,
@@ -56,20 +59,48 @@ class Description:
         }
         if (commit := source_commit()) is not None:
             found["commit"] = commit
-        return {PREFIX + key: value for key, value in found.items()}
+        return {METADATA_PREFIX + key: value for key, value in found.items()}
+
+
+def find_preprocessing(
+    model: nn.Module,
+    preprocessing: dict[str, Any] | None = None,
+    *,
+    fixed_size: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Return the published preprocessing of a model, updated with known entries and a fixed size."""
+    found = default_preprocessing(_module_with_cfg(model)) | (preprocessing or {})
+    if fixed_size is not None:
+        found["input_size"] = [count_channels(model, found), *fixed_size]
+    return found
+
+
+def count_channels(model: nn.Module, preprocessing: dict[str, Any]) -> int:
+    """Return the number of input channels of a model: those of its first convolution."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return int(preprocessing.get("input_size", (3,))[0] if first is None else first.in_channels)
+
+
+def model_name(model: nn.Module) -> str:
+    """Return the name that a model was created by, or the name of its architecture or class."""
+    init_args: Any = getattr(model, "init_args", None)
+    if init_args:
+        return str(init_args["name"])
+    cfg: Any = getattr(_module_with_cfg(model), "pretrained_cfg", None) or {}
+    return str(cfg.get("architecture") or type(model).__name__)
 
 
 def source_commit() -> str | None:
-    """Return the commit that this library was installed from or lies in, or `None` for a released wheel."""
+    """Return the git commit of the installed or checked-out library, or `None` for a released wheel."""
     try:
         record = distribution("lightspine").read_text("direct_url.json")
     except PackageNotFoundError:
         record = None
     installed = json.loads(record).get("vcs_info", {}).get("commit_id") if record else None
-    return installed or _checked_out(Path(__file__).parents[3] / ".git")
+    return installed or _checked_out_commit(Path(__file__).parents[3] / ".git")
 
 
-def _checked_out(git: Path) -> str | None:
+def _checked_out_commit(git: Path) -> str | None:
     if not (git / "HEAD").is_file():
         return None
     head = (git / "HEAD").read_text().strip()
@@ -83,3 +114,11 @@ def _checked_out(git: Path) -> str | None:
         re.search(rf"^(\w+) {re.escape(reference)}$", packed.read_text(), re.M) if packed.is_file() else None
     )
     return found[1] if found else None
+
+
+def _module_with_cfg(model: nn.Module) -> nn.Module:
+    """Return the first submodule that has a timm pretrained_cfg, or the model itself."""
+    for module in model.modules():
+        if getattr(module, "pretrained_cfg", None):
+            return module
+    return model

@@ -1,33 +1,30 @@
-"""From a traced program to an ONNX model of standard operators."""
+"""Conversion of a traced program to an ONNX model of standard operators."""
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.export.onnx_tidying import drop_neutral, drop_unused
-from lightspine.export.pooling_form import pooling_table
+from lightspine.export.onnx_cleanup import remove_no_ops, remove_unused, to_clean_proto
 from lightspine.ops.onnx import FUNCTION_DOMAIN, ScanForm, scan_function, scan_table
 
 OPSETS = range(18, 27)
-"""Versions of the ONNX operators that PyTorch writes and ONNX Runtime reads."""
+"""Versions of the ONNX operator set that PyTorch writes and ONNX Runtime reads."""
 
 
 def check_opset(opset: int) -> None:
-    """Refuse a version of the ONNX operators that cannot be written.
+    """Check that a version of the ONNX operator set is supported.
 
     Raises:
-        UsageError: it is none of `OPSETS`.
+        UsageError: it is not in `OPSETS`.
     """
     if opset not in OPSETS:
-        raise UsageError(
-            f"expected an opset from {OPSETS.start} to {OPSETS.stop - 1}, which has the operators of these "
-            f"models and runs in ONNX Runtime, got {opset}"
-        )
+        raise UsageError(f"expected an opset from {OPSETS.start} to {OPSETS.stop - 1}, got {opset}")
 
 
 def to_onnx(
@@ -39,27 +36,27 @@ def to_onnx(
     input_axes: Sequence[str | int],
     output_names: Sequence[str],
 ) -> Any:
-    """Return an `onnx.ModelProto`, in which a scan is still the call of a function.
+    """Convert a program to an `onnx.ModelProto` in which a looped scan is the call of a function.
 
     Args:
         program: from `lightspine.export.program.trace`.
-        opset: see `check_opset`.
+        opset: see `OPSETS`.
         scan: see `lightspine.ops.onnx.scan_table`.
-        input_name: what the input is called.
-        input_axes: a name for each free axis of the input, the size of each other one.
-        output_names: what the outputs are called.
+        input_name: name of the input.
+        input_axes: the name of each dynamic axis of the input and the size of each fixed one.
+        output_names: names of the outputs.
 
     Raises:
-        LightspineError: an operator of the model has no ONNX form in this opset.
+        LightspineError: the opset lacks an operator of the model.
     """
     level = logging.getLogger("torch.onnx").level
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # It tells on the way what it decomposes.
+            # The exporter logs every decomposition.
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-            program = program.run_decompositions(scan_table(scan) | pooling_table())
-            found: Any = torch.onnx.export(
+            program = program.run_decompositions(scan_table(scan) | _POOLING_TABLE)
+            exported: Any = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
@@ -70,26 +67,26 @@ def to_onnx(
     except UsageError:
         raise
     except Exception as error:
-        raise LightspineError(f"opset {opset} cannot carry this model: {_reason(error)}") from error
+        raise LightspineError(f"cannot export this model to opset {opset}: {_root_cause(error)}") from error
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
-    model = found.model_proto
-    drop_neutral(model.graph)
-    _strip(model.graph)
-    _name_axes(model.graph.input[0], input_axes)
+    remove_no_ops(exported.model)
+    model = to_clean_proto(exported.model)
+    for dimension, axis in zip(model.graph.input[0].type.tensor_type.shape.dim, input_axes, strict=True):
+        if isinstance(axis, str):
+            dimension.dim_param = axis
+        else:
+            dimension.dim_value = axis
     return model
 
 
-def _reason(error: BaseException) -> str:
-    # PyTorch wraps the cause in pages of advice.
-    while error.__cause__ is not None:
-        error = error.__cause__
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first}"
+def inline_scans(model: Any, opset: int) -> Any:
+    """Replace the calls of scan functions by standard operators, because few runtimes support functions.
 
-
-def write_scans_out(model: Any, opset: int) -> Any:
-    """Return a model with its scans in standard operators: few tools but ONNX Runtime know functions."""
+    Args:
+        model: from `to_onnx`.
+        opset: the opset that the model was exported to.
+    """
     import onnx
     import onnx.inliner
 
@@ -98,32 +95,41 @@ def write_scans_out(model: Any, opset: int) -> Any:
         model.functions.extend(scan_function(name, opset) for name in called)
         if FUNCTION_DOMAIN not in {entry.domain for entry in model.opset_import}:
             model.opset_import.append(onnx.helper.make_opsetid(FUNCTION_DOMAIN, 1))
-    inlined = onnx.inliner.inline_local_functions(model)
-    drop_unused(inlined.graph)
-    standard = [entry for entry in inlined.opset_import if entry.domain == ""]
-    del inlined.opset_import[:]
-    inlined.opset_import.extend(standard)
-    return inlined
+    return remove_unused(onnx.inliner.inline_local_functions(model))
 
 
-def _strip(graph: Any) -> None:
-    """Take out where in the source each operator came from: paths of this machine, and a part of the size."""
-    del graph.value_info[:]
-    for node in graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                _strip(attribute.g)
-    for value in (*graph.input, *graph.output, *graph.initializer):
-        value.doc_string = ""
-        del value.metadata_props[:]
-    del graph.metadata_props[:]
+def _root_cause(error: BaseException) -> str:
+    # PyTorch wraps the cause in long advice.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}"
 
 
-def _name_axes(value: Any, axes: Sequence[str | int]) -> None:
-    for dimension, axis in zip(value.type.tensor_type.shape.dim, axes, strict=True):
-        if isinstance(axis, str):
-            dimension.dim_param = axis
-        else:
-            dimension.dim_value = axis
+def _adaptive_average_pool(x: Tensor, output_size: Sequence[int]) -> Tensor:
+    """Adaptive average pooling as two matrix products, for dynamic sizes.
+
+    PyTorch's exporter stores the windows of the traced size as constants, which are wrong for other sizes.
+    """
+    rows, columns = (
+        _pooling_weights(length, count, x) for length, count in zip(x.shape[2:], output_size, strict=True)
+    )
+    return rows @ x @ columns.t()
+
+
+def _pooling_weights(length: int, count: int, like: Tensor) -> Tensor:
+    """Return the weight of each position in each of the (overlapping) windows, (count, length).
+
+    The length may be a symbol of the tracer.
+    """
+    window = torch.arange(count, device=like.device).unsqueeze(1)
+    starts = window * length // count
+    ends = ((window + 1) * length + count - 1) // count
+    positions = torch.arange(length, device=like.device)
+    inside = torch.logical_and(positions >= starts, positions < ends)
+    return inside.to(like.dtype) / (ends - starts).to(like.dtype)
+
+
+_POOLING_TABLE: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_average_pool
+}

@@ -1,7 +1,8 @@
-"""Trace a network into a program of PyTorch's exporter, with free sizes or fixed ones."""
+"""What is exported of a model, and its trace by `torch.export` with free or fixed sizes."""
 
 import warnings
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -9,19 +10,126 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.image_files import MIN_SIDE
 
-MIN_SIDE = 32
-"""Least height and width in pixels that the models take."""
+if TYPE_CHECKING:
+    from lightspine.heads.detectors import PyramidBackbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportTarget:
+    """The part of a model that is exported: a network with one input and named outputs.
+
+    Attributes:
+        network: maps images to a tensor or a tuple of tensors.
+        kind: "classifier", "features", "pyramid" or "segmenter".
+        outputs: one name per output.
+        strides: strides of the output maps, if the outputs are maps.
+    """
+
+    network: nn.Module
+    kind: str
+    outputs: tuple[str, ...]
+    strides: tuple[int, ...] = field(default=())
+
+
+def find_target(model: nn.Module) -> ExportTarget:
+    """Find the part of a model that is exported.
+
+    | model | outputs |
+    | --- | --- |
+    | classifier | "logits" (B, classes), or "features" if it has no classes |
+    | `features_only=True` | "map0", "map1", ... from the finest to the coarsest map |
+    | detector | pyramid levels "level0", "level1", ...; box proposals and NMS are not exported |
+    | segmenter | "logits" (B, classes, H, W) |
+
+    Raises:
+        UsageError: the model is of another kind or in training mode.
+    """
+    # Imported here because these load torchvision's detectors, and `import lightspine` loads this module.
+    from lightspine.heads.detectors import PyramidBackbone
+    from lightspine.heads.segmenters import Segmenter
+
+    target = None
+    body: Any = getattr(model, "backbone", None)
+    info: Any = getattr(model, "feature_info", None)
+    if isinstance(model, Segmenter):
+        target = ExportTarget(network=model, kind="segmenter", outputs=("logits",))
+    elif isinstance(body, PyramidBackbone):
+        target = _pyramid_target(body)
+    elif isinstance(model, PyramidBackbone):
+        target = _pyramid_target(model)
+    elif hasattr(info, "reduction") and not hasattr(model, "forward_head"):
+        strides = tuple(info.reduction())
+        names = tuple(f"map{i}" for i in range(len(strides)))
+        target = ExportTarget(network=_TupleOutput(model), kind="features", outputs=names, strides=strides)
+    elif hasattr(model, "num_classes"):
+        name = "logits" if model.num_classes else "features"
+        target = ExportTarget(network=model, kind="classifier", outputs=(name,))
+    if target is None:
+        raise UsageError(
+            "expected a classifier, a features_only model, a detector or a segmenter, "
+            f"got a {type(model).__name__}"
+        )
+    if any(module.training for module in model.modules()):
+        raise UsageError(
+            "expected a model in evaluation mode (model.eval()) to export, got one in training mode"
+        )
+    return target
+
+
+def _pyramid_target(body: "PyramidBackbone") -> ExportTarget:
+    names = tuple(f"level{i}" for i in range(len(body.strides)))
+    return ExportTarget(
+        network=_TupleOutput(body), kind="pyramid", outputs=names, strides=tuple(body.strides)
+    )
+
+
+class _TupleOutput(nn.Module):
+    """Returns the values of a dictionary, or the items of a list, as a tuple."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.train(network.training)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        maps = self.network(images)
+        return tuple(maps.values()) if isinstance(maps, dict) else tuple(maps)
+
+
+class WithPreprocessing(nn.Module):
+    """A network that takes 8-bit pixels (B, H, W, 3) and normalizes them itself."""
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.network = network
+        factor = [1 / (255 * s) for s in std]
+        like = next(network.parameters())
+        self.register_buffer("factor", like.new_tensor(factor).view(1, -1, 1, 1))
+        self.register_buffer(
+            "shift", like.new_tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, -1, 1, 1)
+        )
+        self.train(network.training)
+
+    factor: Tensor
+    shift: Tensor
+
+    def forward(self, pixels: Tensor) -> Any:
+        """Apply the network to pixels (B, H, W, 3), uint8."""
+        images = pixels.permute(0, 3, 1, 2).to(self.factor.dtype)
+        return self.network(images * self.factor + self.shift)
 
 
 def example_input(channels: int, size: tuple[int, int] | None, pixels: bool) -> Tensor:
-    """Return images to trace with: two different sides, so that no size is mistaken for another.
+    """Create images to trace with; without a fixed size, height and width differ.
 
     Args:
-        channels: of the images.
+        channels: number of channels.
         size: fixed (height, width), or `None`.
-        pixels: 8-bit pixels (B, H, W, C) in place of normalised images (B, C, H, W).
+        pixels: create 8-bit pixels (B, H, W, C) instead of normalized images (B, C, H, W).
     """
+    # Equal sides could be mistaken for one dimension by the tracer.
     height, width = size or (224, 192)
     if pixels:
         return torch.randint(0, 256, (2, height, width, channels), dtype=torch.uint8)
@@ -29,36 +137,36 @@ def example_input(channels: int, size: tuple[int, int] | None, pixels: bool) -> 
 
 
 def trace(network: nn.Module, images: Tensor, *, fixed: bool, fixed_batch: bool = False) -> ExportedProgram:
-    """Return the network as a program in which every scan is one node.
+    """Trace a network with `torch.export`; every scan becomes one node.
 
     Args:
         network: in evaluation mode.
         images: from `example_input`.
-        fixed: keep the height and width of the images; else they are free.
-        fixed_batch: keep the number of images as well; else it is free.
+        fixed: fix the height and width to those of the images; else they are dynamic.
+        fixed_batch: fix the batch size as well; else it is dynamic.
 
     Raises:
         LightspineError: PyTorch cannot trace the network.
     """
     sides = (1, 2) if images.dtype == torch.uint8 else (2, 3)
     axes = (*(() if fixed_batch else (0,)), *(() if fixed else sides))
-    free: dict[int, Any] = dict.fromkeys(axes, Dim.DYNAMIC)
+    dynamic: dict[int, Any] = dict.fromkeys(axes, Dim.DYNAMIC)
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            # The exporter warns of its own workings.
+            # The exporter warns about its own internals.
             warnings.simplefilter("ignore")
-            return torch.export.export(network, (images,), dynamic_shapes=(free,))
+            return torch.export.export(network, (images,), dynamic_shapes=(dynamic,))
     except Exception as error:
         raise LightspineError(
             f"PyTorch cannot export this {type(network).__name__}: {type(error).__name__}: {error}"
         ) from error
 
 
-def check_size(size: tuple[int, int] | None) -> None:
-    """Refuse a fixed size that no model takes.
+def check_fixed_size(size: tuple[int, int] | None) -> None:
+    """Check that models take images of a fixed size.
 
     Raises:
-        UsageError: a side below 32 pixels.
+        UsageError: a side is below 32 pixels.
     """
     if size is not None and min(size) < MIN_SIDE:
         raise UsageError(

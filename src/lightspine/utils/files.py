@@ -2,12 +2,14 @@
 
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from lightspine.errors import LightspineError
+from lightspine.errors import LightspineError, UsageError
 
 
 @contextmanager
@@ -17,8 +19,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Several processes, also on different machines, may write the same file: the last one wins.
 
     Raises:
-        LightspineError: the file cannot be written, for example on a full disk. An existing file stays as it
-            was.
+        LightspineError: the file cannot be written, for example on a full disk; an existing file is kept.
     """
     # A random name, because process ids repeat on machines that share a file system.
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
@@ -43,3 +44,34 @@ def atomic_write_text(path: Path, content: str) -> None:
     """Write text to a file atomically."""
     with atomic_write(path) as file:
         file.write(content.encode("utf-8", "surrogateescape"))
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary folder that replaces `path` on success; creates the parent folder.
+
+    The temporary folder has the same name as `path` and does not exist yet.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as parent:
+        part = Path(parent) / path.name
+        yield part
+        shutil.rmtree(path, ignore_errors=True)
+        part.rename(path)
+
+
+def check_writable(path: Path) -> None:
+    """Check that a file can be written, before expensive work; creates the folder.
+
+    Raises:
+        UsageError: the path is a folder.
+        LightspineError: the folder cannot be created or written to.
+    """
+    if path.is_dir():
+        raise UsageError(f"expected a file to write, got the folder {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise LightspineError(f"cannot write {path}: {error.strerror or error}") from error

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import lightspine
-from lightspine.analysis import context, importance, open_subject
-from lightspine.analysis.state_importance import written_and_read
+from lightspine.analysis import context, importance, open_model
+from lightspine.analysis.mixer_maps import written_and_read
 from lightspine.errors import UsageError
 from support.images import write_image
 
@@ -30,7 +30,7 @@ def efficientvim() -> nn.Module:
 
 
 def test_context_is_the_mean_of_what_multiplies_the_values(efficientmod: nn.Module, image: Path) -> None:
-    (result,) = context(open_subject(efficientmod, size=(70, 97)), [image], stage=1)
+    (result,) = context(open_model(efficientmod, size=(70, 97)), [image], stage=1)
     module = efficientmod.get_submodule(result.modules[0])
     inputs = []
     handle = module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
@@ -42,12 +42,12 @@ def test_context_is_the_mean_of_what_multiplies_the_values(efficientmod: nn.Modu
 
 
 def test_last_context_of_every_stage_is_shown_by_default(efficientmod: nn.Module, image: Path) -> None:
-    (result,) = context(open_subject(efficientmod, size=64), [image])
+    (result,) = context(open_model(efficientmod, size=64), [image])
     assert [name.split(".")[1] for name in result.modules] == ["0", "1", "2", "3"]
 
 
 def test_maps_of_one_position_are_left_out(efficientmod: nn.Module, image: Path) -> None:
-    (result,) = context(open_subject(efficientmod, size=32), [image])
+    (result,) = context(open_model(efficientmod, size=32), [image])
     assert [values.shape for values in result.contexts] == [(8, 8), (4, 4), (2, 2)]
 
 
@@ -78,7 +78,7 @@ def test_what_is_read_turns_the_state_into_the_output(efficientvim: nn.Module) -
 
 
 def test_importance_is_a_share_of_every_position(efficientvim: nn.Module, image: Path) -> None:
-    (result,) = importance(open_subject(efficientvim, size=(97, 161)), [image])
+    (result,) = importance(open_model(efficientvim, size=(97, 161)), [image])
     assert [values.shape for values in result.writes] == [(7, 11), (4, 6), (2, 3)]
     for values in (*result.writes, *result.reads):
         assert values.sum() == pytest.approx(1)
@@ -87,6 +87,6 @@ def test_importance_is_a_share_of_every_position(efficientvim: nn.Module, image:
 
 def test_models_of_other_families_are_refused(efficientvim: nn.Module, image: Path) -> None:
     with pytest.raises(UsageError, match="efficientvim_m1 has no context layers: only the EfficientMod"):
-        context(open_subject(efficientvim, size=64), [image])
+        context(open_model(efficientvim, size=64), [image])
     with pytest.raises(UsageError, match="shvit_s1 has no hidden-state mixers: only the EfficientViM"):
-        importance(open_subject("shvit_s1", size=64), [image])
+        importance(open_model("shvit_s1", size=64), [image])

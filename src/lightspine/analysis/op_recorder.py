@@ -1,4 +1,4 @@
-"""Watching the operators that mix positions, from outside: no model is changed or copied for it."""
+"""Recording of scans and softmax attention while a network runs, without changes to the model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,18 +17,19 @@ OPERATORS: dict[Any, str] = {
     torch.ops.lightspine.selective_scan.default: "selective_scan",
     F.scaled_dot_product_attention: "softmax",
 }
+"""The recorded functions and the kind that their calls get."""
 
 
 @dataclass(frozen=True)
-class OperatorCall:
-    """One call of an operator that mixes positions.
+class OpCall:
+    """One call of a recorded operator.
 
     Attributes:
-        module: name of the innermost module that made it.
+        module: name of the innermost module that made the call.
         kind: "cross_scan", "selective_scan" or "softmax".
         args: positional arguments, tensors detached.
-        kwargs: named arguments.
-        output: what it returned, the first of several.
+        kwargs: keyword arguments, tensors detached.
+        output: the output, or the first of several, detached.
     """
 
     module: str
@@ -38,30 +39,30 @@ class OperatorCall:
     output: Tensor
 
 
-class OperatorWatch(TorchFunctionMode):
-    """Calls a function after every scan and every softmax attention while a network runs inside it.
+class OpRecorder(TorchFunctionMode):
+    """Context manager that calls a function after every scan and softmax attention of a network.
 
     Args:
-        network: whose modules' names the calls bear.
-        on_call: takes the call and returns the output that the network goes on with; `None` for its own.
+        network: the network whose module names the calls get.
+        on_call: receives the call; a returned tensor replaces the output, `None` keeps it.
     """
 
-    def __init__(self, network: nn.Module, on_call: Callable[[OperatorCall], Tensor | None]) -> None:
+    def __init__(self, network: nn.Module, on_call: Callable[[OpCall], Tensor | None]) -> None:
         super().__init__()
         self.network = network
         self.on_call = on_call
-        self._running: list[str] = []
+        self._module_stack: list[str] = []
         self._handles: list[Any] = []
 
-    def __enter__(self) -> "OperatorWatch":
-        """Start to watch."""
+    def __enter__(self) -> "OpRecorder":
+        """Register the hooks."""
         for name, module in self.network.named_modules():
 
             def enter(_module: nn.Module, _inputs: Any, name: str = name) -> None:
-                self._running.append(name)
+                self._module_stack.append(name)
 
             def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-                self._running.pop()
+                self._module_stack.pop()
 
             self._handles.append(module.register_forward_pre_hook(enter))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
@@ -74,7 +75,7 @@ class OperatorWatch(TorchFunctionMode):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop, also after an error."""
+        """Remove the hooks."""
         super().__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
@@ -83,18 +84,18 @@ class OperatorWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run what was called, and tell of it where it is one of the operators."""
+        """Run a function of PyTorch and report its call if it is a recorded operator."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         kind = OPERATORS.get(func) if callable(func) else None
         if kind is None:
             return result
         output = result[0] if isinstance(result, tuple) else result
-        call = OperatorCall(
-            self._running[-1] if self._running else "",
+        call = OpCall(
+            self._module_stack[-1] if self._module_stack else "",
             kind,
-            tuple(_detached(value) for value in args),
-            {key: _detached(value) for key, value in kwargs.items()},
+            tuple(_detach(value) for value in args),
+            {key: _detach(value) for key, value in kwargs.items()},
             output.detach(),
         )
         replaced = self.on_call(call)
@@ -103,17 +104,17 @@ class OperatorWatch(TorchFunctionMode):
         return (replaced, *result[1:]) if isinstance(result, tuple) else replaced
 
 
-def record_calls(network: nn.Module, pixels: Tensor) -> list[OperatorCall]:
-    """Run a network on images without gradients and return its calls, in their order."""
-    calls: list[OperatorCall] = []
+def record_calls(network: nn.Module, pixels: Tensor) -> list[OpCall]:
+    """Run a network on images without gradients and return its calls of recorded operators, in order."""
+    calls: list[OpCall] = []
 
-    def note(call: OperatorCall) -> None:
+    def record(call: OpCall) -> None:
         calls.append(call)
 
-    with torch.no_grad(), OperatorWatch(network, note):
+    with torch.no_grad(), OpRecorder(network, record):
         network(pixels)
     return calls
 
 
-def _detached(value: Any) -> Any:
+def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value

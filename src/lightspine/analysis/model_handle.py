@@ -1,4 +1,4 @@
-"""The network to look into: by name, from a checkpoint, or a module that is there already."""
+"""The model to analyze: by name, from a checkpoint file, or an existing module."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,24 +13,26 @@ from lightspine.errors import UsageError
 from lightspine.models.checkpoint import ModelMetadata, default_preprocessing
 from lightspine.models.factory import create_model, load_model
 from lightspine.models.registry import find_record
+from lightspine.utils.devices import check_device
 from lightspine.utils.image_files import MIN_SIDE
 
 Size = int | tuple[int, int] | Literal["native"]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A network in evaluation mode and what its pictures need.
+class ModelHandle:
+    """A model in evaluation mode with its preprocessing, class names and name.
 
     Attributes:
         network: the model, on `device`.
-        name: what figures call it.
-        preprocessing: how its images are prepared.
+        name: name of the model in figures.
+        preprocessing: preprocessing of the images.
         class_names: one name per class.
-        trained: whether it has the weights of a checkpoint.
-        device: torch's name of the device.
-        native: images keep their own size, up to a bound.
-        saved: how the same network is built anew; `None` for a module that `create_model` did not make.
+        trained: whether the weights come from a checkpoint.
+        device: name of the device in PyTorch.
+        native: whether images keep their own size, up to `MAX_PIXELS`.
+        metadata: constructor arguments and preprocessing; `None` for a module that `create_model` did not
+            create.
     """
 
     network: nn.Module
@@ -40,66 +42,67 @@ class Subject:
     trained: bool
     device: str = "cpu"
     native: bool = False
-    saved: ModelMetadata | None = None
+    metadata: ModelMetadata | None = None
 
     @property
     def state(self) -> str:
         """Return "trained" or "untrained"."""
         return "trained" if self.trained else "untrained"
 
-    def untrained(self, seed: int = 0) -> "Subject":
-        """Return the same architecture with initial weights drawn from a seed.
+    def untrained(self, seed: int = 0) -> "ModelHandle":
+        """Create the same architecture with randomly initialized weights.
 
         Raises:
-            UsageError: the module does not say how it is built.
+            UsageError: the model was not created by `create_model`.
         """
-        if self.saved is None:
+        if self.metadata is None:
             raise UsageError(
-                f"cannot build {self.name} anew: expected a model that lightspine.create_model made"
+                f"cannot create {self.name} with untrained weights: expected a model created by "
+                "lightspine.create_model"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = create_model(self.saved.name, **self.saved.kwargs)
+            network = create_model(self.metadata.name, **self.metadata.kwargs)
         return replace(self, network=network.eval().to(self.device), trained=False)
 
 
-def open_subject(
+def open_model(
     model: str | Path | nn.Module,
     checkpoint: str | Path | None = None,
     *,
     size: Size | None = None,
     device: str = "cpu",
-) -> Subject:
-    """Load what the functions of `lightspine.analysis` look into.
+) -> ModelHandle:
+    """Load a model for the functions of `lightspine.analysis`.
 
     Args:
         model: a checkpoint file, the name of a model of lightspine or timm, or a module. A name without a
-            checkpoint gets initial weights (seed 0): its maps show the architecture, not what was learned.
-        checkpoint: the file of weights for a model's name.
-        size: side in px of the image that the network sees, (height, width), or "native" for every image's
-            own size, reduced where it has more than `lightspine.analysis.pictures.MOST_PIXELS`; by default
-            the checkpoint's.
-        device: torch's name of the device.
+            checkpoint gets randomly initialized weights (seed 0).
+        checkpoint: a file of weights for a model given by name.
+        size: side of the input image in pixels, (height, width), or "native" for the size of each image
+            (reduced if it has more than `lightspine.analysis.image_input.MAX_PIXELS`); by default that of the
+            checkpoint.
+        device: name of the device in PyTorch.
 
     Raises:
-        UsageError: an unknown name, a missing file, a size that the network does not take, no such device.
+        UsageError: an unknown name, a missing file, a size that the model does not take, or a missing device.
         LightspineError: the checkpoint cannot be read.
 
     Examples:
-        >>> from lightspine.analysis import open_subject
-        >>> open_subject("shvit_s1", size=64).preprocessing.input_size
+        >>> from lightspine.analysis import open_model
+        >>> open_model("shvit_s1", size=64).preprocessing.input_size
         (3, 64, 64)
     """
-    _check_device(device)
+    check_device(device)
     if isinstance(model, nn.Module):
         if checkpoint is not None:
             raise UsageError(f"expected a name besides the checkpoint {checkpoint}, got a module")
-        network, saved, trained = model.eval(), _describe(model), True
-        name = type(model).__name__ if saved is None else saved.name
+        network, metadata, trained = model.eval(), _metadata_of(model), True
+        name = type(model).__name__ if metadata is None else metadata.name
     else:
-        network, saved, trained = _load(model, checkpoint)
-        name = saved.name
-    config = default_preprocessing(network) if saved is None else saved.preprocessing
+        network, metadata, trained = _load_network(model, checkpoint)
+        name = metadata.name
+    config = default_preprocessing(network) if metadata is None else metadata.preprocessing
     preprocessing = Preprocessing.from_config(config)
     fixed = _fixed_size(network)
     if fixed is not None:
@@ -110,20 +113,20 @@ def open_subject(
         preprocessing = replace(preprocessing, input_size=(preprocessing.input_size[0], height, width))
     if size == "native" and fixed is not None:
         raise UsageError(f"{name} takes images of {fixed[0]}x{fixed[1]} px only, not their native size")
-    known = None if saved is None else saved.class_names
-    return Subject(
+    known = None if metadata is None else metadata.class_names
+    return ModelHandle(
         network=network.to(device),
         name=name,
         preprocessing=preprocessing,
-        class_names=known or _default_names(int(getattr(network, "num_classes", 0))),
+        class_names=known or _default_class_names(int(getattr(network, "num_classes", 0))),
         trained=trained,
         device=device,
         native=size == "native",
-        saved=saved,
+        metadata=metadata,
     )
 
 
-def _load(model: str | Path, checkpoint: str | Path | None) -> tuple[nn.Module, ModelMetadata, bool]:
+def _load_network(model: str | Path, checkpoint: str | Path | None) -> tuple[nn.Module, ModelMetadata, bool]:
     name = str(model)
     if checkpoint is not None:
         if Path(model).is_file():
@@ -142,33 +145,25 @@ def _load(model: str | Path, checkpoint: str | Path | None) -> tuple[nn.Module, 
     return network, ModelMetadata(name, preprocessing=default_preprocessing(network)), False
 
 
-def _describe(module: nn.Module) -> ModelMetadata | None:
+def _metadata_of(module: nn.Module) -> ModelMetadata | None:
     init_args = cast(dict | None, getattr(module, "init_args", None))
     if init_args is None:
         return None
     return ModelMetadata(init_args["name"], init_args["kwargs"], preprocessing=default_preprocessing(module))
 
 
-def _default_names(count: int) -> list[str]:
+def _default_class_names(count: int) -> list[str]:
     if count == 1000:
         return synset_descriptions(imagenet_synsets())
     return [str(i) for i in range(count)]
 
 
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    # torch raises an AssertionError where it was built without the device.
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from error
-
-
 def _fixed_size(network: nn.Module) -> tuple[int, int] | None:
-    """Return the one size that a network takes, or `None` where it takes any."""
+    """Return the only size that a network takes, or `None` if it takes any size."""
     cfg = getattr(network, "pretrained_cfg", None) or {}
     if not cfg.get("fixed_input_size"):
         return None
-    # A transformer that was built for another size than its weights were published for.
+    # The size that a transformer was created for may differ from the published one.
     built: Any = getattr(getattr(network, "patch_embed", None), "img_size", None) or cfg["input_size"][1:]
     return int(built[0]), int(built[1])
 

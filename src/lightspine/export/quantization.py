@@ -1,4 +1,4 @@
-"""Fewer bits: half precision, and 8-bit integers by ONNX Runtime's quantisation."""
+"""Reduced precision of ONNX models: float16, and int8 by ONNX Runtime's quantization."""
 
 import logging
 import tempfile
@@ -17,29 +17,32 @@ from lightspine.errors import UsageError
 from lightspine.ops.onnx import SCAN_FLOATS, SCAN_FUNCTIONS
 from lightspine.utils.image_files import list_image_files, open_image
 
-CALIBRATION_IMAGES = 100
-"""At most so many images of a folder are looked at, spread evenly over it."""
+MAX_CALIBRATION_IMAGES = 100
+"""Maximum number of calibration images; they are spread evenly over the folder."""
 
 
 def to_half(model: Any) -> Any:
-    """Return an ONNX model in float16, but for its inputs, its outputs and its scans.
+    """Convert an ONNX model to float16, except for its inputs, outputs and scans.
 
-    A scan multiplies hundreds of decays: like its steps it stays in float32.
+    A scan multiplies hundreds of decay factors and needs float32.
+
+    Args:
+        model: an `onnx.ModelProto` whose scans are calls of functions.
     """
     import onnx
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-    model = _with_own_inputs(model)
+    model = _separate_scan_inputs(model)
     weights = {tensor.name for tensor in model.graph.initializer}
-    # The converter puts casts around a scan only where it is told that a computed value is a float.
+    # The converter inserts casts around a scan only for values that are declared as float.
     for node in model.graph.node:
         if node.op_type in SCAN_FUNCTIONS:
             for name in {*node.input[:SCAN_FLOATS], *node.output} - weights:
                 model.graph.value_info.append(
                     onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
                 )
-    with _quiet():
-        # Weights that float16 has no number for become its least one; what that costs, the comparison tells.
+    with _quiet_converters():
+        # Weights below float16's range become its smallest number; the comparison with PyTorch covers it.
         half = convert_float_to_float16(
             model,
             keep_io_types=True,
@@ -50,8 +53,8 @@ def to_half(model: Any) -> Any:
     return half
 
 
-def _with_own_inputs(model: Any) -> Any:
-    """Let no two scans read the same computed value: the converter would name its two casts alike."""
+def _separate_scan_inputs(model: Any) -> Any:
+    """Give every scan input a value of its own, because the converter names casts after the value."""
     import onnx
 
     weights = {tensor.name for tensor in model.graph.initializer}
@@ -71,15 +74,14 @@ def _with_own_inputs(model: Any) -> Any:
     return model
 
 
-def quantise(model: Any, images: Sequence[Path] | None, preparation: dict[str, Any], pixels: bool) -> Any:
-    """Return an ONNX model with 8-bit weights.
+def quantize(model: Any, images: Sequence[Path] | None, preprocessing: dict[str, Any], pixels: bool) -> Any:
+    """Quantize an ONNX model to int8.
 
     Args:
-        model: in float32.
-        images: files on which the range of each activation is measured: convolutions and matrix products are
-            then done in 8 bit. Without them matrix products by weights are, with the ranges of their other
-            factor found on the fly.
-        preparation: see `lightspine.export.metadata.Description.preprocessing`.
+        model: an `onnx.ModelProto` in float32.
+        images: calibration images for static quantization of convolutions and matrix products. `None` selects
+            dynamic quantization of matrix products, which computes the ranges of activations at run time.
+        preprocessing: see `lightspine.export.metadata.ExportMetadata`.
         pixels: whether the model takes 8-bit pixels.
 
     Raises:
@@ -88,7 +90,7 @@ def quantise(model: Any, images: Sequence[Path] | None, preparation: dict[str, A
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, _quiet_converters():
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         onnx.save(model, before)
         if images is None:
@@ -100,7 +102,7 @@ def quantise(model: Any, images: Sequence[Path] | None, preparation: dict[str, A
                 weight_type=QuantType.QInt8,
             )
         else:
-            reader = _Reader(images, model.graph.input[0].name, preparation, pixels)
+            reader = _CalibrationReader(images, model.graph.input[0].name, preprocessing, pixels)
             quantize_static(
                 before,
                 after,
@@ -114,32 +116,32 @@ def quantise(model: Any, images: Sequence[Path] | None, preparation: dict[str, A
         return onnx.load(after)
 
 
-class _Reader:
-    """Gives ONNX Runtime's calibration the images one by one."""
+class _CalibrationReader:
+    """Reads calibration images one by one, in the interface that ONNX Runtime expects."""
 
-    def __init__(self, images: Sequence[Path], name: str, preparation: dict[str, Any], pixels: bool):
+    def __init__(self, images: Sequence[Path], name: str, preprocessing: dict[str, Any], pixels: bool):
         self.images = iter(images)
         self.name = name
-        self.read = _image_reader(preparation, pixels)
+        self.read = _image_reader(preprocessing, pixels)
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
         path = next(self.images, None)
         return None if path is None else {self.name: self.read(path)[None]}
 
 
-def prepared_batches(images: Sequence[Path], preparation: dict[str, Any], pixels: bool) -> list[Tensor]:
-    """Return the first images as batches of one and of up to three; for the arguments see `quantise`."""
-    read = _image_reader(preparation, pixels)
+def preprocessed_batches(images: Sequence[Path], preprocessing: dict[str, Any], pixels: bool) -> list[Tensor]:
+    """Return the first image and the first three images as batches; for the arguments see `quantize`."""
+    read = _image_reader(preprocessing, pixels)
     arrays = [read(path) for path in images[:3]]
     return [torch.from_numpy(np.stack(some)) for some in (arrays[:1], arrays)]
 
 
-def _image_reader(preparation: dict[str, Any], pixels: bool) -> Callable[[Path], NDArray[Any]]:
-    """Return a function that reads an image file as float32 (3, H, W), or as uint8 (H, W, 3)."""
+def _image_reader(preprocessing: dict[str, Any], pixels: bool) -> Callable[[Path], NDArray[Any]]:
+    """Create a function that reads an image file as float32 (3, H, W), or as uint8 (H, W, 3) pixels."""
     # Imported here because `import lightspine` loads this module.
     from lightspine.data.transforms import Preprocessing, create_eval_transform
 
-    transform = create_eval_transform(Preprocessing.from_config(preparation), normalize=not pixels)
+    transform = create_eval_transform(Preprocessing.from_config(preprocessing), normalize=not pixels)
 
     def read(path: Path) -> NDArray[Any]:
         image = transform(open_image(path))
@@ -149,22 +151,22 @@ def _image_reader(preparation: dict[str, Any], pixels: bool) -> Callable[[Path],
 
 
 def list_calibration_images(folder: Path) -> list[Path]:
-    """Return up to `CALIBRATION_IMAGES` files of a folder, at any depth.
+    """List up to `MAX_CALIBRATION_IMAGES` images of a folder, searched recursively.
 
     Raises:
-        UsageError: the folder does not exist or holds no image.
+        UsageError: the folder does not exist or contains no images.
     """
     if not folder.is_dir():
-        raise UsageError(f"expected a folder of images to calibrate with, but {folder} is none")
+        raise UsageError(f"expected a folder of calibration images, but {folder} is not a folder")
     found = list_image_files(folder)
     if not found:
-        raise UsageError(f"expected images to calibrate with, but the folder {folder} holds none")
-    return found[:: -(-len(found) // CALIBRATION_IMAGES)]
+        raise UsageError(f"expected calibration images, but the folder {folder} contains none")
+    return found[:: -(-len(found) // MAX_CALIBRATION_IMAGES)]
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what the converters advise to the debug level."""
+def _quiet_converters() -> Iterator[None]:
+    """Suppress warnings and log messages of the converters."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -52,7 +52,7 @@ def test_static_quantisation_does_convolutions_in_8_bit(tmp_path: Path) -> None:
     assert report.bytes < 0.5 * report.weight_bytes
 
 
-@pytest.mark.parametrize(("folder", "message"), [("absent", "is none"), ("empty", "holds none")])
+@pytest.mark.parametrize(("folder", "message"), [("absent", "is not a folder"), ("empty", "contains none")])
 def test_calibration_without_images_is_refused(folder: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=message):
