@@ -41,7 +41,7 @@ def test_huge_image_at_native_size_is_reduced_and_told(
     height, width = picture.size
     assert height * width <= MAX_PIXELS
     assert width / height == pytest.approx(3, rel=0.01)
-    assert "huge: 3000x1000 px are too many to look into, reduced to 886x295" in caplog.text
+    assert "huge: reduced from 3000x1000 px to 886x295 px to bound memory" in caplog.text
 
 
 @pytest.mark.parametrize("size", [(100, 99), (9000, 40), (40, 9000), (5000, 7001)])

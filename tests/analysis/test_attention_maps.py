@@ -112,7 +112,7 @@ def test_class_path_gives_each_layers_shares(name: str, image: Path) -> None:
         ("shvit_s1", {"stage": 0}, "stage 0 of shvit_s1 has no attention, expected one of 1, 2"),
         ("shvit_s1", {"stage": 7}, "expected a stage among 0, 1, 2, got 7"),
         ("vim_tiny", {"query": "class", "stage": 1}, "expected no stage with the query 'class'"),
-        ("resnet10t", {}, "resnet10t has neither a selective scan nor softmax attention"),
+        ("resnet10t", {}, "resnet10t has neither selective scans nor calls of scaled_dot_product_attention"),
         ("efficientvim_m1", {}, "importance EfficientViM"),
     ],
 )
@@ -140,5 +140,5 @@ def test_tokens_are_laid_out_by_the_ratio_of_the_image(size: tuple[int, int], gr
 
 
 def test_tokens_that_form_no_grid_are_refused() -> None:
-    with pytest.raises(UsageError, match="97 tokens form no grid of the ratio of 224x224 px"):
+    with pytest.raises(UsageError, match="97 tokens do not form a grid with the aspect ratio of 224x224 px"):
         token_grid(nn.Identity(), 97, (224, 224))

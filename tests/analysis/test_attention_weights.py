@@ -102,5 +102,5 @@ def test_groups_of_channels_read_their_own_projections() -> None:
 def test_several_images_at_once_are_refused(vmamba: OpCall) -> None:
     x = vmamba.args[0].expand(2, -1, -1, -1)
     call = OpCall("ssm", "cross_scan", (x, *vmamba.args[1:]), {}, vmamba.output)
-    with pytest.raises(UsageError, match="expected the scan of one image, got 2"):
+    with pytest.raises(UsageError, match="expected a scan of one image, got 2 images"):
         directed_scans(call)

@@ -55,7 +55,7 @@ def test_grad_cam_equals_finite_differences(image: Path, target: int | None) -> 
     wide = Toy().double()
     wide.load_state_dict({key: value.double() for key, value in toy.state_dict().items()})
     with torch.no_grad():
-        features = wide.body(result.picture.pixels.double())
+        features = wide.body(result.image.pixels.double())
         number = int(wide.rest(features).argmax()) if target is None else target
         gradient = finite_differences(wide, features, number)
     expected = (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu()[0]
@@ -68,7 +68,7 @@ def test_likeliest_class_is_explained_with_its_probability(image: Path) -> None:
     toy = Toy()
     (result,) = cam(open_model(toy, size=32), [image])
     with torch.no_grad():
-        expected = toy(result.picture.pixels)[0].softmax(0).max()
+        expected = toy(result.image.pixels)[0].softmax(0).max()
     assert result.probability == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -122,5 +122,5 @@ def test_class_is_found_by_the_beginning_of_its_name(image: Path) -> None:
 
 def test_network_without_classifier_is_refused(image: Path) -> None:
     model = lightspine.create_model("shvit_s1", num_classes=0, global_pool="")
-    with pytest.raises(UsageError, match="expected a network with a classifier"):
+    with pytest.raises(UsageError, match="expected a classifier, got a model whose output is not"):
         cam(open_model(model, size=64), [image])

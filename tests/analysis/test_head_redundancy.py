@@ -77,7 +77,7 @@ def test_layers_of_a_single_token_are_left_out(image: Path) -> None:
 
 
 def test_model_with_one_head_is_refused(image: Path) -> None:
-    with pytest.raises(UsageError, match="shvit_s1 has no attention with several heads"):
+    with pytest.raises(UsageError, match="shvit_s1 has no multi-head attention"):
         redundancy(open_model("shvit_s1", size=64), [image])
 
 

@@ -35,7 +35,7 @@ def test_context_is_the_mean_of_what_multiplies_the_values(efficientmod: nn.Modu
     inputs = []
     handle = module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     with torch.no_grad():
-        efficientmod(result.picture.pixels)
+        efficientmod(result.image.pixels)
         handle.remove()
         expected = module(inputs[0])[0].mean(-1)
     np.testing.assert_allclose(result.contexts[0], expected, rtol=1e-4, atol=1e-6)
@@ -86,7 +86,7 @@ def test_importance_is_a_share_of_every_position(efficientvim: nn.Module, image:
 
 
 def test_models_of_other_families_are_refused(efficientvim: nn.Module, image: Path) -> None:
-    with pytest.raises(UsageError, match="efficientvim_m1 has no context layers: only the EfficientMod"):
+    with pytest.raises(UsageError, match="efficientvim_m1 has no context layers, expected a model of the EfficientMod"):
         context(open_model(efficientvim, size=64), [image])
-    with pytest.raises(UsageError, match="shvit_s1 has no hidden-state mixers: only the EfficientViM"):
+    with pytest.raises(UsageError, match="shvit_s1 has no hidden-state mixers, expected a model of the EfficientViM"):
         importance(open_model("shvit_s1", size=64), [image])

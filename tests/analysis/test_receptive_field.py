@@ -46,7 +46,7 @@ def test_curve_of_linear_convolutions_is_that_of_their_kernel() -> None:
     # The middle of 1 2 3 2 1, its three and its five entries, over both axes.
     shares = (np.array([3, 7, 9]) / 9) ** 2
     np.testing.assert_allclose(field.shares[[0, 2, 4]], shares, rtol=1e-6)
-    assert field.centre == (4.5, 4.5)
+    assert field.center == (4.5, 4.5)
     assert field.side_of(0.5) == 3
 
 
@@ -54,7 +54,7 @@ def test_strided_map_is_centred_on_the_patch_of_its_central_position() -> None:
     patches = nn.Sequential(nn.Conv2d(1, 1, 4, 4, bias=False))
     nn.init.ones_(patches[0].weight)
     field = compute_field(patches, Stage(0, "0", 1), [torch.rand(1, 1, 16, 8)])
-    assert field.centre == (10, 6)
+    assert field.center == (10, 6)
     assert field.side_of(0.99) == 4
 
 
