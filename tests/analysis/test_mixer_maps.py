@@ -86,7 +86,7 @@ def test_importance_is_a_share_of_every_position(efficientvim: nn.Module, image:
 
 
 def test_models_of_other_families_are_refused(efficientvim: nn.Module, image: Path) -> None:
-    with pytest.raises(UsageError, match="efficientvim_m1 has no context layers, expected a model of the EfficientMod"):
+    with pytest.raises(UsageError, match=r"efficientvim_m1 has no context layers, expected .* EfficientMod"):
         context(open_model(efficientvim, size=64), [image])
-    with pytest.raises(UsageError, match="shvit_s1 has no hidden-state mixers, expected a model of the EfficientViM"):
+    with pytest.raises(UsageError, match=r"shvit_s1 has no hidden-state mixers, expected .* EfficientViM"):
         importance(open_model("shvit_s1", size=64), [image])
