@@ -26,9 +26,9 @@ compiled_only = pytest.mark.skipif(
     "TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET is set: nothing is compiled"
 )
 KERNELS = [
+    "chunk_adjoint_kernel",
     "chunk_scan_bwd_kernel",
     "chunk_scan_fwd_kernel",
-    "chunk_state_bwd_kernel",
     "state_passing_kernel",
 ]
 on_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -102,11 +102,11 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
     kernels: dict[str, Any] = {}
 
-    def compile_only(kernel: Any, programs: int, **arguments: Any) -> None:
-        options = {"num_warps": 1, "enable_fp_fusion": True}
+    def compile_only(kernel: Any, programs: int, *, num_warps: int = 1, **arguments: Any) -> None:
+        options = {"num_warps": num_warps, "enable_fp_fusion": True}
         kernels[kernel.__name__] = kernel.warmup(**arguments, **options, grid=(programs,))
 
-    monkeypatch.setattr(launch, "_launch", compile_only)
+    monkeypatch.setattr(launch, "launch", compile_only)
     driver.set_active(Toolchain())
     yield kernels
     driver.set_active(None)

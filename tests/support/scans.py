@@ -1,6 +1,6 @@
 """Inputs for the scans, the figures of the official code, and how close two results must be."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,6 +70,32 @@ def cross_inputs(
         D=normal(groups, dim),
         delta_bias=normal(groups, dim) - 1,
     )
+
+
+class ConvInputs(NamedTuple):
+    """Tensors of a causal convolution: x (B, D, L), weight (K, D, W), bias (K, D)."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def conv_inputs(
+    batch: int = 2, dim: int = 3, length: int = 7, width: int = 4, groups: int = 2, *, seed: int = 0
+) -> ConvInputs:
+    """Return float64 inputs."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = ((batch, dim, length), (groups, dim, width), (groups, dim))
+    return ConvInputs(*(torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes))
+
+
+def bidirectional_inputs(
+    batch: int = 2, dim: int = 4, length: int = 7, state_dim: int = 3, *, seed: int = 0
+) -> SelectiveScanInputs:
+    """Return float64 inputs of both directions, whose gate is shared."""
+    inputs = scan_inputs(batch, 2 * dim, length, state_dim, 2, seed=seed)
+    assert inputs.z is not None
+    return inputs._replace(z=inputs.z[:, :dim])
 
 
 def convert(inputs: Any, dtype: torch.dtype) -> Any:

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightspine.ops import cross_scan, register_scan_order
+from lightspine.ops import bidirectional_scan, causal_conv1d, cross_scan, register_scan_order
 from lightspine.ops.inputs import SelectiveScanInputs
 from support.reference import read_figure, relative_l2
 from support.scans import (
     TOLERANCE,
+    ConvInputs,
+    bidirectional_inputs,
+    conv_inputs,
     convert,
     cross_inputs,
     figure_inputs,
@@ -35,24 +38,48 @@ def run_cross(inputs: Any, **options: Any) -> Tensor:
     return cross_scan(*inputs, **options)
 
 
+def run_both(inputs: SelectiveScanInputs, **options: Any) -> Tensor:
+    return bidirectional_scan(*inputs, delta_softplus=True, **options)
+
+
+def run_conv(inputs: ConvInputs, **options: Any) -> Tensor:
+    return causal_conv1d(*inputs, **options)
+
+
+def compare_conv(
+    dtype: torch.dtype, *, silu: bool = True, reverse: tuple[bool, ...] = (False, True), **sizes: int
+) -> Report:
+    return compare(run_conv, conv_inputs(groups=len(reverse), **sizes), dtype, silu=silu, reverse=reverse)
+
+
+def cut_both(inputs: SelectiveScanInputs, dtype: torch.dtype = F64) -> Report:
+    with short_chunks():
+        return compare(run_both, inputs, dtype)
+
+
 @contextmanager
-def short_chunks(programs: int = 10**9) -> Iterator[None]:
-    """Cut sequences into chunks of two tiles of two steps, as a long one is cut on a device.
+def short_chunks(programs: int = 10**9, images: int = 10**9) -> Iterator[None]:
+    """Cut sequences into chunks of four steps, as a long one is cut on a device.
 
     Args:
-        programs: programs of the backward that share the scratch.
+        programs: programs that are enough to fill the device; with 1 no sequence is cut.
+        images: images that the backward processes at once.
     """
-    from lightspine.ops.triton import launch
-    from lightspine.ops.triton.config import Blocks, choose_blocks
+    from lightspine.ops.triton import config, launch
 
-    def choose(length: int, dim: int, state_dim: int, *_: int, backward: bool) -> Blocks:
-        blocks = choose_blocks(length, dim, state_dim, 1, 8, backward=backward)
-        return blocks._replace(tile=2, chunk=4, chunks=-(-length // 4))
+    def choose(*sizes: Any, **options: Any) -> config.ScanConfig:
+        return choose_config(*sizes, **options)._replace(images_per_slice=images)
 
-    before = launch.choose_blocks, launch.programs_per_launch
-    launch.choose_blocks, launch.programs_per_launch = choose, lambda *_: programs
+    choose_config = launch.choose_config
+    names = [(config, "SAVE_EVERY", 4), (launch, "SAVE_EVERY", 4), (config, "_ENOUGH_PROGRAMS", programs)]
+    before = [(module, name, getattr(module, name)) for module, name, _ in names]
+    for module, name, value in names:
+        setattr(module, name, value)
+    launch.choose_config = choose
     yield
-    launch.choose_blocks, launch.programs_per_launch = before
+    launch.choose_config = choose_config
+    for module, name, value in before:
+        setattr(module, name, value)
 
 
 def compare(operator: Callable, inputs: Any, dtype: torch.dtype, **options: Any) -> Report:
@@ -81,9 +108,13 @@ def without(inputs: Any, *names: str) -> Any:
 
 
 def cut_scan(
-    inputs: SelectiveScanInputs, dtype: torch.dtype, programs: int = 10**9, **options: Any
+    inputs: SelectiveScanInputs,
+    dtype: torch.dtype,
+    programs: int = 10**9,
+    images: int = 10**9,
+    **options: Any,
 ) -> Report:
-    with short_chunks(programs):
+    with short_chunks(programs, images):
         return compare(run_scan, inputs, dtype, delta_softplus=True, **options)
 
 
@@ -143,7 +174,9 @@ FAST_CASES: dict[str, Callable[[], Report]] = {
     "selective K2": lambda: cut_scan(scan_inputs(2, 6, 5, 2, 2), F64),
     "selective D70, three blocks of channels": lambda: cut_scan(scan_inputs(1, 70, 3, 1, 1), F64),
     "selective reverse": lambda: cut_scan(scan_inputs(1, 5, 7, 3, 1), F64, reverse=True),
-    "selective scratch shared by two programs": lambda: cut_scan(scan_inputs(1, 3, 9, 2, 1), F64, programs=2),
+    "selective in one chunk with saved states": lambda: cut_scan(scan_inputs(1, 3, 9, 2, 1), F64, programs=1),
+    "selective in chunks of two stretches": lambda: cut_scan(scan_inputs(1, 3, 17, 2, 1), F64, programs=3),
+    "selective in slices of one image": lambda: cut_scan(scan_inputs(3, 3, 5, 2, 1), F64, images=1),
     "selective without D": lambda: cut_scan(without(scan_inputs(1, 5, 5, 2, 1), "D"), F64),
     "selective without z": lambda: cut_scan(without(scan_inputs(1, 5, 5, 2, 1), "z"), F64),
     "selective without delta_bias": lambda: cut_scan(without(scan_inputs(1, 5, 5, 2, 1), "delta_bias"), F64),
@@ -157,6 +190,17 @@ FAST_CASES: dict[str, Callable[[], Report]] = {
         )
         for dtype, states in [(torch.float32, 1), (torch.float32, 4), (torch.bfloat16, 1), (torch.float16, 3)]
     },
+    "both directions": lambda: compare(run_both, bidirectional_inputs(), F64),
+    "both directions in chunks": lambda: cut_both(bidirectional_inputs(1, 3, 9, 2)),
+    "both directions without z": lambda: cut_both(without(bidirectional_inputs(1, 3, 5, 1), "z", "D")),
+    "both directions bfloat16": lambda: cut_both(bidirectional_inputs(1, 5, 6, 3), torch.bfloat16),
+    "convolution": lambda: compare_conv(F64),
+    "convolution of one position": lambda: compare_conv(F64, batch=1, length=1),
+    "convolution over two tiles": lambda: compare_conv(F64, dim=65, length=33, width=3),
+    "convolution without SiLU or bias": lambda: compare(
+        run_conv, without(conv_inputs(groups=1), "bias"), F64, reverse=(True,)
+    ),
+    "convolution bfloat16": lambda: compare_conv(torch.bfloat16, reverse=(False,)),
     "map cross2d": lambda: cut_cross(F64, height=2, width=3, dim=3),
     "map in a user's own order": lambda: cut_cross(F64, "snake", height=3, width=5, groups=1, dim=17),
     "map of one pixel": lambda: compare(run_cross, cross_inputs(1, 1, 1, 3, 3), F64),
@@ -168,9 +212,7 @@ SLOW_CASES: dict[str, Callable[[], Report]] = {
     "selective L35 N16": lambda: compare(run_scan, scan_inputs(1, 5, 35, 16, 1), F64, delta_softplus=True),
     "selective K4": lambda: cut_scan(scan_inputs(2, 12, 9, 3, 4), F64),
     "selective is deterministic": lambda: repeated(scan_inputs(2, 40, 7, 2, 2)),
-    "map N1, scratch for one program": lambda: cut_cross(
-        F64, programs=1, height=3, width=5, dim=3, state_dim=1
-    ),
+    "map N1, one chunk": lambda: cut_cross(F64, programs=1, height=3, width=5, dim=3, state_dim=1),
     **{
         f"map {order} {str(dtype)[6:]}": lambda order=order, dtype=dtype: cut_cross(
             dtype, order, height=3, width=5, dim=7

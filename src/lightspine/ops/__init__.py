@@ -1,5 +1,7 @@
 """Scan operators: pure functions on tensors, each with a reference implementation and several backends."""
 
+from lightspine.ops.bidirectional_scan import bidirectional_scan as bidirectional_scan
+from lightspine.ops.causal_conv1d import causal_conv1d as causal_conv1d
 from lightspine.ops.cross_scan import cross_scan as cross_scan
 from lightspine.ops.dispatch import available_backends as available_backends
 from lightspine.ops.scan_orders import list_scan_orders as list_scan_orders
@@ -9,6 +11,8 @@ from lightspine.ops.selective_scan import selective_scan as selective_scan
 
 __all__ = [
     "available_backends",
+    "bidirectional_scan",
+    "causal_conv1d",
     "cross_scan",
     "list_scan_orders",
     "register_scan_order",

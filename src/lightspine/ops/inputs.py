@@ -90,7 +90,8 @@ class GroupedInputs(NamedTuple):
         z: gate, (B, L, K, D), channels contiguous.
         delta_bias: added to delta, in the shape of D.
         delta_softplus: apply softplus to dt.
-        reverse: without an order, scan from the last position to the first.
+        reversed_groups: without an order, bit k says that group k is scanned from the last position to the
+            first; -1 reverses all of them. The CPU kernels take 0 and -1.
         order: position at each place of the scan, (K, L) int64 on the CPU; `None` for memory order.
         dt_weight: forward on a CPU only: `delta` is (B, L, K, R), and this contiguous (K, R, D) tensor of
             the state's dtype projects it to dt.
@@ -107,7 +108,7 @@ class GroupedInputs(NamedTuple):
     z: Strided | None
     delta_bias: Tensor | None
     delta_softplus: bool
-    reverse: bool
+    reversed_groups: int
     order: Tensor | None
     dt_weight: Tensor | None = None
 

@@ -75,6 +75,50 @@ class KernelScan:
             None if delta_bias is None else grads.delta_bias.view(delta_bias.shape).to(delta_bias.dtype),
         )
 
+    def bidirectional_scan(self, inputs: SelectiveScanInputs, delta_softplus: bool) -> Tensor:
+        """Return the sum of both directions, (B, D, L), channels innermost; Triton kernels only.
+
+        Args:
+            inputs: of both directions, each a group of D channels; z is (B, D, L) and shared.
+            delta_softplus: apply softplus to dt.
+        """
+        grouped = _group_directions(inputs, delta_softplus)
+        out = _empty_tokens(inputs.u, grouped)
+        self._forward(grouped, _tokens(out, grouped), False)
+        forward, backward = out.chunk(2, dim=1)
+        return forward + backward
+
+    def bidirectional_scan_backward(
+        self, grad_out: Tensor, inputs: SelectiveScanInputs, delta_softplus: bool
+    ) -> SelectiveScanInputs:
+        """Return the gradients of all inputs in their shapes and dtypes, channels innermost in memory."""
+        _, delta, A, B, C, D, z, delta_bias = inputs
+        grouped = _group_directions(inputs, delta_softplus)
+        grad_u, grad_delta = (_empty_tokens(t.tensor, grouped) for t in (grouped.x, grouped.delta))
+        grad_z = None if grouped.z is None else _empty_tokens(grouped.z.tensor, grouped)
+        grads = self._backward(
+            _as_tokens(grad_out, grouped.sizes[3], grouped.dtype)._replace(group=0),
+            None,
+            grouped,
+            grad_u.new_empty(0),
+            _tokens(grad_u, grouped),
+            _tokens(grad_delta, grouped),
+            None if grad_z is None else _tokens(grad_z, grouped),
+        )
+        if grad_z is not None:
+            forward, backward = grad_z.chunk(2, dim=1)
+            grad_z = forward + backward
+        return SelectiveScanInputs(
+            grad_u,
+            grad_delta.to(delta.dtype),
+            grads.A.contiguous().view(A.shape).to(A.dtype),
+            grads.B.permute(0, 2, 3, 1).to(B.dtype),
+            grads.C.permute(0, 2, 3, 1).to(C.dtype),
+            None if D is None else grads.D.view(D.shape).to(D.dtype),
+            None if grad_z is None or z is None else grad_z.to(z.dtype),
+            None if delta_bias is None else grads.delta_bias.view(delta_bias.shape).to(delta_bias.dtype),
+        )
+
     def cross_scan(
         self, inputs: CrossScanInputs, delta_softplus: bool, order: str, save_states: bool
     ) -> tuple[Tensor, Tensor]:
@@ -149,9 +193,16 @@ def _group_sequence(inputs: SelectiveScanInputs, delta_softplus: bool, reverse: 
         None if z is None else _as_tokens(z, channels, dtype),
         delta_bias,
         delta_softplus,
-        reverse,
+        -1 if reverse else 0,
         None,
     )
+
+
+def _group_directions(inputs: SelectiveScanInputs, delta_softplus: bool) -> GroupedInputs:
+    """Group 0 scans forward, group 1 from the last position to the first; both read the same z."""
+    grouped = _group_sequence(inputs, delta_softplus, False)
+    z = None if grouped.z is None else grouped.z._replace(group=0)
+    return grouped._replace(z=z, reversed_groups=0b10)
 
 
 def _group_map(inputs: CrossScanInputs, delta_softplus: bool, order: str) -> GroupedInputs:
@@ -173,7 +224,7 @@ def _group_map(inputs: CrossScanInputs, delta_softplus: bool, order: str) -> Gro
         None,
         delta_bias,
         delta_softplus,
-        False,
+        0,
         pixels,
     )
 

@@ -209,7 +209,7 @@ def selective_scan_backward_op(
     grads = load_backend(name).selective_scan_backward(
         grad_out, grad_state, inputs, saved_states, delta_softplus, reverse
     )
-    return _or_empty(grads, u)
+    return or_empty(grads, u)
 
 
 @selective_scan_op.register_fake
@@ -253,17 +253,7 @@ def _(
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = SelectiveScanInputs(
-        _empty_tokens(u),
-        _empty_tokens(delta),
-        A.new_empty(A.shape),
-        _empty_projection(B),
-        _empty_projection(C),
-        None if D is None else D.new_empty(D.shape),
-        None if z is None else _empty_tokens(z),
-        None if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
-    )
-    return _or_empty(grads, u)
+    return or_empty(empty_gradients(SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)), u)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -295,9 +285,25 @@ def _empty_projection(t: Tensor) -> Tensor:
     return t.new_empty(batch, length, groups, states).permute(0, 2, 3, 1)
 
 
-def _or_empty(
+def empty_gradients(inputs: SelectiveScanInputs) -> SelectiveScanInputs:
+    """Allocate the gradients of a scan in the memory layout in which every backend returns them."""
+    u, delta, A, B, C, D, z, delta_bias = inputs
+    return SelectiveScanInputs(
+        _empty_tokens(u),
+        _empty_tokens(delta),
+        A.new_empty(A.shape),
+        _empty_projection(B),
+        _empty_projection(C),
+        None if D is None else D.new_empty(D.shape),
+        None if z is None else _empty_tokens(z),
+        None if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
+    )
+
+
+def or_empty(
     grads: SelectiveScanInputs, u: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Replace the gradients of inputs that were not given by empty tensors: an operator returns no `None`."""
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias = (
         u.new_empty(0) if grad is None else grad for grad in grads
     )

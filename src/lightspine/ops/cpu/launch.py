@@ -174,7 +174,7 @@ def _order(inputs: GroupedInputs) -> np.ndarray:
     """Return the positions in scan order, (K, L), or (1, L) for all groups."""
     if inputs.order is not None:
         return inputs.order.numpy()
-    return _sequence_order(inputs.sizes[1], inputs.reverse)
+    return _sequence_order(inputs.sizes[1], inputs.reversed_groups != 0)
 
 
 @functools.lru_cache(maxsize=64)

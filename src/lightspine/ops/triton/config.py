@@ -1,75 +1,99 @@
-"""Block and chunk sizes of the Triton kernels, by the sizes of a scan only: results match on all devices."""
+"""Block sizes and chunking of the selective-scan kernels: from the sizes alone, never from the device.
+
+So a result does not depend on the device, and an image gives the same values alone as in a batch wherever the
+chunking is the same.
+"""
 
 from typing import NamedTuple
 
-# The width of a warp: neighboring threads read neighboring channels.
-_CHANNELS = 32
-# Programs of one warp that keep a large GPU busy: 8 on each of 132 multiprocessors.
+import torch
+
+from lightspine.ops.dispatch import triton_is_interpreted
+
+# Elements of a (states, channels) block, BLOCK_N x BLOCK_D: 64 per thread in the forward, 16 in the backward,
+# which holds several blocks.
+_SCAN_BLOCK, _GRAD_BLOCK = 2048, 512
+_MOST_CHANNELS = 128
+# Programs of one warp that fill a large GPU: 8 on each of 132 multiprocessors.
 _ENOUGH_PROGRAMS = 1056
-# Chunks read their inputs twice; shorter ones do not pay for the state passing.
-_SHORTEST_CHUNK = 32
-# The longest tile and its largest number of states times positions, which the registers of a thread hold.
-_FORWARD_TILE, _BACKWARD_TILE = (16, 64), (8, 32)
-# Scratch memory of the backward for the states at the starts of tiles: of a program, and of all programs of
-# one launch.
-_PROGRAM_SCRATCH_BYTES = 64 * 1024
-_SCRATCH_BYTES = 128 * 1024 * 1024
-# Chunk boundaries that the state passing loads at once.
-BOUNDARY_TILE = 16
+# The backward keeps the state before every so many steps and computes those in between again, TILE at a time.
+SAVE_EVERY = 32
+TILE = 2
+# Temporary memory of the backward, above which it takes the images in slices.
+_SLICE_BYTES = 64 * 2**20
+# Where states are passed from chunk to chunk: channels of a program, chunks whose states are loaded at once.
+PASSING_CHANNELS, PASSING_CHUNKS = 32, 8
 
 
-class Blocks(NamedTuple):
-    """Block and chunk sizes of a scan.
+class ScanConfig(NamedTuple):
+    """How the kernels cut a scan into programs.
 
     Attributes:
-        channels: channels of a program, BLOCK_D.
-        states: states, padded to a power of two, BLOCK_N.
-        tile: positions that a program processes in unrolled code, TILE.
-        chunk: positions of a program, a multiple of `tile`.
-        chunks: programs that share a sequence.
+        block_n: states, padded to a power of two.
+        block_d: channels of a program of a scan.
+        grad_block_d: channels of a program of the gradient kernel.
+        chunk: steps of a program.
+        chunks: programs that share a sequence, J.
+        saves: states kept of a sequence in the backward, one for every `SAVE_EVERY` steps.
+        images_per_slice: images that the backward processes at once.
+        fast_math: logarithms of the special-function unit; not for float64 and not in the interpreter.
     """
 
-    channels: int
-    states: int
-    tile: int
+    block_n: int
+    block_d: int
+    grad_block_d: int
     chunk: int
     chunks: int
+    saves: int
+    images_per_slice: int
+    fast_math: bool
 
 
-def choose_blocks(
-    length: int, dim: int, state_dim: int, rows: int, itemsize: int, *, backward: bool
-) -> Blocks:
-    """Return block and chunk sizes for a scan.
+def choose_config(
+    batch: int,
+    length: int,
+    groups: int,
+    dim: int,
+    state_dim: int,
+    dtype: torch.dtype,
+    *,
+    launched_groups: int,
+    backward: bool,
+) -> ScanConfig:
+    """Return the configuration of a scan.
+
+    Sequences are cut into chunks only where they are too few to fill a GPU: chunks cost a second scan.
 
     Args:
-        length: positions, L.
+        batch: images, B.
+        length: steps of a sequence, L.
+        groups: groups of channels, K.
         dim: channels of a group, D.
         state_dim: states, N.
-        rows: images times groups of one launch.
-        itemsize: bytes of an element of the state.
-        backward: also limit the chunks to the scratch memory of a program.
+        dtype: dtype of the input.
+        launched_groups: groups that one launch processes.
+        backward: for the backward, whose chunks are stretches between saved states.
     """
-    states = 1 << (state_dim - 1).bit_length()
-    longest_tile, fitting = _BACKWARD_TILE if backward else _FORWARD_TILE
-    tile = max(1, min(longest_tile, fitting // states))
+    block_n = 1 << (state_dim - 1).bit_length()
+    itemsize = torch.promote_types(dtype, torch.float32).itemsize
+    block_d = _channels(_SCAN_BLOCK * 4 // itemsize, block_n)
+    grad_block_d = _channels(_GRAD_BLOCK * 4 // itemsize, block_n)
+    blocks = -(-dim // (grad_block_d if backward else block_d))
+    saves = -(-length // SAVE_EVERY)
+    programs = max(1, batch * launched_groups * blocks)
     chunks = 1
-    if backward:
-        longest = _PROGRAM_SCRATCH_BYTES // (state_dim * _CHANNELS * itemsize) * tile
-        chunks = -(-length // max(_SHORTEST_CHUNK, longest))
-    programs = max(1, rows * -(-dim // _CHANNELS))
     if programs < _ENOUGH_PROGRAMS:
-        # More than enough, since the last wave of chunks rarely fills the device.
-        wanted = -(-4 * _ENOUGH_PROGRAMS // programs)
-        chunks = max(chunks, min(wanted, -(-length // _SHORTEST_CHUNK)))
-    chunk = -(-length // chunks // tile) * tile
-    return Blocks(_CHANNELS, states, tile, chunk, -(-length // chunk))
+        chunks = min(-(-_ENOUGH_PROGRAMS // programs), saves)
+    chunk = -(-saves // chunks) * SAVE_EVERY
+    chunks = -(-length // chunk)
+    # What an image adds to the temporary memory: scratch, partial gradients of B and C, states and adjoints.
+    scratch = launched_groups * blocks * chunks * SAVE_EVERY // TILE * block_n * grad_block_d
+    partial = 2 * groups * blocks * length * state_dim
+    states = groups * (saves + 2 * chunks) * state_dim * dim
+    images = max(1, _SLICE_BYTES // (itemsize * (scratch + partial + states)))
+    fast_math = itemsize == 4 and not triton_is_interpreted()
+    return ScanConfig(block_n, block_d, grad_block_d, chunk, chunks, saves, images, fast_math)
 
 
-def scratch_size(blocks: Blocks, state_dim: int) -> int:
-    """Return the elements of scratch memory that a program of the backward needs."""
-    return blocks.chunk // blocks.tile * state_dim * blocks.channels
-
-
-def programs_per_launch(blocks: Blocks, state_dim: int, itemsize: int) -> int:
-    """Return how many programs of the backward fit into the scratch memory, for the itemsize of the state."""
-    return max(1, _SCRATCH_BYTES // (scratch_size(blocks, state_dim) * itemsize))
+def _channels(block: int, block_n: int) -> int:
+    return max(8, min(_MOST_CHANNELS, block // block_n))

@@ -6,6 +6,7 @@ to what the last one wrote, so the result does not depend on timing.
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,75 +15,134 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from lightspine.errors import UsageError
 from lightspine.ops.inputs import GroupedInputs, ParameterGradients, Strided
-from lightspine.ops.triton.config import BOUNDARY_TILE, choose_blocks, programs_per_launch, scratch_size
+from lightspine.ops.triton.config import (
+    PASSING_CHANNELS,
+    PASSING_CHUNKS,
+    SAVE_EVERY,
+    TILE,
+    ScanConfig,
+    choose_config,
+)
 from lightspine.ops.triton.kernels import (
+    chunk_adjoint_kernel,
     chunk_scan_bwd_kernel,
     chunk_scan_fwd_kernel,
-    chunk_state_bwd_kernel,
     state_passing_kernel,
 )
 
 
-class _LaunchPlan:
-    """Sizes, blocks and common kernel arguments of one scan."""
+class _Launcher:
+    """The launches of one scan: its sizes, its configuration and the arguments that its kernels share."""
 
-    def __init__(self, inputs: GroupedInputs, shared_output: bool, backward: bool) -> None:
-        self.inputs, self.dtype = inputs, inputs.dtype
+    def __init__(self, inputs: GroupedInputs, config: ScanConfig, *, shared: bool) -> None:
+        self.inputs, self.dtype, self.config = inputs, inputs.dtype, config
         self.batch, self.length, self.groups, self.dim, self.states = inputs.sizes
-        # Groups that share an output are launched one by one.
-        self.group_launches = [(k, 1) for k in range(self.groups)] if shared_output else [(0, self.groups)]
-        rows = self.batch * self.group_launches[0][1]
-        self.blocks = choose_blocks(
-            self.length, self.dim, self.states, rows, self.dtype.itemsize, backward=backward
-        )
-        self.channel_blocks = -(-self.dim // self.blocks.channels)
         A = inputs.A.view(self.groups, self.dim, self.states)
         self.A = A.to(self.dtype).transpose(1, 2).contiguous()
         self.D, self.delta_bias = (
             None if t is None else t.to(self.dtype).contiguous() for t in (inputs.D, inputs.delta_bias)
         )
+        # (first group, number of groups) of each launch that writes to the output.
+        self.launches = [(k, 1) for k in range(self.groups)] if shared else [(0, self.groups)]
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.inputs.x.tensor.device)
 
-    def programs(self, groups: int) -> int:
-        return self.batch * groups * self.blocks.chunks * self.channel_blocks
+    def programs(self, groups: int, block_d: int) -> int:
+        return self.batch * groups * self.config.chunks * -(-self.dim // block_d)
 
     def scan_arguments(self) -> dict[str, Any]:
         """Arguments of every kernel that scans a sequence."""
-        inputs = self.inputs
+        inputs, config = self.inputs, self.config
         return {
-            "p_delta": inputs.delta.tensor,
+            "p_dt": inputs.delta.tensor,
             "p_A": self.A,
             "p_C": inputs.C.tensor,
             "p_bias": self.delta_bias,
             "p_z": None if inputs.z is None else inputs.z.tensor,
             "p_order": None if inputs.order is None else _on_device(inputs.order, self.A.device),
-            "delta_strides": inputs.delta[1:],
+            "dt_strides": inputs.delta[1:],
             "C_strides": inputs.C[1:],
             "z_strides": (0, 0, 0, 0) if inputs.z is None else inputs.z[1:],
             "length": self.length,
             "groups": self.groups,
             "dim": self.dim,
             "states": self.states,
-            "chunk": self.blocks.chunk,
-            "chunks": self.blocks.chunks,
-            "DELTA_SOFTPLUS": inputs.delta_softplus,
-            "REVERSE": inputs.reverse,
-            "BLOCK_D": self.blocks.channels,
-            "BLOCK_N": self.blocks.states,
-            "TILE": self.blocks.tile,
+            "chunk": config.chunk,
+            "chunks": config.chunks,
+            "reversed_groups": inputs.reversed_groups,
+            "SOFTPLUS": inputs.delta_softplus,
+            "FAST_MATH": config.fast_math,
+            "BLOCK_N": config.block_n,
         }
 
     def state_arguments(self) -> dict[str, Any]:
         """Further arguments of the kernels that compute states."""
+        inputs = self.inputs
         return {
-            "p_x": self.inputs.x.tensor,
-            "p_B": self.inputs.B.tensor,
+            "p_x": inputs.x.tensor,
+            "p_B": inputs.B.tensor,
             "p_D": self.D,
-            "x_strides": self.inputs.x[1:],
-            "B_strides": self.inputs.B[1:],
+            "x_strides": inputs.x[1:],
+            "B_strides": inputs.B[1:],
+            "save_every": SAVE_EVERY,
+            "saves": self.config.saves,
         }
+
+    def scan(
+        self,
+        *,
+        out: Strided | None = None,
+        start: Tensor | None = None,
+        end: Tensor | None = None,
+        dt_sum: Tensor | None = None,
+        saved: Tensor | None = None,
+    ) -> None:
+        for first_group, launched_groups in self.launches if out is not None else [(0, self.groups)]:
+            launch(
+                chunk_scan_fwd_kernel,
+                self.programs(launched_groups, self.config.block_d),
+                BLOCK_D=self.config.block_d,
+                p_start=start,
+                p_end=end,
+                p_dt_sum=dt_sum,
+                p_saved=saved,
+                p_out=None if out is None else out.tensor,
+                out_strides=(0, 0, 0, 0) if out is None else out[1:],
+                first_group=first_group,
+                launched_groups=launched_groups,
+                ACCUMULATE=first_group > 0,
+                **self.scan_arguments(),
+                **self.state_arguments(),
+            )
+
+    def chunk_starts(self, final: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the state before each chunk, (B, K, J, N, D), and the sums of dt, (B, K, J, D)."""
+        shape = (self.batch, self.groups, self.config.chunks)
+        states, dt_sums = self.empty(*shape, self.states, self.dim), self.empty(*shape, self.dim)
+        self.scan(end=states, dt_sum=dt_sums)
+        self.pass_states(states, dt_sums, initial=None, final=final, reverse=False)
+        return states, dt_sums
+
+    def pass_states(
+        self, states: Tensor, dt_sums: Tensor, *, initial: Tensor | None, final: Tensor | None, reverse: bool
+    ) -> None:
+        launch(
+            state_passing_kernel,
+            self.batch * self.groups * self.states * -(-self.dim // PASSING_CHANNELS),
+            p_states=states,
+            p_dt_sums=dt_sums,
+            p_A=self.A,
+            p_initial=initial,
+            p_final=final,
+            groups=self.groups,
+            dim=self.dim,
+            states=self.states,
+            chunks=self.config.chunks,
+            REVERSE=reverse,
+            BLOCK_D=PASSING_CHANNELS,
+            BLOCK_J=PASSING_CHUNKS,
+        )
 
 
 def grouped_scan(
@@ -104,27 +164,15 @@ def grouped_scan(
     Raises:
         UsageError: the tensors are on a CPU and Triton's interpreter is off.
     """
-    plan = _LaunchPlan(inputs, _is_shared(out, inputs), backward=False)
-    state = plan.empty(plan.batch, plan.groups, plan.states, plan.dim)
-    starts = None
-    if plan.blocks.chunks > 1:
-        starts, dt_sums = _chunk_states(plan)
-        _pass_states(plan, starts, dt_sums, first=None, last=state)
-    for first_group, launched in plan.group_launches:
-        _launch(
-            chunk_scan_fwd_kernel,
-            plan.programs(launched),
-            p_start=starts,
-            p_end=state if starts is None else None,
-            p_dt_sum=None,
-            p_out=out.tensor,
-            out_strides=out[1:],
-            first_group=first_group,
-            launched=launched,
-            ADDS=first_group > 0,
-            **plan.scan_arguments(),
-            **plan.state_arguments(),
-        )
+    shared = _is_shared(out, inputs)
+    config = _choose_config(inputs, shared, backward=False)
+    launcher = _Launcher(inputs, config, shared=shared)
+    state = launcher.empty(launcher.batch, launcher.groups, launcher.states, launcher.dim)
+    if config.chunks > 1:
+        starts, _ = launcher.chunk_starts(final=state)
+        launcher.scan(out=out, start=starts)
+    else:
+        launcher.scan(out=out, end=state)
     return state, state.new_empty(0)
 
 
@@ -139,9 +187,9 @@ def grouped_scan_backward(
 ) -> ParameterGradients:
     """Launch the backward kernels: write the gradients of x, delta and z and return all others.
 
-    Memory beside the gradients: the states at the chunk boundaries (two tensors of B K J N D), the gradients
-    of B and C per block of 32 channels, those of A, D and the bias per image and chunk, and at most 128 MiB
-    of scratch.
+    The states are recomputed. Images are processed in slices, so that the temporary memory stays below some
+    64 MiB, or that of one image: states, adjoints, scratch, and the gradients of B and C per block of
+    channels.
 
     Args:
         grad_out: gradient of the output, (B, L, K, D), channels contiguous; a group stride of 0 where the
@@ -157,115 +205,117 @@ def grouped_scan_backward(
     Raises:
         UsageError: the tensors are on a CPU and Triton's interpreter is off.
     """
-    plan = _LaunchPlan(inputs, _is_shared(grad_x, inputs), backward=True)
+    shared = _is_shared(grad_x, inputs)
+    config = _choose_config(inputs, shared, backward=True)
     batch, length, groups, dim, states = inputs.sizes
-    if grad_state is None:
-        grad_state = plan.empty(batch, groups, states, dim).zero_()
-    starts, grad_states = None, grad_state
-    if plan.blocks.chunks > 1:
-        starts, dt_sums = _chunk_states(plan)
-        _pass_states(plan, starts, dt_sums, first=None, last=None)
-        grad_states = _chunk_state_gradients(plan, grad_out)
-        _pass_states(plan, grad_states, dt_sums, first=grad_state, last=None, reverse=True)
-    grad_B, grad_C = (plan.empty(plan.channel_blocks, batch, length, groups, states) for _ in range(2))
-    parameters = plan.empty(batch, plan.blocks.chunks, groups, states + 2, dim)
-    most = programs_per_launch(plan.blocks, states, plan.dtype.itemsize)
-    programs = plan.programs(plan.group_launches[0][1])
-    tiles = plan.empty(min(most, programs) * scratch_size(plan.blocks, states))
-    for first_group, launched in plan.group_launches:
-        for first in range(0, programs, most):
-            _launch(
+    device = inputs.x.tensor.device
+    grad_B, grad_C = (
+        torch.empty(batch, length, groups, states, dtype=inputs.dtype, device=device) for _ in "BC"
+    )
+    parameters = torch.zeros(groups, states + 2, dim, dtype=inputs.dtype, device=device)
+    for images in _slices(batch, config.images_per_slice):
+        launcher = _Launcher(_select_images(inputs, images), config, shared=shared)
+        size = launcher.batch
+        part_grad_out, part_grad_x, part_grad_delta = (
+            _select(t, images) for t in (grad_out, grad_x, grad_delta)
+        )
+        part_grad_z = None if grad_z is None else _select(grad_z, images)
+        saved, adjoint = _saved_states(
+            launcher, part_grad_out, None if grad_state is None else grad_state[images]
+        )
+        blocks = -(-dim // config.grad_block_d)
+        partial_B, partial_C = (launcher.empty(blocks, size, length, groups, states) for _ in "BC")
+        partial_parameters = launcher.empty(size, config.chunks, groups, states + 2, dim)
+        programs = launcher.programs(launcher.launches[0][1], config.grad_block_d)
+        scratch = launcher.empty(programs, SAVE_EVERY // TILE, config.block_n, config.grad_block_d)
+        for first_group, launched_groups in launcher.launches:
+            launch(
                 chunk_scan_bwd_kernel,
-                min(most, programs - first),
-                p_grad_out=grad_out.tensor,
-                p_start=starts,
-                p_grad_end=grad_states,
-                p_tiles=tiles,
-                p_grad_x=grad_x.tensor,
-                p_grad_delta=grad_delta.tensor,
-                p_grad_z=None if grad_z is None else grad_z.tensor,
-                p_grad_B=grad_B,
-                p_grad_C=grad_C,
-                p_grad_parameters=parameters,
-                grad_out_strides=grad_out[1:],
-                grad_x_strides=grad_x[1:],
-                batch=batch,
-                first=first,
+                programs,
+                p_grad_out=part_grad_out.tensor,
+                p_saved=saved,
+                p_adjoint=adjoint,
+                p_scratch=scratch,
+                p_grad_x=part_grad_x.tensor,
+                p_grad_dt=part_grad_delta.tensor,
+                p_grad_z=None if part_grad_z is None else part_grad_z.tensor,
+                p_grad_B=partial_B,
+                p_grad_C=partial_C,
+                p_grad_parameters=partial_parameters,
+                grad_out_strides=part_grad_out[1:],
+                grad_x_strides=part_grad_x[1:],
+                batch=size,
                 first_group=first_group,
-                launched=launched,
-                ADDS=first_group > 0,
-                **plan.scan_arguments(),
-                **plan.state_arguments(),
+                launched_groups=launched_groups,
+                ACCUMULATE=first_group > 0,
+                BLOCK_D=config.grad_block_d,
+                TILE=TILE,
+                **launcher.scan_arguments(),
+                **launcher.state_arguments(),
             )
+        torch.sum(partial_B, 0, out=grad_B[images])
+        torch.sum(partial_C, 0, out=grad_C[images])
+        parameters += partial_parameters.sum((0, 1))
     return ParameterGradients(
-        parameters[..., :states, :].sum((0, 1)).transpose(1, 2),
-        grad_B.sum(0),
-        grad_C.sum(0),
-        None if inputs.D is None else parameters[..., states, :].sum((0, 1)),
-        None if inputs.delta_bias is None else parameters[..., states + 1, :].sum((0, 1)),
+        parameters[:, :states].transpose(1, 2).contiguous(),
+        grad_B,
+        grad_C,
+        None if inputs.D is None else parameters[:, states].clone(),
+        None if inputs.delta_bias is None else parameters[:, states + 1].clone(),
     )
 
 
-def _chunk_states(plan: _LaunchPlan) -> tuple[Tensor, Tensor]:
-    """Return the state that each chunk adds, (B, K, J, N, D), and its sum of dt, (B, K, J, D)."""
-    states = plan.empty(plan.batch, plan.groups, plan.blocks.chunks, plan.states, plan.dim)
-    dt_sums = plan.empty(plan.batch, plan.groups, plan.blocks.chunks, plan.dim)
-    _launch(
-        chunk_scan_fwd_kernel,
-        plan.programs(plan.groups),
-        p_start=None,
-        p_end=states,
-        p_dt_sum=dt_sums,
-        p_out=None,
-        out_strides=(0, 0, 0, 0),
-        first_group=0,
-        launched=plan.groups,
-        ADDS=False,
-        **plan.scan_arguments(),
-        **plan.state_arguments(),
-    )
-    return states, dt_sums
-
-
-def _chunk_state_gradients(plan: _LaunchPlan, grad_out: Strided) -> Tensor:
-    """Return the gradient of the state before each chunk if that after it has none, (B, K, J, N, D)."""
-    grad_states = plan.empty(plan.batch, plan.groups, plan.blocks.chunks, plan.states, plan.dim)
-    _launch(
-        chunk_state_bwd_kernel,
-        plan.programs(plan.groups),
+def _saved_states(launcher: _Launcher, grad_out: Strided, grad_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the state before every `SAVE_EVERY`-th step and the adjoint at the end of each chunk."""
+    config = launcher.config
+    shape = (launcher.batch, launcher.groups)
+    if grad_state is None:
+        grad_state = launcher.empty(*shape, launcher.states, launcher.dim).zero_()
+    if config.chunks == 1:
+        saved = launcher.empty(*shape, config.saves, launcher.states, launcher.dim)
+        launcher.scan(saved=saved)
+        return saved, grad_state
+    starts, dt_sums = launcher.chunk_starts(final=None)
+    saved = starts
+    if config.chunk > SAVE_EVERY:
+        saved = launcher.empty(*shape, config.saves, launcher.states, launcher.dim)
+        launcher.scan(start=starts, saved=saved)
+    adjoint = torch.empty_like(starts)
+    launch(
+        chunk_adjoint_kernel,
+        launcher.programs(launcher.groups, config.block_d),
+        BLOCK_D=config.block_d,
         p_grad_out=grad_out.tensor,
-        p_grad_start=grad_states,
+        p_adjoint=adjoint,
         grad_out_strides=grad_out[1:],
-        **plan.scan_arguments(),
+        **launcher.scan_arguments(),
     )
-    return grad_states
+    launcher.pass_states(adjoint, dt_sums, initial=grad_state, final=None, reverse=True)
+    return saved, adjoint
 
 
-def _pass_states(
-    plan: _LaunchPlan,
-    states: Tensor,
-    dt_sums: Tensor,
-    first: Tensor | None,
-    last: Tensor | None,
-    reverse: bool = False,
-) -> None:
-    """Replace, in place, what each chunk adds to the state by the state that it starts from."""
-    _launch(
-        state_passing_kernel,
-        plan.batch * plan.groups * plan.states * plan.channel_blocks,
-        p_states=states,
-        p_dt_sums=dt_sums,
-        p_A=plan.A,
-        p_first=first,
-        p_last=last,
-        groups=plan.groups,
-        dim=plan.dim,
-        states=plan.states,
-        chunks=plan.blocks.chunks,
-        REVERSE=reverse,
-        BLOCK_D=plan.blocks.channels,
-        TILE=BOUNDARY_TILE,
+def _choose_config(inputs: GroupedInputs, shared: bool, *, backward: bool) -> ScanConfig:
+    return choose_config(
+        *inputs.sizes, inputs.dtype, launched_groups=1 if shared else inputs.sizes[2], backward=backward
     )
+
+
+def _slices(batch: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, batch)) for first in range(0, batch, size))
+
+
+def _select(t: Strided, images: slice) -> Strided:
+    """Select images; the first axis of every tensor that the kernels read is the batch."""
+    return t._replace(tensor=t.tensor[images])
+
+
+def _select_images(inputs: GroupedInputs, images: slice) -> GroupedInputs:
+    selected = {
+        name: _select(getattr(inputs, name), images)
+        for name in ("x", "delta", "B", "C", "z")
+        if getattr(inputs, name) is not None
+    }
+    return inputs._replace(sizes=(images.stop - images.start, *inputs.sizes[1:]), **selected)
 
 
 # Keyed by the tensor rather than the name of the order: `scan_order` returns one tensor per name and size.
@@ -279,8 +329,19 @@ def _is_shared(output: Strided, inputs: GroupedInputs) -> bool:
     return inputs.sizes[2] > 1 and output.group == 0
 
 
-def _launch(kernel: Any, programs: int, **arguments: Any) -> None:
-    device = arguments["p_A"].device
+def launch(kernel: Any, programs: int, *, num_warps: int = 1, **arguments: Any) -> None:
+    """Run a kernel on the device of its tensors.
+
+    Args:
+        kernel: the kernel.
+        programs: size of its grid.
+        num_warps: warps of a program; one warp sums over channels or states by a few shuffles.
+        arguments: those of the kernel by name.
+
+    Raises:
+        UsageError: the tensors lie on a CPU and Triton's interpreter is off.
+    """
+    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
     if device.type == "cpu" and not isinstance(kernel, InterpretedFunction):
         raise UsageError(
             "the triton kernels expect CUDA tensors, or TRITON_INTERPRET=1 set before their first import, "
@@ -288,5 +349,4 @@ def _launch(kernel: Any, programs: int, **arguments: Any) -> None:
         )
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        # One warp, so that a sum over the channels or the states of a position takes a few shuffles.
-        kernel[(programs,)](**arguments, num_warps=1, enable_fp_fusion=True)
+        kernel[(programs,)](**arguments, num_warps=num_warps, enable_fp_fusion=True)
