@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lightspine
 from lightspine.errors import UsageError
-from lightspine.layers.stem import stem_strides
+from lightspine.layers.arguments import stem_strides
 from lightspine.models.checkpoint import save_checkpoint
 from lightspine.models.factory import load_model
 

@@ -293,16 +293,16 @@ def test_checkpoint_of_another_rectangle_is_refused() -> None:
     [
         (
             {"class_token": "tail"},
-            "unknown class_token 'tail': expected one of 'middle', 'head', 'double', 'none'",
+            "class_token must be one of 'middle', 'head', 'double', 'none', got 'tail'",
         ),
         (
             {"directions": "both"},
-            "unknown directions 'both': expected one of 'v2', 'v1', 'one-way', 'layer-pairs'",
+            "directions must be one of 'v2', 'v1', 'one-way', 'layer-pairs', got 'both'",
         ),
-        ({"norm": "batch"}, "unknown norm 'batch': expected one of 'rms', 'layer'"),
+        ({"norm": "batch"}, "norm must be one of 'rms', 'layer', got 'batch'"),
         (
             {"global_pool": "avg"},
-            "unknown global_pool for class_token 'middle' 'avg': expected one of 'token', ''",
+            "global_pool for class_token 'middle' must be one of 'token', '', got 'avg'",
         ),
         ({"directions": "layer-pairs", "depth": 3}, "needs an even depth: received 3"),
         ({"directions": "layer-pairs", "divide_out": True}, "divide_out belongs to directions 'v2'"),
@@ -315,5 +315,5 @@ def test_wrong_options_are_named(options: dict[str, Any], sentence: str) -> None
 
 
 def test_pooling_without_its_class_token_is_refused_later_too() -> None:
-    with pytest.raises(UsageError, match="expected one of 'avg', 'max', 'last', ''"):
+    with pytest.raises(UsageError, match="must be one of 'avg', 'max', 'last', ''"):
         small_vim(class_token="none").reset_classifier(5, "token")

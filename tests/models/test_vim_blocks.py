@@ -156,11 +156,11 @@ def test_steps_start_as_published() -> None:
 @pytest.mark.parametrize(
     ("build", "options", "sentence"),
     [
-        (VimMixer, {"directions": "v3"}, "unknown directions 'v3': expected one of 'v2', 'v1', 'one-way'"),
-        (VimMixer, {"layout": "NHWC"}, "unknown layout 'NHWC': expected one of 'NCHW', 'NLC'"),
+        (VimMixer, {"directions": "v3"}, "directions must be one of 'v2', 'v1', 'one-way', got 'v3'"),
+        (VimMixer, {"layout": "NHWC"}, "layout must be one of 'NCHW', 'NLC', got 'NHWC'"),
         (VimMixer, {"directions": "v1", "divide_out": True}, "divide_out belongs to directions 'v2'"),
         (VimMixer, {"reverse": True}, "reverse belongs to directions 'one-way': received it with 'v2'"),
-        (VimBlock, {"norm": "batch"}, "unknown norm 'batch': expected one of 'rms', 'layer'"),
+        (VimBlock, {"norm": "batch"}, "norm must be one of 'rms', 'layer', got 'batch'"),
     ],
 )
 def test_wrong_options_are_named(build: type[nn.Module], options: dict[str, Any], sentence: str) -> None:

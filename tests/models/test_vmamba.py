@@ -217,13 +217,13 @@ def test_new_classifier_follows_the_precision_of_the_model() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"stem": "v3"}, "stem must be one of v1, v2, got 'v3'"),
-        ({"downsample": "v4"}, "downsample must be one of v1, v2, v3, got 'v4'"),
+        ({"stem": "v3"}, "stem must be one of 'v1', 'v2', got 'v3'"),
+        ({"downsample": "v4"}, "downsample must be one of 'v1', 'v2', 'v3', got 'v4'"),
         ({"embed_dims": (16,)}, "one entry per stage, got 1 and 2"),
         ({"embed_dims": (15, 30)}, "the stem 'v2' needs an even number of channels, got 15"),
-        ({"mlp_act": "tanh"}, "mlp_act must be one of silu, gelu, relu, sigmoid, got 'tanh'"),
+        ({"mlp_act": "tanh"}, "mlp_act must be one of 'silu', 'gelu', 'relu', 'sigmoid', got 'tanh'"),
         ({"global_pool": "max"}, "global_pool must be 'avg' or '', got 'max'"),
-        ({"global_pool": ""}, "a classifier needs global_pool='avg', got global_pool='' with 10 classes"),
+        ({"global_pool": ""}, "a classifier needs global_pool='avg', got '' with num_classes=10"),
     ],
 )
 def test_wrong_option_is_named(options: dict[str, Any], sentence: str) -> None:

@@ -168,10 +168,10 @@ def test_ss2d_cast_to_bfloat16_runs() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"act": "elu"}, "act must be one of silu, gelu, relu, sigmoid, got 'elu'"),
-        ({"gate": "gelu"}, "gate must be one of silu, linear, none, got 'gelu'"),
-        ({"out_norm": "batch"}, "out_norm must be one of layer, none, dwconv, .*, got 'batch'"),
-        ({"init": "v3"}, "init must be one of v0, v1, v2, got 'v3'"),
+        ({"act": "elu"}, "act must be one of 'silu', 'gelu', 'relu', 'sigmoid', got 'elu'"),
+        ({"gate": "gelu"}, "gate must be one of 'silu', 'linear', 'none', got 'gelu'"),
+        ({"out_norm": "batch"}, "out_norm must be one of 'layer', 'none', 'dwconv', .*, got 'batch'"),
+        ({"init": "v3"}, "init must be one of 'v0', 'v1', 'v2', got 'v3'"),
         ({"conv_size": 4}, "conv_size must be 0 or an odd number from 3 up, got 4"),
         ({"dt_rank": "full"}, "dt_rank must be a number or 'auto', got 'full'"),
         ({"scan_order": "spiral"}, "unknown scan order 'spiral'"),

@@ -1,11 +1,14 @@
-"""EfficientMod: the modulation of a feature by its context, folded into one MLP block.
+"""EfficientMod: an MLP block whose hidden features are multiplied by their convolutional context.
 
 Paper: "Efficient Modulation for Vision Networks", Ma et al., ICLR 2024, arXiv:2403.19963.
 Official code: https://github.com/ma-xu/EfficientMod (Apache-2.0).
 
-Different on purpose: the official factories ignore the number of classes and the drop rates, here they count;
-the official `drop_path` of the two larger variants (0.02) is a matter of the recipe, so the default is 0. A
-stage's downsampling stands before its blocks; the official code keeps it behind those of the stage before.
+Differences from the official code: its factories ignore the number of classes and the drop rates; the
+drop-path rate of 0.02 of the two larger variants belongs to the recipe, so the default here is 0; a stage
+begins with its downsampling instead of ending with that of the next stage.
+
+Blocks take and return maps `(B, C, H, W)` and compute in channels-last memory format, in which linear layers,
+norms and the depthwise convolution need no copy.
 """
 
 import re
@@ -17,12 +20,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, trunc_normal_
-from timm.models import PretrainedCfg, checkpoint_seq, generate_default_cfgs
+from timm.models import PretrainedCfg, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.layers.stem import check_stem_stride
+from lightspine.layers.arguments import check_choice, check_global_pool, check_stem_stride
+from lightspine.layers.blocks import Stage
 from lightspine.models.registry import Published, StateDict, build_model, register_model
 
 __all__ = ["EfficientMod", "EfficientModAttentionBlock", "EfficientModBlock"]
@@ -31,7 +35,7 @@ Fusion = Literal["product", "sum"]
 
 
 class ContextLayer(nn.Module):
-    """What surrounds each position: linear `f`, depthwise convolution, GELU, linear `g`."""
+    """Context of each position: linear layer `f`, depthwise convolution, GELU, linear layer `g`."""
 
     def __init__(self, dim: int, kernel_size: int, context_f: bool, context_g: bool):
         super().__init__()
@@ -47,7 +51,7 @@ class ContextLayer(nn.Module):
 
 
 class ModulationMlp(nn.Module):
-    """An MLP whose hidden features are modulated by their context (section 3.2)."""
+    """MLP whose hidden features are modulated by their context (section 3.2)."""
 
     def __init__(
         self,
@@ -63,14 +67,14 @@ class ModulationMlp(nn.Module):
         self.sums = fusion == "sum"
         self.context = ContextLayer(dim, kernel_size, context_f, context_g)
         self.fc1 = nn.Linear(dim, dim * expand_ratio)
-        # Published: without expansion the values stay linear.
+        # As published, there is no activation without expansion.
         self.act = nn.GELU() if expand_ratio > 1 else nn.Identity()
         self.fc2 = nn.Linear(dim * expand_ratio, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, H, W, C)."""
-        # (B, H, W, r, C): the context meets each of the r groups of hidden channels, without a tiled copy.
-        # Fresh memory costs time on large maps, so the values are overwritten; autograd keeps a copy.
+        # (B, H, W, r, C): the context is broadcast to the r groups of hidden channels. The operation is
+        # in-place, because allocating memory takes time on large maps.
         context = self.context(x).unsqueeze(3)
         value = self.act(self.fc1(x).unflatten(3, (self.expand_ratio, -1)))
         fused = value.add_(context) if self.sums else value.mul_(context)
@@ -78,17 +82,17 @@ class ModulationMlp(nn.Module):
 
 
 class EfficientModBlock(nn.Module):
-    """EfficientMod's modulation block: one norm, one residual branch, context times values (section 3.2).
+    """EfficientMod modulation block: norm, MLP modulated by its context, residual connection (section 3.2).
 
     Args:
         dim: channels of the map.
         expand_ratio: hidden width as a multiple of `dim`; the paper's models alternate 1 with 4 or 6.
-        kernel_size: odd side of the context's depthwise convolution.
-        context_f: linear map before the context's convolution; the paper's ablation leaves it out.
-        context_g: linear map behind it; the paper's ablation leaves it out.
-        fusion: "product" of context and values, or "sum", the paper's ablation.
-        drop_path: probability with which a sample skips the block in training.
-        layer_scale_init: initial factor of the residual branch, per channel.
+        kernel_size: odd kernel size of the context's depthwise convolution.
+        context_f: use the linear layer before the context's convolution; `False` is an ablation of the paper.
+        context_g: use the linear layer after it; `False` is an ablation of the paper.
+        fusion: "product" of context and values, or "sum", an ablation of the paper.
+        drop_path: probability of dropping the branch, per sample, in training.
+        layer_scale_init: initial layer scale of the residual branch.
 
     Shape:
         Input and output `(B, dim, H, W)`, any H and W; the output is `channels_last` in memory.
@@ -137,7 +141,7 @@ class EfficientModBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without positions; heads have a least width and may exceed `dim` together."""
+    """Multi-head self-attention without position encoding and with a minimum width of the heads."""
 
     def __init__(self, dim: int, num_heads: int, min_head_dim: int):
         super().__init__()
@@ -155,14 +159,14 @@ class Attention(nn.Module):
 
 
 class EfficientModAttentionBlock(nn.Module):
-    """EfficientMod's attention block: self-attention and an MLP, each a residual branch without layer scale.
+    """EfficientMod attention block: self-attention and an MLP, each residual and without layer scale.
 
     Args:
         dim: channels of the map.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP, as a multiple of `dim`.
-        min_head_dim: least width of a head; narrow maps are widened inside to `num_heads * min_head_dim`.
-        drop_path: probability with which a sample skips a branch in training.
+        min_head_dim: minimum width of a head; the inner width is at least `num_heads * min_head_dim`.
+        drop_path: probability of dropping a branch, per sample, in training.
 
     Shape:
         Input and output `(B, dim, H, W)`, any H and W; the output is `channels_last` in memory.
@@ -208,43 +212,26 @@ class EfficientModAttentionBlock(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Strided convolution with bias, and a layer norm over channels: the stem and the downsampling."""
+    """Strided convolution with bias and LayerNorm over the channels, used as stem and downsampling."""
 
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int, stride: int):
         super().__init__()
-        # Its bias keeps PyTorch's own initialisation, as published; so do all convolutions of EfficientMod.
+        # As published, all convolutions of EfficientMod keep PyTorch's default initialization.
         self.conv = nn.Conv2d(in_dim, out_dim, kernel_size, stride, kernel_size // 2)
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, C', ceil(H / stride), ceil(W / stride)), `channels_last` in memory."""
+        """Map (B, C, H, W) to (B, C', ceil(H / stride), ceil(W / stride)) in channels-last format."""
         x = self.conv(x.contiguous(memory_format=torch.channels_last))
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def init_linear(module: nn.Module) -> None:
-    """Initialise a linear layer as published; leave every other module alone."""
+    """Initialize a linear layer as published; other modules are not changed."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-class Stage(nn.Module):
-    """An optional downsampling, then modulation blocks, then attention blocks."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the stage's map."""
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
 
 
 class EfficientMod(nn.Module):
@@ -252,28 +239,27 @@ class EfficientMod(nn.Module):
 
     Args:
         in_chans: channels of the image.
-        num_classes: width of the classifier; 0 for none.
-        global_pool: "avg", or "" to leave the last map as it is (then `num_classes` must be 0).
+        num_classes: number of classes; 0 for no classifier.
+        global_pool: "avg", or "" for no pooling (with `num_classes=0` only).
         embed_dims: channels of each stage.
         depths: modulation blocks of each stage.
-        expand_ratios: hidden widths of a stage's modulation blocks as multiples of its channels; the pattern
-            starts anew in each stage and repeats within it.
-        attention_depths: attention blocks of each stage, behind its modulation blocks.
-        attention_mlp_ratios: hidden width of the attention blocks' MLP, for each stage.
-        stem_stride: 4 as published, or 1 or 2, for images of 32 to 64 px. Every weight keeps its shape, so
+        expand_ratios: expansion ratios of the modulation blocks; block i of a stage has ratio
+            `expand_ratios[i % len(expand_ratios)]`.
+        attention_depths: attention blocks of each stage, after its modulation blocks.
+        attention_mlp_ratios: MLP ratio of the attention blocks of each stage.
+        stem_stride: 4 as published, or 1 or 2 for images of 32 to 64 px. Weights keep their shapes, so
             published ones load.
         num_heads: heads of the attention blocks.
-        kernel_size: side of the depthwise convolution of the context.
-        context_f: linear map before that convolution; the paper's ablation leaves it out.
-        context_g: linear map behind it; the paper's ablation leaves it out.
-        fusion: "product" of context and values, or "sum", the paper's ablation.
+        kernel_size: kernel size of the depthwise convolution of the context.
+        context_f: see `EfficientModBlock`.
+        context_g: see `EfficientModBlock`.
+        fusion: see `EfficientModBlock`.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first one. The
-            published recipe has 0.02 for `efficientmod_s` and `efficientmod_s_conv`, 0 for the smaller ones.
+        drop_path_rate: stochastic depth rate of the last block; it grows linearly from 0 at the first one.
+            The published recipe uses 0.02 for `efficientmod_s` and `efficientmod_s_conv`, 0 for the others.
 
     Shape:
-        Input `(B, in_chans, H, W)` with H and W from 32 up; the stages' maps have 1, 2, 4, 8 times the stem's
-        stride.
+        Input `(B, in_chans, H, W)` with H and W of at least 32. Stage i has stride `stem_stride * 2**i`.
 
     Raises:
         UsageError: lists of different lengths, an unknown `global_pool`, `fusion` or `stem_stride`, classes
@@ -347,12 +333,12 @@ class EfficientMod(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return no name: timm's rule for 1-d parameters and biases already gives the published groups."""
+        """Return no names: timm's rule for 1-d parameters and biases gives the published groups."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return the patterns by which timm groups parameters for layer-wise learning rates."""
+        """Return timm's parameter groups for layer-wise learning rates."""
         fine = [
             (r"^stages\.(\d+)\.downsample", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
@@ -362,30 +348,27 @@ class EfficientMod(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        """Enable activation checkpointing of the blocks."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """Return the linear map to the classes."""
+        """Return the linear classifier."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one.
+        """Replace the classifier by a newly initialized one.
 
         Args:
-            num_classes: width of the new classifier; 0 for none.
+            num_classes: number of classes; 0 for no classifier.
             global_pool: "avg" or ""; `None` keeps the pooling.
 
         Raises:
             UsageError: an unknown pooling, or classes without pooling.
         """
         pool = self.global_pool if global_pool is None else global_pool
-        if pool not in ("avg", ""):
-            raise UsageError(f"global_pool must be 'avg' or '', got {pool!r}")
-        if num_classes and not pool:
-            raise UsageError(f"a classifier needs global_pool='avg', got '' with num_classes={num_classes}")
+        check_global_pool(pool, num_classes)
         self.global_pool = pool
         self.num_classes = num_classes
         self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
@@ -394,7 +377,7 @@ class EfficientMod(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages, norm and head that the given intermediates do not need; return their indices."""
+        """Remove the stages, norm and head that the given intermediates do not need; return their indices."""
         take_indices, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
@@ -406,7 +389,7 @@ class EfficientMod(nn.Module):
             self.reset_classifier(0, "")
         return take_indices
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _apply_norm(self, x: Tensor) -> Tensor:
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward_intermediates(
@@ -418,21 +401,20 @@ class EfficientMod(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps of chosen stages, and the normalised last map unless `intermediates_only`.
+        """Return the feature maps of selected stages, with the last map unless `intermediates_only`.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: stages to take: the last n, a list of indices, or `None` for all.
-            norm: apply the final norm to the last stage's map; no other stage has its width.
-            stop_early: do not compute the stages behind the last one that is taken.
+            indices: number of last stages, list of stage indices, or `None` for all.
+            norm: apply the final norm to the map of the last stage.
+            stop_early: stop after the last selected stage.
             output_fmt: "NCHW".
-            intermediates_only: return the list only.
+            intermediates_only: return only the list of maps.
 
         Raises:
             UsageError: another `output_fmt`.
         """
-        if output_fmt != "NCHW":
-            raise UsageError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        check_choice("output_fmt", output_fmt, ("NCHW",))
         take_indices, last = feature_take_indices(len(self.stages), indices)
         x = self.stem(x)
         intermediates = []
@@ -440,21 +422,21 @@ class EfficientMod(nn.Module):
             x = stage(x)
             if i in take_indices:
                 is_final = i == len(self.stages) - 1
-                intermediates.append(self._normalise(x) if norm and is_final else x)
+                intermediates.append(self._apply_norm(x) if norm and is_final else x)
         if intermediates_only:
             return intermediates
         complete = last == len(self.stages) - 1 or not stop_early
-        return self._normalise(x) if complete else x, intermediates
+        return self._apply_norm(x) if complete else x, intermediates
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to the normalised last map (stride 32 as published), rounded up."""
+        """Map images (B, in_chans, H, W) to the normalized last map, of stride 32 as published."""
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
-        return self._normalise(x)
+        return self._apply_norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map the last map to logits, or to the pooled features (B, head_hidden_size) if `pre_logits`."""
+        """Map the last map to logits, or to pooled features (B, head_hidden_size) with `pre_logits`."""
         if self.global_pool == "avg":
             x = x.mean((2, 3))
         x = F.dropout(x, self.drop_rate, self.training)
@@ -488,7 +470,7 @@ default_cfgs = generate_default_cfgs(
     {f"efficientmod_{size}": _cfg() for size in ("xxs", "xs", "s", "s_conv")}
 )
 
-# No pattern matches a name of ours, so our own files pass unchanged.
+# No pattern matches a name of this module, so lightspine files pass unchanged.
 _KEY_RULES = [
     (re.compile(r"^patch_embed\.proj\."), "stem.conv."),
     (re.compile(r"^patch_embed\.norm\."), "stem.norm."),
@@ -501,7 +483,7 @@ _KEY_RULES = [
 
 
 def _rename(key: str) -> str:
-    """Map an official key to ours; a key of ours stays as it is."""
+    """Convert an official key; keys of this module stay unchanged."""
     for pattern, replacement in _KEY_RULES:
         key = pattern.sub(replacement, key)
     if behind_stage := re.match(r"layers\.(\d+)\.(downsample\..+)", key):
@@ -510,7 +492,7 @@ def _rename(key: str) -> str:
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Map a checkpoint in the official layout or ours to ours; a model without classes drops the head."""
+    """Convert an official or lightspine state dict; the head is dropped for a model without classes."""
     renamed = {_rename(key): value for key, value in state_dict.items()}
     if isinstance(model.head, nn.Identity):
         renamed = {key: value for key, value in renamed.items() if not key.startswith("head.")}

@@ -1,15 +1,18 @@
-"""EfficientViM: the state space mixer works on a few hidden states instead of on every position.
+"""EfficientViM: state space backbone that mixes channels in the hidden state instead of at every position.
 
 Paper: "EfficientViM: Efficient Vision Mamba with Hidden State Mixer based State Space Duality" (CVPR 2025,
 arXiv 2411.15241). Official code: https://github.com/mlvlab/EfficientViM (MIT).
 
-What differs on purpose:
+Differences from the official code:
 
-- Input of any height and width; the official classifier takes the square root of the number of positions.
-- `forward_features` gives one map: the normalised final map, and beside it the pooled hidden state of every
-  stage, the same at every position. Its mean over positions is the input of the four classifiers.
-- The down-sampling stands in front of its stage, so that a stage ends with the map that is its feature.
-- Drop path exists (the paper trains without).
+- Input of any height and width; the official classifier assumes a square map.
+- `forward_features` returns one map: the pooled hidden states of all stages, repeated at every position, and
+  the normalized final map. Its mean over positions is the input of the four classifiers.
+- A stage begins with its downsampling, so that its output is its feature map.
+- Drop path is supported (the paper trains without).
+
+Blocks take and return maps (B, C, H, W). They are fastest in `torch.channels_last` format, in which
+flattening and transposing need no copy.
 """
 
 import re
@@ -27,33 +30,13 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.layers.stem import stem_strides
+from lightspine.layers.arguments import check_choice, stem_strides
+from lightspine.layers.blocks import ConvNorm
 from lightspine.models.registry import Published, StateDict, build_model, register_model
 
 __all__ = ["EfficientViM"]
 
 Mixer = Literal["hsm-ssd", "nc-ssd"]
-
-
-class ConvNorm(nn.Sequential):
-    """Convolution without bias, BatchNorm and, where asked for, ReLU; the map keeps its size at stride 1."""
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        kernel_size: int = 1,
-        stride: int = 1,
-        groups: int = 1,
-        act: bool = False,
-    ) -> None:
-        conv = nn.Conv2d(
-            in_dim, out_dim, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups, bias=False
-        )
-        layers: OrderedDict[str, nn.Module] = OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_dim))
-        if act:
-            layers["act"] = nn.ReLU(inplace=True)
-        super().__init__(layers)
 
 
 class ChannelNorm(nn.Module):
@@ -76,7 +59,7 @@ class ChannelNorm(nn.Module):
 
 
 class _StateMixer(nn.Module):
-    """What both mixers share: how every position writes to the hidden state and reads from it."""
+    """Base class of the mixers: computes how each position writes to and reads from the hidden state."""
 
     def __init__(self, dim: int, state_dim: int, expand: float) -> None:
         super().__init__()
@@ -87,12 +70,12 @@ class _StateMixer(nn.Module):
             )
         self.bcdt_proj = nn.Conv2d(dim, 3 * state_dim, 1, bias=False)
         self.dwconv = nn.Conv2d(3 * state_dim, 3 * state_dim, 3, padding=1, groups=3 * state_dim, bias=False)
-        # A shifts all positions alike and the softmax over positions forgets it: kept for the checkpoints.
+        # A shifts all positions equally, so the softmax over positions cancels it. Checkpoints contain it.
         self.A = nn.Parameter(torch.empty(state_dim).uniform_(1.0, 16.0))
         self.D = nn.Parameter(torch.ones(1))
 
     def write_and_read(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how much each position writes to and reads from each of the N states, both (B, L, N)."""
+        """Return the write and read weights of each position for the N states, both (B, L, N)."""
         b, c, dt = self.dwconv(self.bcdt_proj(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
         return b * (dt + self.A).softmax(dim=1), c
 
@@ -104,15 +87,15 @@ class HSMSSD(_StateMixer):
     With W = softmax over positions of dt + A, the hidden state is
 
         h = x (W * B)^T                       (C, N): a global summary in N vectors
-        h = P_out (h_1 * SiLU(z) + D h_1),    [h_1, z] = P_in h
+        h <- P_out (h_1 * SiLU(z) + D h_1),   [h_1, z] = P_in h
         y = h C                               (C, L)
 
-    The two projections run over N states in place of L positions: 3 C^2 N multiply-adds in place of 3 C^2 L.
+    The projections run over N states instead of L positions: 3 C^2 N multiply-adds instead of 3 C^2 L.
 
     Args:
         dim: channels C of the map.
         state_dim: number N of states.
-        expand: width of the projected state over C.
+        expand: width of the projected state, as a multiple of C.
 
     Raises:
         UsageError: a size is not positive.
@@ -146,9 +129,9 @@ class HSMSSD(_StateMixer):
 
 
 class NCSSD(_StateMixer):
-    """Non-causal SSD, the mixer that the paper starts from: the channels are mixed at every position.
+    """Non-causal SSD, the baseline mixer of the paper: the channels are mixed at every position.
 
-    B, C, dt and W are those of `HSMSSD`; projections and gate stay with the sequence, as in Mamba-2:
+    B, C, dt and W are as in `HSMSSD`; projections and gate apply to the sequence, as in Mamba-2:
 
         [u, z] = P_in x                       each (expand C, L)
         h = u (W * B)^T                       (expand C, N)
@@ -157,7 +140,7 @@ class NCSSD(_StateMixer):
     Args:
         dim: channels C of the map.
         state_dim: number N of states.
-        expand: width of the projected sequence over C.
+        expand: width of the projected sequence, as a multiple of C.
 
     Raises:
         UsageError: a size is not positive.
@@ -197,19 +180,19 @@ class FFN(nn.Sequential):
 
 
 class EfficientViMBlock(nn.Module):
-    """The EfficientViM block (section 3.3): depthwise convolution, mixer, depthwise convolution, FFN.
+    """EfficientViM block (section 3.3): depthwise convolution, mixer, depthwise convolution, FFN.
 
-    Each of the four branches f is blended in by a learned gate per channel, x <- (1 - a) x + a f(x) with
-    a = sigmoid(alpha). Alpha starts at 1e-4, so the gates start half open: this is no residual connection
-    with a small layer scale.
+    Each of the four branches f is combined with its input by a learned gate per channel, x <- (1 - a) x +
+    a f(x) with a = sigmoid(alpha). Alpha starts at 1e-4, so the gates start at one half, unlike the small
+    layer scale of a residual connection.
 
     Args:
         dim: channels C of the map.
         state_dim: number N of states of the mixer.
-        mlp_ratio: hidden width of the FFN over C.
-        expand: inner width of the mixer over C.
-        mixer: "hsm-ssd" mixes channels in the hidden state, "nc-ssd" at every position.
-        drop_path: probability with which a sample skips a branch in training (the paper: 0).
+        mlp_ratio: hidden width of the FFN, as a multiple of C.
+        expand: inner width of the mixer, as a multiple of C.
+        mixer: "hsm-ssd" (`HSMSSD`) or "nc-ssd" (`NCSSD`).
+        drop_path: probability of dropping a branch, per sample, in training (0 in the paper).
 
     Raises:
         UsageError: unknown mixer, or a size that is not positive.
@@ -244,7 +227,7 @@ class EfficientViMBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def _blend(self, x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-        # Under autocast the branches are in half precision and the published blend is in that of the gate.
+        # Under autocast the branches are in half precision; as published, the gate's precision is used here.
         x, update = x.to(gate.dtype), update.to(gate.dtype)
         if self.training and self.drop_path.drop_prob > 0.0:
             return x + self.drop_path(gate * (update - x))
@@ -264,7 +247,7 @@ class EfficientViMBlock(nn.Module):
 
 
 class Stem(nn.Sequential):
-    """Four 3x3 convolutions with BatchNorm; ReLU after the first three. Published, each has stride 2."""
+    """Four 3x3 convolutions with BatchNorm, of stride 2 as published, and ReLU after the first three."""
 
     def __init__(self, in_chans: int, dim: int, strides: Sequence[int] = (2, 2, 2, 2)) -> None:
         super().__init__(
@@ -276,9 +259,9 @@ class Stem(nn.Sequential):
 
 
 class PatchMerging(nn.Module):
-    """Halve the map: an inverted bottleneck with squeeze-excite between two depthwise residual convolutions.
+    """Downsampling: inverted bottleneck with squeeze-excite between two residual depthwise convolutions.
 
-    The hidden width is four times the width that comes out.
+    The hidden width is four times the output width.
     """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
@@ -299,7 +282,7 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Down-sampling where there is any, then the blocks; gives the map and the last block's hidden state."""
+    """Stage: optional downsampling, then blocks; returns the map and the hidden state of the last block."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[EfficientViMBlock]) -> None:
         super().__init__()
@@ -319,10 +302,10 @@ class Stage(nn.Module):
 
 
 class FusionHead(nn.Module):
-    """One linear classifier per pooled feature vector; the logits are their softmax-weighted sum.
+    """Classifier with one linear layer per pooled feature vector; the logits are their softmax-weighted sum.
 
     Args:
-        widths: width of each vector; the input (B, sum of widths) is all of them in a row.
+        widths: width of each vector; the input (B, sum of widths) is their concatenation.
         num_classes: number of classes.
     """
 
@@ -348,29 +331,29 @@ def _describe_stage(index: int, dim: int, stem_stride: int) -> dict[str, Any]:
 
 
 class EfficientViM(nn.Module):
-    """EfficientViM (arXiv 2411.15241), a timm model.
+    """EfficientViM backbone and classifier.
 
     Args:
-        in_chans: input channels.
-        num_classes: classes; 0 leaves the classifier out.
-        global_pool: "avg", or "" to return the map of `forward_features` (with `num_classes=0` only).
-        dims: width of each stage.
+        in_chans: channels of the image.
+        num_classes: number of classes; 0 for no classifier.
+        global_pool: "avg", or "" for no pooling (with `num_classes=0` only).
+        dims: channels of each stage.
         depths: blocks of each stage.
-        state_dims: hidden states N of each stage's mixers.
-        stem_stride: 16 as published, or 1, 2, 4, 8: the first convolutions of the stem then step by 1. Every
-            weight keeps its shape, so published ones load. For images of 32 px take 4, of 64 px 4 or 8: at 16
-            the last map is a single position.
-        mlp_ratio: hidden width of the FFNs over the width.
-        expand: inner width of the mixers over the width.
-        mixer: "hsm-ssd", or "nc-ssd" that the paper compares with.
-        distilled: a second classifier for a teacher's labels. In training `forward` returns both logits,
-            (labels, teacher), else their mean.
+        state_dims: number N of hidden states of each stage's mixers.
+        stem_stride: 16 as published, or 1, 2, 4 or 8 for small images: the first convolutions of the stem
+            then have stride 1. Weights keep their shapes, so published ones load. Use 4 for images of 32 px
+            and 4 or 8 for 64 px; with 16 their last map has a single pixel.
+        mlp_ratio: hidden width of the FFNs, as a multiple of the stage's channels.
+        expand: inner width of the mixers, as a multiple of the stage's channels.
+        mixer: "hsm-ssd" or "nc-ssd", see `EfficientViMBlock`.
+        distilled: add a second classifier for distillation; `forward` returns `(logits, logits_dist)` in
+            training and their mean in evaluation.
         drop_rate: dropout before the classifier.
-        drop_path_rate: drop path of the last block, growing linearly from 0 at the first.
+        drop_path_rate: stochastic depth rate of the last block; it grows linearly from 0 at the first one.
 
     Raises:
-        UsageError: a value is unknown, the stem cannot have the stride, or dims, depths and state_dims differ
-            in length.
+        UsageError: an unknown value, an unsupported `stem_stride`, or dims, depths and state_dims of
+            different lengths.
     """
 
     def __init__(
@@ -422,15 +405,15 @@ class EfficientViM(nn.Module):
         self.reset_classifier(num_classes, global_pool)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names beyond timm's rule that the paper does not decay: none.
+        """Return no names: timm's rule for 1-d parameters and biases gives the published groups.
 
-        The rule spares 1-d parameters, such as A, D and the fusion weights, and biases. The published
-        training decays the LayerNorm weights and alpha, which are not 1-d.
+        1-d parameters such as A, D and the fusion weights are not decayed; the LayerNorm weights and alpha,
+        which are not 1-d, are.
         """
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's parameter groups for layer-wise learning rates: stages, or blocks."""
+        """Return timm's parameter groups for layer-wise learning rates."""
         fine = [
             (r"^stages\.(\d+)\.downsample", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
@@ -439,15 +422,15 @@ class EfficientViM(nn.Module):
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        """Enable activation checkpointing of the blocks."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     def set_distilled_training(self, enable: bool = True) -> None:
-        """Choose what a distilled model returns in training: both logits, or as in evaluation their mean.
+        """Return both logits in training, or with `enable=False` their mean as in evaluation.
 
         Raises:
-            UsageError: the model has one classifier only.
+            UsageError: the model has only one classifier.
         """
         if enable and not self.distilled:
             raise UsageError(
@@ -456,15 +439,15 @@ class EfficientViM(nn.Module):
         self.distilled_training = enable
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
-        """Return the classifier, or of a distilled model both."""
+        """Return the classifier, or both for a distilled model."""
         return (self.head, self.head_dist) if self.distilled else self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one.
+        """Replace the classifier by a newly initialized one.
 
         Args:
-            num_classes: classes; 0 leaves the classifier out.
-            global_pool: "avg" or "", see the class; None keeps what is set.
+            num_classes: number of classes; 0 for no classifier.
+            global_pool: "avg" or ""; `None` keeps the pooling.
 
         Raises:
             UsageError: unknown pooling, or a classifier without pooling.
@@ -488,7 +471,7 @@ class EfficientViM(nn.Module):
         return head.train(self.training)
 
     def _fuse(self, states: list[Tensor], x: Tensor) -> Tensor:
-        """Put the pooled states (B, C_i), the same at every position, before the final map (B, C, H, W)."""
+        """Concatenate pooled states (B, C_i), repeated at every position, and the final map (B, C, H, W)."""
         x = self.norm[-1](x)
         pooled = torch.cat(states, dim=1)[:, :, None, None]
         return torch.cat([pooled.expand(-1, -1, x.shape[2], x.shape[3]), x], dim=1)
@@ -496,10 +479,10 @@ class EfficientViM(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to (B, num_features, ceil(H/S), ceil(W/S)).
 
-        S is four times the stem's stride, 64 as published. The last `feature_info[-1]["num_chs"]` channels
-        are the normalised final map; those before hold each stage's normalised, pooled hidden state.
+        The stride S is four times the stem's, 64 as published. The last `feature_info[-1]["num_chs"]`
+        channels are the normalized final map; the others are the normalized, pooled hidden states.
         """
-        # Channels innermost from the start: convolutions and LayerNorm then copy nothing.
+        # In channels-last format, convolutions and LayerNorm need no copy.
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         states: list[Tensor] = []
         for stage, norm in zip(self.stages, self.norm):  # noqa: B905 (one norm more: that of the map)
@@ -508,10 +491,10 @@ class EfficientViM(nn.Module):
         return self._fuse(states, x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Map the result of `forward_features` to logits (B, num_classes), or both logits (see `distilled`).
+        """Map the output of `forward_features` to logits (B, num_classes), or two logits (see `distilled`).
 
-        With `pre_logits` or without a classifier it is the pooled vector (B, num_features), with
-        `global_pool=""` the map itself.
+        With `pre_logits` or without a classifier it returns the pooled vector (B, num_features), or with
+        `global_pool=""` the map.
         """
         if self.global_pool:
             x = x.mean((2, 3))
@@ -526,7 +509,7 @@ class EfficientViM(nn.Module):
         return self.head(x)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Map images (B, in_chans, H, W) to logits (B, num_classes), or both logits (see `distilled`)."""
+        """Map images (B, in_chans, H, W) to logits (B, num_classes), or two logits (see `distilled`)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
@@ -538,21 +521,20 @@ class EfficientViM(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps of the stages, strides 16, 32 and 64 with the published stem.
+        """Return the feature maps of selected stages, with the final features unless `intermediates_only`.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: which stages: the last n if an int, all if None.
-            norm: normalise the last stage's map; the norms of the other stages belong to their hidden states.
-            stop_early: skip the stages after the last one asked for; the final features are then its map.
+            indices: number of last stages, list of stage indices, or `None` for all.
+            norm: apply the final norm to the map of the last stage.
+            stop_early: stop after the last selected stage, whose map is then the final features.
             output_fmt: "NCHW".
-            intermediates_only: return the list alone, not (final features, list).
+            intermediates_only: return only the list of maps.
 
         Raises:
             UsageError: another `output_fmt`.
         """
-        if output_fmt != "NCHW":
-            raise UsageError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        check_choice("output_fmt", output_fmt, ("NCHW",))
         take, last = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: last + 1] if stop_early or intermediates_only else self.stages
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
@@ -574,12 +556,12 @@ class EfficientViM(nn.Module):
         """Remove the stages after the last one in `indices`, the norms and the classifier; return `indices`.
 
         Raises:
-            UsageError: stages would go and the classifier, which reads all of them, would stay.
+            UsageError: stages would be removed but not the classifier, which uses all of them.
         """
         take, last = feature_take_indices(len(self.stages), indices)
         if last + 1 < len(self.stages):
             if not prune_head:
-                raise UsageError("the classifier reads every stage: removing stages needs prune_head=True")
+                raise UsageError("the classifier uses every stage: removing stages requires prune_head=True")
             prune_norm = True
             self.stages = self.stages[: last + 1]
             self.head_widths = [*self.head_widths[: last + 1], self.feature_info[last]["num_chs"]]
@@ -601,15 +583,16 @@ _RENAMES = (
 )
 
 
-def _our_name(key: str) -> str:
+def _rename(key: str) -> str:
+    """Convert an official key."""
     for pattern, replacement in _RENAMES:
         key = re.sub(pattern, replacement, key)
-    # Published, a stage ends with the down-sampling; here the next one begins with it.
+    # An official stage ends with the downsampling; here the next stage begins with it.
     return re.sub(r"^stages\.(\d+)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample", key)
 
 
-def _has_place(name: str, model: EfficientViM) -> bool:
-    """Tell whether a tensor belongs to a part that this model has, given what it can be made without."""
+def _is_used(name: str, model: EfficientViM) -> bool:
+    """Return whether the model has the optional part to which a tensor belongs."""
     if name.startswith("head_dist.") and not model.distilled:
         return False
     if name in ("head.weights", "head_dist.weights"):
@@ -622,20 +605,21 @@ def _has_place(name: str, model: EfficientViM) -> bool:
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: EfficientViM) -> StateDict:
-    """Map the published layout, timm's (the same names, LayerNorm weights of shape (C,)) or ours to ours.
+    """Convert an official, timm or lightspine state dict to the names and shapes of this module.
 
-    Left out: the second classifier in a plain model, the fusion weights in a model without a classifier, and
-    what `features_only` removed.
+    timm's names are the official ones, with LayerNorm weights of shape (C,). Tensors of parts that the model
+    does not have are dropped: the second classifier of a model that is not distilled, the fusion weights of a
+    model without a classifier, and stages that `features_only` removed.
     """
     ours = "stem.0.conv.weight" in state_dict
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     out = {}
     for key, value in state_dict.items():
-        name = key if ours else _our_name(key)
-        if not _has_place(name, model):
+        name = key if ours else _rename(key)
+        if not _is_used(name, model):
             continue
         shape = shapes.get(name, value.shape)
-        # The layouts differ by axes of length one; any other difference is left for the loader to refuse.
+        # The layouts differ in axes of length one; the loader reports any other difference.
         same = [side for side in shape if side > 1] == [side for side in value.shape if side > 1]
         out[name] = value.reshape(shape) if same and shape != value.shape else value
     return out

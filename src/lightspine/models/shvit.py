@@ -1,15 +1,14 @@
-"""SHViT: single-head attention on part of the channels, first map at stride 16.
+"""SHViT: vision transformer with single-head attention on part of the channels and a stride-16 stem.
 
 Paper: "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design", Yun and Ro, CVPR 2024,
 arXiv:2401.16456. Official code: https://github.com/ysj9909/SHViT (MIT).
 
-Different on purpose: on a CPU, maps keep their channels innermost (`channels_last`) inside; stochastic depth,
-which the official code defines but never uses, is honoured when asked for.
+Differences from the official code: on a CPU, feature maps are in `torch.channels_last` format; stochastic
+depth, which the official code defines but never uses, works.
 """
 
 import itertools
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,40 +17,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, SqueezeExcite, trunc_normal_
-from timm.models import PretrainedCfg, checkpoint_seq, generate_default_cfgs
+from timm.models import PretrainedCfg, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.layers.stem import stem_strides
+from lightspine.layers.arguments import check_choice, check_global_pool, stem_strides
+from lightspine.layers.blocks import ConvNorm, Stage
 from lightspine.models.registry import Published, StateDict, build_model, register_model
 
 __all__ = ["SHSA", "SHViT", "SHViTBlock"]
 
 
-class ConvNorm(nn.Sequential):
-    """Convolution without bias and batch norm; padded so that stride 1 keeps the size.
-
-    A `norm_init` of 0 starts the residual branch that ends here silent.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        kernel_size: int = 1,
-        stride: int = 1,
-        groups: int = 1,
-        norm_init: float = 1.0,
-    ):
-        conv = nn.Conv2d(in_dim, out_dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
-        norm = nn.BatchNorm2d(out_dim)
-        nn.init.constant_(norm.weight, norm_init)
-        super().__init__(OrderedDict(conv=conv, norm=norm))
-
-
 class FeedForward(nn.Module):
-    """Two 1x1 convolutions with batch norm, ReLU between; the second one starts at zero."""
+    """Two 1x1 convolutions with BatchNorm and a ReLU between; the last BatchNorm weight starts at zero."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -67,12 +46,12 @@ class FeedForward(nn.Module):
 class SHSA(nn.Module):
     """Single-head self-attention over the first `partial_dim` channels of a map (section 3.2).
 
-    The other channels wait beside it; one projection, behind a ReLU, then mixes all of them. The projection's
-    norm starts at zero, as published, so a fresh module inside a residual branch adds nothing.
+    The attended and the remaining channels are concatenated and, after a ReLU, mixed by a projection. The
+    BatchNorm weight of the projection starts at zero, so that a new residual branch adds nothing.
 
     Args:
         dim: channels of the map.
-        partial_dim: channels that attend; by default 3/14 of `dim`, rounded down, the ratio of the paper.
+        partial_dim: channels with attention; by default 3/14 of `dim`, rounded down, the ratio of the paper.
         qk_dim: width of the queries and keys.
 
     Shape:
@@ -108,33 +87,33 @@ class SHSA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, H, W)."""
         B, _, H, W = x.shape
-        attending, waiting = torch.split(x, [self.partial_dim, self.dim - self.partial_dim], dim=1)
-        tokens = self.qkv(self.norm(attending)).flatten(2).transpose(1, 2)  # (B, N, 2 qk_dim + partial_dim)
+        x1, x2 = torch.split(x, [self.partial_dim, self.dim - self.partial_dim], dim=1)
+        tokens = self.qkv(self.norm(x1)).flatten(2).transpose(1, 2)  # (B, N, 2 qk_dim + partial_dim)
         q, k, v = torch.split(tokens, [self.qk_dim, self.qk_dim, self.partial_dim], dim=2)
         attended = F.scaled_dot_product_attention(q, k, v)
         attended = attended.transpose(1, 2).reshape(B, self.partial_dim, H, W)
-        return self.proj(self.act(torch.cat([attended, waiting], dim=1)))
+        return self.proj(self.act(torch.cat([attended, x2], dim=1)))
 
 
 class SHViTBlock(nn.Module):
-    """SHViT's block: depthwise 3x3 convolution, single-head attention, feed-forward, each a residual branch.
+    """SHViT block: depthwise 3x3 convolution, single-head attention and feed-forward, each residual.
 
-    Every branch ends in a norm that starts at zero, as published: a fresh block is the identity.
+    The last BatchNorm weight of each branch starts at zero, as published: a new block is the identity.
 
     Args:
         dim: channels of the map.
-        partial_dim: channels that attend; by default 3/14 of `dim`, the ratio of the paper.
+        partial_dim: channels with attention; by default 3/14 of `dim`, the ratio of the paper.
         qk_dim: width of the queries and keys.
-        attention: without it (the first stage of the paper's models) the middle branch is left out.
+        attention: use attention; the first stage of the paper's models has none.
         ffn_ratio: hidden width of the feed-forward, as a multiple of `dim`.
-        drop_path: probability with which a sample skips a branch in training.
-        conv_norm_init: initial weight of the norm behind the depthwise convolution.
+        drop_path: probability of dropping a branch, per sample, in training.
+        conv_norm_init: initial BatchNorm weight of the depthwise convolution.
 
     Shape:
         Input and output `(B, dim, H, W)`, any H and W.
 
     Raises:
-        UsageError: as `SHSA`; or `partial_dim` is given to a block without attention.
+        UsageError: as `SHSA`, or `partial_dim` without attention.
 
     Examples:
         >>> import torch
@@ -172,7 +151,7 @@ class SHViTBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halve the map: widen fourfold, depthwise 3x3 of stride 2, squeeze-excite, project to `out_dim`."""
+    """Downsampling: 1x1 expansion by 4, depthwise 3x3 convolution of stride 2, squeeze-excite, projection."""
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
@@ -192,9 +171,9 @@ class PatchMerging(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Patch merging between an attention-free block at the old width and one at the new (section 3.3).
+    """Patch merging between two blocks without attention, one before and one after it (section 3.3).
 
-    The depthwise branches start at one here, as published; only the feed-forward's start at zero.
+    The BatchNorm weights of the depthwise branches start at one here, as published.
     """
 
     def __init__(self, dim: int, out_dim: int, ffn_ratio: float = 2.0):
@@ -208,17 +187,15 @@ class Downsample(nn.Module):
         return self.post(self.merge(self.pre(x)))
 
 
-def _arrange(x: Tensor) -> Tensor:
-    """Put the channels innermost on a CPU, whose convolutions are faster so; elsewhere the caller chooses."""
+# torch.fx cannot trace a branch on the device, so it records the call.
+@torch.fx.wrap
+def _channels_last_on_cpu(x: Tensor) -> Tensor:
+    """Convert to `torch.channels_last` on a CPU, where convolutions are faster in that format."""
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
-# It branches on the device, so torch.fx must keep it whole.
-torch.fx.wrap("_arrange")
-
-
 class Classifier(nn.Module):
-    """Batch norm of the pooled features and a linear map."""
+    """BatchNorm of the pooled features and a linear layer."""
 
     def __init__(self, dim: int, num_classes: int):
         super().__init__()
@@ -232,50 +209,32 @@ class Classifier(nn.Module):
         return self.fc(self.norm(x))
 
 
-class Stage(nn.Module):
-    """An optional `Downsample`, then blocks."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the stage's map."""
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
 class SHViT(nn.Module):
     """SHViT backbone and classifier.
 
     Args:
         in_chans: channels of the image.
-        num_classes: width of the classifier; 0 for none.
-        global_pool: "avg", or "" to leave the last map as it is (then `num_classes` must be 0).
-        embed_dims: channels of each stage; the stem needs a multiple of 8 in the first.
+        num_classes: number of classes; 0 for no classifier.
+        global_pool: "avg", or "" for no pooling (with `num_classes=0` only).
+        embed_dims: channels of each stage; the first must be a multiple of 8.
         depths: blocks of each stage.
-        partial_dims: channels that attend in each stage; `None` for a stage without attention.
-        stem_stride: 16 as published, or 1, 2, 4, 8: the first convolutions of the stem then step by 1. Every
-            weight keeps its shape, so published ones load. For images of 32 px take 4, of 64 px 4 or 8: at 16
-            the last map is a single position.
+        partial_dims: channels with attention in each stage; `None` for a stage without attention.
+        stem_stride: 16 as published, or 1, 2, 4 or 8 for small images: the first convolutions of the stem
+            then have stride 1. Weights keep their shapes, so published ones load. Use 4 for images of 32 px
+            and 4 or 8 for 64 px; with 16 their last map has a single pixel.
         qk_dim: width of queries and keys.
         ffn_ratio: hidden width of the feed-forward branches, as a multiple of the stage's channels.
-        distilled: a second classifier for a teacher's decisions; `forward` gives the pair `(logits,
-            logits_dist)` in training and their mean in evaluation.
+        distilled: add a second classifier for distillation; `forward` returns `(logits, logits_dist)` in
+            training and their mean in evaluation.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first one.
+        drop_path_rate: stochastic depth rate of the last block; it grows linearly from 0 at the first one.
 
     Shape:
-        Input `(B, in_chans, H, W)` with H and W from 32 up; the stages' maps have 1, 2, 4, ... times the
-        stem's stride.
+        Input `(B, in_chans, H, W)` with H and W of at least 32. Stage i has stride `stem_stride * 2**i`.
 
     Raises:
-        UsageError: lists of different lengths, an unknown `global_pool`, classes without pooling, or a first
-            width or a stride that the stem cannot have.
+        UsageError: lists of different lengths, an unknown `global_pool`, classes without pooling, or an
+            unsupported first width or `stem_stride`.
     """
 
     def __init__(
@@ -336,42 +295,39 @@ class SHViT(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return no name: timm's rule for 1-d parameters and biases already gives the published groups."""
+        """Return no names: timm's rule for 1-d parameters and biases gives the published groups."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return the patterns by which timm groups parameters for layer-wise learning rates."""
+        """Return timm's parameter groups for layer-wise learning rates."""
         fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        """Enable activation checkpointing of the blocks."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
-        """Return the linear map to the classes, a pair of them when distilled."""
+        """Return the linear classifier, or both for a distilled model."""
         heads = [head.fc if isinstance(head, Classifier) else head for head in (self.head, self.head_dist)]
         return (heads[0], heads[1]) if self.distilled else heads[0]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one.
+        """Replace the classifier by a newly initialized one.
 
         Args:
-            num_classes: width of the new classifier; 0 for none.
+            num_classes: number of classes; 0 for no classifier.
             global_pool: "avg" or ""; `None` keeps the pooling.
 
         Raises:
             UsageError: an unknown pooling, or classes without pooling.
         """
         pool = self.global_pool if global_pool is None else global_pool
-        if pool not in ("avg", ""):
-            raise UsageError(f"global_pool must be 'avg' or '', got {pool!r}")
-        if num_classes and not pool:
-            raise UsageError(f"a classifier needs global_pool='avg', got '' with num_classes={num_classes}")
+        check_global_pool(pool, num_classes)
         self.global_pool = pool
         self.num_classes = num_classes
         dim = self.head_hidden_size
@@ -381,7 +337,7 @@ class SHViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages and the head that the given intermediates do not need; return their indices."""
+        """Remove the stages and head that the given intermediates do not need; return their indices."""
         take_indices, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
@@ -400,24 +356,23 @@ class SHViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps of chosen stages, and the last map unless `intermediates_only`.
+        """Return the feature maps of selected stages, with the last map unless `intermediates_only`.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: stages to take: the last n, a list of indices, or `None` for all.
-            norm: without effect: SHViT has no norm over its last map.
-            stop_early: do not compute the stages behind the last one that is taken.
+            indices: number of last stages, list of stage indices, or `None` for all.
+            norm: no effect, as SHViT has no final norm.
+            stop_early: stop after the last selected stage.
             output_fmt: "NCHW".
-            intermediates_only: return the list only.
+            intermediates_only: return only the list of maps.
 
         Raises:
             UsageError: another `output_fmt`.
         """
-        if output_fmt != "NCHW":
-            raise UsageError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        check_choice("output_fmt", output_fmt, ("NCHW",))
         del norm
         take_indices, last = feature_take_indices(len(self.stages), indices)
-        x = self.stem(_arrange(x))
+        x = self.stem(_channels_last_on_cpu(x))
         intermediates = []
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
@@ -426,11 +381,11 @@ class SHViT(nn.Module):
         return intermediates if intermediates_only else (x, intermediates)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to the last map (B, num_features, H / S, W / S), rounded up.
+        """Map images (B, in_chans, H, W) to the last map (B, num_features, ceil(H / S), ceil(W / S)).
 
-        S is `feature_info[-1]["reduction"]`, 64 as published.
+        The stride S is `feature_info[-1]["reduction"]`, 64 as published.
         """
-        x = self.stem(_arrange(x))
+        x = self.stem(_channels_last_on_cpu(x))
         for stage in self.stages:
             x = stage(x)
         return x
@@ -441,7 +396,7 @@ class SHViT(nn.Module):
         return F.dropout(x, self.drop_rate, self.training)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Map the last map to logits, or to the pooled features (B, head_hidden_size) if `pre_logits`."""
+        """Map the last map to logits, or to pooled features (B, head_hidden_size) with `pre_logits`."""
         x = self._pool(x)
         if pre_logits:
             return x
@@ -453,7 +408,7 @@ class SHViT(nn.Module):
         return (logits + logits_dist) / 2
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Map images (B, in_chans, H, W) to logits; a distilled model in training gives two of them."""
+        """Map images (B, in_chans, H, W) to logits; a distilled model in training returns two."""
         return self.forward_head(self.forward_features(x))
 
 
@@ -506,10 +461,10 @@ _SHARED_RULES = [
 
 
 def _rename(key: str) -> str:
-    """Map an official or timm key to ours; a key of ours stays as it is."""
+    """Convert an official or timm key; keys of this module stay unchanged."""
     if official := re.match(r"blocks(\d)\.(\d+)\.(.+)", key):
         stage, index, rest = int(official[1]) - 1, int(official[2]), official[3]
-        # The later official stages open with three entries that merge patches: residuals, merging, residuals.
+        # From the second stage on, the first three official entries are the downsampling.
         if stage > 0 and index < 3:
             key = f"stages.{stage}.downsample.{('pre', 'merge', 'post')[index]}.{rest}"
         else:
@@ -522,10 +477,10 @@ def _rename(key: str) -> str:
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Map a checkpoint in the official layout, timm's or ours to ours.
+    """Convert an official, timm or lightspine state dict to the names of this module.
 
-    Left out is what the model has no place for by design: the second head in a plain model, both in a model
-    without classes.
+    Heads that the model does not have are dropped: the second one of a model that is not distilled, both of
+    a model without classes.
     """
     renamed = {_rename(key): value for key, value in state_dict.items()}
     absent = tuple(

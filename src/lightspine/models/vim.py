@@ -1,14 +1,14 @@
-"""Vision Mamba (Vim): a plain column of bidirectional selective-scan blocks over patches and a class token.
+"""Vision Mamba (Vim): bidirectional selective-scan blocks on a sequence of patches and a class token.
 
 Paper: "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model", Zhu et
 al., ICML 2024, arXiv:2401.09417. Official code: https://github.com/hustvl/Vim (Apache-2.0).
 
-What differs from the official code on purpose, without a change of numbers:
+Differences from the official code, with the same outputs:
 
-- A block adds its own output to the residual stream, where the official block adds the previous block's
-  output before its norm. The published drop-path rule, read this way, is linspace(0, rate, depth).
-- Any input size: the position table is resized inside, the class token's row left out of the resizing.
-- In "layer-pairs" each layer drops its own output, where officially it drops that of the previous pair.
+- A block adds its own output to the residual stream; the official block adds the previous block's output
+  before its norm. The published drop-path rates are then linspace(0, rate, depth).
+- Any input size: the position table is resized in `forward`, except for the row of the class token.
+- In "layer-pairs" drop path applies to the layer's own output instead of that of the previous pair.
 """
 
 import math
@@ -26,7 +26,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.layers.recompute import recompute_before_scan
+from lightspine.layers.arguments import check_choice
+from lightspine.layers.blocks import init_dt_bias
+from lightspine.layers.checkpointing import checkpoint_scan
 from lightspine.models.registry import Published, StateDict, build_model, register_model
 from lightspine.ops.selective_scan import scan
 
@@ -36,12 +38,12 @@ CLASS_TOKENS = ("middle", "head", "double", "none")
 
 
 def count_class_tokens(class_token: str) -> int:
-    """Return how many rows of a sequence are class tokens."""
+    """Return the number of class tokens of a sequence."""
     return {"middle": 1, "head": 1, "double": 2, "none": 0}[class_token]
 
 
 def patches_of(x: Tensor, class_token: str) -> Tensor:
-    """Return a sequence (B, N, C) without its class tokens, (B, M, C)."""
+    """Return the patch tokens (B, M, C) of a sequence (B, N, C)."""
     if class_token == "middle":
         middle = (x.shape[1] - 1) // 2
         return torch.cat((x[:, :middle], x[:, middle + 1 :]), dim=1)
@@ -65,9 +67,10 @@ def class_tokens_of(x: Tensor, class_token: str) -> Tensor:
 
 
 def join_tokens(patches: Tensor, tokens: Tensor, class_token: str) -> Tensor:
-    """Put K class tokens (B, K, C) where they belong among M patch tokens (B, M, C): (B, M + K, C).
+    """Insert K class tokens (B, K, C) into M patch tokens (B, M, C); returns (B, M + K, C).
 
-    "middle" is before patch M // 2, "head" before the first, "double" before the first and after the last.
+    "middle" inserts before patch M // 2, "head" before the first, "double" before the first and after the
+    last.
     """
     if class_token == "middle":
         middle = patches.shape[1] // 2
@@ -84,23 +87,22 @@ def join_tokens(patches: Tensor, tokens: Tensor, class_token: str) -> Tensor:
 def resize_pos_embed(
     table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], class_token: str
 ) -> Tensor:
-    """Resize a position table (1, M + K, C) from one grid of patches to another, class rows left as they are.
+    """Resize a position table (1, M + K, C) to another grid of patches by bicubic interpolation.
 
-    The rows of the patches are resized as a map (bicubic, `align_corners=False`); the rows of the class
-    tokens are taken out first and put back where the class tokens of the new sequence stand.
+    The rows of the class tokens are removed first and inserted at their position in the new sequence.
 
-    The official fine-tuning script resizes the tables of middle-token models as if the class token stood at
-    the head, which shifts half of the map by one patch; `class_token="head"` on such a table repeats that.
+    The official fine-tuning script resizes the tables of middle-token models as if the class token were at
+    the head, which shifts half of the map by one patch; `class_token="head"` reproduces that.
 
     Args:
         table: position table, one row per token of the sequence.
-        grid: (rows, columns) of patches that the table was made for.
-        new_grid: (rows, columns) of patches that are wanted.
+        grid: (rows, columns) of patches of the table.
+        new_grid: (rows, columns) of patches of the result.
         class_token: "middle", "head", "double" or "none".
     """
     symbolic = False
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        # An export with dynamic sizes must not take the branch of its example.
+        # An export with dynamic sizes must not specialize on the size of its example.
         sides: tuple[object, object] = new_grid
         symbolic = isinstance(sides[0], torch.SymInt) or isinstance(sides[1], torch.SymInt)
     if not symbolic and grid[0] == new_grid[0] and grid[1] == new_grid[1]:
@@ -112,7 +114,7 @@ def resize_pos_embed(
 
 
 def square_grid(rows: int, class_token: str) -> tuple[int, int]:
-    """Return the square grid of patches that a table of so many rows was made for.
+    """Return the square grid of patches of a position table with this number of rows.
 
     Raises:
         LightspineError: the patches do not form a square.
@@ -134,32 +136,26 @@ LAYOUTS = ("NCHW", "NLC")
 NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
-def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise a `UsageError` that names the choices unless `value` is one of them."""
-    if value not in choices:
-        raise UsageError(f"unknown {argument} {value!r}: expected one of {', '.join(map(repr, choices))}")
-
-
-# A dtype is unknown while torch.fx traces: it records one call instead of the branch.
+# torch.fx cannot trace a branch on the dtype, so it records the call.
 @torch.fx.wrap
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return half-precision tensors in float32 and all others as they are."""
+    """Convert half-precision tensors to float32 and return others unchanged."""
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
 class ScanDirection(nn.Module):
-    """One direction of the mixer: causal depthwise convolution, SiLU, projections and the selective scan.
+    """One direction of the mixer: causal depthwise convolution, SiLU, projections and selective scan.
 
-    `reverse=True` walks from the last token to the first. It equals flipping the sequence before and after,
-    but nothing is flipped: the convolution looks ahead with its kernel mirrored and the scan runs backwards.
+    `reverse=True` scans from the last token to the first. It equals flipping the sequence before and after,
+    without the copies: the convolution uses its mirrored kernel and the scan runs in reverse.
 
     Args:
         dim: number of channels D.
         state_dim: size of the state N of each channel.
-        dt_rank: rank of the step's projection.
-        conv_kernel: width of the convolution.
-        reverse: walk backwards.
-        recompute: keep only the arguments of `forward` for the backward.
+        dt_rank: rank of the projection of dt.
+        conv_kernel: kernel size of the convolution.
+        reverse: scan from the last token to the first.
+        recompute: activation checkpointing: save only the arguments of `forward` for the backward.
     """
 
     def __init__(
@@ -181,27 +177,24 @@ class ScanDirection(nn.Module):
         self.dt_proj = nn.Linear(dt_rank, dim)
         self.A_log = nn.Parameter(torch.log(torch.arange(1, state_dim + 1).float()).repeat(dim, 1))
         self.D = nn.Parameter(torch.ones(dim))
-        self.reset_steps()
+        self.init_dt()
 
-    def reset_steps(self) -> None:
-        """Draw the step's projection as published: ahead, steps start log-uniform in [0.001, 0.1].
+    def init_dt(self) -> None:
+        """Initialize the projection of dt as published: forward, dt is log-uniform between 0.001 and 0.1.
 
-        Backwards they start at softplus(0) = 0.69, because the published initialisation zeroes that bias.
+        In the reverse direction dt starts at softplus(0) = 0.69, because the official code zeroes that bias.
         """
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         if self.reverse:
             nn.init.zeros_(self.dt_proj.bias)
-            return
-        step = (
-            torch.empty_like(self.dt_proj.bias).uniform_(math.log(0.001), math.log(0.1)).exp().clamp(min=1e-4)
-        )
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of this is the step
+        else:
+            init_dt_bias(self.dt_proj.bias)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the scan's u and delta, (B, D, L), and its B and C, (B, 1, N, L), for tokens x (B, L, D)."""
+        """Map tokens x (B, L, D) to the scan's u and delta, (B, D, L), and B and C, (B, 1, N, L)."""
         length = x.shape[1]
-        # As a channels-last image of height 1: tokens keep their layout; on a CPU far faster than conv1d.
+        # A 2d convolution of a channels-last image of height 1: it needs no transpose and is much faster than
+        # conv1d on a CPU.
         image = x.transpose(1, 2).unsqueeze(2).contiguous(memory_format=torch.channels_last)
         weight = self.conv1d.weight.flip(2) if self.reverse else self.conv1d.weight
         reach = weight.shape[2] - 1
@@ -210,14 +203,14 @@ class ScanDirection(nn.Module):
         u = F.silu(u.squeeze(2)[:, :, first : first + length])
         projected = self.x_proj(u.transpose(1, 2))
         step, B, C = projected.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
-        # The bias goes into the scan, which adds it in float32.
+        # The scan adds the bias in float32.
         delta = F.linear(step, self.dt_proj.weight).transpose(1, 2)
         return u, delta, B.transpose(1, 2).unsqueeze(1), C.transpose(1, 2).unsqueeze(1)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """Mix tokens x and gate them with SiLU(z); all (B, L, D)."""
+        """Scan tokens x and multiply by SiLU(z); all (B, L, D)."""
         if self.recompute and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return recompute_before_scan(self._mix, x, z)
+            return checkpoint_scan(self._mix, x, z)
         return self._mix(x, z)
 
     def _mix(self, x: Tensor, z: Tensor) -> Tensor:
@@ -231,7 +224,7 @@ class ScanDirection(nn.Module):
 class VimMixer(nn.Module):
     """Bidirectional selective-scan mixer (Vision Mamba, section 3.3).
 
-    A map is read as the sequence of its pixels, row by row; (B, C, H, W) of any size in and out.
+    Takes and returns a map (B, C, H, W) of any size, as the sequence of its pixels in row-major order.
 
     >>> import torch
     >>> from lightspine.blocks import VimMixer
@@ -243,21 +236,21 @@ class VimMixer(nn.Module):
         dim: number of channels C.
         state_dim: size of the state N of each inner channel.
         expand: inner channels per channel.
-        conv_kernel: width of the causal convolution.
-        dt_rank: rank of the step's projection; `None` is ceil(dim / 16).
-        directions: "v2" scans ahead and backwards, each with its own convolution, projections, A and D;
-            "v1" shares all but A; "one-way" scans ahead only.
-        divide_out: "v2" only: halve the sum of both directions, as all released models do; `None` is `True`
-            there.
-        layer_scale: initial value of a learned factor per channel on the output; `None` has no factor.
-        reverse: "one-way" only: walk from the last pixel to the first.
-        recompute: keep nothing of a direction for the backward but its input and gate; convolution, SiLU,
-            projections and steps are computed again, as in the paper. `False` keeps them: a little faster,
-            but with 192 channels some 20,100 bytes per token (float32) of a `VimBlock` in place of 6,916.
-        layout: "NCHW", or "NLC" to take and give tokens (B, L, C).
+        conv_kernel: kernel size of the causal convolution.
+        dt_rank: rank of the projection of dt; `None` is ceil(dim / 16).
+        directions: "v2" scans forward and in reverse, each with its own convolution, projections, A and D;
+            "v1" shares all but A; "one-way" scans forward only.
+        divide_out: only for "v2": halve the sum of both directions, as in all released models; `None` is
+            `True` there.
+        layer_scale: initial value of a learned scale per output channel; `None` for no scale.
+        reverse: only for "one-way": scan from the last pixel to the first.
+        recompute: activation checkpointing, as in the paper: only the input and gate of a direction are saved
+            for the backward. `False` is a little faster, but a `VimBlock` of 192 channels then saves some
+            20,100 instead of 6,916 bytes per token (float32).
+        layout: "NCHW" for maps, or "NLC" for tokens (B, L, C).
 
     Raises:
-        UsageError: an unknown choice, or an option that the chosen directions do not have.
+        UsageError: an unknown choice, or an option that does not apply to `directions`.
     """
 
     def __init__(
@@ -298,7 +291,7 @@ class VimMixer(nn.Module):
         self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
 
     def forward_tokens(self, x: Tensor) -> Tensor:
-        """Mix a sequence of tokens (B, L, C)."""
+        """Mix tokens (B, L, C)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         if self.A_log_back is not None:
             y = self._scan_shared(x, z, self.A_log_back)
@@ -312,9 +305,9 @@ class VimMixer(nn.Module):
         return y if self.gamma is None else y * self.gamma
 
     def _scan_shared(self, x: Tensor, z: Tensor, A_log_back: Tensor) -> Tensor:
-        """Scan the same projections ahead and backwards, each with its own A."""
+        """Scan the same projections forward and in reverse, each with its own A."""
         if self.recompute and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return recompute_before_scan(self._mix_shared, x, z, A_log_back)
+            return checkpoint_scan(self._mix_shared, x, z, A_log_back)
         return self._mix_shared(x, z, A_log_back)
 
     def _mix_shared(self, x: Tensor, z: Tensor, A_log_back: Tensor) -> Tensor:
@@ -327,16 +320,17 @@ class VimMixer(nn.Module):
         return y.transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix a map (B, C, H, W), or tokens (B, L, C) when built with `layout="NLC"`."""
+        """Mix a map (B, C, H, W), or tokens (B, L, C) with `layout="NLC"`."""
         if self.layout == "NLC":
             return self.forward_tokens(x)
         return self.forward_tokens(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
 
 
 class VimBlock(nn.Module):
-    """Normalise, mix, add (Vision Mamba, algorithm 1): (B, C, H, W) of any size in and out.
+    """Vim block (Vision Mamba, algorithm 1): norm, bidirectional mixer, residual connection.
 
-    The input is the residual stream, best kept in float32: norm and mixer work in the dtype of the weights.
+    Takes and returns a map (B, C, H, W) of any size. The input is the residual stream, which should be
+    float32; norm and mixer compute in the dtype of the weights.
 
     >>> import torch
     >>> from lightspine.blocks import VimBlock
@@ -346,7 +340,7 @@ class VimBlock(nn.Module):
 
     Args:
         dim: number of channels C.
-        state_dim: see `VimMixer`, as all up to `layer_scale`.
+        state_dim: see `VimMixer`, as for all arguments up to `recompute`.
         expand: see `VimMixer`.
         conv_kernel: see `VimMixer`.
         dt_rank: see `VimMixer`.
@@ -357,10 +351,10 @@ class VimBlock(nn.Module):
         recompute: see `VimMixer`.
         norm: "rms" or "layer".
         drop_path: probability of dropping the mixer's output, per sample, in training.
-        layout: "NCHW", or "NLC" to take and give tokens (B, L, C).
+        layout: "NCHW" for maps, or "NLC" for tokens (B, L, C).
 
     Raises:
-        UsageError: an unknown choice, or an option that the chosen directions do not have.
+        UsageError: an unknown choice, or an option that does not apply to `directions`.
     """
 
     def __init__(
@@ -404,29 +398,29 @@ class VimBlock(nn.Module):
         return x + self.drop_path(self.mixer(self.norm(x.to(self.norm.weight.dtype))))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run on a map (B, C, H, W), or on tokens (B, L, C) when built with `layout="NLC"`."""
+        """Run on a map (B, C, H, W), or on tokens (B, L, C) with `layout="NLC"`."""
         if self.layout == "NLC":
             return self.forward_tokens(x)
         return self.forward_tokens(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
 
 
 class VimLayerPair(nn.Module):
-    """Two one-way blocks on the same stream, one ahead and one backwards, summed.
+    """Sum of a forward and a reverse one-way block on the same input.
 
-    The paper's "bidirectional layer" (ablation of section 4). Each block adds the stream to its output, so
-    that the stream doubles with each pair, as published.
+    The paper's "bidirectional layer" (ablation of section 4). Each block adds its input to its output, so
+    the residual stream doubles with each pair, as published.
 
     Args:
         dim: number of channels C.
-        state_dim: see `VimMixer`, as all up to `layer_scale`.
+        state_dim: see `VimMixer`, as for all arguments up to `recompute`.
         expand: see `VimMixer`.
         conv_kernel: see `VimMixer`.
         dt_rank: see `VimMixer`.
         layer_scale: see `VimMixer`.
         recompute: see `VimMixer`.
         norm: "rms" or "layer".
-        drop_path: probability of dropping each mixer's output, per sample, in training: (ahead, backwards).
-        layout: "NCHW", or "NLC" to take and give tokens (B, L, C).
+        drop_path: drop-path probabilities of the (forward, reverse) block.
+        layout: "NCHW" for maps, or "NLC" for tokens (B, L, C).
     """
 
     def __init__(
@@ -462,54 +456,52 @@ class VimLayerPair(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run on a map (B, C, H, W), or on tokens (B, L, C) when built with `layout="NLC"`."""
+        """Run on a map (B, C, H, W), or on tokens (B, L, C) with `layout="NLC"`."""
         return self.ahead(x) + self.back(x)
 
 
 class Vim(nn.Module):
-    """Vision Mamba.
+    """Vision Mamba backbone and classifier.
 
-    Images of any height and width from `patch_size` up. Pixels that do not fill a last patch are not seen, as
-    published; `dynamic_img_pad=True` pads them to a patch with zeros instead. At sizes that leave no
-    remainder, the published ones included, both are the same.
+    Takes images of any height and width of at least `patch_size`. As published, pixels at the right and
+    bottom that do not fill a patch are ignored; `dynamic_img_pad=True` pads the image with zeros instead.
 
     Args:
         in_chans: number of input channels.
-        num_classes: number of classes; 0 leaves the head out.
-        global_pool: with class tokens "token" (their mean); without "avg" (mean over tokens), "max" (the head
-            on every token, then the maximum of the logits) or "last" (last token); "" gives every token its
-            own output. `None` is "token" or "avg".
-        drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        pos_drop_rate: dropout of the tokens after the position table is added.
-        img_size: image size, or (height, width), whose grid of patches the position table has.
+        num_classes: number of classes; 0 for no classifier.
+        global_pool: with class tokens "token" (their mean); without "avg" (mean over tokens), "max" (maximum
+            over the logits of all tokens) or "last" (last token); "" for no pooling. `None` is "token" or
+            "avg".
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth rate of the last block; it grows linearly from 0 at the first one.
+        pos_drop_rate: dropout after the position table is added.
+        img_size: image size, or (height, width), of the position table.
         patch_size: side of a patch in pixels.
         stride: distance between patches in pixels.
-        stem_stride: `stride` by the name that it has in every family; give one of them. Every weight but the
-            position table, which is resized on loading, keeps its shape, so published ones load. For images
-            of 32 px take 4 (5 x 5 patches that overlap; with `patch_size=4`, a new stem, 8 x 8), of 64 px 8.
+        stem_stride: alias of `stride`, the name in all families. Weights keep their shapes, except for the
+            position table, which is resized on loading, so published ones load. For images of 32 px use 4
+            (5 x 5 overlapping patches; 8 x 8 with `patch_size=4`, which needs a new stem), for 64 px 8.
         dim: number of channels C.
         depth: number of layers.
         state_dim: see `VimMixer`, as `expand`, `conv_kernel`, `dt_rank` and `divide_out`.
         expand: see `VimMixer`.
         conv_kernel: see `VimMixer`.
         dt_rank: see `VimMixer`.
-        directions: "v2", "v1" or "one-way" as in `VimMixer`, or "layer-pairs": one-way layers, each pair of
-            which is a block (`VimLayerPair`) that doubles the stream: a numerical hazard, for comparison.
+        directions: "v2", "v1" or "one-way" as in `VimMixer`, or "layer-pairs" (`VimLayerPair`), an ablation
+            whose residual stream grows exponentially with depth.
         divide_out: see `VimMixer`.
         layer_scale: see `VimMixer`.
         recompute: see `VimMixer`.
         norm: "rms" or "layer".
         class_token: "middle" (before patch M // 2 of M), "head", "double" (head and tail) or "none".
-        pos_embed: learn a position table, one row per token.
-        pos_embed_resize: how a checkpoint's table is resized to the model's grid: "aligned", with the class
-            token's row left out, or "official", the arithmetic of the official fine-tuning script, which
-            takes the first row for it and so shifts half of the map (`resize_pos_embed`). The published
-            stride-8 models were tuned from the latter.
-        dynamic_img_pad: pad images at the right and the bottom to whole patches.
+        pos_embed: use a learned position table, one row per token.
+        pos_embed_resize: how a checkpoint's table is resized to the model's grid: "aligned", or "official" as
+            in the official fine-tuning script, which shifts half of the map (`resize_pos_embed`). The
+            published stride-8 models were fine-tuned from the latter.
+        dynamic_img_pad: pad images at the right and bottom to whole patches.
 
     Raises:
-        UsageError: an unknown choice, or options that do not go together.
+        UsageError: an unknown choice, or incompatible options.
     """
 
     def __init__(
@@ -547,10 +539,10 @@ class Vim(nn.Module):
         check_choice("pos_embed_resize", pos_embed_resize, ("aligned", "official"))
         if pos_embed_resize == "official" and not (pos_embed and count_class_tokens(class_token) == 1):
             raise UsageError(
-                "pos_embed_resize 'official' is of tables with one class token: "
+                "pos_embed_resize 'official' needs a position table with one class token: "
                 f"received pos_embed={pos_embed} and class_token {class_token!r}"
             )
-        stride = _one_stride(stride, stem_stride)
+        stride = _choose_stride(stride, stem_stride)
         if directions == "layer-pairs" and depth % 2:
             raise UsageError(f"directions 'layer-pairs' needs an even depth: received {depth}")
         self.num_classes = num_classes
@@ -630,12 +622,12 @@ class Vim(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return the published exceptions to timm's rule: A_log is 2-d and is decayed, as published."""
+        """Return the class token and position table; A_log is 2-d and is decayed, as published."""
         return {"cls_token", "pos_embed"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 (there are no stages)
-        """Return the regular expressions that sort parameters into layers, for layer-wise learning rates."""
+        """Return timm's parameter groups for layer-wise learning rates."""
         return {
             "stem": r"^cls_token|^pos_embed|^stem",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
@@ -643,20 +635,20 @@ class Vim(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Enable activation checkpointing of the blocks."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """Return the head."""
+        """Return the linear classifier."""
         return self.head
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head, and the pooling where one is named.
+        """Replace the classifier by a newly initialized one, and optionally the pooling.
 
         Raises:
-            UsageError: a pooling that does not go with the class token.
+            UsageError: a pooling that does not apply to the class token.
         """
         if global_pool is not None:
             self.global_pool = self._checked_pool(global_pool)
@@ -666,13 +658,13 @@ class Vim(nn.Module):
         self._init_head()
 
     def _grid(self, size: int) -> int:
-        """Return the number of patches along a side of so many pixels."""
+        """Return the number of patches along a side of `size` pixels."""
         if self.dynamic_img_pad:
             size = size + self.stride - 1
         return (size - self.patch_size) // self.stride + 1
 
     def _embed(self, x: Tensor) -> tuple[Tensor, int, int]:
-        """Return the residual stream (B, N, C) that enters the first block, and the grid of patches."""
+        """Return the input (B, N, C) of the first block and the grid of patches."""
         if self.dynamic_img_pad:
             right = (self.patch_size - x.shape[3]) % self.stride
             bottom = (self.patch_size - x.shape[2]) % self.stride
@@ -686,18 +678,18 @@ class Vim(nn.Module):
             x = x + resize_pos_embed(self.pos_embed, self.grid_size, (height, width), self.class_token)
         return self.pos_drop(x), height, width
 
-    def _normed(self, x: Tensor) -> Tensor:
+    def _apply_norm(self, x: Tensor) -> Tensor:
         return self.norm(x.to(self.stem.weight.dtype))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the normed tokens (B, N, C), class tokens included, for images (B, in_chans, H, W)."""
+        """Map images (B, in_chans, H, W) to normalized tokens (B, N, C), including the class tokens."""
         x = self._embed(x)[0]
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return self._normed(x)
+        return self._apply_norm(x)
 
     def forward_intermediates(
         self,
@@ -708,18 +700,18 @@ class Vim(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return maps of the residual stream after some blocks, class tokens left out.
+        """Return feature maps after selected blocks, without the class tokens.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: the blocks; a number takes that many of the last ones, `None` all.
+            indices: number of last blocks, list of block indices, or `None` for all.
             norm: apply the final norm to each map.
-            stop_early: leave out the blocks after the last one asked for.
+            stop_early: stop after the last selected block.
             output_fmt: "NCHW" for maps, "NLC" for patch tokens (B, M, C).
-            intermediates_only: return the maps only.
+            intermediates_only: return only the list of maps.
 
         Returns:
-            The maps, or the normed tokens (B, N, C) after the last block run and the maps.
+            The maps, or a pair of the normalized tokens (B, N, C) of the last computed block and the maps.
 
         Raises:
             UsageError: an unknown `output_fmt`.
@@ -733,16 +725,16 @@ class Vim(nn.Module):
                 break
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
             if i in taken:
-                tokens = patches_of(self._normed(x) if norm else x, self.class_token)
+                tokens = patches_of(self._apply_norm(x) if norm else x, self.class_token)
                 if output_fmt == "NCHW":
                     tokens = tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
                 maps.append(tokens)
-        return maps if intermediates_only else (self._normed(x), maps)
+        return maps if intermediates_only else (self._apply_norm(x), maps)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what `forward_intermediates` does not need for these indices, and return them."""
+        """Remove the blocks, norm and head that the given intermediates do not need; return their indices."""
         taken, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:
@@ -752,9 +744,9 @@ class Vim(nn.Module):
         return list(taken)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool tokens (B, N, C) and classify them: (B, num_classes), or (B, N, num_classes) un-pooled.
+        """Map tokens (B, N, C) to logits (B, num_classes), or (B, N, num_classes) without pooling.
 
-        With `pre_logits` it returns what the head takes: (B, C), or all tokens for the pools "max" and "".
+        With `pre_logits` it returns the input of the classifier: (B, C), or all tokens for "max" and "".
         """
         if self.global_pool == "token":
             x = class_tokens_of(x, self.class_token).mean(1)
@@ -769,11 +761,11 @@ class Vim(nn.Module):
         return x.amax(1) if self.global_pool == "max" else x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classify images (B, in_chans, H, W)."""
+        """Map images (B, in_chans, H, W) to logits."""
         return self.forward_head(self.forward_features(x))
 
 
-def _one_stride(stride: int | None, stem_stride: int | None) -> int:
+def _choose_stride(stride: int | None, stem_stride: int | None) -> int:
     if stride is not None and stem_stride is not None:
         raise UsageError(f"stride and stem_stride are the same: received both, {stride} and {stem_stride}")
     chosen = stem_stride if stride is None else stride
@@ -822,7 +814,7 @@ _RENAMES = tuple(
 
 
 def _rename(key: str, shared_directions: bool, layer_pairs: bool) -> str:
-    """Return our name for a key of the published layout; our own names stay as they are."""
+    """Convert an official key; keys of this module stay unchanged."""
     published_layer = re.match(r"layers\.(\d+)\.", key)
     key = re.sub(
         r"^(layers\.\d+\.mixer)\.A_b_log$", r"\1.A_log_back" if shared_directions else r"\1.back.A_log", key
@@ -836,12 +828,12 @@ def _rename(key: str, shared_directions: bool, layer_pairs: bool) -> str:
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: Vim) -> StateDict:
-    """Map the published layout, or ours, to ours; resize the position table to the model's grid.
+    """Convert an official or lightspine state dict to the names of this module; resize the position table.
 
     Raises:
-        LightspineError: the table has to be resized and is not that of a square image.
+        LightspineError: the position table must be resized but does not belong to a square image.
     """
-    # Only "v2" has a skip of its own for the way back; "v1" has nothing of its own but A.
+    # Only "v2" has its own D for the reverse direction; in "v1" only A is separate.
     shared_directions = not any(key.endswith(".D_b") for key in state_dict)
     layer_pairs = model.directions == "layer-pairs"
     out = {_rename(key, shared_directions, layer_pairs): value for key, value in state_dict.items()}
@@ -863,7 +855,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: Vim) -> StateDict:
 
 def _create(variant: str, pretrained: bool, sizes: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     if "stem_stride" in options:
-        sizes.pop("stride", None)  # the variant's own
+        sizes.pop("stride", None)  # replaces the stride of the variant
     settings = sizes | options
     blocks = settings.get("depth", 24) // (2 if settings.get("directions") == "layer-pairs" else 1)
     quarters = tuple(blocks * quarter // 4 - 1 for quarter in (1, 2, 3, 4))

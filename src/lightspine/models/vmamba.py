@@ -3,10 +3,13 @@
 Paper: "VMamba: Visual State Space Model", Liu et al., NeurIPS 2024, arXiv:2401.10166.
 Official code: https://github.com/MzeroMiko/VMamba (MIT).
 
-Different on purpose: typed options stand for the official strings (`options_from_official` translates them);
-one layout, channels innermost, stands for its two; a stage begins with its downsampling, so that a stage's
-map is its output; patch merging pads odd maps in both directions; the cascaded scan (one ablation) is not
-offered.
+Differences from the official code: constructor options instead of strings such as "v05_noz"
+(`options_from_official` translates them); one memory layout instead of two; a stage begins with its
+downsampling, so that its output is its feature map; patch merging pads odd maps in both directions; the
+cascaded scan of one ablation is not supported.
+
+Blocks take and return maps `(B, C, H, W)` and compute in `torch.channels_last` format, in which linear
+layers, layer norms and the depthwise convolution need no copy.
 """
 
 import math
@@ -21,13 +24,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, Mlp, SelectAdaptivePool2d, to_2tuple, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.layers.recompute import recompute_before_scan
-from lightspine.layers.stem import stem_strides
+from lightspine.layers.arguments import check_choice, check_global_pool, stem_strides
+from lightspine.layers.blocks import Stage, init_dt_bias
+from lightspine.layers.checkpointing import checkpoint_scan
 from lightspine.models.registry import Published, StateDict, build_model, register_model
 from lightspine.ops.cross_scan import cross_scan
 from lightspine.ops.scan_orders import scan_order as pixel_order
@@ -46,16 +50,10 @@ OUT_NORMS = ("layer", "none", "dwconv", "layer_dwconv", "softmax", "sigmoid")
 SSM_INITS = ("v0", "v1", "v2")
 
 
-def check_choice(option: str, value: object, choices: Sequence[str]) -> None:
-    """Raise `UsageError` unless the value is one of the choices."""
-    if value not in choices:
-        raise UsageError(f"{option} must be one of {', '.join(choices)}, got {value!r}")
-
-
 def make_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
-    """Return a linear map with the published initial values: normal with deviation 0.02, bias 0."""
+    """Return a linear layer with the published initialization: normal with deviation 0.02, bias 0."""
     linear = nn.Linear(in_features, out_features, bias=bias)
-    # Cut off at +-2, a hundred deviations: in effect a plain normal distribution.
+    # Truncated at +-2, which is a hundred deviations: in effect a normal distribution.
     trunc_normal_(linear.weight, std=0.02)
     if bias:
         nn.init.zeros_(linear.bias)
@@ -63,7 +61,7 @@ def make_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Li
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise convolution of a (B, H, W, C) map that keeps its size."""
+    """Depthwise convolution of a (B, H, W, C) map with padding that keeps its size."""
 
     def __init__(self, dim: int, kernel_size: int, bias: bool):
         super().__init__(dim, dim, kernel_size, padding=(kernel_size - 1) // 2, groups=dim, bias=bias)
@@ -94,35 +92,35 @@ def _make_out_norm(kind: str, dim: int) -> nn.Module:
 
 
 class SS2D(nn.Module):
-    """2D selective scan: a selective state space model that crosses the map in four directions.
+    """2D selective scan: a selective state space model that scans the map in several directions.
 
-    Source: VMamba (arXiv:2401.10166), section 4.2 and, for the options, its acceleration path and ablations.
+    Source: VMamba (arXiv:2401.10166), section 4.2; for the options, its acceleration and ablation studies.
 
     Args:
         dim: channels of the map.
         state_dim: size N of the state of each channel.
         ssm_ratio: width of the scanned map, as a multiple of `dim`.
-        dt_rank: rank of the projection that gives the step sizes; "auto" is `dim / 16`, rounded up.
+        dt_rank: rank of the projection of dt; "auto" is `dim / 16`, rounded up.
         act: activation before the scan: silu, gelu, relu or sigmoid.
-        conv_size: odd side of the depthwise convolution before the scan; 0 for none.
-        conv_bias: whether that convolution has a bias.
-        gate: "silu" multiplies the result by SiLU of a second projection of the input (as in Mamba), "linear"
-            by that projection itself, "none" has no second projection.
-        out_norm: what follows the scan: "layer" norm, "none", "dwconv" (depthwise 3x3), "layer_dwconv" (both
-            in this order), "softmax" over the pixels, or "sigmoid".
-        out_act: GELU after `out_norm`.
-        scan_order: a registered order of `lightspine.ops.cross_scan`: cross2d, unidirectional, bidirectional.
-        init: initial values of the state space model: "v0" as in Mamba, "v1" normal, "v2" uniform steps.
-        drop_rate: dropout of the result.
-        recompute: keep nothing between `in_proj` and the scan for the backward; convolution, activation,
-            projections and steps are computed again. Off by default: the paper keeps them.
+        conv_size: odd kernel size of the depthwise convolution before the scan; 0 for none.
+        conv_bias: use a bias in that convolution.
+        gate: "silu" multiplies the output by SiLU of a second projection of the input (as in Mamba), "linear"
+            by the projection itself; "none" has no gate.
+        out_norm: layer after the scan: "layer" (LayerNorm), "none", "dwconv" (depthwise 3x3 convolution),
+            "layer_dwconv" (both in this order), "softmax" over the pixels, or "sigmoid".
+        out_act: apply GELU after `out_norm`.
+        scan_order: registered order of `lightspine.ops.cross_scan`: cross2d, unidirectional, bidirectional.
+        init: initialization of the state space model: "v0" as in Mamba, "v1" normal, "v2" uniform dt.
+        drop_rate: dropout of the output.
+        recompute: activation checkpointing of everything between `in_proj` and the scan. Off by default, as
+            in the paper.
 
     Shape:
         `(B, dim, H, W)` of any H and W to `(B, dim, H, W)`.
 
     Raises:
-        UsageError: an option has an unknown value. VMamba's "cascade2d" order, which scans the rows' result
-            along the columns, is not offered.
+        UsageError: an option has an unknown value. VMamba's "cascade2d" order, which scans the output of the
+            row scans along the columns, is not supported.
 
     Examples:
         >>> import torch
@@ -159,7 +157,7 @@ class SS2D(nn.Module):
         if isinstance(dt_rank, str) and dt_rank != "auto":
             raise UsageError(f"dt_rank must be a number or 'auto', got {dt_rank!r}")
         if scan_order == "cascade2d":
-            raise UsageError("the scan order 'cascade2d' is not offered: expected one pass over the map")
+            raise UsageError("the scan order 'cascade2d' is not supported: expected one pass over the map")
         self.gate = gate
         self.recompute = recompute
         self.scan_order = scan_order
@@ -174,11 +172,11 @@ class SS2D(nn.Module):
         self.gate_act = nn.SiLU() if gate == "silu" else nn.Identity()
         self.conv = DepthwiseConv(inner, conv_size, conv_bias) if conv_size else nn.Identity()
         self.act = ACTIVATIONS[act]()
-        # Rows: for each direction, dt_rank rows of the step, state_dim of B, state_dim of C. Here PyTorch's
-        # own initial values are the published ones.
+        # Output channels of each direction: dt_rank of dt, state_dim of B, state_dim of C. As published, it
+        # keeps PyTorch's default initialization.
         self.x_proj = nn.Linear(inner, self.directions * rows, bias=False)
         self.dt_weight = nn.Parameter(torch.empty(self.directions, inner, self.dt_rank))
-        # Two-dimensional, so that it is decayed as published; the skip is one-dimensional and is not.
+        # 2-d, so that weight decay applies to it, as published; D is 1-d and is not decayed.
         self.dt_bias = nn.Parameter(torch.empty(self.directions, inner))
         self.A_log = nn.Parameter(torch.empty(self.directions, inner, state_dim))
         self.D = nn.Parameter(torch.empty(self.directions * inner))
@@ -193,10 +191,7 @@ class SS2D(nn.Module):
         nn.init.ones_(self.D)
         if init == "v0":
             nn.init.uniform_(self.dt_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-            low, high = math.log(1e-3), math.log(1e-1)
-            step = torch.empty_like(self.dt_bias).uniform_(low, high).exp_().clamp_(min=1e-4)
-            # The inverse of softplus, so that the first steps are log-uniform between 0.001 and 0.1.
-            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+            init_dt_bias(self.dt_bias)
             self.A_log.copy_(torch.arange(1.0, self.state_dim + 1).log().expand_as(self.A_log))
         elif init == "v1":
             self.dt_weight.normal_(std=0.1)
@@ -212,7 +207,7 @@ class SS2D(nn.Module):
         x = x.permute(0, 2, 3, 1)  # B H W C
         inner = self.in_proj(x)  # B H W D
         if self.recompute and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            y = recompute_before_scan(self._scan, inner)
+            y = checkpoint_scan(self._scan, inner)
         else:
             y = self._scan(inner)
         y = self.out_act(self.out_norm(y))
@@ -221,24 +216,24 @@ class SS2D(nn.Module):
         return self.drop(self.out_proj(y)).permute(0, 3, 1, 2)
 
     def _scan(self, x: Tensor) -> Tensor:
-        """Convolve and activate a (B, H, W, D) map, scan it in all directions and add the results up."""
+        """Convolve and activate a (B, H, W, D) map, scan it in all directions and sum the outputs."""
         u = self.act(self.conv(x))
         batch, height, width, _ = u.shape
-        # The projections are pointwise: one product in pixel order serves every direction.
+        # The projections are pointwise: one product in pixel order computes those of every direction.
         projected = self.x_proj(u).view(batch, height, width, self.directions, -1)
         dt, B, C = projected.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
         delta = torch.einsum("bhwkr,kdr->bhwkd", dt, self.dt_weight)
-        # Float32 or wider whatever the precision of the maps: exp(delta * A) forgives no rounding of A.
+        # At least float32, because exp(delta * A) amplifies the rounding of A.
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         D = self.D.view(self.directions, -1)
         keep = not self.recompute
         y = cross_scan(u, delta, A, B, C, D, self.dt_bias, True, self.scan_order, save_states=keep)
-        # The sum stays float32 under autocast; a model that was cast as a whole gets its own precision back.
+        # The sum is float32 under autocast; a model cast to half precision gets its own precision back.
         return y.to(self.out_proj.weight.dtype)
 
 
 class VSSBlock(nn.Module):
-    """Visual state space block: SS2D and an MLP, each behind a layer norm and with a residual connection.
+    """Visual state space block: SS2D and an MLP, each with a layer norm before and a residual connection.
 
     Source: VMamba (arXiv:2401.10166), section 4.3.
 
@@ -247,8 +242,8 @@ class VSSBlock(nn.Module):
         mlp_ratio: hidden width of the MLP, as a multiple of `dim`; 0 for a block without MLP.
         mlp_act: activation of the MLP: gelu, silu, relu or sigmoid.
         mlp_drop_rate: dropout in the MLP.
-        drop_path: probability of skipping a branch in training.
-        state_dim: see `SS2D`, as for all that follow.
+        drop_path: probability of dropping a branch, per sample, in training.
+        state_dim: see `SS2D`, as for all following arguments.
         ssm_ratio: see `SS2D`.
         dt_rank: see `SS2D`.
         ssm_act: `act` of `SS2D`.
@@ -337,26 +332,26 @@ class VSSBlock(nn.Module):
 
 
 def make_stem(version: str, in_chans: int, dim: int, norm: bool, stride: int = 4) -> nn.Module:
-    """Return the map from the image to the first stage.
+    """Return the stem.
 
     Args:
         version: "v1" is one 4x4 convolution, "v2" two 3x3 convolutions of stride 2.
         in_chans: channels of the image.
         dim: channels of the map; even for "v2".
-        norm: whether layer norms follow the convolutions.
-        stride: 4 as published; with "v2" also 2 or 1, the first or both convolutions then stepping by 1.
+        norm: add layer norms after the convolutions.
+        stride: 4 as published; with "v2" also 2 or 1, for which the first or both convolutions have stride 1.
 
     Returns:
-        (B, in_chans, H, W) to (B, dim, H / stride, W / stride). As published, "v1" leaves out up to
-        three pixels at the right and bottom of a size that is not a multiple of 4; "v2" rounds up.
+        Module that maps (B, in_chans, H, W) to (B, dim, H / stride, W / stride). As published, "v1" ignores
+        up to three pixels at the right and bottom of a size that is not a multiple of 4; "v2" rounds up.
 
     Raises:
-        UsageError: an unknown version, an odd `dim` for "v2", or a stride that the stem cannot have.
+        UsageError: an unknown version, an odd `dim` for "v2", or an unsupported stride.
     """
     check_choice("stem", version, ("v1", "v2"))
     if version == "v1":
         if stride != 4:
-            raise UsageError(f"the stem 'v1' has stem_stride=4 only, got {stride}: take stem='v2'")
+            raise UsageError(f"the stem 'v1' has stem_stride=4 only, got {stride}: use stem='v2'")
         parts = [("conv1", nn.Conv2d(in_chans, dim, 4, 4)), ("norm1", LayerNorm2d(dim, eps=EPS))]
     else:
         if dim % 2:
@@ -373,7 +368,7 @@ def make_stem(version: str, in_chans: int, dim: int, norm: bool, stride: int = 4
 
 
 class PatchMerging(nn.Module):
-    """Downsampling "v1": four neighbours side by side, layer norm, linear map.
+    """Downsampling "v1": concatenation of 2x2 pixels, layer norm, linear layer.
 
     Odd maps are padded at the right and bottom.
     """
@@ -389,18 +384,18 @@ class PatchMerging(nn.Module):
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         batch, height, width, dim = x.shape
         x = x.view(batch, height // 2, 2, width // 2, 2, dim)
-        # The row varies faster than the column among the four neighbours.
+        # Among the four pixels, the row index varies fastest.
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
 
 
 def make_downsample(version: str, dim: int, out_dim: int) -> nn.Module:
-    """Return a map (B, dim, H, W) to (B, out_dim, H / 2, W / 2): rounded up but for "v2".
+    """Return a downsampling layer, (B, dim, H, W) to (B, out_dim, H / 2, W / 2), rounded up except for "v2".
 
     Args:
         version: "v1" is `PatchMerging`, "v2" a 2x2 and "v3" a 3x3 convolution of stride 2 with a layer norm.
-        dim: channels before.
-        out_dim: channels after.
+        dim: input channels.
+        out_dim: output channels.
 
     Raises:
         UsageError: an unknown version.
@@ -415,28 +410,11 @@ def make_downsample(version: str, dim: int, out_dim: int) -> nn.Module:
 # torch.fx cannot trace its branch on the size, so it records the call.
 @torch.fx.wrap
 def resize_pos_embed(pos_embed: Tensor, height: int, width: int) -> Tensor:
-    """Resize a position table (1, C, H, W) by bicubic interpolation, as the official loader does."""
+    """Resize a position table (1, C, H, W) by bicubic interpolation, as in the official loader."""
     if pos_embed.shape[2] == height and pos_embed.shape[3] == width:
         return pos_embed
     resized = F.interpolate(pos_embed.float(), size=[height, width], mode="bicubic", align_corners=False)
     return resized.to(pos_embed.dtype)
-
-
-class Stage(nn.Module):
-    """An optional downsampling, then blocks."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the stage's map."""
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
 
 
 class VMamba(nn.Module):
@@ -444,39 +422,38 @@ class VMamba(nn.Module):
 
     Args:
         in_chans: channels of the image.
-        num_classes: width of the classifier; 0 for none.
-        global_pool: "avg", or "" to leave the last map as it is (then `num_classes` must be 0).
-        img_size: image size for which the position table is made; of no effect without `pos_embed`.
+        num_classes: number of classes; 0 for no classifier.
+        global_pool: "avg", or "" for no pooling (with `num_classes=0` only).
+        img_size: image size of the position table; no effect without `pos_embed`.
         embed_dims: channels of each stage.
         depths: blocks of each stage.
         state_dim: size of the state of each scanned channel.
         ssm_ratio: width of the scanned map, as a multiple of the stage's channels.
-        dt_rank: rank of the step projection; "auto" is a 16th of the stage's channels, rounded up.
+        dt_rank: rank of the projection of dt; "auto" is a 16th of the stage's channels, rounded up.
         ssm_act: activation before the scan: silu, gelu, relu or sigmoid.
-        ssm_conv_size: side of the depthwise convolution before the scan; 0 for none.
-        ssm_conv_bias: whether that convolution has a bias.
-        ssm_init: initial values of the state space model, "v0", "v1" or "v2" (see `SS2D`).
+        ssm_conv_size: kernel size of the depthwise convolution before the scan; 0 for none.
+        ssm_conv_bias: use a bias in that convolution.
+        ssm_init: initialization of the state space model, "v0", "v1" or "v2" (see `SS2D`).
         ssm_drop_rate: dropout after SS2D.
-        ssm_recompute: compute what the scan reads again in the backward: less memory (see `SS2D`).
+        ssm_recompute: activation checkpointing of the scan's inputs, to save memory (see `SS2D`).
         gate: "silu", "linear" or "none" (see `SS2D`).
         out_norm: "layer", "none", "dwconv", "layer_dwconv", "softmax" or "sigmoid" (see `SS2D`).
-        out_act: GELU after `out_norm`.
-        scan_order: cross2d, unidirectional, bidirectional, or one that was registered.
-        mlp_ratio: hidden width of the MLPs, as a multiple of the stage's channels; 0 for blocks without.
+        out_act: apply GELU after `out_norm`.
+        scan_order: cross2d, unidirectional, bidirectional, or another registered order.
+        mlp_ratio: hidden width of the MLPs, as a multiple of the stage's channels; 0 for no MLPs.
         mlp_act: activation of the MLPs: gelu, silu, relu or sigmoid.
         mlp_drop_rate: dropout in the MLPs.
         stem: "v1" (one 4x4 convolution) or "v2" (two 3x3 convolutions).
-        stem_stride: 4 as published; with the stem "v2" also 2 or 1, for images of 32 to 64 px. Every weight
-            keeps its shape, so published ones load.
+        stem_stride: 4 as published; with the stem "v2" also 2 or 1, for images of 32 to 64 px. Weights keep
+            their shapes, so published ones load.
         downsample: "v1" (patch merging), "v2" (2x2 convolution) or "v3" (3x3 convolution).
-        patch_norm: layer norms in the stem.
-        pos_embed: add a position table to the first map; it is resized to the map.
+        patch_norm: use layer norms in the stem.
+        pos_embed: add a position table, resized to the map, to the output of the stem.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first one.
+        drop_path_rate: stochastic depth rate of the last block; it grows linearly from 0 at the first one.
 
     Shape:
-        Input `(B, in_chans, H, W)` with H and W from 32 up; the stages' maps have 1, 2, 4, 8 times the stem's
-        stride.
+        Input `(B, in_chans, H, W)` with H and W of at least 32. Stage i has stride `stem_stride * 2**i`.
 
     Raises:
         UsageError: an option has an unknown value, lists of different lengths, classes without pooling.
@@ -569,12 +546,12 @@ class VMamba(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return the position table, if any; norms, biases and skips are spared by their shape or name."""
+        """Return the position table, if any; timm's rule excludes biases and 1-d parameters."""
         return set() if self.pos_embed is None else {"pos_embed"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return the regular expressions that group the parameters by depth."""
+        """Return timm's parameter groups for layer-wise learning rates."""
         fine = [
             (r"^stages\.(\d+)\.downsample", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
@@ -584,7 +561,7 @@ class VMamba(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Enable activation checkpointing of the blocks."""
         for stage in self.stages:
             assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable
@@ -596,25 +573,21 @@ class VMamba(nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier.
+        """Replace the classifier by a newly initialized one.
 
         Args:
-            num_classes: width of the new classifier; 0 for none.
-            global_pool: "avg", "" or `None` to keep the pooling.
+            num_classes: number of classes; 0 for no classifier.
+            global_pool: "avg" or ""; `None` keeps the pooling.
 
         Raises:
             UsageError: an unknown pooling, or classes without pooling.
         """
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        check_global_pool(pool, num_classes)
         if global_pool is not None:
-            if global_pool not in ("avg", ""):
-                raise UsageError(f"global_pool must be 'avg' or '', got {global_pool!r}")
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        if num_classes and not self.global_pool.pool_type:
-            raise UsageError(
-                f"a classifier needs global_pool='avg', got global_pool='' with {num_classes} classes"
-            )
         self.num_classes = num_classes
-        # On the device and in the precision of the rest, wherever the model was moved since it was made.
+        # Device and dtype of the other parameters, which the model may have been moved to.
         head = make_linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head = head.to(next(self.parameters()))
 
@@ -622,7 +595,7 @@ class VMamba(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages, norm and head that the given intermediates do not need; return their indices."""
+        """Remove the stages, norm and head that the given intermediates do not need; return their indices."""
         take_indices, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
@@ -643,18 +616,18 @@ class VMamba(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps of chosen stages.
+        """Return the feature maps of selected stages.
 
         Args:
-            x: images, (B, in_chans, H, W).
-            indices: stages to return; a number takes the last ones, `None` all.
+            x: images (B, in_chans, H, W).
+            indices: number of last stages, list of stage indices, or `None` for all.
             norm: apply the final norm to the map of the last stage.
-            stop_early: leave out the stages after the last chosen one.
+            stop_early: stop after the last selected stage.
             output_fmt: "NCHW".
-            intermediates_only: return the maps alone.
+            intermediates_only: return only the list of maps.
 
         Returns:
-            The maps (B, C, H, W), or the pair of what `forward_features` returns and the maps.
+            The maps (B, C, H, W), or a pair of the output of `forward_features` and the maps.
 
         Raises:
             UsageError: another `output_fmt`.
@@ -687,7 +660,7 @@ class VMamba(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def _embed(self, x: Tensor) -> Tensor:
-        # The only change of layout: all maps that follow keep their channels innermost.
+        # The only change of memory format: all following maps stay in channels-last format.
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         if self.pos_embed is not None:
             x = x + resize_pos_embed(self.pos_embed, x.shape[2], x.shape[3])
@@ -701,12 +674,12 @@ _OUT_NORMS = {
     "onsoftmax": "softmax",
     "onsigmoid": "sigmoid",
 }
-# Which kernels and precisions they use is all that sets the first row's members apart.
+# The official types of the first row differ only in their kernels and precisions.
 _SCAN_ORDERS = dict.fromkeys(("v0", "v0seq", "v01", "v02", "v04", "v05", "v2"), "cross2d") | {
     "v051d": "unidirectional",
     "v052d": "bidirectional",
 }
-# Official argument -> ours, where the value carries over as it is.
+# Official argument -> argument of VMamba with the same values.
 _SAME = {
     "in_chans": "in_chans",
     "num_classes": "num_classes",
@@ -727,7 +700,7 @@ _SAME = {
     "posembed": "pos_embed",
     "imgsize": "img_size",
 }
-# `ssm_rank_ratio` has no effect there; checkpointing is `set_grad_checkpointing` here.
+# The official code ignores `ssm_rank_ratio`; checkpointing is enabled by `set_grad_checkpointing` here.
 _WITHOUT_EFFECT = ("ssm_rank_ratio", "use_checkpoint")
 _SPECIAL = ("patch_size", "depths", "dims", "ssm_conv", "forward_type", "norm_layer", "gmlp")
 _NEEDED = ("depths", "dims", "ssm_d_state", "ssm_ratio", "ssm_conv", "forward_type", "mlp_ratio")
@@ -738,15 +711,15 @@ def options_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
     """Translate arguments of the official VMamba constructor (`VSSM`) into those of `VMamba`.
 
     Args:
-        config: such as `{"dims": 96, "depths": [2, 2, 8, 2], "forward_type": "v05_noz", ...}`. All that
-            decides the network's shape has to be there; the rest takes `VMamba`'s defaults.
+        config: such as `{"dims": 96, "depths": [2, 2, 8, 2], "forward_type": "v05_noz", ...}`. Arguments that
+            determine the architecture are required; others default to those of `VMamba`.
 
     Returns:
         Keyword arguments of `VMamba`.
 
     Raises:
-        UsageError: an argument is missing or unknown, or asks for what is not offered: the cascaded scan
-            (`v052dc`), a gated MLP, batch norm, a patch size other than 4.
+        UsageError: an argument is missing, unknown or not supported: the cascaded scan (`v052dc`), a gated
+            MLP, BatchNorm, a patch size other than 4.
 
     Examples:
         >>> options_from_official({
@@ -764,8 +737,8 @@ def options_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("patch_size", 4) != 4:
         raise UsageError(f"patch_size must be 4, got {config['patch_size']}")
     if config.get("gmlp", False):
-        raise UsageError("the gated MLP of the official code (gmlp) is not offered, expected gmlp=False")
-    # Both name the same layer norm, on maps of different layouts.
+        raise UsageError("the gated MLP of the official code (gmlp) is not supported, expected gmlp=False")
+    # Both are the same layer norm, on maps of different memory layouts.
     check_choice("norm_layer", str(config.get("norm_layer", "ln")).lower(), ("ln", "ln2d"))
 
     options = {ours: config[theirs] for theirs, ours in _SAME.items() if theirs in config}
@@ -780,15 +753,15 @@ def options_from_official(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parse_forward_type(forward_type: str) -> dict[str, Any]:
-    """Translate the string in which the official code packs its switches, such as "v05_onnone_noz"."""
+    """Translate the official `forward_type`, such as "v05_onnone_noz"."""
     core, *tags = forward_type.split("_")
     if core.endswith("c") and core[:-1] in _SCAN_ORDERS:
-        raise UsageError(f"forward_type {forward_type!r} asks for the cascaded scan, which is not offered")
+        raise UsageError(f"forward_type {forward_type!r} is the cascaded scan, which is not supported")
     check_choice("the first part of forward_type", core, tuple(_SCAN_ORDERS))
     if core in ("v0", "v0seq"):
         if tags:
             raise UsageError(f"forward_type {core!r} takes no suffix, got {forward_type!r}")
-        # What the official code fixes whatever its other arguments say.
+        # The official code fixes these, regardless of its other arguments.
         return {
             "gate": "silu",
             "scan_order": "cross2d",
@@ -813,8 +786,8 @@ def _parse_forward_type(forward_type: str) -> dict[str, Any]:
     return options
 
 
-# Tried in order; the first that matches the start of a key is applied. Where a pattern has two names, the
-# second is that of January 2024.
+# The first pattern that matches the start of a key is applied. Of two alternatives, the second is the name of
+# January 2024.
 _RENAMES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -846,11 +819,11 @@ _SSM_RENAMES = {
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Map the published keys of a whole model to ours.
+    """Convert the official state dict of a whole model to the names of this module.
 
-    Also taken: the names of January 2024, 1x1 convolutions in place of linear maps, and the layout for dense
-    tasks, which has a norm for each stage and no classifier: its last norm becomes `norm`, the other three,
-    for which a classification model has no place, are left out. Keys that are none of these stay as they are.
+    Supported are also the names of January 2024, 1x1 convolutions instead of linear layers, and the layout of
+    dense tasks, which has one norm per stage and no classifier: its last norm becomes `norm`, the others are
+    dropped. Other keys stay unchanged.
     """
     converted: dict[str, Tensor] = {}
     ssm: dict[str, dict[str, Tensor]] = {}
@@ -872,9 +845,9 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_ss2d(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Map the published keys of one SS2D module to ours.
+    """Convert the official state dict of one SS2D module.
 
-    The official input projection holds the scanned half and, below it, the gate; ours are two matrices.
+    The official input projection contains that of the gate, which is a layer of its own here.
     """
     converted = {
         _SSM_RENAMES.get(key, key): _as_matrix(key, tensor) if key.endswith("_proj.weight") else tensor
@@ -889,7 +862,7 @@ def convert_ss2d(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         converted["x_proj.weight"] = converted["x_proj.weight"].reshape(-1, inner)
     in_proj = converted.get("in_proj.weight")
     if in_proj is not None and in_proj.shape[0] == 2 * inner:
-        # Clones: two parts of one storage could not be saved as safetensors.
+        # Clones, because safetensors cannot save two views of one storage.
         converted["in_proj.weight"], converted["gate_proj.weight"] = (
             half.clone() for half in in_proj.chunk(2)
         )
@@ -897,8 +870,9 @@ def convert_ss2d(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rename(key: str) -> str:
+    """Convert an official key outside of SS2D."""
     if found := _DOWNSAMPLE.fullmatch(key):
-        # The official stage ends with its downsampling, ours begins with it.
+        # An official stage ends with the downsampling; here the next stage begins with it.
         return f"stages.{int(found[1]) + 1}.downsample.{_DOWNSAMPLE_PARTS[found[2]]}{found[3]}"
     for pattern, replacement in _RENAMES:
         if pattern.match(key):
@@ -907,14 +881,15 @@ def _rename(key: str) -> str:
 
 
 def _as_matrix(name: str, tensor: Tensor) -> Tensor:
+    """Convert the weight of a 1x1 convolution to that of a linear layer."""
     linear = name.endswith(("_proj.weight", "fc1.weight", "fc2.weight", "reduction.weight"))
     return tensor.flatten(1) if linear and tensor.ndim == 4 else tensor
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Map the published layout to ours and leave ours as it is; resize the position table to the model's.
+    """Convert an official or lightspine state dict to the names of this module; resize the position table.
 
-    See `convert_state_dict` for the older and the dense-task layouts, which are taken as well.
+    See `convert_state_dict` for older official layouts and those of dense tasks.
     """
     ours = any(key.startswith("stages.") for key in state_dict)
     converted = dict(state_dict) if ours else convert_state_dict(state_dict)

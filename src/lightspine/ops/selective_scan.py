@@ -102,7 +102,7 @@ def scan(
     """`selective_scan` for models: one return type and 4-D B and C, so that it scripts and traces.
 
     `save_states=False` saves no states for the backward, which then recomputes them by one more scan;
-    `lightspine.layers.recompute` uses it.
+    `lightspine.layers.checkpointing` uses it.
     """
     # TorchScript skips a branch only if its condition stands alone; do not join the two with `and`.
     if torch.jit.is_scripting():  # type: ignore[attr-defined]

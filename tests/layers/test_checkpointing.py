@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import lightspine
 from lightspine.benchmark.saved_activations import count_saved_bytes
 from lightspine.blocks import SS2D, VimMixer
-from lightspine.layers.recompute import recompute_before_scan
+from lightspine.layers.checkpointing import checkpoint_scan
 from lightspine.ops.selective_scan import scan
 from support.scans import FAST_BACKENDS, convert, scan_inputs
 
@@ -79,7 +79,7 @@ def test_every_backend_gives_equal_gradients(backend: str) -> None:
     def run(u: Tensor) -> Tensor:
         return scan(torch.nn.functional.silu(u), *rest, True, False, backend, save_states=False)
 
-    results = [torch.autograd.grad(out.sum(), u)[0] for out in (run(u), recompute_before_scan(run, u))]
+    results = [torch.autograd.grad(out.sum(), u)[0] for out in (run(u), checkpoint_scan(run, u))]
     assert torch.equal(*results)
 
 
@@ -143,10 +143,10 @@ def test_switch_of_vmamba_lowers_what_is_kept() -> None:
 
 
 def test_gradient_that_needs_the_value_of_a_scan_is_nan() -> None:
-    """The rule of `recompute_before_scan` is broken here; a wrong finite number would go unnoticed."""
+    """The rule of `checkpoint_scan` is broken here; a wrong finite number would go unnoticed."""
     u, *rest = convert(scan_inputs(), torch.float32)
     u.requires_grad_()
-    recompute_before_scan(lambda u: scan(u * 2, *rest, save_states=False).square(), u).sum().backward()
+    checkpoint_scan(lambda u: scan(u * 2, *rest, save_states=False).square(), u).sum().backward()
     assert u.grad is not None
     assert u.grad.isnan().all()
 
