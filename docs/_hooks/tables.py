@@ -1,7 +1,7 @@
-"""Fills the tables of the site from the registry, the published figures and the measured result files.
+"""MkDocs hook that generates the tables of the site from the registry, recipes and benchmark results.
 
-A page asks for a table by a comment of its own line: `<!-- variants vmamba -->`, `<!-- recipes vmamba -->`,
-`<!-- choosing -->` or `<!-- measured vmamba -->`. Nothing that can be counted or measured is typed by hand.
+It replaces comments on lines of their own: `<!-- variants vmamba -->`, `<!-- recipes vmamba -->`,
+`<!-- choosing -->` and `<!-- measured vmamba -->`.
 """
 
 import csv
@@ -20,12 +20,12 @@ _MARK = re.compile(r"^<!-- (variants|recipes|choosing|measured)(?: (\w+))? -->$"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the comments of a page by the tables that they ask for (called by MkDocs)."""
+    """Replace the comments of a page by tables (called by MkDocs)."""
     return _MARK.sub(lambda match: TABLES[match[1]](match[2] or "*"), markdown)
 
 
 def variants(family: str) -> str:
-    """Return the members of a family: size and published accuracy."""
+    """Return the variants of a family with size and published accuracy."""
     rows = [
         "| model | parameters | input | published GMACs | published top-1 % |",
         "| --- | ---: | ---: | ---: | --- |",
@@ -64,7 +64,7 @@ def recipes(family: str) -> str:
 
 
 def choosing(_: str) -> str:
-    """Return published accuracy beside measured speed, the fastest first."""
+    """Return published accuracy and measured speed of all models, fastest first."""
     rows = [
         "| model | published top-1 % | parameters | ms, batch 1 | images/s, batch 8 | MiB, batch 1 |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -96,7 +96,7 @@ def choosing(_: str) -> str:
 
 
 def _own_size(row: dict[str, Any]) -> bool:
-    """Return whether a row is at the size that the model's accuracy is published for, and of no baseline."""
+    """Return whether a row has the image size of the published accuracy and is no official baseline."""
     if row["model"].startswith(OFFICIAL_PREFIX):
         return False
     spec = ModelSpec(name=row["model"], source=row["source"])
@@ -104,7 +104,7 @@ def _own_size(row: dict[str, Any]) -> bool:
 
 
 def measured(family: str) -> str:
-    """Return every measured row of a family."""
+    """Return all measurements of a family."""
     names = {record.name for record in _records(family)}
     rows = [
         "| model | mode | type | batch | px | ms | images/s |",
@@ -121,7 +121,7 @@ def measured(family: str) -> str:
 
 
 def _top1(source: str, name: str, peer: dict[str, Any] | None) -> str:
-    """Return what the authors publish, as the page of the variants has it."""
+    """Return the published accuracy with its note."""
     if source != "lightspine":
         return str((peer or {}).get("top1") or "-")
     published = get_record(name).published
@@ -159,7 +159,7 @@ def _systems() -> str:
         f"{name}, threads: {threads}, PyTorch {torch}" for name, threads, torch in sorted(systems, key=str)
     )
     commands = "\n".join(f"    {' '.join(file['command'])}" for file in _files())
-    return f"Measured on: {places}. Commands:\n\n{commands}\n" if places else "Nothing was measured yet."
+    return f"Measured on: {places}. Commands:\n\n{commands}\n" if places else "No measurements yet."
 
 
 TABLES = {"variants": variants, "recipes": recipes, "choosing": choosing, "measured": measured}

@@ -1,4 +1,4 @@
-"""The efficient vision backbones VMamba, Vim, EfficientViM, SHViT and EfficientMod in one library."""
+"""Efficient vision backbones: VMamba, Vim, EfficientViM, SHViT and EfficientMod."""
 
 from lightspine import blocks as blocks
 from lightspine import ops as ops

@@ -1,6 +1,6 @@
-"""The building blocks of the five families by themselves, for networks of your own.
+"""Building blocks of the model families, for use in other networks.
 
-Each takes and gives a map `(B, C, H, W)` of any size; the published models are made of these same classes.
+Each takes and returns a map `(B, C, H, W)` of any size. The models of this library use the same classes.
 """
 
 from lightspine.models.efficientmod import EfficientModAttentionBlock as EfficientModAttentionBlock

@@ -10,7 +10,7 @@ import pytest
 
 from support.pages import ROOT, blocks
 
-MODULE, USE = blocks(ROOT / "docs" / "families" / "adding.md", "python")
+MODULE, USE, FORM = blocks(ROOT / "docs" / "families" / "adding.md", "python")
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +44,19 @@ def _lightspine(package: Path, cwd: Path, *arguments: str) -> str:
 
 
 def test_code_of_the_page_runs(package: Path, tmp_path: Path) -> None:
-    done = _python(package, tmp_path, "-c", f"import torch\n{USE}")
+    done = _python(package, tmp_path, "-c", f"import torch\n{USE}\n{FORM}")
     assert done.returncode == 0, done.stderr
 
 
 def test_commands_know_the_family(package: Path, tmp_path: Path) -> None:
     assert "tinynet" in _lightspine(package, tmp_path, "list", "tiny*")
-    assert json.loads(_lightspine(package, tmp_path, "info", "tinynet", "--json"))["params"] == 17_920
+    assert json.loads(_lightspine(package, tmp_path, "info", "tinynet", "--json"))["params"] == 17_944
 
 
 @pytest.mark.slow
 def test_family_is_exported(package: Path, tmp_path: Path) -> None:
     _lightspine(package, tmp_path, "export", "tinynet", "tinynet.onnx")
-    assert (tmp_path / "tinynet.onnx").stat().st_size > 4 * 17_920
+    assert (tmp_path / "tinynet.onnx").stat().st_size > 4 * 17_944
 
 
 @pytest.mark.slow

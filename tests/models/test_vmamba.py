@@ -132,7 +132,7 @@ def test_ablation_in_float64(case: str) -> None:
 
 @pytest.mark.parametrize("case", [name for name in ABLATIONS if "cas2d" in name])
 def test_ablation_with_cascaded_scan_is_refused(case: str) -> None:
-    with pytest.raises(UsageError, match="cascaded scan, which is not offered"):
+    with pytest.raises(UsageError, match="cascaded scan, which is not supported"):
         options_from_official(ABLATIONS[case]["variant"])
 
 

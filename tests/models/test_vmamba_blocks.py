@@ -16,7 +16,7 @@ from support.reference import assert_close, fill_checkpoint, read_figure
 FIGURES = {
     name: figure
     for name, figure in read_figure("vmamba/blocks")["ss2d"].items()
-    if "v052dc" not in name  # the cascaded scan is not offered
+    if "v052dc" not in name  # the cascaded scan is not supported
 }
 
 
@@ -175,7 +175,7 @@ def test_ss2d_cast_to_bfloat16_runs() -> None:
         ({"conv_size": 4}, "conv_size must be 0 or an odd number from 3 up, got 4"),
         ({"dt_rank": "full"}, "dt_rank must be a number or 'auto', got 'full'"),
         ({"scan_order": "spiral"}, "unknown scan order 'spiral'"),
-        ({"scan_order": "cascade2d"}, "'cascade2d' is not offered"),
+        ({"scan_order": "cascade2d"}, "'cascade2d' is not supported"),
     ],
 )
 def test_wrong_option_of_ss2d_is_named(options: dict[str, Any], sentence: str) -> None:

@@ -141,7 +141,7 @@ def test_forward_type_becomes_typed_options(forward_type: str, expected: dict[st
         ({"forward_type": "v9"}, "the first part of forward_type must be one of 'v0', .*, got 'v9'"),
         ({"forward_type": "v05_what"}, "a suffix of forward_type must be one of 'noz', .*, got 'what'"),
         ({"forward_type": "v0_noz"}, "'v0' takes no suffix, got 'v0_noz'"),
-        ({"forward_type": "v052dc_noz"}, "the cascaded scan, which is not offered"),
+        ({"forward_type": "v052dc_noz"}, "the cascaded scan, which is not supported"),
         ({"gmlp": True}, "expected gmlp=False"),
         ({"norm_layer": "bn"}, "norm_layer must be one of 'ln', 'ln2d', got 'bn'"),
         ({"patch_size": 8}, "patch_size must be 4, got 8"),

@@ -1,4 +1,4 @@
-"""EfficientMod for inference."""
+"""Inference forms of EfficientMod's blocks."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightspine.optimize.packed import PackedBinaryLinear, PackedConv2d, PackedL
 
 
 class FoldedModulation(nn.Module):
-    """`ModulationMlp` and its residual connection; the layer scale lies in the last linear map."""
+    """`ModulationMlp` with residual connection; the layer scale is folded into the last linear layer."""
 
     def __init__(self, module: ModulationMlp, gamma: Tensor):
         super().__init__()
@@ -47,7 +47,7 @@ class FoldedModulation(nn.Module):
 
 @register_inference_form(EfficientModBlock)
 class FoldedEfficientModBlock(nn.Module):
-    """`EfficientModBlock` whose layer scale lies in its last linear map."""
+    """`EfficientModBlock` with the layer scale folded into its last linear layer."""
 
     def __init__(self, module: EfficientModBlock):
         super().__init__()
@@ -62,7 +62,7 @@ class FoldedEfficientModBlock(nn.Module):
 
 @register_inference_form(Attention)
 class FoldedAttention(nn.Module):
-    """`Attention` and its residual connection; the scale lies in the projection."""
+    """`Attention` with residual connection; the scale of the queries is folded into their projection."""
 
     def __init__(self, module: Attention):
         super().__init__()
@@ -88,7 +88,7 @@ class FoldedAttention(nn.Module):
 
 @register_inference_form(EfficientModAttentionBlock)
 class FoldedAttentionBlock(nn.Module):
-    """`EfficientModAttentionBlock`, its residual connections added by the last product of each branch."""
+    """`EfficientModAttentionBlock` with the residual additions fused into the last product of each branch."""
 
     def __init__(self, module: Any):
         super().__init__()
@@ -107,6 +107,6 @@ class FoldedAttentionBlock(nn.Module):
 
 @register_inference_form(ConvNorm)
 def pack_convolution(module: Any) -> nn.Module:
-    """Pack the convolution of the stem or of a down-sampling."""
+    """Pack the convolution of the stem or a downsampling."""
     module.conv = PackedConv2d(module.conv)
     return module

@@ -1,4 +1,4 @@
-"""EfficientViM for inference."""
+"""Inference forms of EfficientViM's blocks."""
 
 from typing import Any
 
@@ -23,9 +23,9 @@ from lightspine.optimize.packed import PackedConv2d, PackedLinear, PackedPointwi
 
 
 class _FoldedMixer(nn.Module):
-    """What both mixers share; the norm before them is theirs, because they read it in two layouts.
+    """Base class of the mixers; it includes the norm before the mixer, whose output it uses in two layouts.
 
-    A is left out: the softmax over positions forgets what all positions have in common.
+    A is omitted, because the softmax over positions cancels what is equal at all positions.
     """
 
     def __init__(self, module: HSMSSD | NCSSD, norm: ChannelNorm):
@@ -42,7 +42,7 @@ class _FoldedMixer(nn.Module):
     skip: Tensor
 
     def _read_write(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the normed tokens (B, L, C), what they write to the states and read, both (B, L, N)."""
+        """Return normalized tokens (B, L, C) and their write and read weights, both (B, L, N)."""
         tokens = self.norm(x.permute(0, 2, 3, 1))
         bcdt = self.dwconv(self.bcdt_proj(tokens.permute(0, 3, 1, 2)))
         b, c, dt = bcdt.permute(0, 2, 3, 1).flatten(1, 2).chunk(3, dim=2)
@@ -50,7 +50,7 @@ class _FoldedMixer(nn.Module):
 
 
 class FoldedHSMSSD(_FoldedMixer):
-    """`HSMSSD` behind its norm, its output blended by a gate."""
+    """Norm and `HSMSSD` with the block's gate applied to the output."""
 
     def __init__(self, module: HSMSSD, norm: ChannelNorm, gate: Tensor):
         super().__init__(module, norm)
@@ -65,14 +65,14 @@ class FoldedHSMSSD(_FoldedMixer):
         tokens, write, read = self._read_write(x)
         h, z = self.hz_proj(write.transpose(1, 2) @ tokens).chunk(2, dim=2)
         state = self.out_proj(h * (F.silu(z) + self.skip))  # B N C
-        # The gate meets N states in place of L positions.
+        # The gate is applied to N states instead of L positions.
         x = x.permute(0, 2, 3, 1) * kept
         y = torch.baddbmm(x.flatten(1, 2), read, state * self.gate)
         return y.view(x.shape).permute(0, 3, 1, 2), state.transpose(1, 2)
 
 
 class FoldedNCSSD(_FoldedMixer):
-    """`NCSSD` behind its norm, its output blended by a gate that lies in the last projection."""
+    """Norm and `NCSSD` with the block's gate folded into the last projection."""
 
     def __init__(self, module: NCSSD, norm: ChannelNorm, gate: Tensor):
         super().__init__(module, norm)
@@ -92,7 +92,7 @@ class FoldedNCSSD(_FoldedMixer):
 
 @register_inference_form(EfficientViMBlock)
 class FoldedEfficientViMBlock(nn.Module):
-    """`EfficientViMBlock` whose gates a lie in the weights: `(1 - a) x + a f(x)`, `1 - a` a constant."""
+    """`EfficientViMBlock`, `(1 - a) x + a f(x)` per branch, with the gates a folded into the weights."""
 
     def __init__(self, module: Any):
         super().__init__()
@@ -127,7 +127,7 @@ def _blend_in(conv: nn.Conv2d, gate: Tensor) -> PackedConv2d:
 
 @register_inference_form(PatchMerging)
 def pack_merging(module: Any) -> nn.Module:
-    """Return the layers in a row, the depthwise branches one convolution each with their connections."""
+    """Return packed layers; each residual depthwise branch becomes one convolution."""
     add_identity(module.dwconv1.conv)
     add_identity(module.dwconv2.conv)
     return pack_sequence(module.dwconv1, module.conv, module.dwconv2)
@@ -135,13 +135,13 @@ def pack_merging(module: Any) -> nn.Module:
 
 @register_inference_form(Stem)
 def pack_stem(module: Stem) -> nn.Module:
-    """Return the convolutions in a row, packed."""
+    """Pack the convolutions."""
     return pack_sequence(module)
 
 
 @register_inference_form(FusionHead)
 def merge_classifiers(module: FusionHead) -> nn.Linear:
-    """Return the weighted sum of the classifiers as one linear map of all their inputs in a row."""
+    """Return the weighted sum of the classifiers as one linear layer of their concatenated inputs."""
     weights = module.weights.double().softmax(0)
     layers: list[Any] = list(module.fc)
     like = layers[0].weight

@@ -1,4 +1,4 @@
-"""SHViT for inference."""
+"""Inference forms of SHViT's blocks."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightspine.optimize.packed import PackedConv2d, PackedPointwise, pack_seque
 
 @register_inference_form(SHSA)
 class FoldedSHSA(nn.Module):
-    """`SHSA` whose norm's affine part and scale lie in the projection, without a change of layout."""
+    """`SHSA` with the affine part of the norm and the scale of the queries folded into the projection."""
 
     def __init__(self, module: Any):
         super().__init__()
@@ -42,14 +42,14 @@ class FoldedSHSA(nn.Module):
         qkv = self.qkv(torch.group_norm(attending, 1, eps=self.eps)).flatten(2)
         q, k, v = qkv.split_with_sizes(self.sizes, dim=1)  # (B, channels, N)
         weights = (q.transpose(1, 2) @ k).softmax(dim=2)
-        # This order of the product leaves the channels innermost.
+        # This order of the product keeps the channels-last format.
         attended = (weights @ v.transpose(1, 2)).transpose(1, 2).view(attending.shape)
         return self.proj(self.act(torch.cat([attended, waiting], dim=1)), add)
 
 
 @register_inference_form(FeedForward)
 class FoldedFeedForward(nn.Module):
-    """`FeedForward` as two matrix products, the second of which adds the residual connection."""
+    """`FeedForward` as two matrix products, with the residual addition fused into the second."""
 
     def __init__(self, module: Any):
         super().__init__()
@@ -63,7 +63,7 @@ class FoldedFeedForward(nn.Module):
 
 @register_inference_form(SHViTBlock)
 class FoldedSHViTBlock(nn.Module):
-    """`SHViTBlock` whose depthwise branch is one convolution with its residual connection."""
+    """`SHViTBlock` with the residual depthwise branch as one convolution."""
 
     def __init__(self, module: Any):
         super().__init__()
@@ -82,7 +82,7 @@ class FoldedSHViTBlock(nn.Module):
 
 @register_inference_form(Classifier)
 def fold_classifier(module: Classifier) -> nn.Module:
-    """Fold the norm into the linear map behind it."""
+    """Fold the BatchNorm into the linear layer."""
     affine = batch_norm_affine(module.norm)
     if affine is None:
         return module

@@ -1,4 +1,4 @@
-"""Vision Mamba for inference."""
+"""Inference forms of Vim's blocks."""
 
 from typing import Any
 
@@ -15,21 +15,21 @@ from lightspine.optimize.packed import PackedConv2d, PackedLinear
 
 @register_inference_form(ScanDirection)
 class FoldedScanDirection(nn.Module):
-    """`ScanDirection` with its state matrix computed, its kernel mirrored, and its layers packed."""
+    """`ScanDirection` with precomputed A, mirrored kernel and packed layers."""
 
     def __init__(self, module: ScanDirection):
         super().__init__()
         self.reverse = module.reverse
         self.sizes = [module.dt_rank, module.state_dim, module.state_dim]
         self.reach = module.conv1d.weight.shape[2] - 1
-        # As in `ScanDirection`, tokens are a channels-last image of height 1.
+        # As in `ScanDirection`, the tokens are a channels-last image of height 1.
         dim, kernel = module.D.shape[0], module.conv1d.weight
         conv = nn.Conv2d(dim, dim, (1, self.reach + 1), padding=(0, self.reach), groups=dim, device="meta")
         conv.weight = nn.Parameter((kernel.flip(2) if module.reverse else kernel).unsqueeze(2).contiguous())
         conv.bias = module.conv1d.bias
         self.conv = PackedConv2d(conv, nn.SiLU())
         self.x_proj = PackedLinear(module.x_proj)
-        # The bias goes into the scan, which adds it in float32.
+        # The scan adds the bias in float32.
         dt_proj: Any = module.dt_proj
         self.dt_bias, dt_proj.bias = dt_proj.bias, None
         self.dt_proj = PackedLinear(dt_proj)
@@ -39,7 +39,7 @@ class FoldedScanDirection(nn.Module):
     A: Tensor
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what `ScanDirection.project` does."""
+        """Return u, delta, B and C as `ScanDirection.project` does."""
         length = x.shape[1]
         image = x.transpose(1, 2).unsqueeze(2).contiguous(memory_format=torch.channels_last)
         first = self.reach if self.reverse else 0
@@ -49,7 +49,7 @@ class FoldedScanDirection(nn.Module):
         return u, delta, B.transpose(1, 2).unsqueeze(1), C.transpose(1, 2).unsqueeze(1)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """Mix tokens x and gate them with SiLU(z); all (B, L, D)."""
+        """Scan tokens x and multiply by SiLU(z); all (B, L, D)."""
         u, delta, B, C = self.project(x)
         y = scan(u, delta, self.A, B, C, self.D, z.transpose(1, 2), self.dt_bias, True, self.reverse)
         return y.transpose(1, 2)
@@ -57,7 +57,7 @@ class FoldedScanDirection(nn.Module):
 
 @register_inference_form(VimMixer)
 class FoldedVimMixer(nn.Module):
-    """`VimMixer` whose halving and layer scale lie in its last projection."""
+    """`VimMixer` with the halving of the sum and the layer scale folded into the last projection."""
 
     def __init__(self, module: VimMixer):
         super().__init__()
@@ -69,14 +69,14 @@ class FoldedVimMixer(nn.Module):
         if module.gamma is not None:
             scale_output(out_proj, module.gamma)
         self.out_proj = PackedLinear(out_proj)
-        # By two products each half lies in memory as the convolution and the scan read it.
+        # Two products instead of one, so that both halves are contiguous for the convolution and the scan.
         self.x_part, self.z_part = (PackedLinear(half) for half in _halves(module.in_proj))
         self.A_back: Tensor | None
         log = module.A_log_back
         self.register_buffer("A_back", None if log is None else -torch.exp(at_least_float32(log)))
 
     def forward_tokens(self, x: Tensor) -> Tensor:
-        """Mix a sequence of tokens (B, L, C)."""
+        """Mix tokens (B, L, C)."""
         x, z = self.x_part(x), self.z_part(x)
         if self.A_back is not None:
             y = self._scan_shared(x, z, self.A_back)
@@ -95,7 +95,7 @@ class FoldedVimMixer(nn.Module):
         return y.transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix a map (B, C, H, W), or tokens (B, L, C) where the mixer was made so."""
+        """Mix a map (B, C, H, W), or tokens (B, L, C) with `layout="NLC"`."""
         if self.layout == "NLC":
             return self.forward_tokens(x)
         return self.forward_tokens(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
@@ -110,7 +110,7 @@ def pack_patch_embedding(model: Vim) -> Vim:
 
 
 def _halves(linear: nn.Linear) -> tuple[nn.Linear, nn.Linear]:
-    """Return the linear maps, without bias, to the first and to the second half of what one gives."""
+    """Split a linear layer without bias into the layers of the first and second half of its outputs."""
     first, second = nn.Linear(1, 1, bias=False, device="meta"), nn.Linear(1, 1, bias=False, device="meta")
     weight = linear.weight.detach().chunk(2)
     first.weight, second.weight = (nn.Parameter(half.clone()) for half in weight)

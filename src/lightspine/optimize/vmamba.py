@@ -1,4 +1,4 @@
-"""VMamba for inference."""
+"""Inference forms of VMamba's blocks."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightspine.optimize.packed import PackedConv2d, PackedLinear, can_fuse
 
 @register_inference_form(SS2D)
 class FoldedSS2D(nn.Module):
-    """`SS2D` with its state matrices computed and its linear maps packed."""
+    """`SS2D` with precomputed A and packed layers."""
 
     def __init__(self, module: SS2D):
         super().__init__()
