@@ -46,7 +46,7 @@ def snake() -> Iterator[str]:
     register_scan_order("snake", order)
     yield "snake"
     orders._ORDERS.pop("snake")
-    orders.scan_order.cache_clear()
+    orders._validated_order.cache_clear()
 
 
 @pytest.mark.parametrize(("name", "figure"), NAMES.items())

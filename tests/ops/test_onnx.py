@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,36 @@ from lightspine.ops.selective_scan import scan
 from support.exporting import disturb
 
 DIM = 3
+
+
+def snake(height: int, width: int) -> Tensor:
+    """Return a user's own order in PyTorch operations: every second row and column in reverse."""
+
+    def rows(pixels: Tensor) -> Tensor:
+        odd = torch.arange(pixels.shape[0])[:, None] % 2 == 1
+        return torch.where(odd, pixels.flip(1), pixels).flatten()
+
+    pixels = torch.arange(height * width).view(height, width)
+    down = [rows(pixels), rows(pixels.t())]
+    return torch.stack([*down, *(order.flip(0) for order in down)])
+
+
+def zigzag(height: int, width: int) -> Tensor:
+    """Return a user's own order made of a registered one."""
+    return scan_order("cross2d", height, width)[[1, 0, 3, 2]]
+
+
+def in_numpy(height: int, width: int) -> Tensor:
+    """Return a user's own order that is computed outside of PyTorch."""
+    draw = np.random.default_rng(0)
+    return torch.from_numpy(np.stack([draw.permutation(height * width) for _ in range(4)]))
+
+
+for order_fn in (snake, zigzag, in_numpy):
+    register_scan_order(order_fn.__name__, order_fn)
+
+# All orders that the library registers, and some of a user.
+ORDERS = [name for name in list_scan_orders() if name != "in_numpy" and "exported" not in name]
 
 
 class Cross(nn.Module):
@@ -88,7 +119,11 @@ def test_loop_gives_the_operator_s_values_at_any_size(network: nn.Module) -> Non
         assert found.relative < 2e-6, found
 
 
-@pytest.mark.parametrize("network", [Cross(4, "cross2d"), FORMS["backwards"]], ids=["cross", "selective"])
+@pytest.mark.parametrize(
+    "network",
+    [*(Cross(4, order) for order in ORDERS), FORMS["backwards"]],
+    ids=[*ORDERS, "selective"],
+)
 def test_unrolled_scan_gives_the_operator_s_values(network: nn.Module) -> None:
     model = as_onnx(disturb(network), scan_form="unrolled", size=(5, 7))
     run = session_function(open_session(model.SerializeToString()))
@@ -96,20 +131,28 @@ def test_unrolled_scan_gives_the_operator_s_values(network: nn.Module) -> None:
         assert found.relative < 2e-6, found
 
 
-@pytest.mark.parametrize(
-    ("order", "form", "message"),
-    [
-        ("exported_zigzag", "loop", "expected a scan order among cross2d, .* got 'exported_zigzag'"),
-        ("bidirectional", "unrolled", "expected the scan order cross2d to write out its steps"),
-    ],
-)
-def test_order_that_cannot_be_written_is_named(order: str, form: str, message: str) -> None:
-    if "exported_zigzag" not in list_scan_orders():
-        register_scan_order("exported_zigzag", lambda h, w: scan_order("cross2d", h, w)[[1, 0, 3, 2]])
-    with pytest.raises(UsageError, match=message):
-        as_onnx(Cross(1, order).eval(), scan_form=form, size=(5, 7))
+@pytest.mark.parametrize("state_dim", [1, 3])
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_registered_order_is_exported_with_free_sizes(order: str, state_dim: int) -> None:
+    network = disturb(Cross(state_dim, order))
+    run = session_function(open_session(as_onnx(network).SerializeToString()))
+    for found in compare(network, run, random_batches(DIM, [(2, 5, 7), (1, 8, 3)])):
+        assert found.relative < 2e-6, found
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "in_numpy"])
+def test_every_registered_order_is_exported_with_a_fixed_size(order: str) -> None:
+    network = disturb(Cross(1, order))
+    run = session_function(open_session(as_onnx(network, size=(5, 7)).SerializeToString()))
+    for found in compare(network, run, random_batches(DIM, [(1, 5, 7), (3, 5, 7)])):
+        assert found.relative < 2e-6, found
+
+
+def test_order_that_needs_numbers_for_the_sizes_is_refused_with_free_sizes() -> None:
+    with pytest.raises(UsageError, match="'in_numpy' cannot be exported with free image sizes"):
+        as_onnx(disturb(Cross(1, "in_numpy")))
 
 
 def test_groups_of_channels_are_refused_by_name() -> None:
-    with pytest.raises(UsageError, match="one group of channels in an export, got 3"):
+    with pytest.raises(UsageError, match="has one group of channels, received 3"):
         as_onnx(Selective(False, groups=3).eval())

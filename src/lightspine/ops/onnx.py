@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightspine.errors import UsageError
 from lightspine.ops.inputs import CrossScanInputs, SelectiveScanInputs
-from lightspine.ops.scan_orders import trace_scan_order
+from lightspine.ops.scan_orders import scan_order
 from lightspine.ops.torch_scan import run_cross_scan, run_selective_scan, unrolled_scan
 
 # The loops of a scan. A loop of ONNX Runtime spends one to two microseconds per iteration and some tenths on
@@ -312,7 +312,7 @@ def _cross_scan_loop(
         A,
         B.flatten(1, 2),
         C.flatten(1, 2),
-        trace_scan_order(order, height, width, x.device),
+        scan_order(order, height, width).to(x.device),
     ).unflatten(1, (height, width))
     if D is not None:
         y = y + x * D.sum(0)

@@ -38,19 +38,32 @@ def list_scan_orders() -> list[str]:
     return list(_ORDERS)
 
 
-@functools.lru_cache(maxsize=64)
 def scan_order(name: str, height: int, width: int) -> Tensor:
     """Return the pixel indices of a registered order, (K, height * width) int64 on the CPU; do not modify.
 
+    Symbolic sizes, as an exporter passes them for free axes, give traced operations in place of a constant.
+
     Raises:
-        UsageError: no order has this name, or a row does not visit every pixel exactly once.
+        UsageError: no order has this name, a row does not visit every pixel exactly once, or the order cannot
+            be traced with symbolic sizes.
     """
+    if isinstance(height, int) and isinstance(width, int):
+        return _validated_order(name, height, width)
+    return _traced_order(name, height, width)
+
+
+@functools.lru_cache(maxsize=64)
+def _validated_order(name: str, height: int, width: int) -> Tensor:
     order_fn = _find_order(name)
-    # On the CPU while a model is built on the meta device, and never an inference tensor, which later
-    # training could not use.
-    with torch.device("cpu"), torch.inference_mode(False):
-        order = order_fn(height, width)
-        order = order.to("cpu", torch.int64).contiguous()
+    # On the CPU while a model is built on the meta device, with real numbers in a trace, and never an
+    # inference tensor, which later training could not use.
+    with _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False):
+        order = order_fn(height, width).to("cpu", torch.int64).contiguous()
+        _check_order(name, order, height, width)
+    return order
+
+
+def _check_order(name: str, order: Tensor, height: int, width: int) -> None:
     pixels = height * width
     if order.dim() != 2 or order.shape[0] == 0 or order.shape[1] != pixels:
         raise UsageError(
@@ -58,31 +71,27 @@ def scan_order(name: str, height: int, width: int) -> Tensor:
             f"received {tuple(order.shape)}"
         )
     for k, row in enumerate(order.sort(dim=1).values):
-        if not torch.equal(row, torch.arange(pixels, device="cpu")):
+        if not torch.equal(row, torch.arange(pixels)):
             raise UsageError(
                 f"scan order {name!r}: expected direction {k} to visit each of the {pixels} pixels of a "
                 f"{height}x{width} map exactly once, received a row that does not"
             )
+
+
+def _traced_order(name: str, height: Any, width: Any) -> Tensor:
+    order_fn, cause = _find_order(name), None
+    try:
+        order = order_fn(height, width)
+        # A number here means that the sizes of the example were read from the symbols.
+        traced = not isinstance(order.shape[-1], int)
+    except Exception as error:  # whatever the registered function raises
+        traced, cause = False, error
+    if not traced:
+        raise UsageError(
+            f"the scan order {name!r} cannot be exported with free image sizes, because it computes with numbers "
+            "that PyTorch does not trace: export with a fixed size"
+        ) from cause
     return order
-
-
-def trace_scan_order(
-    name: str, height: int | torch.SymInt, width: int | torch.SymInt, device: torch.device
-) -> Tensor:
-    """Return `scan_order` inside an export: a constant, or operations on the symbolic sizes of a free axis.
-
-    Raises:
-        UsageError: as `scan_order`, or the order cannot be traced with symbolic sizes.
-    """
-    order_fn = _find_order(name)
-    if isinstance(height, int) and isinstance(width, int):
-        with _disable_current_modes():
-            order = scan_order(name, height, width)
-            pixels = order.tolist()
-        return torch.tensor(pixels, device=device)
-    with torch.device(device):
-        traced = order_fn(height, width)
-    return traced
 
 
 def _find_order(name: str) -> OrderFn:

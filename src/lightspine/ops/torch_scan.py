@@ -489,8 +489,8 @@ def _sum_directions(t: Tensor, order: str, height: int, width: int) -> Tensor:
         return (rows + rows_back) + (columns + columns_back)
     pixels = scan_order(order, height, width).to(t.device)
     total = t.new_zeros(t.shape[0], height * width, t.shape[3])
-    total.index_add_(1, pixels.t().flatten(), t.flatten(1, 2))
-    return total.unflatten(1, (height, width))
+    # Not in place: exporters know only functional operations.
+    return total.index_add(1, pixels.t().flatten(), t.flatten(1, 2)).unflatten(1, (height, width))
 
 
 def _cross2d_maps(t: Tensor, height: int, width: int) -> list[Tensor]:
