@@ -88,8 +88,8 @@ def _traced_order(name: str, height: Any, width: Any) -> Tensor:
         traced, cause = False, error
     if not traced:
         raise UsageError(
-            f"the scan order {name!r} cannot be exported with free image sizes, because PyTorch cannot trace it "
-            "with symbolic sizes: export with a fixed size"
+            f"the scan order {name!r} cannot be exported with free image sizes, because PyTorch cannot trace "
+            "it with symbolic sizes: export with a fixed size"
         ) from cause
     return order
 
