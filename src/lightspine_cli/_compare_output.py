@@ -1,4 +1,4 @@
-"""What `compare` and `demo` print at their end."""
+"""Tables of `lightspine compare` and `lightspine demo`."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from lightspine_cli._output import print_table, with_thousands
 
 
 def print_comparison(result: Any) -> None:
-    """Print the table of a `lightspine.compare.results.CompareResult`, what failed, and where things are."""
+    """Print the table, the failures and the files of a `lightspine.compare.results.CompareResult`."""
     print()
     print_table(
         (
@@ -20,7 +20,7 @@ def print_comparison(result: Any) -> None:
             ">p90 ms",
             "checkpoint",
         ),
-        [_row(row) for row in result.models],
+        [_model_row(row) for row in result.models],
         title=f"{result.data}: accuracy on held-out images; latency on {result.conditions}",
     )
     print()
@@ -28,24 +28,24 @@ def print_comparison(result: Any) -> None:
         if row.error:
             print(f"{row.name} {row.status}: {row.error}")
         if row.skipped:
-            print(f"{row.name}: {len(row.skipped)} images could not be used, see results.json")
+            print(f"{row.name}: {len(row.skipped)} images could not be read, see results.json")
     files = [*result.files, *(str(row.checkpoint) for row in result.finished)]
-    print(f"{result.folder} holds {', '.join(files)}; it took {result.seconds:.0f} s")
+    print(f"{result.folder} contains {', '.join(files)} (took {result.seconds:.0f} s)")
 
 
-def _row(row: Any) -> tuple[str, ...]:
+def _model_row(row: Any) -> tuple[str, ...]:
     return (
         row.name,
         with_thousands(row.params),
-        _number(row.macs and row.macs / 1e6, 1),
+        _format_number(row.macs and row.macs / 1e6, 1),
         "-" if row.input_size is None else "x".join(map(str, row.input_size[1:])),
-        _number(row.accuracy, 2),
-        _number(row.train_seconds, 1),
-        _number(row.latency_ms, 1),
-        _number(row.latency_p90_ms, 1),
+        _format_number(row.accuracy, 2),
+        _format_number(row.train_seconds, 1),
+        _format_number(row.latency_ms, 1),
+        _format_number(row.latency_p90_ms, 1),
         row.checkpoint or row.status,
     )
 
 
-def _number(value: float | None, digits: int) -> str:
+def _format_number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"

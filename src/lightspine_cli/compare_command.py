@@ -1,4 +1,4 @@
-"""Train several models, ours or timm's, on the same images; then one table, one plot and the checkpoints."""
+"""Train several models on the same images and compare accuracy, latency and size."""
 
 import argparse
 from pathlib import Path
@@ -13,46 +13,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="FOLDER|digits",
-        help="train/CLASS/* and val/CLASS/*, or CLASS/* with a share held out, or digits",
+        help="folder with train/CLASS/* and val/CLASS/*, or CLASS/* to be split, or digits",
     )
     parser.add_argument(
-        "--models", required=True, metavar="A,B,C", help="names of ours (see list) or of timm"
+        "--models",
+        required=True,
+        metavar="A,B,C",
+        help="models of lightspine (see `lightspine list`) or timm",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("lightspine-compare"), help="folder (default: %(default)s)"
+        "--out", type=Path, default=Path("lightspine-compare"), help="output folder (default: %(default)s)"
     )
-    parser.add_argument(
-        "--epochs", type=int, default=10, help="passes over the images (default: %(default)s)"
-    )
+    parser.add_argument("--epochs", type=int, default=10, help="training epochs (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per step (default: %(default)s)")
     parser.add_argument("--size", type=int, default=96, help="image size in pixels (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument(
         "--augmentation",
         choices=("none", "light", "medium", "strong"),
         default="medium",
-        help="of a folder's images (default: %(default)s)",
+        help="augmentation of a folder's images (default: %(default)s)",
     )
     parser.add_argument(
         "--val-fraction",
         type=float,
         default=0.2,
-        help="share held out where the folder has no val (default: %(default)s)",
+        help="held-out fraction if the folder has no val (default: %(default)s)",
     )
     parser.add_argument(
-        "--workers", type=int, default=2, help="processes that read images (default: %(default)s)"
+        "--workers", type=int, default=2, help="data loading processes (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--accelerator", default="auto", help="cpu, gpu, mps or auto (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything that can be checked, then train and measure."""
+    """Check the arguments, then train and measure."""
     from lightspine.compare import check_model_names
 
     names = [name.strip() for name in args.models.split(",") if name.strip()]
-    # Before Lightning is loaded, which takes longer than all the checks.
+    # Importing Lightning takes seconds, so names are checked before it.
     check_model_names(names)
 
     from dataclasses import asdict
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         data=data_of_settings(args.data, settings),
         settings=asdict(settings),
-        # Bars are drawn on the standard output, which must then hold nothing but the JSON.
+        # Progress bars are drawn on standard output, which holds only the JSON here.
         progress=not args.json,
     )
     if args.json:

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Profile and print."""
+    """Profile the model and print the tables."""
     from rich.console import Console
 
     from lightspine.benchmark.model_specs import parse_model

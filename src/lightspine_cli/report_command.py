@@ -1,4 +1,4 @@
-"""Turn results of `lightspine bench` into one HTML page of charts and tables, and charts as PNG and SVG."""
+"""Write an HTML page from results of `lightspine bench`, and its charts as PNG and SVG."""
 
 import argparse
 from pathlib import Path
@@ -11,14 +11,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="RESULTS",
-        help="results.json of `lightspine bench`, or its folder",
+        help="a results.json of `lightspine bench`, or its folder",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("lightspine-report"),
         metavar="FOLDER",
-        help="for report.html and charts/ (default: %(default)s)",
+        help="folder for report.html and charts/ (default: %(default)s)",
     )
     parser.add_argument(
         "--title", default="Benchmark report", help="heading of the page (default: %(default)s)"
@@ -26,12 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report and say where it is."""
+    """Write the report and print its path."""
     from lightspine.benchmark.report import write_report
 
     report = write_report(args.results, args.out, title=args.title, progress=True)
     pictures = len(report.charts) // 2
     print(f"{report.page}: {report.rows} rows ({report.counts}), {pictures} chart{'s' * (pictures != 1)}")
     if report.charts:
-        print(f"{report.charts[0].parent}: each chart as PNG and SVG")
+        print(f"{report.charts[0].parent}: charts as PNG and SVG")
     return 0

@@ -1,9 +1,12 @@
 """What `lightspine bench` prints and refuses."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lightspine_cli import bench_command
 from lightspine_cli.main import main
 
 TINY = ["bench", "ops", "--shapes", "vmamba-4", "--batch", "1", "--threads", "1", "--repeats", "1"]
@@ -99,3 +102,33 @@ def test_table_of_models_shows_measured_beside_published(
     assert cells[:6] == ["shvit_s1", "lightspine", "eager", "bfloat16", "1", "224x224"]
     assert cells[-2:] == ["72.8", "33489"]
     assert "absent   mode onnx supports float32 only, got bfloat16" in why
+
+
+def test_deprecated_export_benchmark_warns_and_runs_the_model_benchmark(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[Any, list[str]]] = []
+    monkeypatch.setattr(
+        bench_command, "_run_models", lambda args, arguments: calls.append((args, arguments)) or 0
+    )
+    options = ["--models", "shvit_s1,vim_tiny", "--batch", "1", "--threads", "1", "--out", "runs/speed.json"]
+    with pytest.warns(
+        FutureWarning, match="use `lightspine bench shvit_s1 vim_tiny --mode eager,optimized,onnx"
+    ):
+        assert main(["bench", "export", *options]) == 0
+    [(args, arguments)] = calls
+    assert args.models == ["shvit_s1", "vim_tiny"]
+    assert args.mode == ("eager", "optimized", "onnx")
+    assert (args.batch, args.threads, args.out) == ((1,), 1, Path("runs/speed"))
+    assert arguments[:2] == ["shvit_s1", "vim_tiny"]
+
+
+def test_deprecated_export_benchmark_measures_the_small_models_by_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(bench_command, "_run_models", lambda args, _: calls.append(args) or 0)
+    with pytest.warns(FutureWarning, match="`lightspine bench export` is deprecated"):
+        assert main(["bench", "export"]) == 0
+    assert {"shvit_s1", "timm/shvit_s1", "vmamba_tiny"} <= set(calls[0].models)
+    assert calls[0].batch == (1, 8)

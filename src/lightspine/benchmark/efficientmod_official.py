@@ -1,9 +1,8 @@
-"""EfficientMod (Ma et al., ICLR 2024) in the order of steps of its official code, in plain PyTorch.
+"""EfficientMod (Ma et al., ICLR 2024) with the operation order of the official code, as a baseline.
 
-Tensors are (B, H, W, C) between the layers; a convolution turns its input to (B, C, H, W) and back. The
-context is tiled to the hidden width before it meets the values, attention is written out, and every residual
-branch is scaled and added by itself. What `lightspine.models.efficientmod` does otherwise is measured against
-it.
+Tensors are (B, H, W, C) between the layers and are permuted to (B, C, H, W) and back around convolutions. The
+context is repeated to the hidden width before the product, attention is explicit, and each residual branch is
+scaled and added separately. `lightspine.models.efficientmod` computes the same network differently.
 """
 
 import copy
@@ -17,16 +16,16 @@ from lightspine.models.efficientmod import EfficientMod, EfficientModBlock
 
 
 class OfficialEfficientMod(nn.Module):
-    """The official order of steps over a copy of a model's layers: same weights, same logits.
+    """EfficientMod in the official operation order, on a copy of a model's layers: same weights, same logits.
 
     Args:
-        model: an EfficientMod with "product" fusion, pooling and a classifier; it stays as it is.
+        model: an EfficientMod with "product" fusion, pooling and a classifier; is not changed.
 
     Shape:
         Input `(B, in_chans, H, W)`, output `(B, num_classes)`.
 
     Raises:
-        UsageError: another kind of model.
+        UsageError: another model.
     """
 
     def __init__(self, model: nn.Module):
@@ -47,7 +46,7 @@ class OfficialEfficientMod(nn.Module):
         self.norm, self.head = ours.norm, ours.head
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
+        """Return logits (B, num_classes) for images (B, in_chans, H, W)."""
         x = self.layers(self.patch_embed(x.permute(0, 2, 3, 1)))
         return self.head(self.norm(x).mean((1, 2)))
 

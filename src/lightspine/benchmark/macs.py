@@ -1,13 +1,13 @@
-"""Multiply-adds of one forward pass, counted on shapes alone.
+"""Count multiply-adds (MACs) of a forward pass from tensor shapes.
 
-The convention is the papers' own, which call the number FLOPs:
+The convention is that of the papers, which call the number FLOPs:
 
 - one multiply-add of a convolution or of a matrix product (linear layers, attention) counts 1;
 - a selective scan over `B` sequences of length `L`, `D` channels and `N` states counts `9 B L D N`, and
   `B L D` more for its skip and for its gate where it has them (`lightspine.ops.flops`);
-- what touches each element once (norms, activations, pooling, biases, sums) counts nothing.
+- elementwise operations, norms, pooling and biases count 0.
 
-The counters behind some published numbers also count norms and pooling, so these are up to 2 % larger.
+Some published numbers include norms and pooling and are up to 2 % larger.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from lightspine.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Macs:
-    """Multiply-adds of one image, by kind; the module's docstring says what counts.
+    """Multiply-adds of one image by kind; see the module for the convention.
 
     Attributes:
         conv: of the convolutions.
@@ -41,7 +41,7 @@ class Macs:
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> Macs:
-    """Count the multiply-adds of the forward pass in eval mode; no tensor of the model is touched or copied.
+    """Count the multiply-adds of a forward pass in eval mode on the meta device; the model is not changed.
 
     Args:
         model: any model that takes a `(1, C, H, W)` tensor.
@@ -54,7 +54,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> Macs:
         raise UsageError(
             f"input_size must be (channels, height, width), all positive, got {tuple(input_size)}"
         )
-    # Shapes are enough: on the meta device nothing is computed, so a large model takes no time and no memory.
+    # On the meta device nothing is computed, so a large model takes neither time nor memory.
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     tensors = {name: tensor.detach().to("meta") for name, tensor in named.items()}
     training = {module: module.training for module in model.modules()}
@@ -71,7 +71,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> Macs:
 
 def _by_kind(counter: FlopCounterMode) -> Macs:
     conv = matmul = scan = 0
-    # The counter shows two per multiply-add, for our operators too (see `lightspine.ops.flops`).
+    # PyTorch counts two operations per multiply-add, as our operators do (`lightspine.ops.flops`).
     for operator, flops in counter.get_flop_counts().get("Global", {}).items():
         name = str(operator)
         if name.startswith("lightspine"):

@@ -367,11 +367,12 @@ def _is_outer_scan(event: Any) -> bool:
 def _quiet_kineto() -> Iterator[None]:
     """Stop PyTorch's profiler from logging to standard error."""
     # Kineto reads the variable before its first use.
-    level = os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    is_set = "KINETO_LOG_LEVEL" in os.environ
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         yield
     finally:
-        if level == "99":
+        if not is_set:
             del os.environ["KINETO_LOG_LEVEL"]
 
 

@@ -1,4 +1,4 @@
-"""What a measurement must say about the machine and the software it ran on."""
+"""Description of the system of a measurement: processor, devices, threads, package versions."""
 
 import os
 import platform
@@ -33,10 +33,10 @@ _PACKAGES = (
 
 
 def describe_system() -> dict[str, Any]:
-    """Return the date, processor, threads, devices and versions, as values that JSON can hold.
+    """Return date, processor, threads, devices and package versions as plain values for JSON.
 
-    Versions come from the installed distributions' records, so no package is imported to be named;
-    a package that is not installed has the version `None`.
+    Versions come from the installed metadata, so no package is imported. A package that is not installed has
+    the version `None`.
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
