@@ -236,7 +236,7 @@ def _redirect_scans(backend: str) -> Iterator[list[None]]:
 
     def scan(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(None)
-        return cross_scan(*args, **kwargs, backend=backend)
+        return cross_scan(*args, **kwargs | {"backend": backend})
 
     # SS2D has no argument for the backend, so its module's function is replaced during the pass.
     module: Any = sys.modules[SS2D.__module__]

@@ -182,6 +182,8 @@ def profile_model(
     with torch_threads(settings.threads):
         on_step("building the model")
         prepared = prepare_row(job, None, train=settings.train)
+        model: nn.Module
+        call: Callable[[], object]
         if prepared.train_step is not None:
             model, call = prepared.train_step.model, prepared.train_step
         else:

@@ -118,6 +118,10 @@ def _measured(name: str, value: Callable[[Row], float | None], *, scale: float =
     return Column(name=name, group=MEASURED, numeric=True, cell=cell)
 
 
+def _timing(call: str, field: str) -> Callable[[Row], float | None]:
+    return lambda row: getattr(getattr(row, call), field, None)
+
+
 def _published(name: str, field: str) -> Column:
     def cell(row: Row) -> Cell | None:
         value = getattr(row.published, field, None)
@@ -144,9 +148,9 @@ _COLUMNS = (
     _condition("threads", lambda row: row.threads, numeric=True),
     Column(name="status", group="", numeric=False, cell=_status_cell, condition=True),
     _published("top-1 %", "top1"),
-    _measured("median ms", lambda row: row.forward and row.forward.median_ms),
-    _measured("p90 ms", lambda row: row.forward and row.forward.p90_ms),
-    _measured("images/s", lambda row: row.forward and row.forward.images_per_s),
+    _measured("median ms", _timing("forward", "median_ms")),
+    _measured("p90 ms", _timing("forward", "p90_ms")),
+    _measured("images/s", _timing("forward", "images_per_s")),
     _published("images/s", "throughput"),
     _published("measured on", "throughput_device"),
     _measured("parameters", lambda row: row.parameters),
@@ -155,13 +159,13 @@ _COLUMNS = (
     _measured("GMACs of scans", lambda row: row.macs_scan, scale=1e9),
     _published("GMACs", "macs_g"),
     _measured("memory MiB", lambda row: row.peak_memory_mib),
-    _measured("training step ms", lambda row: row.train_step and row.train_step.median_ms),
-    _measured("training p90 ms", lambda row: row.train_step and row.train_step.p90_ms),
-    _measured("training images/s", lambda row: row.train_step and row.train_step.images_per_s),
+    _measured("training step ms", _timing("train_step", "median_ms")),
+    _measured("training p90 ms", _timing("train_step", "p90_ms")),
+    _measured("training images/s", _timing("train_step", "images_per_s")),
     _measured("training memory MiB", lambda row: row.train_memory_mib),
     _measured("ONNX file MiB", lambda row: row.onnx_file_bytes, scale=2**20),
     _measured("GFLOP/s", lambda row: row.gflops_per_s),
     _measured("% of matrix product", lambda row: row.matmul_share, scale=0.01),
-    _measured("timed calls", lambda row: row.forward and row.forward.repeats),
+    _measured("timed calls", _timing("forward", "repeats")),
     _published("source", "source"),
 )
