@@ -8,7 +8,7 @@ from PIL import Image
 import lightspine
 from lightspine.data import export_digits
 from lightspine.export import export_onnx
-from support.pages import PAGES, ROOT, blocks, page_name
+from support.pages import PAGES, ROOT, blocks, broken_promises, page_name, run_block
 
 # README.md has a test of its own, which compares what is printed too.
 # The page on exports writes and compares files of several precisions: some 16 s.
@@ -39,4 +39,21 @@ def test_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
         lightspine.save_checkpoint(small, tmp_path / "lightspine-demo" / "vmamba_tiny.safetensors")
     namespace: dict[str, object] = {}
     for block in blocks(page, "python"):
-        exec(compile(block, page_name(page), "exec"), namespace)
+        assert broken_promises(run_block(block, page_name(page), namespace)) == []
+
+
+@pytest.mark.parametrize(
+    ("block", "broken"),
+    [
+        ("print(1 + 1)  # 2", []),
+        ("print(1 + 1)  # 2: the sum", []),
+        ("print(1 + 1)\n# 2", []),
+        ("print('a\\nb')\n# a\n# b", []),
+        ("print(1 + 1)", []),
+        ("print(1 + 1)  # 3", [("2", "3")]),
+        ("print(12)  # 1", [("12", "1")]),
+        ("print(1)  # 12", [("1", "12")]),
+    ],
+)
+def test_promise_that_differs_from_the_output_is_found(block: str, broken: list[tuple[str, str]]) -> None:
+    assert broken_promises(run_block(block, "block", {})) == broken

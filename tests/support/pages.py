@@ -1,7 +1,11 @@
 """The pages of the documentation and what is printed in them."""
 
+import ast
+import contextlib
+import io
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -23,3 +27,38 @@ def commands(page: Path) -> list[str]:
     """Return the lines of a page that call `lightspine`, without what explains them behind two spaces."""
     lines = "\n".join(blocks(page, "")).replace("\\\n", " ").splitlines()
     return [re.split(r" {2,}", line)[0] for line in lines if line.startswith("lightspine ")]
+
+
+def promised_output(block: str, statement: ast.stmt) -> str | None:
+    """Return the comment behind a statement or in the lines below it, which says what it prints."""
+    lines = block.splitlines()
+    _, mark, comment = lines[(statement.end_lineno or 0) - 1][statement.end_col_offset or 0 :].partition("# ")
+    found = [comment] if mark else []
+    for line in lines[statement.end_lineno or 0 :]:
+        if (found and mark) or not line.startswith("# "):
+            break
+        found.append(line.removeprefix("# "))
+    return "\n".join(found) or None
+
+
+def run_block(block: str, name: str, namespace: dict[str, Any]) -> list[tuple[str, str]]:
+    """Run a block and return (printed, promised) for every print that promises its output in a comment."""
+    pairs = []
+    for statement in ast.parse(block).body:
+        code = compile(ast.Module([statement], type_ignores=[]), name, "exec")
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            exec(code, namespace)
+        if block.splitlines()[statement.lineno - 1].startswith("print("):
+            promise = promised_output(block, statement)
+            if promise is not None:
+                pairs.append((output.getvalue().strip(), promise))
+    return pairs
+
+
+def broken_promises(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the pairs that differ; an explanation may follow the output behind a colon."""
+    return [
+        (printed, promise)
+        for printed, promise in pairs
+        if promise != printed and not promise.startswith(f"{printed}: ")
+    ]
