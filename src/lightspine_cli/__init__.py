@@ -1,1 +1,1 @@
-"""The command line, apart from the library: `lightspine --help` answers without importing torch."""
+"""Command line of lightspine, a package of its own so that `--help` does not import torch."""

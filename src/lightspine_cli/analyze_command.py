@@ -1,13 +1,13 @@
-"""Look into a network: receptive fields, class activation, attention, contexts, importance, redundant heads.
+"""Draw receptive fields, class activation maps, attention maps and head similarity of a model.
 
-  erf         which pixels the centre of a map depends on, before and after training; any model
-  cam         Grad-CAM and activation maps of every stage; any model
-  attention   what one pixel reads: scans of VMamba and Vim, SHViT, EfficientMod, transformers
-  context     averages of EfficientMod's context layers
-  importance  what EfficientViM's positions write to the hidden state, and read from it
-  redundancy  how alike the heads of a multi-head model are, and its score without each
+  erf         effective receptive field, before and after training (any model)
+  cam         Grad-CAM and activation maps of the stages (any model)
+  attention   attention of one pixel (scans of VMamba and Vim, SHViT, EfficientMod, transformers)
+  context     means of the context layers (EfficientMod)
+  importance  importance of each position for the hidden state (EfficientViM)
+  redundancy  similarity of attention heads, and the accuracy without each (multi-head models)
 
-Each image gets NAME.png, NAME.svg and NAME.npz in --out, several a contact_sheet as well.
+Each image gets NAME.png, NAME.svg and NAME.npz in --out, and several images a contact sheet.
 """
 
 import argparse
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 KINDS = ("erf", "cam", "attention", "context", "importance", "redundancy")
 
-_OF_KIND = {
+_KINDS_OF_OPTION = {
     "query": ("attention",),
     "class": ("cam",),
     "stage": ("erf", "cam", "attention", "context", "importance"),
     "data": ("redundancy",),
 }
-_MOST_ON_SHEET = 12
+_MAX_SHEET_ROWS = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,37 +33,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
     parser.add_argument("model", metavar="MODEL", help="a checkpoint file, or the name of a model")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files or folders")
-    parser.add_argument("--checkpoint", type=Path, help="weights, where MODEL is a name; else initial ones")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for what comes out")
+    parser.add_argument("--checkpoint", type=Path, help="weights, if MODEL is a name (default: random)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
     parser.add_argument(
         "--query",
         metavar="Y,X|class",
-        help="attention: a pixel of the image as the network sees it (default: the middle), or the class "
-        "token, layer by layer",
+        help="attention: a pixel of the preprocessed image (default: its center), or the class token in all "
+        "layers",
     )
-    parser.add_argument("--stage", type=int, metavar="N", help="number of a stage, from 0")
-    parser.add_argument("--class", metavar="NAME", help="cam: the class to explain (default: the top one)")
+    parser.add_argument("--stage", type=int, metavar="N", help="index of a stage, from 0")
     parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="redundancy: CLASS/*, to score without each head"
+        "--class", metavar="NAME", help="cam: the class to explain (default: the predicted one)"
     )
     parser.add_argument(
-        "--size", metavar="HxW|native", help="what the network sees, in px (default: the checkpoint's own)"
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="redundancy: labeled images (CLASS/*) for the ablation",
     )
-    parser.add_argument("--device", default="cpu", help="torch's name of the device (default: %(default)s)")
+    parser.add_argument(
+        "--size", metavar="HxW|native", help="input size in pixels (default: that of the checkpoint)"
+    )
+    parser.add_argument("--device", default="cpu", help="PyTorch device (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compute, draw and write; print what was written."""
+    """Run the analysis, write its figures and arrays, and print their paths."""
     from lightspine.analysis import expand_image_paths, open_model
     from lightspine.errors import UsageError
 
-    for option, kinds in _OF_KIND.items():
+    for option, kinds in _KINDS_OF_OPTION.items():
         if getattr(args, option) is not None and args.kind not in kinds:
             raise UsageError(f"--{option} belongs to {', '.join(kinds)}, got it with {args.kind}")
     if args.out.is_file():
         raise UsageError(f"expected a folder for --out, got the file {args.out}")
     query, files = _parse_query(args.query), expand_image_paths(args.images)
-    # What is written is called like the images: beside them it would take their place.
+    # Outputs are named after the images and would overwrite them in the same folder.
     if beside := [file for file in files if file.resolve().parent == args.out.resolve()]:
         raise UsageError(f"expected another folder for --out than that of the image {beside[0]}")
     handle = open_model(args.model, args.checkpoint, size=_parse_size(args.size), device=args.device)
@@ -73,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_on_all(args: argparse.Namespace, handle: "ModelHandle", files: list[Path]) -> int:
-    """Average over the images: one figure."""
+    """Run an analysis that averages over the images."""
     from lightspine.analysis import erf, redundancy
     from lightspine.utils.progress import progress_bar
 
@@ -83,10 +88,10 @@ def _run_on_all(args: argparse.Namespace, handle: "ModelHandle", files: list[Pat
         for field in result.fields:
             print(f"{field.state}: half of the contribution within {field.side_of(0.5)} px")
     else:
-        labelled = [] if args.data is None else _labelled(args.data, handle)
+        labelled = [] if args.data is None else _labeled_images(args.data, handle)
         result = redundancy(handle, files, labelled=labelled, bar=progress_bar)
         for module, cosine in zip(result.modules, result.mean_similarity(), strict=True):
-            print(f"{module}: mean cosine between two heads {cosine:.3f}")
+            print(f"{module}: mean cosine similarity of two heads {cosine:.3f}")
     _write(result, args.out / args.kind)
     return 0
 
@@ -101,12 +106,12 @@ def _run_on_each(args: argparse.Namespace, handle: "ModelHandle", files: list[Pa
         "context": lambda image: context(handle, [image], stage=args.stage),
         "importance": lambda image: importance(handle, [image], stage=args.stage),
     }
-    names = _names(files)
+    names = _output_names(files)
     on_sheet: list[ImageResult] = []
     for file in progress_bar(files, args.kind):
         (result,) = functions[args.kind](file)
         _write(result, args.out / names[file], said=len(files) == 1)
-        if len(on_sheet) < _MOST_ON_SHEET:
+        if len(on_sheet) < _MAX_SHEET_ROWS:
             on_sheet.append(result)
     if len(files) > 1:
         save_figure(draw_results(on_sheet), args.out / "contact_sheet")
@@ -123,8 +128,8 @@ def _write(result: Any, base: Path, *, said: bool = True) -> None:
         print(f"wrote {path}")
 
 
-def _names(files: list[Path]) -> dict[Path, str]:
-    """Return names for what is written: the file's own, with its folder's where two would be alike."""
+def _output_names(files: list[Path]) -> dict[Path, str]:
+    """Return the name of each output: that of the file, with the name of its folder if it is not unique."""
     stems = [file.stem for file in files]
     named: dict[Path, str] = {}
     for file in files:
@@ -135,7 +140,7 @@ def _names(files: list[Path]) -> dict[Path, str]:
     return named
 
 
-def _labelled(folder: Path, handle: "ModelHandle") -> Any:
+def _labeled_images(folder: Path, handle: "ModelHandle") -> Any:
     from lightspine.data import list_images
 
     return list_images(folder, handle.class_names)[1]

@@ -1,6 +1,6 @@
-"""The entry point: finds the command, runs it and turns every failure into one sentence and an exit status.
+"""Entry point of the command line: runs a command and reports a failure as one sentence and an exit status.
 
-Nothing here imports torch or `lightspine`, whose import loads torch; a command does so when it runs.
+This module imports neither torch nor `lightspine`, so that `--help` answers at once.
 """
 
 import argparse
@@ -14,32 +14,32 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 COMMANDS = {
-    "list": "our models: parameters, multiply-adds, resolution, published accuracy",
-    "info": "the facts of one model or of one checkpoint file",
-    "doctor": "versions, devices and which scan backends can run here, and why not",
-    "predict": "classes, objects or class maps of image files, a few or any number",
-    "embed": "features of any number of images",
-    "recipes": "the training recipes, with their published scores",
-    "train": "train from a recipe",
-    "evaluate": "score a checkpoint on annotated images",
-    "compare": "train several models on the same images: one table, one plot, the checkpoints",
-    "convert": "turn an official checkpoint into our safetensors",
-    "export": "write a model as ONNX or for torch.export, compared with PyTorch",
+    "list": "list models with parameters, multiply-adds, resolution and published accuracy",
+    "info": "show details of a model or a checkpoint file",
+    "doctor": "show versions, devices and the availability of scan backends",
+    "predict": "predict classes, objects or segmentation maps of images",
+    "embed": "compute features of images",
+    "recipes": "list training recipes with their published scores",
+    "train": "train a model from a recipe",
+    "evaluate": "evaluate a checkpoint on annotated images",
+    "compare": "train several models on the same images and compare them",
+    "convert": "convert an official checkpoint to safetensors",
+    "export": "export a model to ONNX, torch.export or Core ML",
     "bench": "measure models, ours and timm's, scans and exported files on this machine: time and memory",
-    "profile": "where the time of one model goes: per module and per operator",
-    "report": "one HTML page of charts and tables from results of bench",
-    "analyze": "pictures of what a network sees: receptive fields, Grad-CAM, attention, contexts, heads",
-    "demo": "train all five families on handwritten digits and compare them",
+    "profile": "profile a model per module and per operator",
+    "report": "create an HTML report from results of bench",
+    "analyze": "draw receptive fields, Grad-CAM, attention maps, context maps and head similarity",
+    "demo": "train one model of each family on handwritten digits and compare them",
 }
 USAGE_STATUS = 2
 INTERRUPT_STATUS = 130
 
 
 class SentenceParser(argparse.ArgumentParser):
-    """An argument parser that reports a mistake as one sentence, without the usage block."""
+    """Argument parser that reports an error as one sentence, without the usage block."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the sentence and leave with the status of a wrong call."""
+        """Print the message and exit with status 2."""
         command = self.prog.partition(" ")[2]
         say(
             f"{message} (see `lightspine {command} --help`)"
@@ -50,7 +50,7 @@ class SentenceParser(argparse.ArgumentParser):
 
 
 def say(sentence: str) -> None:
-    """Print a sentence about a failure to the standard error."""
+    """Print an error message to standard error."""
     print(f"lightspine: {sentence}", file=sys.stderr)
 
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted.
+        The exit status: 0 for success, 1 for a failure, 2 for wrong use, 130 for an interrupt.
     """
     status = _run(list(sys.argv[1:] if argv is None else argv), own_process=argv is None)
     try:
@@ -93,13 +93,14 @@ def _run(arguments: list[str], own_process: bool) -> int:
 
 
 def _reader_left() -> int:
-    # Such as `head`. The interpreter flushes the standard output once more at its end: give it a sink.
+    # The reader of a pipe, such as `head`, has exited. The interpreter flushes standard output again at its
+    # end, which must not fail.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 
 def _log_to_stderr(debug: bool) -> logging.Handler:
-    """Show what the library reports on its way; the standard output is for the results."""
+    """Send log messages of the library to standard error; standard output is for results."""
     handler = logging.StreamHandler()
     logger = logging.getLogger("lightspine")
     logger.addHandler(handler)
@@ -113,7 +114,7 @@ def _dispatch(arguments: list[str], own_process: bool) -> int:
         parser.print_help()
         return USAGE_STATUS
     if arguments[0].startswith("-"):
-        # `--help` and `--version` leave inside; any other option before a command is a mistake.
+        # `--help` and `--version` exit here; any other option before a command is an error.
         parser.parse_args(arguments)
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
@@ -132,10 +133,10 @@ def _dispatch(arguments: list[str], own_process: bool) -> int:
 
 
 def parser_of(command: str) -> SentenceParser:
-    """Return the parser of a command that does not pass its arguments through.
+    """Create the argument parser of a command.
 
     Args:
-        command: one of `COMMANDS`.
+        command: one of `COMMANDS` that does not pass its arguments through.
     """
     module = importlib.import_module(f"lightspine_cli.{command}_command")
     parser = SentenceParser(
@@ -155,7 +156,7 @@ def _top_parser() -> SentenceParser:
         prog="lightspine",
         usage="lightspine [--version] [--debug] COMMAND ...",
         description="Efficient vision backbones: VMamba, Vim, EfficientViM, SHViT, EfficientMod.",
-        epilog=f"commands:\n{commands}\n\n`lightspine COMMAND --help` tells a command's options.",
+        epilog=f"commands:\n{commands}\n\n`lightspine COMMAND --help` shows the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -166,7 +167,7 @@ def _top_parser() -> SentenceParser:
 
 
 def _version() -> str:
-    # The distribution's own record: `import lightspine` would load torch to say one number.
+    # From the metadata of the distribution, because `import lightspine` loads torch.
     from importlib.metadata import version
 
     return version("lightspine")
