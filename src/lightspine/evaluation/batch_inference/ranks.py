@@ -138,10 +138,11 @@ def _as_lightspine_error(failure: Any) -> LightspineError:
 @contextmanager
 def _quiet_agent() -> Iterator[None]:
     """Keep the agent's log off the terminal, as the raised error says the same; restore signal handlers."""
-    logger = logging.getLogger("torch.distributed.elastic")
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
     silence = logging.NullHandler()
-    logger.addHandler(silence)
-    logger.propagate = False
+    for logger in loggers:
+        logger.addHandler(silence)
+        logger.propagate = False
     # The agent installs its handlers from the main thread only, the one thread that may do so.
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -149,7 +150,8 @@ def _quiet_agent() -> Iterator[None]:
     try:
         yield
     finally:
-        logger.propagate = True
-        logger.removeHandler(silence)
+        for logger in loggers:
+            logger.propagate = True
+            logger.removeHandler(silence)
         for number, handler in handlers.items():
             signal.signal(number, handler)
