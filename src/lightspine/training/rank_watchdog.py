@@ -82,8 +82,8 @@ class RankWatchdog(pl.Callback):
 
     def _watch(self, world_size: int) -> None:
         with selectors.DefaultSelector() as selector:
-            for connection in self._connections:
-                selector.register(connection, selectors.EVENT_READ)
+            for peer in self._connections:
+                selector.register(peer, selectors.EVENT_READ)
             open_connections = len(self._connections)
             while open_connections and not self._finished.is_set():
                 for key, _ in selector.select(timeout=1.0):
