@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lightspine
+from lightspine.blocks import VimMixer
 from lightspine.ops import bidirectional_scan, causal_conv1d, cross_scan, register_scan_order
 from lightspine.ops.inputs import SelectiveScanInputs
 from support.reference import read_figure, relative_l2
@@ -55,6 +57,49 @@ def compare_conv(
 def cut_both(inputs: SelectiveScanInputs, dtype: torch.dtype = F64) -> Report:
     with short_chunks():
         return compare(run_both, inputs, dtype)
+
+
+@contextmanager
+def cpu_tensors_on_triton() -> Iterator[None]:
+    """Make "auto" run CPU tensors on the interpreted kernels, like CUDA tensors on the compiled ones."""
+    from lightspine.ops import dispatch
+
+    dispatch.choose_backend.cache_clear()
+    dispatch._KERNELS_BY_DEVICE["cpu"] = "triton"
+    try:
+        yield
+    finally:
+        dispatch._KERNELS_BY_DEVICE["cpu"] = "cpu"
+        dispatch.choose_backend.cache_clear()
+
+
+def vim_mixer(*, optimized: bool = False, **options: Any) -> Report:
+    """Compare a mixer of Vim, its gradients too, with the one that scans one direction after the other."""
+    torch.manual_seed(0)
+    mixer = VimMixer(8, state_dim=3, **options).double()
+    x = torch.randn(2, 8, 2, 3, dtype=F64, requires_grad=True)
+    run = lightspine.optimize(mixer.eval()) if optimized else mixer
+
+    def results() -> dict[str, Tensor]:
+        out = run(x)
+        inputs = {"x": x, **({} if optimized else dict(mixer.named_parameters()))}
+        grads = torch.autograd.grad(out.square().sum(), tuple(inputs.values()))
+        return {"output": out.detach(), **{f"grad {name}": g for name, g in zip(inputs, grads, strict=True)}}
+
+    expected = results()
+    with cpu_tensors_on_triton():
+        actual = results()
+    return {name: (difference(t, expected[name]), 1e-10) for name, t in actual.items()}
+
+
+def hooked_mixer() -> Report:
+    """Count the calls of a hook on one direction, which a mixer that scans both at once would not call."""
+    mixer = VimMixer(8, state_dim=3).double()
+    calls = []
+    mixer.ahead.register_forward_hook(lambda *_: calls.append(1))
+    with cpu_tensors_on_triton():
+        mixer(torch.zeros(1, 8, 1, 2, dtype=F64))
+    return {"calls": (abs(len(calls) - 1), 0)}
 
 
 @contextmanager
@@ -194,6 +239,10 @@ FAST_CASES: dict[str, Callable[[], Report]] = {
     "both directions in chunks": lambda: cut_both(bidirectional_inputs(1, 3, 9, 2)),
     "both directions without z": lambda: cut_both(without(bidirectional_inputs(1, 3, 5, 1), "z", "D")),
     "both directions bfloat16": lambda: cut_both(bidirectional_inputs(1, 5, 6, 3), torch.bfloat16),
+    "mixer of Vim": vim_mixer,
+    "mixer of Vim without recomputation": lambda: vim_mixer(recompute=False, divide_out=False),
+    "mixer of Vim with a hook": hooked_mixer,
+    "optimized mixer of Vim": lambda: vim_mixer(optimized=True, layer_scale=0.5),
     "convolution": lambda: compare_conv(F64),
     "convolution of one position": lambda: compare_conv(F64, batch=1, length=1),
     "convolution over two tiles": lambda: compare_conv(F64, dim=65, length=33, width=3),

@@ -13,6 +13,7 @@ Differences from the official code, with the same outputs:
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ from lightspine.layers.arguments import check_choice
 from lightspine.layers.blocks import init_dt_bias
 from lightspine.layers.checkpointing import checkpoint_scan
 from lightspine.models.registry import Published, StateDict, build_model, register_model
+from lightspine.ops.bidirectional_scan import bidirectional_scan
+from lightspine.ops.causal_conv1d import causal_conv1d
+from lightspine.ops.dispatch import runs_on_triton
 from lightspine.ops.selective_scan import scan
 
 __all__ = ["Vim", "VimBlock", "VimLayerPair", "VimMixer", "checkpoint_filter_fn", "resize_pos_embed"]
@@ -221,6 +225,50 @@ class ScanDirection(nn.Module):
         return y.transpose(1, 2)
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Return whether calls of a module are observed, so that it has to be called as a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def mix_bidirectionally(
+    x: Tensor,
+    z: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    projections: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    dt_weight: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+) -> Tensor:
+    """Run both directions of a mixer by one convolution and one scan, and add them.
+
+    Args:
+        x: tokens, (B, L, D).
+        z: gate, (B, L, D).
+        conv_weight: filters of both directions, (2, D, W).
+        conv_bias: (2, D).
+        projections: `x_proj` of each direction, to dt, B and C.
+        dt_weight: block-diagonal projection of both dt, (2 D, 2 R).
+        A: state matrices, (2 D, N).
+        D: skip connections, (2 D,).
+        dt_bias: bias of dt, added in float32 by the scan, (2 D,).
+
+    Returns:
+        (B, L, D).
+    """
+    u = causal_conv1d(x.transpose(1, 2), conv_weight, conv_bias, silu=True, reverse=(False, True))
+    rank, states = dt_weight.shape[1] // 2, A.shape[1]
+    split = [
+        project(half).split([rank, states, states], dim=-1)
+        for project, half in zip(projections, u.transpose(1, 2).chunk(2, dim=-1), strict=True)
+    ]
+    low_rank, *B_and_C = zip(*split, strict=True)
+    delta = F.linear(torch.cat(low_rank, dim=-1), dt_weight).transpose(1, 2)
+    B, C = (torch.stack(pair, dim=2).permute(0, 2, 3, 1) for pair in B_and_C)
+    return bidirectional_scan(u, delta, A, B, C, D, z.transpose(1, 2), dt_bias, True).transpose(1, 2)
+
+
 class VimMixer(nn.Module):
     """Bidirectional selective-scan mixer (Vision Mamba, section 3.3).
 
@@ -296,13 +344,41 @@ class VimMixer(nn.Module):
         if self.A_log_back is not None:
             y = self._scan_shared(x, z, self.A_log_back)
         else:
-            y = self.ahead(x, z)
-            if self.back is not None:
-                y = y + self.back(x, z)
-                if self.divide_out:
-                    y = y / 2
+            y = self._scan_directions(x, z)
+            if self.divide_out:
+                y = y / 2
         y = self.out_proj(y)
         return y if self.gamma is None else y * self.gamma
+
+    def _scan_directions(self, x: Tensor, z: Tensor) -> Tensor:
+        # TorchScript skips a branch only if its condition stands alone; do not join the two with `and`.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            pass
+        elif self.back is not None and self._scans_both_at_once(x):
+            return checkpoint_scan(self._mix_both, x, z) if self.recompute else self._mix_both(x, z)
+        y = self.ahead(x, z)
+        return y if self.back is None else y + self.back(x, z)
+
+    @torch.jit.unused
+    def _scans_both_at_once(self, x: Tensor) -> bool:
+        directions = [d for d in (self.ahead, self.back) if d is not None]
+        return runs_on_triton(x) and not any(has_forward_hooks(direction) for direction in directions)
+
+    @torch.jit.unused
+    def _mix_both(self, x: Tensor, z: Tensor) -> Tensor:
+        assert self.back is not None
+        directions = (self.ahead, self.back)
+        return mix_bidirectionally(
+            x,
+            z,
+            torch.cat([d.conv1d.weight.transpose(0, 1) for d in directions]),
+            torch.stack([d.conv1d.bias for d in directions]),
+            (self.ahead.x_proj, self.back.x_proj),
+            torch.block_diag(*(d.dt_proj.weight for d in directions)),
+            -torch.exp(at_least_float32(torch.cat([d.A_log for d in directions]))),
+            torch.cat([d.D for d in directions]),
+            torch.cat([d.dt_proj.bias for d in directions]),
+        )
 
     def _scan_shared(self, x: Tensor, z: Tensor, A_log_back: Tensor) -> Tensor:
         """Scan the same projections forward and in reverse, each with its own A."""

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+import torch.fx
 
 from lightspine.errors import UsageError
 
@@ -62,6 +63,13 @@ def choose_backend(
                 f"the scan backend {requested!r} cannot run here: the exported format has no kernels"
             )
     return requested
+
+
+def runs_on_triton(x: torch.Tensor) -> bool:
+    """Return whether a scan of `x` runs on the Triton kernels by default; not while tracing or exporting."""
+    if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return False
+    return _KERNELS_BY_DEVICE.get(x.device.type) == "triton"
 
 
 @functools.cache

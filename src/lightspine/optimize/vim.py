@@ -6,7 +6,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lightspine.models.vim import ScanDirection, Vim, VimMixer, at_least_float32
+from lightspine.models.vim import ScanDirection, Vim, VimMixer, at_least_float32, mix_bidirectionally
+from lightspine.ops.dispatch import runs_on_triton
 from lightspine.ops.selective_scan import scan
 from lightspine.optimize.folding import scale_output, set_weights
 from lightspine.optimize.general import register_inference_form
@@ -48,6 +49,11 @@ class FoldedScanDirection(nn.Module):
         delta = self.dt_proj(step).transpose(1, 2)
         return u, delta, B.transpose(1, 2).unsqueeze(1), C.transpose(1, 2).unsqueeze(1)
 
+    def filters(self) -> Tensor:
+        """Return the filters of the convolution as published, not mirrored: (1, D, W)."""
+        filters = self.conv.weight[:, 0].transpose(0, 1)
+        return filters.flip(2) if self.reverse else filters
+
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Scan tokens x and multiply by SiLU(z); all (B, L, D)."""
         u, delta, B, C = self.project(x)
@@ -79,12 +85,25 @@ class FoldedVimMixer(nn.Module):
         """Mix tokens (B, L, C)."""
         x, z = self.x_part(x), self.z_part(x)
         if self.A_back is not None:
-            y = self._scan_shared(x, z, self.A_back)
-        else:
-            y = self.ahead(x, z)
-            if self.back is not None:
-                y = y + self.back(x, z)
-        return self.out_proj(y)
+            return self.out_proj(self._scan_shared(x, z, self.A_back))
+        return self.out_proj(self._scan_directions(x, z))
+
+    def _scan_directions(self, x: Tensor, z: Tensor) -> Tensor:
+        if self.back is not None and runs_on_triton(x):
+            directions: Any = (self.ahead, self.back)
+            return mix_bidirectionally(
+                x,
+                z,
+                torch.cat([d.filters() for d in directions]),
+                torch.stack([d.conv.bias for d in directions]),
+                tuple(d.x_proj for d in directions),
+                torch.block_diag(*(d.dt_proj.weight for d in directions)),
+                torch.cat([d.A for d in directions]),
+                torch.cat([d.D for d in directions]),
+                torch.cat([d.dt_bias for d in directions]),
+            )
+        y = self.ahead(x, z)
+        return y if self.back is None else y + self.back(x, z)
 
     def _scan_shared(self, x: Tensor, z: Tensor, A_back: Tensor) -> Tensor:
         ahead: Any = self.ahead

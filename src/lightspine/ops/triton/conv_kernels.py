@@ -1,8 +1,8 @@
 """Triton kernels of the causal depthwise 1D convolution with SiLU, for several directions at once.
 
-Shapes: x (B, L, D), channels adjacent, shared by the K groups; weight (K, D, W) and bias (K, D), contiguous;
-output and gradients (B, L, K, D). A group whose bit of `reversed_groups` is set looks ahead by W - 1 positions
-where a causal convolution looks back.
+Shapes: x (B, L, D), channels adjacent, shared by the K groups; weight (K, D, W) and bias (K, D),
+contiguous; output and gradients (B, L, K, D). A group whose bit of `reversed_groups` is set looks ahead by
+W - 1 positions where a causal convolution looks back.
 """
 
 # Triton's language is untyped; its branches are decided by the compiler.
