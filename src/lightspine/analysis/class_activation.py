@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightspine.analysis.figure_grid import Panel
 from lightspine.analysis.image_input import ImageInput, ImageLike, read_image
 from lightspine.analysis.model_handle import ModelHandle
-from lightspine.analysis.results import ImageResult, Panel
+from lightspine.analysis.results import ImageResult
 from lightspine.analysis.stages import Stage, as_map, record_outputs, select_stages
 from lightspine.errors import UsageError
 
