@@ -54,7 +54,7 @@ def test_published_cases_have_the_published_sizes() -> None:
 
 @pytest.mark.parametrize("names", [["vmamba-4", "vmamba-9"], []], ids=["unknown", "none"])
 def test_unknown_shape_is_named_with_the_known_ones(names: list[str]) -> None:
-    with pytest.raises(UsageError, match=r"expected shapes out of vmamba-1, .*got (vmamba-9|none)"):
+    with pytest.raises(UsageError, match=r"expected shapes from vmamba-1, .*got (vmamba-9|none)"):
         find_cases(names)
 
 
@@ -90,7 +90,7 @@ def test_thread_count_is_that_asked_for_and_restored() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"parts": ["speed"]}, "expected parts out of time, memory, models, got speed"),
+        ({"parts": ["speed"]}, "expected parts from time, memory, models, got speed"),
         ({"repeats": 0}, "must be at least 1, got 0"),
         ({"threads": -2}, "must be at least 1, got -2"),
     ],

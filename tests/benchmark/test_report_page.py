@@ -153,7 +153,7 @@ def test_report_of_two_machines_tells_which_run_was_on_which(tmp_path: Path) -> 
     report = _report(tmp_path, a_result([a_row("shvit_s1")]), other)
     page = read_page(report.page.read_text(encoding="utf-8"))
     assert "Another one" in page.text
-    assert "One machine" not in page.text
+    assert "Measured on one machine" not in page.text
 
 
 def test_file_without_any_time_is_refused(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_model_of_timm_is_profiled_in_its_fused_form(capsys: pytest.CaptureFixtu
             ["shvit_s1", "--train", "--mode", "optimized"],
             "expected mode eager for a training step, got optimized",
         ),
-        (["shvit_s1", "--dtype", "int8"], "expected dtypes out of float32, bfloat16, float16, got int8"),
+        (["shvit_s1", "--dtype", "int8"], "expected dtypes from float32, bfloat16, float16, got int8"),
         (["shvit_s1", "--top", "0"], "--top must be at least 1, got 0"),
         (["shvit_s1", "--mode", "onnx"], "invalid choice: 'onnx'"),
     ],

@@ -82,11 +82,11 @@ def test_random_numbers_depend_on_the_key_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_args": {"drop_path": 0.1}}, "wrong arguments of the model test_resnet: .*'drop_path'"),
+        ({"model_args": {"drop_path": 0.1}}, "invalid arguments of the model test_resnet: .*'drop_path'"),
         ({"schedule": CosineSchedule(epochs=0)}, "more than 0 epochs"),
         ({"agc": 0.0}, "agc above 0, got 0.0"),
-        ({"teacher": {"kind": "hard"}}, "wrong settings under teacher: missing .*'teacher'"),
-        ({"mesa": {"begin": 1}}, "wrong settings under mesa: .*'begin'"),
+        ({"teacher": {"kind": "hard"}}, "invalid settings under teacher: missing .*'teacher'"),
+        ({"mesa": {"begin": 1}}, "invalid settings under mesa: .*'begin'"),
         ({"mesa": {}}, "expected an ema_decay and no teacher"),
     ],
 )

@@ -47,7 +47,7 @@ def test_effective_batch_cuts_an_epoch_to_whole_steps(
     [
         (30, {}, "a multiple of 1 device x 8 images = 8, got 30"),
         (32, {"accumulate_grad_batches": 2}, r"either effective_batch or accumulate.*got both \(32 and 2\)"),
-        (800, {}, "at least 800 images for one step of the effective batch, got 32"),
+        (800, {}, "at least 800 images for one step with the effective batch, got 32"),
     ],
 )
 def test_wrong_effective_batch_is_refused_before_the_first_step(

@@ -82,7 +82,7 @@ def test_starting_from_a_checkpoint_renews_only_the_classifier(tmp_path) -> None
         ({"num_classes": 1}, "at least 2 classes, got 1"),
         ({"lr": 0.0}, "learning rate above 0, got 0.0"),
         ({"warmup_epochs": -1}, "warmup_epochs of at least 0, got -1"),
-        ({"label_smoothing": 1.0}, "label_smoothing from 0 to 1, got 1.0"),
+        ({"label_smoothing": 1.0}, "label_smoothing from 0 to below 1, got 1.0"),
     ],
 )
 def test_wrong_argument_is_refused(options: dict[str, object], message: str) -> None:

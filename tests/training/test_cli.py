@@ -102,9 +102,9 @@ def test_unknown_recipe_lists_the_shipped_ones() -> None:
         ("--nonsense=1", "nonsense"),
         ("--data=NoSuchData", r"DigitsDataModule, .* or the import path of a class, got 'NoSuchData'"),
         ("--effective-batch=many", "effective_batch"),
-        ("--trainer.devices=abc", "wrong --trainer option: `devices`"),
-        ("--trainer.strategy=fsdp", "wrong --trainer option: .*fsdp.*GPU"),
-        ("--trainer.strategy=ddddp", "wrong --trainer option: .*ddddp"),
+        ("--trainer.devices=abc", "invalid --trainer option: `devices`"),
+        ("--trainer.strategy=fsdp", "invalid --trainer option: .*fsdp.*GPU"),
+        ("--trainer.strategy=ddddp", "invalid --trainer option: .*ddddp"),
     ],
 )
 def test_wrong_flag_is_named_in_one_line(flag: str, message: str, tmp_path: Path) -> None:

@@ -93,9 +93,9 @@ def test_run_is_called_by_head_and_model(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--model.head=yolo", "wrong argument model.head: .*'retinanet', 'mask_rcnn', 'cascade_mask_rcnn'"),
+        ("--model.head=yolo", "invalid argument model.head: .*'retinanet', 'mask_rcnn', 'cascade_mask_rcnn'"),
         ("--model.wings=3", "Option 'wings' is not accepted"),
-        ("--data.augmentation=fog", "wrong argument data.augmentation: .*'large_scale_jitter'"),
+        ("--data.augmentation=fog", "invalid argument data.augmentation: .*'large_scale_jitter'"),
         ("--data.val_annotations=nothing.json", "expected a COCO file, but nothing.json does not exist"),
         ("--model.frozen_stages=1", "frozen stages of test_efficientnet would keep random weights"),
         ("--data.masks=true", "expected data with masks=false for retinanet over test_efficientnet"),

@@ -287,7 +287,7 @@ def test_unreachable_weights_are_told_in_one_sentence(
 
 def test_file_of_another_model_is_refused(tmp_path: Path) -> None:
     path = save_checkpoint(lightspine.create_model(RESNET, num_classes=2), tmp_path / "a.safetensors")
-    with pytest.raises(UsageError, match=r"teacher 'test_vit', but .* is of 'test_resnet'"):
+    with pytest.raises(UsageError, match=r"teacher 'test_vit', but .* holds 'test_resnet'"):
         Distiller(VIT, 2, checkpoint=path)
 
 

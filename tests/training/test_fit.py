@@ -112,7 +112,7 @@ def test_interrupt_leaves_the_signal_handler_as_it_was(tmp_path: Path) -> None:
 
 def test_non_finite_losses_in_a_row_stop_and_keep_the_good_checkpoint(tmp_path: Path) -> None:
     message = (
-        r"3 bad steps in a row, the last: non-finite loss at step 8 \(epoch 1\), learning rate 0\.0\d+; "
+        r"3 non-finite steps in a row; last: non-finite loss at step 8 \(epoch 1\), learning rate 0\.0\d+; "
     )
     named = r"the weight conv1\.0\.weight is not finite; lower the learning rate.*; the last checkpoint is "
     with pytest.raises(LightspineError, match=message + named) as caught:
@@ -133,14 +133,14 @@ class BlankBatch(pl.Callback):
 def test_bad_batch_is_skipped_counted_and_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = run(tmp_path / "run", callbacks=[BlankBatch()])
     assert "skipped a step: non-finite loss at step 4 (epoch 0)" in caplog.text
-    assert "the images themselves are not finite" in caplog.text
+    assert "the input images are not finite" in caplog.text
     assert [row["skipped_steps"] for row in result.history] == [1, 1]
     weights = read_weights(result.last_checkpoint)
     assert all(torch.isfinite(value).all() for value in weights.values())
 
 
 def test_diverging_rate_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(LightspineError, match=r"bad steps in a row|validation loss is not finite"):
+    with pytest.raises(LightspineError, match=r"non-finite steps in a row|validation loss is not finite"):
         run(tmp_path / "run", task=make_task(lr=1e30, optimizer="sgd"))
 
 

@@ -78,7 +78,7 @@ def test_ends_follow_the_batch_size_where_they_are_given_for_it() -> None:
         ({"warmup_epochs": 100}, "less than 100 epochs, got 100"),
         ({"min_lr": -1}, "min_lr of at least 0, got -1"),
         ({"batch": 0}, "at least 1, got 0"),
-        ({"scale_ends": True}, "scale_ends is on"),
+        ({"scale_ends": True}, "expected `batch` in a schedule with scale_ends"),
     ],
 )
 def test_wrong_value_is_refused(options: dict[str, object], message: str) -> None:
@@ -153,8 +153,8 @@ def test_length_is_told_in_the_schedules_own_unit() -> None:
 @pytest.mark.parametrize(
     ("schedule", "sentence"),
     [
-        (MilestoneSchedule(milestones=(11, 8), length=12), "expected milestones that ascend between 0 and"),
-        (MilestoneSchedule(milestones=(8, 12), length=12), "expected milestones that ascend between 0 and"),
+        (MilestoneSchedule(milestones=(11, 8), length=12), "expected increasing milestones between 0 and"),
+        (MilestoneSchedule(milestones=(8, 12), length=12), "expected increasing milestones between 0 and"),
         (MilestoneSchedule(milestones=(8,), length=12, gamma=0), "expected a gamma above 0"),
         (MilestoneSchedule(milestones=(8,), length=12, warmup_ratio=2), "a warmup_ratio from 0 to 1"),
         (DecaySchedule(steps=100, warmup_steps=100), "a warm-up from 0 to less than the 100 steps"),

@@ -107,12 +107,12 @@ def test_bad_weight_is_named(images: Tensor, caplog: pytest.LogCaptureFixture) -
 
 def test_bad_images_are_named(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
     _step(*_prepare(nn.Identity(), images), torch.full_like(images, float("inf")))
-    assert "the images themselves are not finite" in caplog.text
+    assert "the input images are not finite" in caplog.text
 
 
 def test_loss_is_named_when_the_model_is_finite(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
     _step(*_prepare(nn.Identity(), images), images, float("inf"))
-    assert "it is the loss itself" in caplog.text
+    assert "model is finite, but the loss is not" in caplog.text
 
 
 def test_parameter_behind_the_bad_slope_is_named(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,7 +135,7 @@ def test_run_stops_after_bad_steps_in_a_row_with_advice(images: Tensor) -> None:
     prepared = _prepare(nn.Identity(), images, max_bad_steps=2)
     for scale in (float("nan"), 1.0, float("nan")):
         _step(*prepared, images, scale)
-    with pytest.raises(LightspineError, match=r"2 bad steps in a row.*step 3.*lower the learning rate"):
+    with pytest.raises(LightspineError, match=r"2 non-finite steps in a row.*step 3.*lower the learning"):
         _step(*prepared, images, float("nan"))
     assert prepared[1].skipped == 3
 

@@ -1,8 +1,8 @@
 """EfficientMod (Ma et al., ICLR 2024) with the operation order of the official code, as a baseline.
 
 Tensors are (B, H, W, C) between the layers and are permuted to (B, C, H, W) and back around convolutions. The
-context is repeated to the hidden width before the product, attention is explicit, and each residual branch is
-scaled and added separately. `lightspine.models.efficientmod` computes the same network differently.
+context is repeated to the hidden width before the product, attention is not fused, and each residual branch
+is scaled and added separately. `lightspine.models.efficientmod` computes the same network in another order.
 """
 
 import copy
@@ -19,13 +19,13 @@ class OfficialEfficientMod(nn.Module):
     """EfficientMod in the official operation order, on a copy of a model's layers: same weights, same logits.
 
     Args:
-        model: an EfficientMod with "product" fusion, pooling and a classifier; is not changed.
+        model: an EfficientMod with "product" fusion, pooling and a classifier; it is copied.
 
     Shape:
         Input `(B, in_chans, H, W)`, output `(B, num_classes)`.
 
     Raises:
-        UsageError: another model.
+        UsageError: `model` is not such a model.
     """
 
     def __init__(self, model: nn.Module):

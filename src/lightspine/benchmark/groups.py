@@ -1,4 +1,4 @@
-"""Measure a group of rows: memory of each row in its own process, then all rows timed interleaved."""
+"""Measure a group of rows: peak memory of each row in its own process, then interleaved timing."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,17 +17,17 @@ from lightspine.benchmark.settings import BenchSettings, Job
 from lightspine.utils.devices import synchronize
 
 _FORWARD, _TRAIN = "forward", "training step"
-# Sides of the reference matrices: large enough for the full rate, small enough to take a moment.
+# Side of the square reference matrices: large enough for the peak rate, small enough to be fast.
 _GEMM_SIDES = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupTools:
-    """What all groups of a run share.
+    """Settings and helpers shared by all groups of a run.
 
     Attributes:
-        settings: how to measure.
-        server: measures memory; `None` where the system cannot.
+        settings: settings of the benchmark.
+        server: measures memory; `None` if the system does not support it.
         onnx_file_of: exports the model of a row, or returns the file if it exists.
         clock: returns seconds.
         on_step: called with the current row and the number of steps done.
@@ -79,9 +79,9 @@ class _RowInProgress:
 
 
 def measure_group(jobs: list[Job], tools: GroupTools) -> GroupResult:
-    """Measure the memory of each row by itself, then time all rows interleaved.
+    """Measure the memory of each row in its own process, then time all rows interleaved.
 
-    A row that fails keeps its reason; the other rows continue.
+    A row that fails records the reason; the other rows continue.
     """
     macs_cache: dict[tuple[object, ...], tuple[Macs, int]] = {}
     entries = []
@@ -95,7 +95,7 @@ def measure_group(jobs: list[Job], tools: GroupTools) -> GroupResult:
 
 
 def gemm_reference(device: str, dtype: str) -> Callable[[], object]:
-    """Return a function that multiplies two square matrices into a preallocated one."""
+    """Return the GEMM reference: a function that multiplies two square matrices into a third."""
     side = _GEMM_SIDES[device]
     a, b, out = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(3))
 
@@ -132,7 +132,7 @@ def _prepare(
         if tools.server is not None:
             reading = tools.server.measure(job, onnx_file, train=tools.settings.train)
             entry.row = _with_memory(entry.row, reading)
-        # A row that crashed or ran out of memory in its own process would take this process down.
+        # A row that crashed or ran out of memory in its own process would also end this one.
         if entry.row.status == "ok" or entry.row.peak_memory_mib is not None:
             train = tools.settings.train and entry.row.status == "ok"
             entry.prepared = prepare_row(job, onnx_file, train=train)

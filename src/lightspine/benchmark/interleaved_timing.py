@@ -1,4 +1,4 @@
-"""Interleaved timing: functions are timed in alternation, so that a slow moment affects all of them."""
+"""Interleaved timing: functions are timed in alternation, so that machine noise affects all of them."""
 
 import math
 import random
@@ -63,25 +63,23 @@ def collect_durations(
 ) -> dict[str, list[float]]:
     """Warm up each function, then time all of them in alternating rounds and return every duration.
 
-    The order is shuffled in each round, so that no function always finds the caches as the same other
-    function left them.
+    The order is shuffled in each round, so that no function always runs on the caches of the same other one.
 
     Args:
         functions: functions by name.
         repeats: timed calls of each function.
         warmup: untimed calls of each function before the first timed one.
-        budget_s: a function that has used this many seconds in three or more timed calls is not called again.
-        calls_per_turn: in each round, make one untimed call and then this many timed calls. Use it for
-            functions that evict each other from a cache: oneDNN keeps the compiled code of 1,024 operators,
-            which is about twenty networks, and recompiles what was evicted. By default a round is one timed
-            call.
+        budget_s: stop calling a function after this many seconds in three or more timed calls.
+        calls_per_turn: timed calls of a function in each round, after one untimed call. Use it for functions
+            that evict each other from a cache: oneDNN caches the compiled code of 1,024 operators, which is
+            about twenty networks. By default each round has one timed call and no untimed one.
         clock: returns seconds.
         on_call: called with the name after each call, timed or not.
-        on_error: called with the name and the exception of a function that failed; that function is dropped.
-            Without it the first exception is raised.
+        on_error: called with the name and the exception of a function that failed, which is then dropped. By
+            default the exception is raised.
 
     Returns:
-        Seconds of each timed call, by name; functions that failed are missing.
+        Seconds of each timed call, by name, without functions that failed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for name, timed in _schedule(list(functions), repeats, warmup, calls_per_turn):
@@ -127,7 +125,7 @@ def time_interleaved(
     calls_per_turn: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time functions in alternation and return their medians; the arguments are those of `collect_durations`.
+    """Time functions in alternation and return a `Timing` of each; see `collect_durations` for the arguments.
 
     Example:
         >>> times = time_interleaved({"sum": lambda: sum(range(100))}, repeats=3)
@@ -154,7 +152,7 @@ def measure_latency_ms(
     warmup: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time the forward pass of several models in eval mode and without gradients, one call each in turn.
+    """Time the forward passes of several models, interleaved, in eval mode and without gradients.
 
     Args:
         models: models by name, each on the device of its input; their training mode is restored.

@@ -1,10 +1,10 @@
-"""Count multiply-adds (MACs) of a forward pass from tensor shapes.
+"""Multiply-adds (MACs) of a forward pass, counted from tensor shapes.
 
-The convention is that of the papers, which call the number FLOPs:
+The convention is that of the papers, which call them FLOPs:
 
 - one multiply-add of a convolution or of a matrix product (linear layers, attention) counts 1;
-- a selective scan over `B` sequences of length `L`, `D` channels and `N` states counts `9 B L D N`, and
-  `B L D` more for its skip and for its gate where it has them (`lightspine.ops.flops`);
+- a selective scan over `B` sequences of length `L`, `D` channels and `N` states counts `9 B L D N`,
+  plus `B L D` each for a skip connection and a gate (`lightspine.ops.flops`);
 - elementwise operations, norms, pooling and biases count 0.
 
 Some published numbers include norms and pooling and are up to 2 % larger.
@@ -54,7 +54,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> Macs:
         raise UsageError(
             f"input_size must be (channels, height, width), all positive, got {tuple(input_size)}"
         )
-    # On the meta device nothing is computed, so a large model takes neither time nor memory.
+    # The meta device computes nothing, so a large model takes neither time nor memory.
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     tensors = {name: tensor.detach().to("meta") for name, tensor in named.items()}
     training = {module: module.training for module in model.modules()}

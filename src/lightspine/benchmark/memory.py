@@ -1,7 +1,7 @@
 """Peak CPU memory of each benchmark row, measured in a process of its own (Linux).
 
-A server process imports everything and forks one process per row. A row then costs no imports, starts from
-the same memory as every other row, and cannot take the benchmark down if it crashes or runs out of memory.
+A server process imports everything and forks one process per row. A row then needs no imports, starts
+with the same memory as every other row, and cannot end the benchmark if it crashes or runs out of memory.
 """
 
 import json
@@ -25,7 +25,7 @@ from lightspine.benchmark.settings import Job
 from lightspine.errors import LightspineError
 
 _MIB = 2**20
-# Messages of PyTorch's CPU allocator, the C++ library and ONNX Runtime, which have no exception type for it.
+# Messages of PyTorch's CPU allocator, the C++ library and ONNX Runtime, which raise no dedicated exception.
 _OUT_OF_MEMORY_MESSAGES = (
     "can't allocate memory",
     "not enough memory",
@@ -69,7 +69,7 @@ def _truncate(text: str) -> str:
 
 
 class MemoryServerError(LightspineError):
-    """The server process ended; this is not an error of the row."""
+    """The server process ended, independently of the row."""
 
 
 class MemoryServer:
@@ -130,7 +130,7 @@ def _parse_answer(answer: dict[str, Any]) -> MemoryReading:
     if "signal" in answer:
         # Linux's out-of-memory killer sends signal 9.
         if answer["signal"] == 9:
-            return MemoryReading(status="out_of_memory", error="the system killed the process for its memory")
+            return MemoryReading(status="out_of_memory", error="killed by the system's out-of-memory killer")
         return MemoryReading(status="failed", error=f"the process ended with signal {answer['signal']}")
     if "error" in answer:
         return MemoryReading(status=answer["status"], error=answer["error"])
@@ -144,11 +144,11 @@ def _parse_answer(answer: dict[str, Any]) -> MemoryReading:
 def run_server() -> None:
     """Read one request per line from standard input and answer with one line; runs in the server process.
 
-    The server itself runs no model: threads that exist before a fork do not exist in the child.
+    The server itself runs no model, because a forked child does not have the threads of its parent.
     """
     disable_huge_pages()
     answers = os.fdopen(os.dup(1), "w")
-    # What libraries print must not mix with the answers.
+    # Redirect what libraries print, so that it does not mix with the answers.
     os.dup2(2, 1)
     for line in sys.stdin:
         answers.write(json.dumps(_measure_in_fork(json.loads(line))) + "\n")
@@ -174,7 +174,7 @@ def _measure_in_fork(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer_request(request: dict[str, Any], pipe: TextIO) -> None:
-    # When memory runs out, the kernel should kill this process and not the one that holds the results.
+    # When memory runs out, the kernel should kill this process and not the one with the results.
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:

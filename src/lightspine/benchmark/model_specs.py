@@ -1,4 +1,4 @@
-"""Models of a benchmark: parse their names, find their evaluation size, build them."""
+"""Models of a benchmark: name parsing, evaluation size and construction."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,9 +29,9 @@ class ModelSpec:
         name: registered name.
         source: "lightspine" or "timm".
         variant: name of a configuration that differs from the registered one.
-        note: what the model is, if the name does not tell.
+        note: description of a model whose name is not self-explanatory.
         kwargs: arguments of the constructor.
-        scan_backend: backend of all scans; `None` for the default of the device.
+        scan_backend: backend of all scans; `None` selects the default of the device.
         published: the authors' figures.
         absent: why the model cannot be measured; `None` if it can.
     """
@@ -47,12 +47,12 @@ class ModelSpec:
 
 
 def parse_model(text: str) -> ModelSpec:
-    """Return the model of a name: ours by its name, timm's as `timm/NAME`, a baseline as `official/NAME`.
+    """Parse a model name: `NAME` of lightspine, `timm/NAME` of timm, or `official/NAME` of a baseline.
 
-    A name without prefix that only timm knows is timm's model.
+    A name without prefix that only timm has is a model of timm.
 
     Raises:
-        UsageError: unknown model.
+        UsageError: the model is unknown.
     """
     if text.startswith(OFFICIAL_PREFIX):
         record = find_record(text.removeprefix(OFFICIAL_PREFIX))
@@ -81,11 +81,11 @@ def evaluation_size(spec: ModelSpec) -> tuple[int, int]:
 def build_model(spec: ModelSpec, height: int, width: int) -> nn.Module:
     """Create a model with random weights in eval mode on the CPU.
 
-    Models with position tables (DeiT, Swin, Vim) are built for the given size, so that none of them resizes a
-    table in its forward pass.
+    Models with position embeddings or bias tables (DeiT, Swin, Vim) are built for the given size, so that
+    none of them resizes a table in its forward pass.
 
     Raises:
-        UsageError: a side of less than 32 pixels.
+        UsageError: a side is shorter than 32 pixels.
         Exception: any error of a timm model that does not support the size.
     """
     check_image_size(height, width)
@@ -107,10 +107,10 @@ def build_model(spec: ModelSpec, height: int, width: int) -> nn.Module:
 
 
 def check_image_size(height: int, width: int) -> None:
-    """Check that images are large enough for every model.
+    """Check that an image size is large enough for every model.
 
     Raises:
-        UsageError: a side of less than 32 pixels.
+        UsageError: a side is shorter than 32 pixels.
     """
     if min(height, width) < MIN_SIZE:
         raise UsageError(

@@ -152,8 +152,8 @@ def measure_ops(
         batches: batch sizes.
         threads: number of torch threads during the measurement; unchanged by default.
         repeats: timed calls of each function, and at most ten profiled passes of each model.
-        parts: out of `PARTS`: "time" and "memory" of the scans (memory on Linux only), and "models": share of
-            the scans in whole models and activations saved by their blocks.
+        parts: subset of `PARTS`: "time" and "memory" of the scans (memory on Linux only), and "models":
+            share of the scans in whole models and activations saved by their blocks.
         on_step: called with a short text after each of `count_steps` steps.
 
     Raises:
@@ -161,7 +161,7 @@ def measure_ops(
         LightspineError: the process that measures memory failed.
     """
     if unknown := [part for part in parts if part not in PARTS]:
-        raise UsageError(f"expected parts out of {', '.join(PARTS)}, got {', '.join(unknown)}")
+        raise UsageError(f"expected parts from {', '.join(PARTS)}, got {', '.join(unknown)}")
     numbers = [*batches, repeats, *([] if threads is None else [threads])]
     if min(numbers) < 1:
         raise UsageError(f"batches, repeats and threads must be at least 1, got {min(numbers)}")
@@ -201,7 +201,7 @@ def measure_ops(
 
 
 def count_steps(cases: Sequence[ScanCase], batches: Sequence[int], parts: Sequence[str]) -> int:
-    """Return how often `measure_ops` calls `on_step`."""
+    """Return the number of calls of `on_step` by `measure_ops`."""
     scans = len(cases) * len(batches)
     memory = scans if "memory" in parts and can_measure_memory() else 0
     return memory + scans * ("time" in parts) + len(SHARE_MODELS) * ("models" in parts)
@@ -234,7 +234,7 @@ def time_scan(case: ScanCase, batch: int, repeats: int) -> dict[str, Timing]:
 
 
 def measure_scan_share(model: nn.Module, images: Tensor, *, repeats: int = 5, warmup: int = 2) -> ScanShare:
-    """Profile forward passes on a CPU and return the share of the scans; the model is left in eval mode."""
+    """Profile forward passes on a CPU and return the share of the scans; sets the model to eval mode."""
     model.eval()
     with torch.inference_mode():
         for _ in range(warmup):
@@ -253,7 +253,7 @@ def measure_scan_memory(
         threads: number of torch threads.
 
     Yields:
-        Shape, batch size and result, one after the other.
+        The shape, batch size and memory of each job, in order.
 
     Raises:
         LightspineError: the process failed.
@@ -298,7 +298,7 @@ def _peak_memory_of_scan(case: ScanCase, batch: int) -> ScanMemory:
     return ScanMemory(
         inputs=sum(t.nbytes for t in leaves),
         outputs=out.nbytes + state,
-        # The first call of each compiles the kernels.
+        # The first call compiles the kernels.
         forward=int(statistics.median(forward[1:])),
         backward=int(statistics.median(backward[1:])),
     )
@@ -318,7 +318,7 @@ def _measure_saved_activations() -> Iterator[SavedActivations]:
 def _saved_bytes_per_token(build: Callable[[bool], nn.Module], recompute: bool, dim: int) -> float:
     images = torch.randn(1, dim, _BLOCK_SIDE, _BLOCK_SIDE)
     one, two = (nn.Sequential(*(build(recompute) for _ in range(depth))) for depth in (1, 2))
-    # The difference is one block with the residual stream that enters it.
+    # The difference is one block including the residual stream at its input.
     return (count_saved_bytes(two, images) - count_saved_bytes(one, images)) / _BLOCK_SIDE**2
 
 

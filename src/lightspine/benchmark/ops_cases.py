@@ -1,4 +1,4 @@
-"""Shapes, inputs and functions of the benchmark of the scan operators."""
+"""Cases of the scan operator benchmark: shapes, inputs and the functions to time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class ScanCase:
         return self.dim * max(self.directions, 1)
 
     def operator(self, backend: str) -> Callable[..., Tensor]:
-        """Return the scan by one backend, as a function of `inputs`."""
+        """Return the scan with one backend, as a function of the tensors of `inputs`."""
 
         def run_cross_scan(*tensors: Tensor) -> Tensor:
             x, delta, A, B, C, skip, bias = tensors
@@ -103,8 +103,8 @@ class ScanCase:
     def elementwise(self, batch: int) -> Callable[[], object]:
         """Return a function that computes softplus over (B, K D, L) and exp over (B, K D, L, N) in PyTorch.
 
-        Every scan needs these values, so their time is a scale for the time of a scan. The outputs are
-        allocated once.
+        Every scan computes these values, so their time is a reference for the time of a scan. The outputs are
+        preallocated.
         """
         dt = torch.randn(batch, self.channels, self.length)
         decay = -torch.rand(batch, self.channels, self.length, self.state_dim)
@@ -139,13 +139,13 @@ CASES = (
 
 
 def find_cases(names: Sequence[str]) -> list[ScanCase]:
-    """Return the cases of these names, in this order.
+    """Return the cases with these names, in this order.
 
     Raises:
-        UsageError: an unknown name, or no name.
+        UsageError: a name is unknown, or there is none.
     """
     known = {case.name: case for case in CASES}
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise UsageError(f"expected shapes out of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
+        raise UsageError(f"expected shapes from {', '.join(known)}, got {', '.join(unknown) or 'none'}")
     return [known[name] for name in names]

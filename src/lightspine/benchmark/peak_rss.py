@@ -2,7 +2,7 @@
 
 The high-water mark is reset right before the call and read right after it. The process must be started with
 `measuring_environment()` and call `disable_huge_pages()`: then malloc maps every block of 64 KiB or more and
-unmaps it when it is freed, so no call reuses memory that an earlier one left behind. The kernel counts pages
+unmaps it when it is freed, so no call reuses freed memory of an earlier one. The kernel counts pages
 in batches per processor, so differences below `RESOLUTION_BYTES` are noise.
 """
 

@@ -14,13 +14,13 @@ from lightspine.models import find_record, list_models
 
 
 class Color(NamedTuple):
-    """A color on a light ground, as in image files, and on a dark page."""
+    """A color for light backgrounds (image files, light pages) and for dark pages."""
 
     light: str
     dark: str
 
 
-# The light colors differ from each other: the page finds the colors of a drawing by them.
+# All light colors differ: the HTML report identifies the colors of a chart by them.
 COLORS = {
     "background": Color("#ffffff", "#15181c"),
     "text": Color("#1b1f24", "#e9ebee"),
@@ -65,7 +65,7 @@ _RC_PARAMS = {
     "legend.frameon": False,
     "hatch.linewidth": 0.8,
     "lines.linewidth": 1.3,
-    # A dollar sign in a model name starts no formula.
+    # Dollar signs in model names do not start a formula.
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "lightspine",
@@ -85,7 +85,7 @@ PEER_MARKER = Marker(COLORS["peer"].light, "o")
 
 @contextmanager
 def plot_style() -> Iterator[None]:
-    """Use the style of the benchmark plots within a block, whatever the user's matplotlib settings are."""
+    """Use the style of the benchmark plots within a block, independent of the user's matplotlib settings."""
     with style.context(["default", _RC_PARAMS]):
         yield
 
@@ -108,7 +108,7 @@ def new_figure(height: float, *, title: str, note: str) -> Figure:
 def family_marker(family: str | None) -> Marker:
     """Return the marker of one of our families, or that of all other models for `None`.
 
-    Families that this version does not know share the last color.
+    Families that this version does not have share the last color.
     """
     if family is None:
         return PEER_MARKER

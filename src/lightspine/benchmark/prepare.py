@@ -36,7 +36,7 @@ class PreparedRow:
 
     Attributes:
         forward: one forward pass over the batch, without gradients.
-        train_step: one training step, if it was asked for and the mode supports training.
+        train_step: one training step, if requested and supported by the mode.
         held_bytes: size of the weights of `forward`; 0 if `forward` loads them itself.
         model: the model of `forward`; `None` for an exported file.
     """
@@ -51,10 +51,10 @@ class TrainingStep:
     """Forward pass, cross-entropy, backward pass and AdamW step on one batch with arbitrary labels.
 
     Args:
-        model: is put into training mode.
+        model: the model, which is set to training mode.
         run: computes the logits, such as the compiled model.
         images: (B, C, H, W).
-        dtype: of autocast; the weights keep their dtype.
+        dtype: dtype of autocast; the weights keep their own.
     """
 
     def __init__(self, model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, dtype: torch.dtype):
@@ -103,7 +103,7 @@ def count_row_macs(job: Job) -> tuple[Macs, int]:
 def temporary_onnx_files() -> Iterator[Callable[[Job], Path]]:
     """Yield a function that exports the model of a row on its first call and returns the file.
 
-    Ours are exported for any image size, timm's models for the size of the row.
+    Models of lightspine are exported for any image size, models of timm for the size of the row.
     """
     with tempfile.TemporaryDirectory() as folder:
         written: dict[tuple[object, ...], Path] = {}
@@ -125,8 +125,8 @@ def temporary_onnx_files() -> Iterator[Callable[[Job], Path]]:
 def prepare_row(job: Job, onnx_file: Path | None, *, train: bool) -> PreparedRow:
     """Build the model of a row in its mode, dtype and device.
 
-    With a reduced precision the forward pass runs a model that was cast as a whole; the training step keeps
-    float32 weights and uses autocast.
+    In half precision the forward pass runs a model whose weights were cast; the training step keeps float32
+    weights and uses autocast.
 
     Args:
         job: the row.
@@ -142,12 +142,12 @@ def prepare_row(job: Job, onnx_file: Path | None, *, train: bool) -> PreparedRow
     step = None
     if train and row.mode in TRAINABLE_MODES:
         trained = copy.deepcopy(model).to(device)
-        step = TrainingStep(trained, _compile_if_asked(trained, row), images.to(device), dtype)
+        step = TrainingStep(trained, _compile_if_requested(trained, row), images.to(device), dtype)
     if row.mode == "optimized":
         model, images = _optimize_for_inference(model, row, images)
     model = model.to(device, dtype)
     return PreparedRow(
-        forward=partial(_forward, _compile_if_asked(model, row), images.to(device, dtype)),
+        forward=partial(_forward, _compile_if_requested(model, row), images.to(device, dtype)),
         train_step=step,
         held_bytes=weight_bytes(model),
         model=model,
@@ -165,7 +165,7 @@ def _build_row_model(job: Job) -> nn.Module:
 
 
 def _perturb_weights(model: nn.Module) -> nn.Module:
-    # The ones and zeros of freshly initialized norms would be optimized out of the exported graph.
+    # Constant folding would remove the ones and zeros of freshly initialized norms from the exported graph.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -173,7 +173,7 @@ def _perturb_weights(model: nn.Module) -> nn.Module:
 
 
 def _optimize_for_inference(model: nn.Module, row: Row, images: Tensor) -> tuple[nn.Module, Tensor]:
-    """Return the inference form that the model's own library offers, and the images in its memory layout."""
+    """Optimize the model with its own library; return it and the images in its memory layout."""
     if row.source == "lightspine" and not row.model.startswith(OFFICIAL_PREFIX):
         return optimize(model), images
     fused = timm.utils.reparameterize_model(model)
@@ -181,7 +181,7 @@ def _optimize_for_inference(model: nn.Module, row: Row, images: Tensor) -> tuple
     return fused.to(**layout), images.contiguous(**layout)
 
 
-def _compile_if_asked(model: nn.Module, row: Row) -> Callable[[Tensor], Any]:
+def _compile_if_requested(model: nn.Module, row: Row) -> Callable[[Tensor], Any]:
     return torch.compile(model, dynamic=False) if row.mode == "compile" else model
 
 
@@ -194,7 +194,7 @@ def _onnx_forward(path: Path, row: Row, images: Tensor) -> Callable[[], object]:
     sessions: list[Any] = []
 
     def run() -> object:
-        # The session is opened in the first call, so that its memory counts to the forward pass.
+        # The session is opened in the first call, so that the forward pass includes its memory.
         if not sessions:
             sessions.append(open_session(path, row.threads))
         session = sessions[0]
@@ -204,7 +204,7 @@ def _onnx_forward(path: Path, row: Row, images: Tensor) -> Callable[[], object]:
 
 
 class WithScanBackend(nn.Module):
-    """Run all scans of a VMamba with one backend, in place of the default choice by device.
+    """VMamba that runs all scans with one backend instead of the default of the device.
 
     Args:
         model: a VMamba.
@@ -219,7 +219,7 @@ class WithScanBackend(nn.Module):
         """Run the model.
 
         Raises:
-            LightspineError: the model called no scan that could be redirected.
+            LightspineError: the model has no such scans.
         """
         with _redirect_scans(self.backend) as calls:
             logits: Tensor = self.model(images)
@@ -238,7 +238,7 @@ def _redirect_scans(backend: str) -> Iterator[list[None]]:
         calls.append(None)
         return cross_scan(*args, **kwargs | {"backend": backend})
 
-    # SS2D has no argument for the backend, so its module's function is replaced during the pass.
+    # SS2D has no argument for the backend, so `cross_scan` is patched in its module during the pass.
     module: Any = sys.modules[SS2D.__module__]
     original, module.cross_scan = module.cross_scan, scan
     try:

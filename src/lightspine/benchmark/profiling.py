@@ -43,7 +43,7 @@ class ProfileSettings:
         device: "cpu" or "cuda".
         threads: torch threads.
         train: profile a training step; module times are still those of its forward pass.
-        repeats: runs of each kind, after two warm-up runs.
+        repeats: runs per measurement, after two warm-up runs.
     """
 
     batch: int = 1
@@ -96,7 +96,7 @@ class OperatorTimes:
 
     Attributes:
         operators: slowest first.
-        run_ms: one run; slower than without the profiler.
+        run_ms: one run, including the overhead of the profiler.
         scan_ms: the scan operators of one run, with everything they call.
     """
 
@@ -119,7 +119,7 @@ class ModelProfile:
         source: "lightspine" or "timm".
         settings: the settings, with the height and width of the images.
         system: see `describe_system`.
-        run_ms: median of one run without hooks and profiler.
+        run_ms: median of a run without hooks and profiler.
         modules: slowest first.
         operators: slowest first, and the share of the scans.
     """
@@ -152,7 +152,7 @@ def profile_model(
     *,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> ModelProfile:
-    """Run a model without instrumentation, then with module hooks, then under PyTorch's profiler.
+    """Profile a model: time runs without instrumentation, with module hooks, and under PyTorch's profiler.
 
     Args:
         spec: the model.
@@ -232,14 +232,14 @@ def measure_modules(
 ) -> list[ModuleTime]:
     """Time every module with forward hooks, slowest first.
 
-    A hook takes some microseconds, which count to the enclosing module.
+    The few microseconds of a hook are included in the time of the enclosing module.
 
     Args:
         model: its modules are timed.
         run: runs the model once.
         repeats: number of runs; the medians are returned.
         clock: returns seconds.
-        wait: waits for an accelerator before the clock is read.
+        wait: synchronizes the device before the clock is read.
     """
     timer = _ModuleTimer(clock, wait)
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
@@ -319,7 +319,7 @@ def measure_operators(
     """Time operators with PyTorch's profiler.
 
     Args:
-        run: runs the model once and waits until it is done.
+        run: runs the model once and synchronizes the device.
         repeats: number of runs; the means are returned.
         device: "cpu" or "cuda".
         trace: where to write a trace for Perfetto or Chrome's trace viewer.
@@ -368,7 +368,7 @@ def _is_outer_scan(event: Any) -> bool:
 @contextmanager
 def _quiet_kineto() -> Iterator[None]:
     """Stop PyTorch's profiler from logging to standard error."""
-    # Kineto reads the variable before its first use.
+    # Kineto reads the variable once, when it is initialized.
     is_set = "KINETO_LOG_LEVEL" in os.environ
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:

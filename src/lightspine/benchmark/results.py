@@ -1,7 +1,7 @@
 """Result file of `lightspine bench`: its dataclasses, writing and validated reading.
 
-`results.json` has the same form for a finished and an interrupted run. A row is one model in one mode, dtype,
-batch size and image size; a row that could not be measured states the reason. `results.csv` holds the same
+`results.json` has the same format for a finished and an interrupted run. A row is one model in one mode,
+dtype, batch size and image size; a row that could not be measured has the reason. `results.csv` has the same
 rows as a flat table.
 """
 
@@ -27,7 +27,7 @@ Status = Literal["ok", "out_of_memory", "failed", "absent"]
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedFigures:
-    """Figures that the authors publish, `None` where they publish none; not measured with this library.
+    """Figures published by the authors, `None` if not published; not measured with this library.
 
     Attributes:
         top1: ImageNet-1k top-1 accuracy in percent.
@@ -54,7 +54,7 @@ class Row:
         model: registered name, or the paper's name of a model that is not available.
         source: "lightspine" or "timm".
         variant: name of a configuration that differs from the registered one.
-        note: what the row is, if its name does not tell.
+        note: description of a row whose name is not self-explanatory.
         mode: "eager", "optimized", "compile" or "onnx".
         device: "cpu" or "cuda".
         dtype: "float32", "bfloat16" or "float16".
@@ -72,7 +72,7 @@ class Row:
         macs: multiply-adds of one image in the eager model: convolutions, matrix products and scans.
         macs_scan: multiply-adds of the scans alone.
         gflops_per_s: 10^9 operations per second at the median; two operations per multiply-add.
-        matmul_share: `gflops_per_s` divided by the rate of a matrix product timed in the same group.
+        matmul_share: `gflops_per_s` divided by the rate of the matrix product in the same group.
         onnx_file_bytes: size of the exported file, in mode "onnx".
         published: the authors' figures.
     """

@@ -19,13 +19,13 @@ from lightspine.errors import UsageError
 from lightspine.export.onnx_file import check_installed
 from lightspine.utils.devices import check_device, torch_threads
 
-# A run is resumed only on a system that agrees in these fields.
+# A run is resumed only on a system with the same values of these fields.
 _RESUME_SYSTEM_FIELDS = ("platform", "processor", "processors_usable", "devices", "versions")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """Where a run is saved.
+    """Output folder of a run, and its command.
 
     Attributes:
         folder: for `results.json` and `results.csv`; `None` saves nothing.
@@ -53,8 +53,8 @@ def bench_models(
 
     Args:
         specs: the models, including those that are not available.
-        settings: how to measure.
-        destination: where to save; by default nothing is saved.
+        settings: settings of the benchmark.
+        destination: output folder; by default nothing is saved.
         clock: returns seconds.
         on_plan: called once with the number of steps.
         on_step: called with the current row and the number of steps done.
@@ -63,7 +63,7 @@ def bench_models(
         A row for each model, mode, dtype, batch size and image size, including those that failed.
 
     Raises:
-        UsageError: no model, the device or a package is missing, or the folder holds another run.
+        UsageError: there is no model, the device or a package is missing, or the folder has another run.
         LightspineError: the results cannot be written.
     """
     destination = destination or Destination()
@@ -116,7 +116,7 @@ def _memory_server_if_possible(
 
 
 def _unlimited_recompilation(settings: BenchSettings) -> AbstractContextManager[object]:
-    """Lift the compiler's limit of eight models per class, after which it runs models eagerly."""
+    """Raise torch.compile's limit of eight models per class, beyond which it falls back to eager mode."""
     if "compile" not in settings.modes:
         return nullcontext()
     # Importing the compiler takes a second or two.

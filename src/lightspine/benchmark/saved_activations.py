@@ -14,7 +14,7 @@ def count_saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
     memory anyway.
 
     Args:
-        module: is called as it is, in its current mode.
+        module: the module, in its current mode.
         *inputs: arguments of the module.
     """
     saved: dict[int, Tensor] = {}

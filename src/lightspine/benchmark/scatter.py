@@ -31,8 +31,8 @@ class ScatterPoint:
         label: text beside the marker.
         latency_ms: position on the logarithmic x axis.
         accuracy: position on the y axis, in percent.
-        family: family of one of our models; `None` for other models, which have a hollow marker.
-        params: number of parameters; the marker's area grows with it. `None` gives all markers one size.
+        family: family of a model of lightspine; `None` for other models, which have a hollow marker.
+        params: number of parameters, which sets the marker area; `None` for the default area.
         keep_label: draw the label even if it overlaps something.
     """
 
@@ -100,15 +100,15 @@ def plot_accuracy_over_latency(
             zorder=1,
         )
         axes.legend(handles=_legend_handles(points), loc="best")
-        # Our models and the front are labelled first.
+        # Models of lightspine and the Pareto front are labeled first.
         order = sorted(points, key=lambda point: (point.family is None, point not in front))
         return figure, _place_labels(figure, axes, order)
 
 
 def pareto_front(points: Sequence[ScatterPoint]) -> list[int]:
-    """Return the indices of the points that no other point beats in both latency and accuracy, fastest first.
+    """Return the indices of the Pareto-optimal points in latency and accuracy, fastest first.
 
-    Of equal points the first one is returned.
+    Of equal points only the first is returned.
     """
     front: list[int] = []
     for index, point in sorted(
@@ -121,7 +121,7 @@ def pareto_front(points: Sequence[ScatterPoint]) -> list[int]:
 
 def _set_axes(axes: Axes, points: Sequence[ScatterPoint]) -> None:
     set_log_scale(axes, "x")
-    # At least a factor of four, so that similar latencies look similar; more room on the right for labels.
+    # Span a factor of four or more, so that similar latencies look similar; leave room for labels.
     latencies = [point.latency_ms for point in points]
     spread = math.sqrt(max(4.0 * min(latencies) / max(latencies), 1.0))
     axes.set_xlim(min(latencies) / (1.12 * spread), max(latencies) * 1.35 * spread)
@@ -212,7 +212,7 @@ def _place_labels(figure: Figure, axes: Axes, points: Sequence[ScatterPoint]) ->
 def _choose_position(
     candidates: Iterable[_LabelPosition], occupied: np.ndarray, *, keep: bool
 ) -> _LabelPosition | None:
-    """Return the first free position; without one, that with the fewest overlaps if the label is kept."""
+    """Return the first free position, or for `keep` the one with the fewest overlaps."""
     best, fewest = None, None
     for candidate in candidates:
         overlaps = candidate.count_overlaps(occupied)
@@ -230,7 +230,7 @@ def _label_positions(
     for distance in _DISTANCES:
         for angle in _ANGLES:
             direction = np.round([math.cos(math.radians(angle)), math.sin(math.radians(angle))], 6)
-            # The edge of the label that is nearest to the marker keeps the distance.
+            # `distance` is measured from the marker to the nearest edge of the label.
             edge = (x, y) + direction * (radius + distance)
             half = np.array([width, height]) / 2
             center = edge + np.sign(direction) * half

@@ -20,18 +20,18 @@ class BenchSettings:
     Attributes:
         batches: batch sizes.
         sizes: (height, width) in pixels; `None` for the size at which the authors evaluate each model.
-        modes: out of "eager", "optimized", "compile", "onnx".
-        dtypes: out of "float32", "bfloat16", "float16".
+        modes: any of "eager", "optimized", "compile", "onnx".
+        dtypes: any of "float32", "bfloat16", "float16".
         device: "cpu" or "cuda".
         threads: threads of torch and of ONNX Runtime.
         train: also measure a training step, in the modes eager and compile.
         repeats: timed calls of each row.
         warmup: untimed calls of each row at the start.
         calls_per_turn: timed calls of a row in each round, after one untimed call.
-        budget_s: a row that has used this many seconds in three or more timed calls is not timed again.
+        budget_s: stop timing a row after this many seconds in three or more timed calls.
 
     Raises:
-        UsageError: an unknown choice, or a number that is too small.
+        UsageError: a choice is unknown, or a number is too small.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -48,7 +48,7 @@ class BenchSettings:
 
     @property
     def calls(self) -> int:
-        """Calls of a row that stays within its budget, including the untimed ones."""
+        """Calls of a row within its budget, including untimed ones."""
         return self.warmup + self.repeats + math.ceil(self.repeats / self.calls_per_turn)
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class BenchSettings:
                 check_image_size(*size)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, as they come back from JSON."""
+        """Return plain values that survive a JSON round trip unchanged."""
         return {name: _tuples_to_lists(value) for name, value in asdict(self).items()}
 
 
@@ -155,7 +155,7 @@ def _plan_group(
 def _check_choices(what: str, given: Sequence[str], known: Sequence[str]) -> None:
     unknown = [value for value in given if value not in known]
     if unknown or not given:
-        raise UsageError(f"expected {what} out of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
+        raise UsageError(f"expected {what} from {', '.join(known)}, got {', '.join(unknown) or 'none'}")
 
 
 def _tuples_to_lists(value: Any) -> Any:

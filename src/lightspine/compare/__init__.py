@@ -15,10 +15,10 @@ __all__ = ["check_model_names"]
 
 
 def check_model_names(names: Sequence[str]) -> None:
-    """Check that every name is a model of lightspine or timm and is given once, without building anything.
+    """Check that every name is a distinct model of lightspine or timm, without building the models.
 
     Raises:
-        UsageError: no name, an unknown name, or a repeated name.
+        UsageError: a name is unknown or repeated, or there is none.
     """
     if not names:
         raise UsageError("expected at least one model name, got none")

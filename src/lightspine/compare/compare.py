@@ -38,16 +38,16 @@ def compare(
 ) -> CompareResult:
     """Train each model, then measure all of them; a model that fails does not stop the others.
 
-    After each model the folder gets `results.json` and `NAME.safetensors` (training curves and metrics are in
-    the sub-folder `NAME`), at the end `accuracy_latency.png` and `predictions.png`. Ctrl-C ends the training;
-    the finished models are still measured and written.
+    After each model, `results.json` and `NAME.safetensors` are written to the folder (training curves and
+    metrics to the subfolder `NAME`), at the end `accuracy_latency.png` and `predictions.png`. Ctrl-C stops
+    the training; the finished models are still measured and saved.
 
     Args:
         runs: the training runs.
-        folder: is created; if it exists and is not empty, a numbered folder beside it is used.
+        folder: output folder, which is created; if it is not empty, `folder-2`, ... is used.
         data: the held-out images for all models.
-        settings: the training settings, for the results file.
-        latency_repeats: timed passes of each model.
+        settings: training settings to store in the results file.
+        latency_repeats: timed forward passes of each model.
         progress: show progress bars.
 
     Returns:
@@ -72,7 +72,7 @@ def compare(
             break
     if result.finished:
         _measure_latency(result, latency_repeats)
-        _draw_pictures(result, data)
+        _draw_figures(result, data)
     result.seconds = time.perf_counter() - started
     result.save()
     return result
@@ -95,14 +95,14 @@ def _train_one(run: ModelRun, row: ModelResult, data: CompareData, folder: Path,
 def _record_training(trained: TrainResult, row: ModelResult, data: CompareData, folder: Path) -> None:
     checkpoint = folder / f"{row.name}.safetensors"
     trained.weights.replace(checkpoint)
-    # A finished run needs no checkpoints to resume from, and they are large.
+    # Delete the large training checkpoints: a finished run is not resumed.
     for path in {trained.last_checkpoint, trained.best_checkpoint}:
         path.unlink(missing_ok=True)
     model, saved = load_model(checkpoint)
     row.input_size = tuple(saved.preprocessing["input_size"])
     row.params = sum(parameter.numel() for parameter in model.parameters())
     row.macs = count_macs(model, row.input_size).total
-    # The saved file is evaluated, so that the accuracy is that of the file.
+    # Evaluate the saved file and not the model in memory.
     report = evaluate(checkpoint, data.source, val_fraction=data.val_fraction, seed=data.seed)
     row.accuracy = report["top1"]
     row.train_seconds = trained.seconds
@@ -127,7 +127,7 @@ def _measure_latency(result: CompareResult, repeats: int) -> None:
         row.latency_ms, row.latency_p90_ms = latency.median_ms, latency.p90_ms
 
 
-def _draw_pictures(result: CompareResult, data: CompareData) -> None:
+def _draw_figures(result: CompareResult, data: CompareData) -> None:
     system, rows = result.system, result.finished
     points = [
         ScatterPoint(
@@ -162,6 +162,6 @@ def _draw_pictures(result: CompareResult, data: CompareData) -> None:
         [image.label for image in images],
         predictions,
         result.folder / "predictions.png",
-        title=f"Held-out images of {data.name} and the prediction of each model",
+        title=f"Held-out images of {data.name} and predictions of each model",
     )
     result.files += ["accuracy_latency.png", "predictions.png"]

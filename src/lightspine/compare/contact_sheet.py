@@ -26,7 +26,7 @@ def draw_contact_sheet(
     *,
     title: str,
 ) -> Figure:
-    """Draw one column per image and one row per model; wrong predictions have a cross and a frame.
+    """Draw a contact sheet: one column per image, one row per model, with a frame around wrong predictions.
 
     Args:
         images: the images before preprocessing.
@@ -36,7 +36,7 @@ def draw_contact_sheet(
         title: above the images.
 
     Raises:
-        UsageError: no image, or a label or prediction is missing.
+        UsageError: there is no image, or a label or prediction is missing.
     """
     count = len(images)
     if not count or any(len(answers) != count for answers in predictions.values()) or len(labels) != count:

@@ -12,7 +12,7 @@ Status = Literal["waiting", "done", "failed", "interrupted"]
 
 @dataclass(kw_only=True)
 class ModelResult:
-    """Results of one model; values that are not known yet are `None`.
+    """Results of one model; values that are not yet known are `None`.
 
     Attributes:
         name: model name.
@@ -22,7 +22,7 @@ class ModelResult:
         macs: multiply-adds of one image at `input_size` (`lightspine.benchmark.count_macs`).
         input_size: (channels, height, width) of the model's input.
         accuracy: top-1 accuracy of the saved file on the held-out images, in percent.
-        train_seconds: duration of the training, with validation.
+        train_seconds: duration of the training, including validation.
         latency_ms: median latency of one image.
         latency_p90_ms: 90th percentile of the latency.
         checkpoint: the saved model, relative to the comparison's folder.
@@ -45,15 +45,15 @@ class ModelResult:
 
 @dataclass(kw_only=True)
 class CompareResult:
-    """Results of all models, in the order of the command line, and how they were obtained.
+    """Results of a comparison: one row per model, with the settings and the system.
 
     Attributes:
-        folder: holds all files.
+        folder: folder of all files.
         data: name of the data.
         system: versions, processor, threads (`lightspine.benchmark.describe_system`).
         settings: the training settings.
         models: one row per model.
-        files: the files beside the checkpoints, relative to `folder`.
+        files: files other than the checkpoints, relative to `folder`.
         seconds: duration of the whole comparison.
     """
 

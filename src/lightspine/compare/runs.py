@@ -56,7 +56,7 @@ class ModelRun:
 
     Attributes:
         name: model name, also the stem of its files.
-        train: trains into a folder, with or without progress bars.
+        train: function of (folder, progress) that runs the training.
     """
 
     name: str
@@ -93,10 +93,10 @@ class CompareData:
         return DIGITS if self.source == DIGITS else Path(self.source).resolve().name
 
     def held_out_images(self, folder: Path, *, count: int) -> list[HeldOutImage]:
-        """Return some readable held-out images at random; for the digits, one of each class in turn.
+        """Return a random sample of readable held-out images; for the digits, one of each class in turn.
 
         Args:
-            folder: where digits are written; not used for a folder of images.
+            folder: output folder for the digits; not used for a folder of images.
             count: maximum number of images.
         """
         if self.source == DIGITS:
@@ -115,7 +115,7 @@ class CompareData:
 
 
 def data_of_settings(source: str | Path, settings: CompareSettings) -> CompareData:
-    """Return the images that `runs_of_models` with the same settings holds out."""
+    """Return the held-out images of `runs_of_models` with the same settings."""
     has_split = source == DIGITS or any((Path(source) / name).is_dir() for name in VAL_SPLITS)
     return CompareData(
         source=source,
@@ -134,7 +134,7 @@ def runs_of_models(names: Sequence[str], source: str | Path, settings: CompareSe
         settings: training settings.
 
     Raises:
-        UsageError: an unknown model, or an invalid folder or image size.
+        UsageError: a model is unknown, or the folder or image size is invalid.
     """
     check_model_names(names)
     _create_data(source, settings)
@@ -148,7 +148,7 @@ def runs_of_models(names: Sequence[str], source: str | Path, settings: CompareSe
 
 
 def runs_of_recipes(recipes: Sequence[str], overrides: Sequence[str] = ()) -> list[ModelRun]:
-    """Return one training run per digits recipe of the library, named after its model.
+    """Return one training run per digits recipe, named after its model.
 
     Args:
         recipes: names such as `digits_shvit_s1`.
@@ -197,7 +197,7 @@ def _train_model(
         images.num_classes,
         model_args=_image_size_argument(name, settings.size),
         lr=settings.lr,
-        # A run of one or two epochs must also reach its peak learning rate.
+        # A shorter warm-up, so that runs of one or two epochs reach the peak learning rate.
         warmup_epochs=min(1.0, settings.epochs / 4),
         seed=settings.seed,
     )
@@ -213,6 +213,6 @@ def _train_model(
 
 
 def _image_size_argument(name: str, size: int) -> dict[str, Any]:
-    # Some timm models have a fixed input size that is a constructor argument.
+    # Some timm models have a fixed input size, which is a constructor argument.
     cfg = None if find_record(name) else timm.get_pretrained_cfg(name)
     return {"img_size": size} if cfg is not None and cfg.fixed_input_size else {}

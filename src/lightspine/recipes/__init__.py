@@ -1,4 +1,4 @@
-"""Training recipes that ship with the package. A recipe is one YAML file that configures a complete run.
+"""Training recipes of the package. A recipe is a YAML file that configures a complete run.
 
 `classification/`, `detection/` and `segmentation/` have one recipe for each published result. The other
 recipes train on small data or fine-tune. `published.csv` has the published scores. There is no recipe for
@@ -36,7 +36,7 @@ class PublishedRecipe:
         mask_ap: mask AP of a detector in percent.
         miou: single-scale mIoU of a segmenter in percent.
         miou_ms: mIoU with multi-scale and flip testing in percent.
-        note: deviations from plain training and evaluation.
+        note: conditions of the scores, such as distillation or the epoch.
         source: where the scores are published.
     """
 
@@ -62,7 +62,7 @@ class RecipeSummary:
         model: name of the model.
         task: task, such as "classification".
         data: training data.
-        batch_size: total batch size over the devices of the recipe.
+        batch_size: total batch size over all devices.
         epochs: length of the run in epochs, or an upper limit if the run is measured in steps.
         steps: length of the run in optimizer steps, if it is measured in steps.
         published: published scores of the run, if it reproduces one.
@@ -107,7 +107,7 @@ def find_recipe(name: str | Path) -> Path:
         return Path(name)
     names = list_recipes()
     if str(name) not in names:
-        # `vim_tiny` matches only the last part of `classification/vim_tiny`.
+        # Suggest `classification/vim_tiny` for `vim_tiny`.
         close = [known for known in names if known.rpartition("/")[2] == str(name)]
         close = close or difflib.get_close_matches(str(name), names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -147,7 +147,7 @@ def summarize_recipe(name: str) -> RecipeSummary:
 
 
 def _data_name(class_path: str) -> str:
-    # The column of the task already says "segmentation": "segmentation folder" becomes "folder".
+    # The task has its own column, so "segmentation folder" becomes "folder".
     words = _class_words(class_path, "DataModule").split()
     return " ".join(word for word in words if word not in ("segmentation", "semantic"))
 

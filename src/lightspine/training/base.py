@@ -35,25 +35,25 @@ class LightspineTask(pl.LightningModule):
         lr: peak learning rate.
         weight_decay: weight decay; norms and biases have none by default.
         layer_decay: factor between the learning rates of neighboring layers, for fine-tuning.
-        frozen_stages: number of frozen stages, whose norms are in evaluation mode; 0 freezes only the stem.
-        schedule: learning-rate schedule. By default linear warm-up and cosine decay by `warmup_epochs` and
+        frozen_stages: number of stages to freeze, with norms in evaluation mode; 0 freezes only the stem.
+        schedule: learning-rate schedule. By default linear warm-up and cosine decay with `warmup_epochs` and
             `min_lr_ratio`.
         warmup_epochs: length of the warm-up in epochs, which may be fractional.
         min_lr_ratio: learning rate at the end of the cosine, as a fraction of `lr`.
-        agc: adaptive gradient clipping (Brock et al., arXiv:2102.06171): largest ratio of gradient norm to
+        agc: adaptive gradient clipping (Brock et al., arXiv:2102.06171): maximum ratio of gradient norm to
             weight norm, per unit, over all parameters. To clip the global norm use the trainer's
             `gradient_clip_val`.
         ema_decay: decay of the exponential moving average of the weights, per step; see
             `lightspine.training.ema`.
         export_weights: with `ema_decay`, the weights that are validated and exported as `model.safetensors`:
             "ema" or "raw". The others are exported to a second file.
-        max_bad_steps: number of consecutive steps with a non-finite loss or gradient that end the run.
+        max_bad_steps: number of consecutive non-finite steps (loss or gradient) after which the run stops.
         seed: seed of the initial weights and, together with the step, of all randomness in training.
 
     Attributes:
         model: the model in training; set by the subclass.
         model_name: name of the model in messages and in the default folder of the run.
-        num_classes: number of classes, which must equal that of the data.
+        num_classes: number of classes of the model and the data.
         score: name of the validation metric that selects the best epoch; higher is better.
         curves: names of the metrics in each subplot of `curves.png`.
         guard: skips and counts non-finite steps.
@@ -119,7 +119,7 @@ class LightspineTask(pl.LightningModule):
 
     @abstractmethod
     def save(self, path: Path, data: ImageDataModule, metadata: dict[str, str]) -> None:
-        """Save the model with all metadata that loading it needs.
+        """Save the model with the metadata needed to load it.
 
         Args:
             path: a .safetensors file.
@@ -145,7 +145,7 @@ class LightspineTask(pl.LightningModule):
             except TypeError as error:
                 if "unexpected keyword argument" not in str(error):
                     raise
-                raise UsageError(f"wrong arguments of the model {name}: {error}") from error
+                raise UsageError(f"invalid arguments of the model {name}: {error}") from error
         if self.frozen_stages is not None:
             self._frozen = freeze_stages(self.model, self.frozen_stages)
 
@@ -161,17 +161,17 @@ class LightspineTask(pl.LightningModule):
         return self
 
     def on_train_start(self) -> None:
-        """Check that only one kind of clipping is set, and start the non-finite guard."""
+        """Check that only one kind of gradient clipping is set, and start the non-finite guard."""
         if self.agc is not None and self.trainer.gradient_clip_val:
             raise UsageError(
                 f"expected either agc or the trainer's gradient_clip_val, got both ({self.agc} and "
                 f"{self.trainer.gradient_clip_val})"
             )
-        self._log_other_length()
+        self._log_length_mismatch()
         self.guard.start(self.model)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002  Lightning's signature
-        """Seed by epoch and batch, so that a resumed run has the random numbers of an uninterrupted one."""
+        """Seed by epoch, batch and rank, so that a resumed run reproduces an uninterrupted one."""
         seed_generators(self.seed, self.current_epoch, batch_idx, self.global_rank)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
@@ -193,11 +193,11 @@ class LightspineTask(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and its learning-rate scheduler, which is updated every step."""
-        # With a gradient scaler a fused optimizer would unscale only after the guard and the clipping.
+        # With a gradient scaler, a fused optimizer would unscale only after the guard and the clipping.
         optimizer = self.create_optimizer(fused=self.device.type == "cpu" and self._scaler() is None)
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):
-            raise UsageError("expected trainer.max_epochs or trainer.max_steps, got a run without an end")
+            raise UsageError("expected trainer.max_epochs or trainer.max_steps, got neither")
         # Not total / max_epochs: max_steps may end the run earlier.
         per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         if self.schedule is None:
@@ -246,7 +246,7 @@ class LightspineTask(pl.LightningModule):
         return averaged_model(self.trainer)
 
     def check_loss(self, loss: Tensor, *inputs: Any) -> Tensor:
-        """Pass a loss and the inputs of the model to the non-finite guard, and return the loss."""
+        """Check a loss with the non-finite guard and return it; `inputs` are those of the model."""
         self.guard.check_loss(loss, self.model, *inputs)
         return loss
 
@@ -258,8 +258,8 @@ class LightspineTask(pl.LightningModule):
         """Log a warning about skipped images, if there are new ones."""
         self.bad_images.report(_log)
 
-    def _log_other_length(self) -> None:
-        """Log if the run and its schedule have different lengths."""
+    def _log_length_mismatch(self) -> None:
+        """Log a message if the run and its schedule have different lengths."""
         if self.schedule is None:
             return
         for unit, planned, given in (
@@ -277,5 +277,5 @@ class LightspineTask(pl.LightningModule):
         """Return the images per optimizer step over all devices."""
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if size is None:
-            raise UsageError("expected a data module with a batch_size, which the schedule depends on")
+            raise UsageError("expected a data module with a batch_size for the schedule, got none")
         return int(size) * self.trainer.world_size * self.trainer.accumulate_grad_batches

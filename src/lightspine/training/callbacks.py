@@ -23,7 +23,7 @@ _AXIS_LABELS = {"val_top1": "accuracy (%)", "lr": "learning rate"}
 
 
 class RunLog(pl.Callback):
-    """Logs one row of metrics per epoch to `metrics.csv` and to every checkpoint.
+    """Metrics logger: writes one row per epoch to `metrics.csv` and to every checkpoint.
 
     The rows are part of the checkpoint, so a resumed run continues the file. (Lightning's CSVLogger would
     delete the existing rows.)
@@ -47,11 +47,11 @@ class RunLog(pl.Callback):
         self._data_timer = DataTimer()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Receive the folder that rank 0 has chosen."""
+        """Broadcast the folder from rank 0."""
         self.folder = Path(trainer.strategy.broadcast(os.fspath(self.folder)))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Start the timers of an epoch that is resumed in the middle."""
+        """Start the timers of an epoch that is resumed midway."""
         self._start_epoch()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
@@ -89,7 +89,7 @@ class RunLog(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: LightspineTask) -> None:  # type: ignore[override]  # the only kind of module here
         """Write the row of the epoch."""
-        # Not at the end of the validation: the mean training loss is known only now.
+        # Not in on_validation_end, where the mean training loss is not known yet.
         row = {"epoch": float(trainer.current_epoch), "seconds": time.perf_counter() - self._started}
         # Lightning keeps the metrics of the last validation, which may be from an earlier epoch.
         row |= {
@@ -125,7 +125,7 @@ class RunLog(pl.Callback):
 
 
 class DataTimer:
-    """Measures how much of the step time is spent waiting for data."""
+    """Timer of the fraction of the step time that is spent waiting for data."""
 
     def __init__(self) -> None:
         self._waited = 0.0
@@ -133,7 +133,7 @@ class DataTimer:
         self._since: float | None = None
 
     def batch_ready(self) -> None:
-        """Record that a batch has arrived. The wait for the first one is not counted: workers start up."""
+        """Record that a batch has arrived. The wait for the first one, when workers start, does not count."""
         now = time.perf_counter()
         if self._since is not None:
             self._waited += now - self._since
@@ -157,17 +157,17 @@ class DataTimer:
 
 
 class GradientAccumulation(pl.Callback):
-    """Accumulates gradients so that an optimizer step has a given number of images over all devices.
+    """Gradient accumulation up to an effective batch size over all devices.
 
-    The number of batches per epoch is rounded down to whole steps, so that all steps have the same number of
-    images.
+    The number of batches per epoch is rounded down to complete optimizer steps, so that all have
+    the same number of images.
 
     Args:
         effective_batch: images per optimizer step over all devices.
 
     Raises:
         UsageError: `effective_batch` is below 1. When training begins: it is not a multiple of devices x
-            batch size, there are fewer images than that, or `accumulate_grad_batches` is set too.
+            batch size, it exceeds the number of images, or `accumulate_grad_batches` is also set.
     """
 
     def __init__(self, effective_batch: int) -> None:
@@ -195,7 +195,7 @@ class GradientAccumulation(pl.Callback):
         batches = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
         if batches < accumulated:
             raise UsageError(
-                f"expected at least {self.effective_batch} images for one step of the effective batch, "
+                f"expected at least {self.effective_batch} images for one step with the effective batch, "
                 f"got {batches * images}"
             )
         trainer.accumulate_grad_batches = accumulated
@@ -229,7 +229,7 @@ class FinalValidation(pl.Callback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        """After the last step, request an early stop, which validates first."""
+        """After the last step, request an early stop, before which Lightning validates."""
         if 0 <= trainer.max_steps <= trainer.global_step:
             trainer.check_val_every_n_epoch = 1
             trainer.should_stop = True
@@ -268,7 +268,7 @@ def plot_curves(
         title: title of the figure.
         curves: names of the metrics of each subplot.
     """
-    # Without pyplot, which needs a window system on some machines and has global state.
+    # Not pyplot, which has global state and needs a display on some systems.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -1,4 +1,4 @@
-"""Checkpoint files: when `last.ckpt` and `best.ckpt` are written, and atomic writes."""
+"""Checkpoint callbacks for `last.ckpt` and `best.ckpt`, and atomic checkpoint writes."""
 
 import os
 from collections.abc import Callable
@@ -16,7 +16,7 @@ BEST, LAST = "best.ckpt", "last.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Replaces a checkpoint atomically: a complete old or new file exists at any moment."""
+    """CheckpointIO with atomic writes: a complete old or new file exists at any time."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint to a temporary file, flush it to disk, and rename it.
@@ -28,7 +28,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None:
             raise UsageError(f"expected no storage options, got {storage_options}")
         path = Path(path)
-        # A fixed name: the next checkpoint overwrites what a killed process left behind.
+        # A fixed name, so that the next checkpoint overwrites the partial file of a killed process.
         part = path.with_name(path.name + ".part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable | None = lambda storage, loc: storage,  # noqa: ARG005  torch's signature
         weights_only: bool | None = None,  # noqa: ARG002  always True
     ) -> dict[str, Any]:
-        """Load a checkpoint with `weights_only=True`, which refuses code in the file."""
+        """Load a checkpoint with `weights_only=True`, which rejects code in the file."""
         return super().load_checkpoint(path, map_location=map_location, weights_only=True)
 
 
@@ -82,7 +82,7 @@ class LastCheckpoint(Checkpoint):
         self._seen_step = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Receive the folder that rank 0 has chosen."""
+        """Broadcast the folder from rank 0."""
         self.folder = Path(trainer.strategy.broadcast(os.fspath(self.folder)))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
@@ -98,12 +98,12 @@ class LastCheckpoint(Checkpoint):
         batch_idx: int,
     ) -> None:
         """Save after every n-th complete step."""
-        # Between the batches of an accumulated step there are gradients, which no checkpoint holds.
+        # Within an accumulated step there are gradients, which checkpoints do not store.
         stepped = trainer.global_step != self._seen_step
         self._seen_step = trainer.global_step
         if self.every_n_steps is None or not stepped or trainer.global_step % self.every_n_steps:
             return
-        # A run that is resumed here would skip a validation that is due after this batch.
+        # A run resumed here would skip the validation that follows this batch.
         every = trainer.val_check_batch
         validated = every is not None and (batch_idx + 1) % every == 0
         if not trainer.is_last_batch and not validated:
@@ -118,7 +118,7 @@ class LastCheckpoint(Checkpoint):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps `best.ckpt`, the validated epoch with the highest score.
+    """Saves `best.ckpt` after the epoch with the highest validation score.
 
     Args:
         folder: folder of the file.

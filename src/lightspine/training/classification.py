@@ -40,7 +40,7 @@ class ClassificationTask(LightspineTask):
         **options: optimizer, schedule, clipping, EMA and seed; see `LightspineTask`.
 
     Raises:
-        UsageError: the model is unknown, a value is out of range, or the teacher has other classes.
+        UsageError: the model is unknown, a value is out of range, or the teacher's number of classes differs.
         LightspineError: the checkpoint cannot be read.
     """
 
@@ -69,7 +69,7 @@ class ClassificationTask(LightspineTask):
             if not 0 <= value <= 1:
                 raise UsageError(f"expected a probability {name} from 0 to 1, got {value}")
         if not 0 <= label_smoothing < 1:
-            raise UsageError(f"expected a label_smoothing from 0 to 1, got {label_smoothing}")
+            raise UsageError(f"expected a label_smoothing from 0 to below 1, got {label_smoothing}")
         self.model_name = model
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
@@ -114,7 +114,7 @@ class ClassificationTask(LightspineTask):
         )
 
     def on_train_start(self) -> None:
-        """Pass the normalization of the images to the distiller."""
+        """Set the image normalization of the distiller."""
         super().on_train_start()
         preprocessing = getattr(getattr(self.trainer, "datamodule", None), "preprocessing", None)
         if self.distiller is not None and preprocessing is not None:
@@ -131,7 +131,7 @@ class ClassificationTask(LightspineTask):
             even = len(images) // 2 * 2  # timm's Mixup needs an even batch
             images, targets = self.mix(images[:even], labels[:even])
         loss = self.check_loss(self.training_loss(images, targets), images)
-        # The guard skips a non-finite loss, which would make the mean of the epoch NaN.
+        # A non-finite loss would make the mean of the epoch NaN; the guard skips its step.
         if torch.isfinite(loss):
             self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
         self.log("lr", self.current_lr(), prog_bar=True)
@@ -144,7 +144,7 @@ class ClassificationTask(LightspineTask):
 
         Args:
             images: (N, C, H, W), after mixup or CutMix.
-            targets: class indices (N,), or after mixing smoothed class probabilities (N, K).
+            targets: class indices (N,), or class probabilities (N, K) after mixup or CutMix.
         """
         output = self.model(images)
         if self.distiller is not None:
@@ -175,9 +175,9 @@ class ClassificationTask(LightspineTask):
         """Log the metrics and the skipped images."""
         self.log_bad_images()
         if not self.top1.update_called:
-            reason = next(iter(self.bad_images.reasons.values()), "there is none")
+            reason = next(iter(self.bad_images.reasons.values()), "the validation split is empty")
             raise LightspineError(f"none of the validation images can be used; {reason}")
-        # Stop before the checkpoint of this epoch is written, so that the last one on disk is good.
+        # Stop before this epoch's checkpoint is written, so that the last one on disk is finite.
         if not torch.isfinite(self.trainer.callback_metrics["val_loss"]):
             raise LightspineError(
                 f"the validation loss is not finite at step {self.global_step} (epoch {self.current_epoch}) "
@@ -200,9 +200,9 @@ class ClassificationTask(LightspineTask):
 
 
 def _construct(key: str, kind: Any, settings: dict[str, Any], **more: Any) -> Any:
-    """Call a class with the settings under a recipe key; report wrong argument names by that key."""
+    """Call a class with the settings under a recipe key; name the key in errors about its arguments."""
     try:
         inspect.signature(kind).bind(**settings, **more)
     except TypeError as error:
-        raise UsageError(f"wrong settings under {key}: {error}") from error
+        raise UsageError(f"invalid settings under {key}: {error}") from error
     return kind(**settings, **more)

@@ -40,7 +40,7 @@ _ABSTRACT = ("ImageDataModule", "SegmentationDataModule", "ClassificationDataMod
 _TASKS = (ClassificationTask, DetectionTask, SegmentationTask)
 _SCHEDULES = (CosineSchedule, MilestoneSchedule, DecaySchedule)
 _SWITCHES = {
-    "grad_checkpointing": "recompute activations in the backward pass, which saves memory and takes time",
+    "grad_checkpointing": "recompute activations in the backward pass (activation checkpointing)",
     "compile": "compile the model with torch.compile",
     "tensorboard": "also log to TensorBoard",
 }
@@ -65,13 +65,13 @@ def main(args: Sequence[str] | None = None) -> TrainResult:
     """Run `lightspine train` with `--config NAME_OR_PATH` and flags that override it.
 
     Args:
-        args: the arguments after `lightspine train`; by default those of the process.
+        args: arguments after `lightspine train`; by default `sys.argv[1:]`.
 
     Returns:
         The paths and metrics of the run.
 
     Raises:
-        UsageError: a flag or the recipe is wrong.
+        UsageError: a flag or the recipe is invalid.
         LightspineError: see `lightspine.training.fit.train`.
         SystemExit: after `--help` or `--print_config`.
     """
@@ -82,7 +82,7 @@ def main(args: Sequence[str] | None = None) -> TrainResult:
         except ArgumentError as error:
             raise UsageError(_one_line(str(error))) from error
         except ValueError as error:
-            # jsonargparse wraps the errors of the constructors of the task and the data.
+            # jsonargparse wraps errors from the constructors of the task and the data module.
             raise _find_lightspine_error(error) or error from None
     return cli.train()
 
@@ -96,13 +96,13 @@ def train_recipe(
         recipe: name of a shipped recipe, or path of a YAML file.
         folder: folder of the run; see `lightspine.training.fit.train`.
         overrides: flags as on the command line, such as "--trainer.max_epochs=3".
-        progress: show the progress.
+        progress: show a progress bar.
 
     Returns:
         The paths and metrics of the run.
 
     Raises:
-        UsageError: the recipe is unknown or an override is wrong.
+        UsageError: the recipe is unknown or an override is invalid.
         LightspineError: see `lightspine.training.fit.train`.
     """
     bar = [] if progress else ["--trainer.enable_progress_bar=false"]
@@ -145,13 +145,13 @@ class TrainCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Create the trainer; report a wrong option as UsageError."""
+        """Create the trainer; report an invalid option as UsageError."""
         try:
             return super().instantiate_trainer(**kwargs)
         except LightspineError:
             raise
         except (TypeError, ValueError, MisconfigurationException) as error:
-            raise UsageError(f"wrong --trainer option: {str(error).strip().splitlines()[0]}") from error
+            raise UsageError(f"invalid --trainer option: {str(error).strip().splitlines()[0]}") from error
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the flags of the run instead of Lightning's `--seed_everything`."""
@@ -167,7 +167,7 @@ class TrainCLI(LightningCLI):
             default=None,
             nargs="?",
             const=AUTO,
-            help="last.ckpt to resume from; auto or no value: the one in --folder, if there is one",
+            help="path of the last.ckpt to resume from; auto or no value: the one in --folder, if any",
         )
         parser.add_argument("--export", type=Export, default="last", help="epoch whose weights are exported")
         parser.add_argument(
@@ -182,7 +182,7 @@ class TrainCLI(LightningCLI):
             "--effective_batch",
             type=int | None,
             default=None,
-            help="images per optimizer step over all devices, reached by gradient accumulation",
+            help="total batch size per optimizer step over all devices, by gradient accumulation",
         )
         for name, text in _SWITCHES.items():
             parser.add_argument(
@@ -208,7 +208,7 @@ class TrainCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Set the preprocessing of the data, create the folder of the run and configure the callbacks."""
         config: Namespace = self.config
-        # Not linked arguments: jsonargparse skips a link to an option without default in the signature.
+        # Set here and not linked: jsonargparse skips links to options without a default in the signature.
         task: type[LightspineTask] = _find_class(config.model.class_path)
         prepared = issubclass(
             _find_class(config.data.class_path), (ClassificationDataModule, SegmentationDataModule)
@@ -246,7 +246,7 @@ class TrainCLI(LightningCLI):
 
 
 def published_preprocessing(model: str) -> dict[str, Any]:
-    """Return the preprocessing of a model's published weights without creating its parameters."""
+    """Return the preprocessing of a model's published weights without allocating the model."""
     record = find_record(model)
     if record is not None:
         with torch.device("meta"):
@@ -279,7 +279,7 @@ def _resolve_recipes(args: list[str]) -> list[str]:
 
 
 def _one_line(message: str) -> str:
-    """Shorten a message of jsonargparse to one line, without the list of all types that it tried."""
+    """Shorten a jsonargparse message to one line, without the list of types that it tried."""
     key = ".".join(_KEY.findall(message))
     lines = [_KEY.sub("", line).strip(" -:\n") for line in message.splitlines()]
     kept = [line for line in lines if line and not line.startswith(_BOILERPLATE)]
@@ -290,9 +290,9 @@ def _one_line(message: str) -> str:
     if key == "model.schedule":
         # jsonargparse lists the errors of every schedule class, but not their names.
         known = "; ".join(f"{kind.__name__} ({', '.join(_field_names(kind))})" for kind in _SCHEDULES)
-        return f"wrong argument {key}: expected the fields of one of {known}"
+        return f"invalid argument {key}: expected the fields of one of {known}"
     text = _CLASS.sub(r"\1", "; ".join(kept[:2])).replace("typing.", "")
-    return f"wrong argument {key}: {text}" if key else text
+    return f"invalid argument {key}: {text}" if key else text
 
 
 def _field_names(kind: Any) -> list[str]:

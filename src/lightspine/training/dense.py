@@ -106,7 +106,7 @@ class DenseTask(LightspineTask):
         )
 
     def create_optimizer(self, *, fused: bool) -> torch.optim.Optimizer:
-        """Create the optimizer with the groups of `dense_parameter_groups`."""
+        """Create the optimizer with the parameter groups of `dense_parameter_groups`."""
         groups = dense_parameter_groups(
             self.network,
             lr=self.lr,
@@ -120,7 +120,7 @@ class DenseTask(LightspineTask):
     def log_losses(self, losses: dict[str, Tensor], images: int) -> Tensor:
         """Log the terms of the loss and return their sum."""
         loss = torch.stack(list(losses.values())).sum()
-        # The guard skips a non-finite loss, which would make the mean of the epoch NaN.
+        # A non-finite loss would make the mean of the epoch NaN; the guard skips its step.
         if torch.isfinite(loss):
             parts = {name if name.startswith("loss_") else f"loss_{name}": v for name, v in losses.items()}
             self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=images)
@@ -139,7 +139,7 @@ class DenseTask(LightspineTask):
         """Raise LightspineError if none of the validation images could be used."""
         self.log_bad_images()
         if not images:
-            reason = next(iter(self.bad_images.reasons.values()), "there is none")
+            reason = next(iter(self.bad_images.reasons.values()), "the validation split is empty")
             raise LightspineError(f"none of the validation images can be used; {reason}")
 
     def data_module(self, kind: type[ImageDataModule]) -> Any:

@@ -31,11 +31,11 @@ class DetectionTask(DenseTask):
             `lightspine.dense.create_detector`.
         norm: "layer" applies a LayerNorm to each feature map; see `lightspine.heads.FeatureBackbone`.
         freeze_batch_norm: keep the BatchNorm layers of the backbone in evaluation mode.
-        channels: channels of the feature pyramid.
-        resize: (shorter, longest) side in pixels to which images are resized in evaluation; `None` keeps
-            their size.
-        score_threshold: lowest score of a detection.
-        detections_per_image: largest number of detections per image, also in the metrics.
+        channels: number of channels of the feature pyramid.
+        resize: (shorter side, maximum longer side) in pixels of the resized images in evaluation; `None`
+            keeps their size.
+        score_threshold: minimum score of a detection.
+        detections_per_image: maximum number of detections per image, also in the metrics.
         anchor_scale: factor of the anchor sizes, which start at 32 px.
         undecayed: substrings of the names of parameters without weight decay; see
             `lightspine.training.optim.dense_parameter_groups`.

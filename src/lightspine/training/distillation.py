@@ -47,9 +47,9 @@ class Distiller:
     Args:
         teacher: model name in lightspine or timm, with timm's weight tag (`regnety_160.deit_in1k`).
         num_classes: number of classes of the student.
-        kind: learn the teacher's predictions ("hard") or probabilities ("soft").
-        alpha: weight of the teacher's part, from 0 to 1.
-        temperature: temperature of "soft"; "hard" has none.
+        kind: distill the teacher's predicted class ("hard") or its probabilities ("soft").
+        alpha: weight of the distillation loss, from 0 to 1.
+        temperature: softmax temperature, only for "soft".
         heads: number of heads that the student has in training.
         checkpoint: file of the teacher's weights. By default timm's pretrained weights are downloaded.
         teacher_args: further arguments of the teacher model.
@@ -90,9 +90,9 @@ class Distiller:
         return self
 
     def expect_images(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Set the normalization of the student's images, which is ImageNet's by default.
+        """Set the normalization of the student's input images; the default is ImageNet's.
 
-        If the teacher was trained with another one, the images are renormalized for it.
+        If the teacher was trained with another normalization, the images are renormalized for it.
 
         Args:
             mean: mean per channel, for pixel values from 0 to 1.
@@ -103,7 +103,7 @@ class Distiller:
         self._factor_and_shift = [(s / ts, (m - tm) / ts) for m, s, tm, ts in pairs]
 
     def prepare_student(self, model: nn.Module) -> None:
-        """Check the number of heads of the student; make one with two heads return both in training.
+        """Check the number of heads of the student, and enable the output of both heads in training.
 
         Raises:
             UsageError: the number of heads differs from `heads`.
@@ -112,9 +112,9 @@ class Distiller:
         two = second is not None and not isinstance(second, nn.Identity)
         if two != (self.heads == "two"):
             advice = (
-                "take its _dist variant or heads='one'"
+                "use its _dist variant or heads='one'"
                 if self.heads == "two"
-                else "take its plain variant or heads='two'"
+                else "use its plain variant or heads='two'"
             )
             raise UsageError(
                 f"distillation with {_heads_text(self.heads == 'two')} got a model with {_heads_text(two)}: "
@@ -140,7 +140,7 @@ class Distiller:
             base_loss: maps (logits, targets) to the loss without a teacher.
 
         Raises:
-            UsageError: the number of heads differs from `heads`, or the teacher has another input size.
+            UsageError: the number of heads differs from `heads`, or the teacher's fixed input size differs.
         """
         if isinstance(output, Tensor) != (self.heads == "one"):
             raise UsageError(
@@ -156,9 +156,9 @@ class Distiller:
         """Return the teacher's logits (N, K) for the student's images (N, C, H, W).
 
         Raises:
-            UsageError: the teacher has a fixed input size, which differs.
+            UsageError: the teacher has a fixed input size that differs.
         """
-        # The teacher belongs to no module, so nothing else moves it to the device.
+        # The teacher is not a submodule, so Lightning does not move it to the device.
         self.teacher.to(device=images.device, dtype=images.dtype)
         factor, shift = images.new_tensor(self._factor_and_shift).T[..., None, None]
         if self.image_size is not None and tuple(images.shape[2:]) != (self.image_size, self.image_size):
@@ -176,14 +176,14 @@ class Distiller:
         size = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", True) else None
         if cfg.get("fixed_input_size") and size is not None and tuple(images.shape[2:]) != tuple(size):
             raise UsageError(
-                f"the teacher takes images of {size[0]} x {size[1]} px only, got {images.shape[2]} x "
+                f"expected images of {size[0]} x {size[1]} px for the teacher, got {images.shape[2]} x "
                 f"{images.shape[3]}: set image_size={size[0]}"
             )
 
     def _distillation_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.kind == "hard":
             return F.cross_entropy(student, teacher.argmax(1))
-        # Half precision would underflow the small probabilities.
+        # Small probabilities would underflow in half precision.
         wide = torch.promote_types(student.dtype, torch.float32)
         divergence = F.kl_div(
             F.log_softmax(student.to(wide) / self.temperature, dim=1),
@@ -191,7 +191,7 @@ class Distiller:
             reduction="sum",
             log_target=True,
         )
-        # The official scripts differ by a factor of the number of classes.
+        # DeiT divides by the number of logits, EfficientMod by the batch size.
         share = student.numel() if self.heads == "two" else len(student)
         return divergence * self.temperature**2 / share
 
@@ -218,7 +218,7 @@ class Mesa:
         self.weight = weight
 
     def is_active(self, epoch: int, epochs: int) -> bool:
-        """Return whether the loss is used in an epoch.
+        """Return whether the loss is active in an epoch.
 
         Args:
             epoch: epoch, from 0.
@@ -241,7 +241,7 @@ class Mesa:
             raise UsageError("MESA needs a student with one head, got the output of one with two heads")
         with torch.no_grad():
             averaged = ema_model.eval()(images)
-        # Half precision would underflow the small probabilities.
+        # Small probabilities would underflow in half precision.
         wide = torch.promote_types(student_logits.dtype, torch.float32)
         return self.weight * F.cross_entropy(student_logits.to(wide), averaged.to(wide).softmax(1))
 
@@ -286,7 +286,7 @@ def _pretrained_teacher(
         try:
             cfg = timm.get_pretrained_cfg(name)
         except RuntimeError as error:
-            raise UsageError(f"expected a teacher that timm publishes, got {name!r}: {error}") from error
+            raise UsageError(f"expected a pretrained teacher of timm, got {name!r}: {error}") from error
         if cfg is None or not cfg.has_weights:
             raise UsageError(f"timm publishes no weights for the teacher {name!r}: give a checkpoint")
         if "num_classes" not in options:
@@ -294,7 +294,7 @@ def _pretrained_teacher(
             _check_num_classes(name, cfg.num_classes, num_classes)
     try:
         model: Any = create_model(name, **options)
-    # The hub raises subclasses of OSError both without a connection and for a missing file.
+    # huggingface_hub raises OSError subclasses without a connection and for missing files.
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise LightspineError(f"cannot fetch the weights of the teacher {name!r}: {reason}") from error
@@ -307,7 +307,7 @@ def _teacher_from_file(
     file = read_checkpoint(checkpoint)
     saved = read_model_metadata(file)
     if saved is not None and saved.name != name:
-        raise UsageError(f"expected weights of the teacher {name!r}, but {file.label} is of {saved.name!r}")
+        raise UsageError(f"expected weights of the teacher {name!r}, but {file.label} holds {saved.name!r}")
     if saved is not None or find_record(name) is not None:
         # The file's metadata has the number of classes, sizes and preprocessing.
         loaded, saved = load_model(file, name=name, **model_args)
@@ -319,7 +319,7 @@ def _teacher_from_file(
 
 
 def _num_classes_in_file(name: str, file: Checkpoint) -> dict[str, Any]:
-    """Return the number of classes of a timm checkpoint, read from its classifier, as model arguments."""
+    """Return the model argument `num_classes` of a timm checkpoint, from the shape of its classifier."""
     cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     classifier = cfg.classifier if cfg is not None else None
     first = classifier[0] if isinstance(classifier, tuple | list) else classifier

@@ -1,7 +1,7 @@
 """Exponential moving average (EMA) of the weights.
 
-A checkpoint holds the averaged weights as `state_dict` and the trained weights as `current_model_state`. Both
-are exported; `export_weights` of the task selects which are validated and saved as `model.safetensors`.
+A checkpoint has the EMA weights in `state_dict` and the raw weights in `current_model_state`. Both are
+exported; `export_weights` of the task selects which are validated and saved as `model.safetensors`.
 """
 
 from typing import Any, Literal, cast
@@ -16,7 +16,7 @@ ExportedWeights = Literal["ema", "raw"]
 
 
 class WeightAverage(EMAWeightAveraging):
-    """Lightning's EMA callback, which can also keep the average without validating or exporting it.
+    """Lightning's EMA callback, with the option to validate and export the raw weights instead.
 
     Args:
         decay: decay of the average, between 0 and 1.

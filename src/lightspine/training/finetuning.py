@@ -1,9 +1,9 @@
 """Fine-tuning: frozen stages, layer indices for layer-wise decay, and a summary of the loaded weights.
 
 `lightspine.create_model(name, checkpoint=PATH, num_classes=N)` adapts a checkpoint to the model: it drops a
-classifier of another size, adapts the first convolution and resizes position embeddings. So Vim's stride-8
-models start from stride-16 weights (`vim_tiny_plus` from `vim_tiny`). In the other families no parameter
-depends on the image size, so they load unchanged at 384 or 512 px.
+classifier of another size, adapts the first convolution and resizes position embeddings. Vim's stride-8
+models can thus start from stride-16 weights (`vim_tiny_plus` from `vim_tiny`). In the other families no
+parameter depends on the image size, so they load unchanged at 384 or 512 px.
 """
 
 from typing import Any
@@ -24,21 +24,21 @@ def freeze_stages(model: nn.Module, stages: int) -> list[str]:
     Args:
         model: a model of lightspine or timm.
         stages: number of stages to freeze after the stem; 0 freezes only the stem. In models without stages
-            (Vim, ViT) blocks count as stages.
+            (Vim, ViT) each block counts as a stage.
 
     Returns:
         The names of the frozen modules, for `hold_frozen`.
 
     Raises:
-        UsageError: the model has fewer stages, has no `group_matcher`, or was created by
-            `lightspine.create_model` without pretrained weights.
+        UsageError: the model has fewer stages, no `group_matcher`, or no pretrained weights (if created by
+            `lightspine.create_model`).
     """
     _check_pretrained(model)
     layers = layer_indices(model, coarse=True)
-    # The last layer holds the final norm and the classifier, which must stay trainable.
+    # The last layer has the final norm and the classifier, which must stay trainable.
     most = max(layers.values()) - 1
     if not 0 <= stages <= most:
-        raise UsageError(f"expected from 0 to {most} frozen stages of {_model_name(model)}, got {stages}")
+        raise UsageError(f"expected 0 to {most} frozen stages of {_model_name(model)}, got {stages}")
     frozen = {name for name, layer in layers.items() if layer <= stages}
     for name, parameter in model.named_parameters():
         if name in frozen:
@@ -76,15 +76,13 @@ def layer_indices(model: nn.Module, *, coarse: bool) -> dict[str, int]:
     """
     matcher = getattr(model, "group_matcher", None)
     if not callable(matcher):
-        raise UsageError(
-            f"{_model_name(model)} does not assign its parameters to layers: it has no group_matcher"
-        )
+        raise UsageError(f"expected a model with a group_matcher, got {_model_name(model)}")
     layers: dict[str, int] = group_parameters(model, matcher(coarse=coarse), reverse=True)
     return layers
 
 
 def describe_start(model: nn.Module) -> str:
-    """Summarize in one line the loaded, new, resized and frozen parameters of a model.
+    """Return a one-line summary of the loaded, new, resized and frozen parameters of a model.
 
     Args:
         model: a model from `lightspine.create_model`.

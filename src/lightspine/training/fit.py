@@ -1,4 +1,4 @@
-"""Run a training from Python or the command line, and export its weights."""
+"""Training with the Lightning trainer: callbacks, checkpoints and export of the weights."""
 
 import importlib.util
 import logging
@@ -50,7 +50,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 Export = Literal["last", "best"]
 
-# Lightning's entry of the trained weights when `state_dict` has the averaged ones.
+# Checkpoint entry of the raw weights if `state_dict` has the EMA weights.
 _TRAINED = "current_model_state"
 
 
@@ -63,14 +63,14 @@ class TrainResult:
         folder: folder of the run, which also has `metrics.csv` and `curves.png`.
         weights: the exported model, for `evaluate`, `predict` and `lightspine.create_model`. With EMA, the
             task's `export_weights` selects its weights.
-        raw_weights: with EMA, the trained weights, else None.
-        ema_weights: with EMA, the averaged weights, else None.
+        raw_weights: with EMA, the file of the raw weights, else None.
+        ema_weights: with EMA, the file of the EMA weights, else None.
         last_checkpoint: training state after the last epoch, to resume from.
         best_checkpoint: training state after the epoch with the best score.
         score_name: name of the score: "val_top1", "val_box_AP" or "val_mIoU".
         score: score of the exported weights on the validation images, in percent.
-        best_score: highest score of all epochs. It is selected on the validation images, so it is optimistic.
-        seconds: duration of this call, with validation.
+        best_score: highest score of all epochs; optimistic, because it is selected on the validation images.
+        seconds: duration of this call, including validation.
         history: one dictionary per epoch: epoch, seconds, train_loss, val_loss, val_top1, lr, ...
         skipped: path -> reason of images that could not be used.
     """
@@ -113,19 +113,19 @@ def train(
 
     Args:
         task: the task, such as `ClassificationTask`.
-        data: the data module; it must have the number of classes of the task.
-        folder: folder of the run, which is created. If it has files of another run and `resume` is None,
-            `folder-2`, `folder-3`, ... is used.
+        data: the data module, with the same number of classes as the task.
+        folder: output folder, which is created. If it has files and `resume` is None, `folder-2`,
+            `folder-3`, ... is used.
         epochs: total number of epochs, including those before `resume`.
-        resume: path of a `last.ckpt` to resume from, whose folder is then used; "auto" uses the one in
-            `folder`, or starts from the beginning if there is none.
+        resume: path of a `last.ckpt`; the run resumes in its folder. "auto" resumes from the one in
+            `folder`, if any.
         export: export the weights of the last epoch or of the epoch with the best validation score.
         save_every_steps: also write `last.ckpt` every n steps, not only after every epoch.
-        effective_batch: images per optimizer step over all devices, reached by gradient accumulation.
-        grad_checkpointing: recompute activations in the backward pass, which saves memory and takes time.
+        effective_batch: total batch size per optimizer step over all devices, by gradient accumulation.
+        grad_checkpointing: recompute activations in the backward pass; slower, saves memory.
         compile: compile the model with `torch.compile`.
         tensorboard: also log to TensorBoard, in `folder/tensorboard`.
-        gradient_clip: clip the gradient to this norm.
+        gradient_clip: maximum norm of the gradient.
         accelerator: Lightning's accelerator: "cpu", "gpu", "mps" or "auto".
         precision: Lightning's precision, such as "bf16-mixed".
         progress: show a progress bar in a terminal, else print a line per epoch to standard error.
@@ -135,7 +135,7 @@ def train(
         The paths and metrics of the run.
 
     Raises:
-        UsageError: the numbers of classes differ, `resume` is not a file, or options contradict each other.
+        UsageError: the numbers of classes differ, `resume` is not a file, or options are incompatible.
         LightspineError: training diverged, no image can be read, a checkpoint is damaged or cannot be
             written, or another rank died.
         TrainingInterruptedError: training was interrupted by Ctrl-C or a signal.
@@ -205,7 +205,7 @@ def run_training(
         task.model.compile()
     if tensorboard:
         trainer.logger = _tensorboard(log.folder)
-    # FSDP accepts no other CheckpointIO than its own.
+    # FSDP accepts only its own CheckpointIO.
     if (
         type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
         and "fsdp" not in type(trainer.strategy).__name__.lower()
@@ -238,8 +238,8 @@ def run_callbacks(
         RunLog(folder, announce=progress and not live),
         EpochState(),
         FinalValidation(),
-        # Two callbacks, because Lightning's save_last skips epochs that are not the best. LastCheckpoint is
-        # the last one, because its file holds the state of BestCheckpoint.
+        # Two callbacks, because Lightning's save_last skips epochs that are not the best. LastCheckpoint
+        # comes after BestCheckpoint, because it saves that callback's state.
         BestCheckpoint(folder, score),
         LastCheckpoint(folder, every_n_steps=save_every_steps),
     ]
@@ -257,7 +257,7 @@ def export_run(
     seconds: float,
     write: bool,
 ) -> TrainResult:
-    """Export the weights of a run from its checkpoint, plot its curves and return its result.
+    """Export the weights from the checkpoint of a run, plot its curves and return its result.
 
     Args:
         log: metrics log with the rows of all epochs.
@@ -265,12 +265,12 @@ def export_run(
         data: the data module.
         export: export the weights of the "last" or the "best" epoch.
         seconds: duration of the training.
-        write: write the files, which only rank 0 does.
+        write: whether to write the files; True only on rank 0.
     """
     # Epochs before the last may have no validation.
     best = max((row for row in log.rows if task.score in row), key=lambda row: row[task.score])
     chosen = best if export == "best" else log.rows[-1]
-    # Read the file, because a run that is resumed after its last epoch trains nothing.
+    # Read the file, because a run resumed after its last epoch does no training.
     path = log.folder / (BEST if export == "best" else LAST)
     stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     metadata = {"epochs": str(len(log.rows)), "seed": str(task.seed)}
@@ -283,7 +283,7 @@ def export_run(
     for kind, file in files.items():
         if kind != task.export_weights:
             _export_weights(task, data, stored[entries[kind]], file if write else None, metadata)
-    # Last, so that these weights stay in the task.
+    # Exported last, so that the task keeps these weights.
     selected = stored[entries.get(task.export_weights, "state_dict")]
     metadata[task.score] = f"{chosen[task.score]:.2f}"
     _export_weights(task, data, selected, weights if write else None, metadata)
@@ -307,7 +307,7 @@ def export_run(
 
 
 def set_grad_checkpointing(model: nn.Module) -> None:
-    """Turn on activation checkpointing of a model: recompute activations in the backward pass.
+    """Enable activation checkpointing: recompute activations in the backward pass.
 
     Raises:
         UsageError: the model does not support it.
@@ -329,7 +329,7 @@ def _fit(trainer: pl.Trainer, task: LightspineTask, data: ImageDataModule, check
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except LightspineError:
         raise
-    # The exception of a collective whose peer is gone depends on the backend.
+    # After the death of a rank, the type of the exception depends on the backend of the collective.
     except Exception as error:
         lost = _find_callback(trainer, RankWatchdog).explain(timeout_s=5.0)
         if lost is None:

@@ -1,4 +1,4 @@
-"""Console output of a run: show lightspine's log messages, hide irrelevant notes of the libraries."""
+"""Log filters of a run: show lightspine's messages, hide irrelevant warnings of other libraries."""
 
 import contextlib
 import logging
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def filter_lightning_logs() -> Iterator[None]:
-    """Hide Lightning's info messages and the warnings that a user of a run cannot act on."""
+    """Hide Lightning's info messages and warnings that users cannot act on."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        # In-memory data needs no workers, and the folder of a resumed run has files.
+        # In-memory data needs no workers, and the folder of a resumed run is not empty.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
         # Deprecations between Lightning and its own dependencies, torch and jsonargparse.
@@ -45,7 +45,7 @@ class _StderrHandler(logging.Handler):
 
 @contextlib.contextmanager
 def show_info_logs() -> Iterator[None]:
-    """Show lightspine's info messages, such as the composition of a batch, on standard error."""
+    """Show lightspine's info messages, such as the effective batch size, on standard error."""
     logger = logging.getLogger("lightspine")
     # Replaces the command line's handler, which would print messages twice and break a live progress bar.
     level, handlers = logger.level, list(logger.handlers)

@@ -33,10 +33,10 @@ class CosineSchedule:
         unit: "step" updates the rate at every optimizer step, "epoch" once per epoch.
         after_warmup: start the cosine when the warm-up ends, s = (t - W) / (T - W). Otherwise it starts with
             the first epoch, s = t / T, and the warm-up replaces its beginning.
-        lag_epochs: epochs to subtract from t, which stays at least 0. A scheduler that receives the number of
-            the finished epoch lags by one: the first two epochs have the same rate.
-        batch: total batch size for which `lr` is given: the rate scales linearly with the batch size of the
-            run. None disables the scaling.
+        lag_epochs: number of epochs to subtract from t, down to 0. Use 1 for scripts that pass the finished
+            epoch to the scheduler: their first two epochs have the same rate.
+        batch: reference batch size of `lr`: the rate scales linearly with the total batch size of the run.
+            None disables the scaling.
         scale_ends: scale `warmup_lr` and `min_lr` with the batch size too.
     """
 
@@ -58,13 +58,13 @@ class CosineSchedule:
 
     @property
     def total_steps(self) -> float | None:
-        """None: the number of steps depends on the data."""
+        """Always None, because the number of steps depends on the data."""
         return None
 
     def check(self) -> None:
         """Check that all values are in range.
 
-        This is not done in the constructor because the recipe parser would hide the message in a type error.
+        The constructor does not check, because the recipe parser would hide the message in a type error.
 
         Raises:
             UsageError: a value is out of range.
@@ -81,7 +81,7 @@ class CosineSchedule:
         if self.batch is not None and self.batch < 1:
             raise UsageError(f"expected the batch size of a schedule to be at least 1, got {self.batch}")
         if self.scale_ends and self.batch is None:
-            raise UsageError("expected a batch size in the schedule, since scale_ends is on")
+            raise UsageError("expected `batch` in a schedule with scale_ends, got None")
 
     def rate(self, step: int, *, lr: float, steps_per_epoch: int, total_batch: int) -> float:
         """Return the learning rate of a step.
@@ -113,7 +113,7 @@ class MilestoneSchedule:
     In warm-up step t < W the rate is multiplied by 1 - (1 - t / W) (1 - w), with warm-up ratio w.
 
     Attributes:
-        milestones: when the rate is multiplied by `gamma`, in `unit`.
+        milestones: times at which the rate is multiplied by `gamma`, in `unit`.
         length: length of the run, in `unit`.
         unit: "epoch", or "step" for optimizer steps.
         gamma: factor at each milestone.
@@ -142,12 +142,12 @@ class MilestoneSchedule:
         """Check that all values are in range.
 
         Raises:
-            UsageError: milestones do not ascend within the run, or another value is out of range.
+            UsageError: milestones are not increasing or outside the run, or another value is out of range.
         """
         points = [0, *self.milestones, self.length]
         if self.length <= 0 or points != sorted(set(points)):
             raise UsageError(
-                f"expected milestones that ascend between 0 and the length {self.length:g}, got "
+                f"expected increasing milestones between 0 and the length {self.length:g}, got "
                 f"{list(self.milestones)}"
             )
         if self.gamma <= 0:
@@ -164,7 +164,7 @@ class MilestoneSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class DecaySchedule:
-    """Polynomial or cosine decay over a number of steps with linear warm-up, as for training segmenters.
+    """Polynomial or cosine decay per step with linear warm-up, as for training segmenters.
 
     With T steps, W warm-up steps, warm-up ratio w, peak rate r and minimum rate m:
 
@@ -194,7 +194,7 @@ class DecaySchedule:
 
     @property
     def total_epochs(self) -> None:
-        """None: the number of epochs depends on the data."""
+        """Always None, because the number of epochs depends on the data."""
         return None
 
     @property

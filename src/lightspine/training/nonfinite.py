@@ -1,4 +1,4 @@
-"""Non-finite losses and gradients: skip the step, count it, and trace the module that caused it."""
+"""Non-finite losses and gradients (NaN, infinity): skip the step and trace the module that caused it."""
 
 import logging
 from collections.abc import Iterator
@@ -27,11 +27,11 @@ class NonFiniteGuard:
     learning-rate schedule advances. In distributed training all ranks skip the step together.
 
     Args:
-        max_bad_steps: number of consecutive bad steps that end the run.
+        max_bad_steps: number of consecutive non-finite steps after which the run stops.
 
     Attributes:
         skipped: number of skipped steps.
-        in_a_row: number of skipped steps since the last good step.
+        in_a_row: number of consecutive skipped steps up to now.
 
     Raises:
         UsageError: `max_bad_steps` is below 1.
@@ -67,18 +67,18 @@ class NonFiniteGuard:
             self._forward = RecordedForward(module, *inputs)
 
     def check_gradients(self, module: nn.Module, *, scaler: Any = None, where: str = "") -> bool:
-        """Return whether the optimizer step is good; set the gradients of a bad step to None.
+        """Return whether loss and gradients are finite; if not, set all gradients to None.
 
-        An optimizer leaves weights and state of parameters without gradients as they are.
+        Optimizers skip parameters whose gradient is None.
 
         Args:
             module: the model whose gradients are checked.
-            scaler: the gradient scaler of 16-mixed precision. It meets infinite gradients in normal operation
-                and skips those steps itself, so such a step counts as bad only once the scale is below 1.
+            scaler: the gradient scaler of 16-mixed precision. It skips steps with infinite gradients itself,
+                so such a step counts as non-finite only if the scale is below 1.
             where: description of the step for messages, such as "step 17 (epoch 1), learning rate 0.001".
 
         Raises:
-            LightspineError: this was the last of `max_bad_steps` consecutive bad steps.
+            LightspineError: the last `max_bad_steps` steps were non-finite.
         """
         bad_loss, bad_gradient = self._check_all_ranks(module)
         self._bad_loss = None
@@ -100,7 +100,7 @@ class NonFiniteGuard:
         self.in_a_row += 1
         message = f"non-finite {what}{' at ' + where if where else ''}{'; ' + cause if cause else ''}"
         if self.in_a_row >= self.max_bad_steps:
-            raise LightspineError(f"{self.in_a_row} bad steps in a row, the last: {message}; {_ADVICE}")
+            raise LightspineError(f"{self.in_a_row} non-finite steps in a row; last: {message}; {_ADVICE}")
         _log.warning("skipped a step: %s", message)
         return False
 
@@ -163,7 +163,7 @@ def trace_forward(forward: RecordedForward | None) -> str | None:
     if forward is None:
         return None
     if not all(_is_finite(images) for images in _tensors(forward.inputs[0])):
-        return "the images themselves are not finite"
+        return "the input images are not finite"
     for name, parameter in forward.module.named_parameters():
         if not _is_finite(parameter):
             return f"the weight {name} is not finite"
@@ -184,13 +184,13 @@ def trace_forward(forward: RecordedForward | None) -> str | None:
         for hook in hooks:
             hook.remove()
     if not first:
-        return "the output of the model is finite, so it is the loss itself"
-    return f"the first module with a non-finite output is {first[0] or 'the model itself'}"
+        return "the output of the model is finite, but the loss is not"
+    return f"the first module with a non-finite output is {first[0] or 'the whole model'}"
 
 
 def trace_gradients(module: nn.Module) -> str | None:
-    """Return a phrase that names the parameter whose gradient became non-finite first, or None."""
-    # The backward pass runs from the last module to the first: the last bad gradient came first.
+    """Return a phrase that names the first parameter with a non-finite gradient, or None."""
+    # The backward pass runs from the last module to the first, so the last bad gradient came first.
     bad = [name for name, p in module.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
     return f"the first parameter with a non-finite gradient is {bad[-1]}" if bad else None
 

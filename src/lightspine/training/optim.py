@@ -27,18 +27,18 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     """Create the optimizer of a classifier with timm.
 
-    Weight decay leaves out 1-d parameters, parameters whose name ends in `.bias` and parameters that the
-    model's `no_weight_decay()` names: the rule of all five official repositories.
+    As in all five official repositories, there is no weight decay on 1-d parameters, parameters whose name
+    ends in `.bias` and the parameters listed by the model's `no_weight_decay()`.
 
     Args:
-        model: the model; frozen parameters are left out.
+        model: the model; frozen parameters are excluded.
         name: timm's name of the optimizer. All use PyTorch's defaults: AdamW has betas
             (0.9, 0.999) and eps 1e-8.
-        lr: peak learning rate, which is that of the classifier.
+        lr: peak learning rate; with `layer_decay` that of the classifier.
         weight_decay: weight decay of the decayed parameters.
         layer_decay: factor between the learning rates of neighboring layers; see `layer_lr_scales`.
-        fused: use the fused AdamW kernel, which updates in one pass over the weights. On a CPU the unfused
-            step costs half as much as a forward pass.
+        fused: use the fused AdamW kernel, which updates all weights in one pass. On a CPU the unfused step
+            takes half as long as a forward pass.
 
     Raises:
         UsageError: `layer_decay` is out of range.
@@ -61,11 +61,11 @@ def optimizer_from_groups(
 def lr_scheduler_config(
     optimizer: torch.optim.Optimizer, factor: Callable[[int], float]
 ) -> dict[str, LambdaLR | str]:
-    """Return Lightning's scheduler configuration that sets the learning rate before every step.
+    """Return Lightning's configuration of a scheduler that updates the learning rate every step.
 
     Args:
-        optimizer: its groups keep the proportions of their learning rates.
-        factor: maps an optimizer step, from 0, to the factor of every group's learning rate.
+        optimizer: the optimizer; all groups are scaled by the same factor.
+        factor: maps an optimizer step, from 0, to the factor of the learning rates.
     """
     return {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
 
@@ -95,11 +95,11 @@ def layer_decay_groups(
 ) -> ParameterGroups:
     """Return the parameter groups of a classifier with layer-wise learning-rate decay.
 
-    Each group has its rate as `lr`, not as timm's `lr_scale`, which only timm's schedulers read: any
-    scheduler that multiplies the groups' own rates keeps the proportions.
+    The learning rate of a group is its `lr`. timm's `lr_scale` is not used, because only timm's schedulers
+    read it.
 
     Args:
-        model: see `layer_lr_scales`; frozen parameters are left out.
+        model: see `layer_lr_scales`; frozen parameters are excluded.
         lr: learning rate of the classifier.
         weight_decay: weight decay of the decayed parameters; see `create_optimizer` for the rule.
         layer_decay: see `layer_lr_scales`.
@@ -124,15 +124,15 @@ def dense_parameter_groups(
     """Return the parameter groups of a detector or segmenter.
 
     Args:
-        network: the detector or segmenter; frozen parameters are left out.
+        network: the detector or segmenter; frozen parameters are excluded.
         lr: learning rate of the head.
         weight_decay: weight decay of the decayed parameters.
         undecayed: substrings of the names of parameters without weight decay, as the published dense recipes
             define them; an empty list decays all parameters. By default the rule of `create_optimizer`
             applies, with the backbone's `no_weight_decay()`.
         layer_decay: factor from a layer to the one before it. The head has factor 1, the last block
-            `layer_decay`, the stem its highest power. By default all layers learn at `lr`.
-        layer_decay_blocks: if False, blocks learn at `lr`; only the stem and position embedding are slower.
+            `layer_decay`, the stem the highest power of it. By default all layers have learning rate `lr`.
+        layer_decay_blocks: if False, decay only the learning rate of the stem and the position embedding.
 
     Returns:
         Groups with `params`, `lr` and `weight_decay`.

@@ -19,7 +19,7 @@ _GRACE_S = 20.0
 
 
 class RankWatchdog(pl.Callback):
-    """Connects every rank to rank 0 by TCP: the operating system closes the connection of a rank that dies.
+    """Detects the death of a rank by a TCP connection to rank 0, which the operating system then closes.
 
     Attributes:
         lost: a message about the rank that died, or None.
@@ -54,7 +54,7 @@ class RankWatchdog(pl.Callback):
         thread.start()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Announce the regular end of this rank, so that it does not count as dead."""
+        """Send a goodbye message, so that this rank does not count as dead."""
         self._close(_GOODBYE)
 
     def on_exception(
@@ -64,7 +64,7 @@ class RankWatchdog(pl.Callback):
         exception: BaseException,  # noqa: ARG002
     ) -> None:
         """Close the connections, because the others cannot continue without this rank."""
-        # Unless the exception is itself the result of a death, which is then reported instead.
+        # If the exception results from the death of another rank, that death is reported instead.
         if not self._noticed.wait(1.0 if self._connections else 0.0):
             self._close(b"")
 
@@ -106,7 +106,7 @@ class RankWatchdog(pl.Callback):
         sys.stderr.write(f"lightspine: {self.lost}; stopping this rank\n")
         sys.stderr.flush()
         self._noticed.set()
-        # The next collective usually raises an error. A rank that hangs is ended here.
+        # The next collective usually raises an error. A rank that hangs exits here.
         if not self._finished.wait(_GRACE_S):
             os._exit(1)
 
@@ -124,7 +124,7 @@ class RankWatchdog(pl.Callback):
                 try:
                     connection.sendall(message)
                 except OSError:
-                    # That rank is gone, which its own closed connection reports.
+                    # That rank has died; `_watch` reports it.
                     continue
 
 

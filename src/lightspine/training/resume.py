@@ -1,4 +1,4 @@
-"""Resuming a run: its folder, its checkpoint, the mid-epoch state, and messages about interrupted runs."""
+"""Resume a run: its folder, its checkpoint, the mid-epoch state, and messages after an interruption."""
 
 import contextlib
 import signal
@@ -17,7 +17,7 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.training.checkpoint import LAST
 
 AUTO = "auto"
-"""Value of `resume` that continues from `last.ckpt` in the folder, or starts if there is none."""
+"""Value of `resume` that resumes from `last.ckpt` in the folder, if it exists."""
 
 
 class TrainingInterruptedError(LightspineError):
@@ -30,14 +30,13 @@ def prepare_folder(folder: str | Path, *, resume: str | Path | None = None) -> P
     """Create the folder of a run and return it.
 
     Args:
-        folder: the requested folder. If it has files of another run, `folder-2`, `folder-3`, ... is created
-            instead.
-        resume: a checkpoint, whose folder is then used, or "auto", which uses `folder` whatever is in it.
+        folder: the requested folder. If it is not empty, `folder-2`, `folder-3`, ... is created instead.
+        resume: a checkpoint, whose folder is used, or "auto", which uses `folder` even if it is not empty.
     """
     if resume is not None and resume != AUTO:
         return Path(resume).resolve().parent
     path = Path(folder)
-    # The other ranks start later than rank 0, when the folder already has files; they receive its choice.
+    # Other ranks start when rank 0 has already written files, so rank 0 broadcasts its choice.
     if resume is None and getattr(rank_zero_only, "rank", 0) == 0:
         path = _first_free_folder(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -53,8 +52,8 @@ def find_checkpoint(folder: Path, resume: str | Path | None, max_epochs: int | N
         max_epochs: total number of epochs of the run.
 
     Raises:
-        UsageError: the file does not exist, or has already been trained for `max_epochs`. With "auto" such a
-            run is exported again instead.
+        UsageError: the file does not exist, or its run has finished `max_epochs`. With "auto" a finished run
+            is exported again instead.
         LightspineError: the file is not a checkpoint.
     """
     if resume is None:
@@ -74,14 +73,14 @@ def find_checkpoint(folder: Path, resume: str | Path | None, max_epochs: int | N
 
 @contextlib.contextmanager
 def report_last_checkpoint(last: Path) -> Iterator[None]:
-    """Name the last checkpoint in the message when a run fails or is interrupted.
+    """Add the path of the last checkpoint to the error message of a failed or interrupted run.
 
     Args:
         last: path of the checkpoint, which need not exist.
 
     Raises:
-        TrainingInterruptedError: instead of KeyboardInterrupt or SystemExit.
-        LightspineError: the original error, with the checkpoint appended to its message.
+        TrainingInterruptedError: in place of KeyboardInterrupt or SystemExit.
+        LightspineError: the original error, with the path appended to its message.
     """
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if in_main else None
@@ -90,11 +89,11 @@ def report_last_checkpoint(last: Path) -> Iterator[None]:
     # Lightning turns KeyboardInterrupt into SystemExit.
     except (KeyboardInterrupt, SystemExit) as error:
         resume = f"; resume with --resume {last}" if last.is_file() else ""
-        raise TrainingInterruptedError(f"training was interrupted; {_describe(last)}{resume}") from error
+        raise TrainingInterruptedError(f"training was interrupted; {_describe_last(last)}{resume}") from error
     except UsageError:
         raise
     except LightspineError as error:
-        raise LightspineError(f"{error}; {_describe(last)}") from error
+        raise LightspineError(f"{error}; {_describe_last(last)}") from error
     finally:
         # Lightning leaves SIGINT ignored for the rest of the process.
         if handler is not None:
@@ -115,7 +114,7 @@ class EpochState(pl.Callback):
         self._position: dict[str, int] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Keep the trainer, which `state_dict` does not receive."""
+        """Store the trainer, which `state_dict` needs."""
         self._trainer = trainer
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
@@ -143,7 +142,7 @@ class EpochState(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the data position, which all ranks share, and the sums of every rank."""
         assert self._trainer is not None
-        # At the end of an epoch the sums are no longer needed.
+        # After the last batch of an epoch the sums are not needed.
         done = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         sums = {
             name: (metric.value.item(), metric.cumulated_batch_size.item())
@@ -209,7 +208,7 @@ def _first_free_folder(folder: Path) -> Path:
     return path
 
 
-def _describe(last: Path) -> str:
+def _describe_last(last: Path) -> str:
     if not last.is_file():
         return "no epoch was finished, so there is no checkpoint"
     return f"the last checkpoint is {last}"

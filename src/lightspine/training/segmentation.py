@@ -32,7 +32,7 @@ class SegmentationTask(DenseTask):
             `lightspine.dense.create_detector`.
         norm: "layer" applies a LayerNorm to each feature map; see `lightspine.heads.FeatureBackbone`.
         freeze_batch_norm: keep the BatchNorm layers of the backbone in evaluation mode.
-        channels: channels of the head; None uses the published number.
+        channels: number of channels of the head; by default the published number.
         dropout: dropout rate before the classifiers.
         auxiliary_weight: weight of UPerNet's auxiliary loss; 0 removes the auxiliary head.
         test: inference settings: sliding `window` and `stride`, scale `ratios`, `flip`; see

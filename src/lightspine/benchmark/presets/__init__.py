@@ -1,4 +1,4 @@
-"""Benchmark presets: the model comparisons of the papers, and the figures that authors publish.
+"""Benchmark presets: the model comparisons of the papers, and the figures published by the authors.
 
 `presets.yaml` lists the models and settings of each preset. `published.csv` holds the authors' accuracy and
 throughput with their sources; nothing in it was measured with this library.
@@ -23,11 +23,11 @@ __all__ = ["Preset", "find_preset", "find_published", "list_presets", "with_publ
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A comparison of a paper.
+    """A model comparison from a paper.
 
     Attributes:
         name: such as "vmamba-steps".
-        title: one line.
+        title: one-line title.
         about: what is compared.
         settings: keyword arguments of `BenchSettings`.
         specs: the models, including those that are not available here.
@@ -73,10 +73,10 @@ def find_preset(name: str) -> Preset:
 
 
 def find_published(model: str, variant: str | None = None) -> PublishedFigures | None:
-    """Return the figures that the authors publish for a model, or `None` if there are none.
+    """Return the published figures of a model, or `None` if there are none.
 
     Args:
-        model: registered name, with or without a pretrained tag; the implementation does not matter.
+        model: registered name, with or without a pretrained tag, of lightspine or timm.
         variant: a configuration of the model with figures of its own, such as a step of an ablation.
     """
     return _published_figures().get((model.partition(".")[0], variant or ""))

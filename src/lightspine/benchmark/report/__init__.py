@@ -40,16 +40,16 @@ def write_report(
     title: str = "Benchmark report",
     progress: bool = False,
 ) -> Report:
-    """Write a page of charts and tables, and each chart as PNG and SVG.
+    """Write an HTML report of charts and tables, and each chart as PNG and SVG.
 
     Args:
-        results: files of `lightspine bench`, or folders that hold one.
-        out: folder for `report.html` and `charts/`; is created.
+        results: result files of `lightspine bench`, or their folders.
+        out: folder for `report.html` and `charts/`, which is created.
         title: heading of the page.
         progress: show a progress bar on standard error.
 
     Raises:
-        UsageError: no file, or the same file twice.
+        UsageError: there is no file, or one is given twice.
         LightspineError: a file cannot be read or is invalid, no row has a time, or writing fails.
     """
     loaded = _load_all(list(results))
@@ -80,7 +80,7 @@ def _load_all(paths: list[str | Path]) -> list[BenchResult]:
     for path, result in zip(paths, loaded, strict=True):
         for number, row in enumerate(result.rows):
             for timing in (row.forward, row.train_step):
-                # Other values have no place on a logarithmic axis.
+                # Times are drawn on a logarithmic axis.
                 if timing is not None and not (timing.median_ms > 0 and isfinite(timing.median_ms)):
                     where = f"row {number} ({row.model})"
                     raise LightspineError(

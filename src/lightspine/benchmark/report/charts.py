@@ -42,7 +42,7 @@ _PNG_DPI = 160
 _USUAL_PIXELS = 224 * 224
 _PEER_SYMBOLS = "XPd*<>8H"
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)), (0, (3, 1.5, 1, 1.5, 1, 1.5)))
-# Bars are filled, hatched or hollow, so that they also differ in a print without color.
+# Bars are filled, hatched or hollow, so that they differ in black and white.
 _MODE_HATCHES = {"compile": "////"}
 
 
@@ -52,8 +52,8 @@ class Chart:
 
     Attributes:
         name: stem of its files, unique in a report, of letters, digits and hyphens.
-        title: what it shows.
-        alt: the same with the main numbers, for screen readers.
+        title: heading.
+        alt: text alternative with the main numbers, for screen readers.
         caption: how to read it.
         figure: the drawing.
     """
@@ -150,7 +150,7 @@ def _by_mode(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _at_one_size(rows: Sequence[Row]) -> list[Row]:
-    """Return the registered models at one size: their only one, or 224 x 224 if they ran at several."""
+    """Return the rows of registered models at one size: at their only one, or else at 224 x 224."""
     found = []
     for group in group_by(rows, lambda row: (row.source, row.model)).values():
         one_size = len({count_pixels(row) for row in group}) == 1
@@ -361,7 +361,7 @@ def _sweep_chart(
         title=title,
         alt=f"{' and '.join(quantity.name for quantity in quantities)} over image size, {conditions}."
         + exponents,
-        caption="Markers are measurements, lines are fitted power laws. The legend gives the exponent over "
+        caption="Markers are measurements, lines are fitted power laws. The legend has the exponent over "
         "the pixel count with its standard error: 1 is linear in the pixels, 2 quadratic. A cross at the top "
         "is a size that ran out of memory.",
         figure=_draw_sweeps(sweeps, quantities, title, f"lightspine bench: {conditions}"),
@@ -371,7 +371,7 @@ def _sweep_chart(
 def _draw_sweeps(sweeps: Sequence[Sweep], quantities: Sequence[Quantity], title: str, note: str) -> Figure:
     with plot_style():
         figure = new_figure(4.2 + 0.17 * len(sweeps), title=title, note=note)
-        looks = _sweep_looks(sweeps)
+        looks = _sweep_styles(sweeps)
         for axes, quantity in zip(
             figure.subplots(1, len(quantities), squeeze=False).flat, quantities, strict=True
         ):
@@ -398,7 +398,7 @@ def _draw_sweeps(sweeps: Sequence[Sweep], quantities: Sequence[Quantity], title:
         return figure
 
 
-def _sweep_looks(sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
+def _sweep_styles(sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
     """Return line and marker style of each sweep; a second sweep of a family has hollow markers."""
     looks: list[dict[str, Any]] = []
     families: list[str | None] = []

@@ -11,7 +11,7 @@ from lightspine.models import find_record
 MODES = get_args(Mode)
 TIMES = "\N{MULTIPLICATION SIGN}"
 
-# Parts of timm's names that the tables show in columns: weights, patch size, window size, image size.
+# Parts of timm's names that are omitted in charts: weights, patch size, window size, image size.
 _TIMM_DETAILS = re.compile(r"\..*$|_patch\d+|_window\d+|_(192|224|240|256|288|384)(?=$|\.)")
 _MAX_NAME_LENGTH = 30
 _Key = TypeVar("_Key", bound=Hashable)
@@ -19,7 +19,7 @@ _Item = TypeVar("_Item")
 
 
 class Conditions(NamedTuple):
-    """What two rows must share for their times to be comparable."""
+    """Measurement conditions: times are comparable between rows with the same conditions."""
 
     device: str
     dtype: str
@@ -56,17 +56,17 @@ def short_name(row: Row) -> str:
     """Return a name of at most 30 characters for charts, without the details in timm's names."""
     name = row.model.removeprefix("timm/")
     if row.source == "timm":
-        # timm also has some of our models under the same name.
+        # timm has some models of lightspine under the same name.
         name = f"{name} (timm)" if find_record(name) else _TIMM_DETAILS.sub("", name)
     return truncate(f"{name} ({row.variant})" if row.variant else name, _MAX_NAME_LENGTH)
 
 
 def family_of(row: Row) -> str | None:
-    """Return the family of one of our models, `None` for a model of timm."""
+    """Return the family of a model of lightspine, `None` for a model of timm."""
     if row.source != "lightspine":
         return None
     record = find_record(row.model)
-    # A newer version may have written the file, with families that this one lacks.
+    # The file may be of a newer version with other families.
     return record.family if record else truncate(row.model.partition("_")[0], _MAX_NAME_LENGTH // 2)
 
 

@@ -57,13 +57,13 @@ class RunPart:
         name: unique in the page, for links and file names.
         title: heading.
         about: what is compared; may be empty.
-        counts: number of measured and other rows.
+        counts: number of rows by status.
         command: command line that repeats the run.
         sections: charts.
         table: all rows.
         unmeasured: rows without a measurement, with their status.
-        facts: date, settings and rates.
-        system: what the file says about the machine.
+        facts: date, settings and matrix product rates.
+        system: description of the machine.
     """
 
     name: str
@@ -84,7 +84,7 @@ class RunPart:
 
 
 def make_run_part(result: BenchResult, name: str) -> RunPart:
-    """Draw the charts and make the tables of a result file.
+    """Create the charts and tables of a result file.
 
     Args:
         result: the file.
@@ -122,7 +122,7 @@ def make_run_part(result: BenchResult, name: str) -> RunPart:
             *rates.items(),
             *_describe_values(result.settings),
         ],
-        # Without the date, so that runs on the same machine agree.
+        # Without the date, so that runs on the same machine are equal.
         system=_describe_values({key: value for key, value in result.system.items() if key != "date"}),
     )
 
@@ -138,7 +138,7 @@ def render_page(*, title: str, counts: str, runs: Sequence[RunPart], svg: Mappin
 
     Args:
         title: heading.
-        counts: number of measured and other rows in all runs.
+        counts: number of rows by status in all runs.
         runs: the parts.
         svg: the SVG file of each chart, by the chart's name.
     """
@@ -184,7 +184,7 @@ def inline_svg(svg: bytes, *, name: str, alt: str) -> Markup:
     root = ET.fromstring(svg)
     variables = {color.light: f"var(--{key})" for key, color in COLORS.items()}
     for parent in root.iter():
-        # A style sheet would apply to the whole page.
+        # A `<style>` element would apply to the whole page.
         for child in [child for child in parent if _local_name(child.tag) in ("metadata", "style")]:
             parent.remove(child)
     for element in root.iter():
@@ -199,7 +199,7 @@ def inline_svg(svg: bytes, *, name: str, alt: str) -> Markup:
             elif "url(#" in value:
                 attributes[key] = _ID_REFERENCE.sub(lambda match: f"{name}-{match[0]}", value)
             elif key in ("fill", "stroke") and value in variables:
-                # A CSS variable works in a style, not in an attribute.
+                # CSS variables work in the style attribute only.
                 style.insert(0, f"{key}: {attributes.pop(key)}")
         text = "; ".join(filter(None, style))
         if text:
@@ -253,13 +253,13 @@ def _color_variables() -> Markup:
     return Markup(
         f":root{{color-scheme:light dark;{light}}}\n"
         f"@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
-        # A print is always light.
+        # Printed pages use the light colors.
         f"@media print{{:root{{{light}}}}}\n"
     )
 
 
 def _allow_breaks(name: str) -> Markup:
-    """Let a narrow column break a name after its underscores."""
+    """Allow line breaks after the underscores of a name."""
     return escape(name).replace("_", Markup("_<wbr>"))
 
 

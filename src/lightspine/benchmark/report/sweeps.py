@@ -19,16 +19,16 @@ from lightspine.benchmark.results import Row
 from lightspine.errors import UsageError
 
 MIN_SIZES = 3
-"""Two sizes fit any power law, without an error estimate."""
+"""Two sizes always fit a power law exactly, without an error estimate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PowerFit:
-    """`cost = factor * pixels ** exponent`.
+    """Fitted power law, `cost = factor * pixels ** exponent`.
 
     Attributes:
         exponent: 1 for a cost that is linear in the pixels, 2 for a quadratic one.
-        standard_error: of the exponent.
+        standard_error: standard error of the exponent.
         factor: cost of one pixel.
     """
 
@@ -109,7 +109,7 @@ class Sweep:
     Attributes:
         name: short name and mode.
         rows: all rows, including those that failed.
-        conditions: of all rows.
+        conditions: conditions of all rows.
     """
 
     name: str

@@ -23,10 +23,10 @@ class Cell:
     """A table cell.
 
     Attributes:
-        text: shown.
+        text: displayed text.
         sort: sort key: the exact number, or the text.
         exact: the number with all digits, shown as a tooltip.
-        bad: whether it shows a failure.
+        bad: whether the cell reports a failure.
     """
 
     text: str
@@ -44,7 +44,7 @@ class Column:
         group: heading of its group.
         numeric: whether it is sorted and aligned as numbers.
         cell: returns the cell of a row, `None` if the row has no value.
-        condition: whether it is a condition, which is shown above the table if all rows share it.
+        condition: whether it is a condition, which moves above the table if it is equal in all rows.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Table:
 
 
 def measurement_table(rows: Sequence[Row]) -> Table:
-    """Return the table of all rows, without empty columns and without conditions that do not vary."""
+    """Return the table of all rows, without empty columns and constant conditions."""
     columns, common = [], []
     for column in _COLUMNS:
         texts = {cell.text for row in rows if (cell := column.cell(row))}
@@ -136,9 +136,9 @@ def _status_cell(row: Row) -> Cell | None:
     return _text_cell(format_status(row), bad=row.status != "ok")
 
 
-# Measured and published values of the same quantity are neighbors.
+# Measured and published values of a quantity are in adjacent columns.
 _COLUMNS = (
-    Column(name="from", group="", numeric=False, cell=lambda row: _text_cell(row.source)),
+    Column(name="library", group="", numeric=False, cell=lambda row: _text_cell(row.source)),
     Column(name="variant", group="", numeric=False, cell=lambda row: _text_cell(row.variant)),
     _condition("mode", lambda row: row.mode, lambda row: MODES.index(row.mode)),
     _condition("batch", lambda row: row.batch, numeric=True),
