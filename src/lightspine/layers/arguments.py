@@ -12,7 +12,8 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         UsageError: it has another value; the message lists the allowed ones.
     """
     if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        allowed = ("one of " if len(choices) > 1 else "") + ", ".join(map(repr, choices))
+        raise UsageError(f"{name} must be {allowed}, got {value!r}")
 
 
 def check_global_pool(global_pool: str, num_classes: int) -> None:
