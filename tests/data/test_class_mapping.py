@@ -85,7 +85,7 @@ def test_unknown_image_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [{}, [], 3, {"a": "x"}, [1, [2]], [-1], [True], {"a": [1.5]}])
 def test_other_content_is_refused(tmp_path: Path, content: Any) -> None:
-    with pytest.raises(UsageError, match=r"expected class numbers from 0, or lists of them"):
+    with pytest.raises(UsageError, match=r"expected class indices, or lists of them"):
         _mapping(tmp_path, content)
 
 

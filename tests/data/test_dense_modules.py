@@ -140,7 +140,7 @@ def test_painted_labels_are_the_union_of_the_masks(tmp_path_factory: pytest.Temp
     notes = real_annotations("nuclei_dsb2018", "val", tmp_path_factory)
     height, width = notes.sizes[0].tolist()
     covered = sum(notes.areas[list(notes.objects(0))])
-    # The masks of this data set do not overlap.
+    # The masks of this dataset do not overlap.
     assert tuple(batch.labels[0].shape) == (height, width)
     assert int((batch.labels[0] == 1).sum()) == covered
 

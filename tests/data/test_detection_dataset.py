@@ -90,7 +90,7 @@ def test_select_trained_leaves_out_crowds_and_images_without_objects(tmp_path: P
 
 
 def test_select_trained_of_nothing_but_crowds_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="an image with objects to train on among 1"):
+    with pytest.raises(UsageError, match="at least one image with objects among 1"):
         select_for_training(read_small(tmp_path, square(**CROWD)))
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face data sets on disk."""
+"""Hugging Face datasets on disk."""
 
 import io
 import sys
@@ -70,5 +70,5 @@ def test_missing_column_is_named(tmp_path: Path) -> None:
 
 
 def test_folder_of_something_else_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LightspineError, match="cannot load the data set"):
+    with pytest.raises(LightspineError, match="cannot load the dataset"):
         load_hugging_face(tmp_path)

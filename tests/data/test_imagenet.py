@@ -81,7 +81,7 @@ def test_wrong_list_is_refused(tmp_path: Path, content: str, message: str) -> No
 
 def test_flat_folder_without_list_tells_what_to_give(tmp_path: Path) -> None:
     _flat(_train(tmp_path))
-    with pytest.raises(UsageError, match=r"not in class folders: give a list of their classes as val_list"):
+    with pytest.raises(UsageError, match=r"not in class folders: pass a list of their classes as val_list"):
         scan_imagenet(tmp_path)
 
 

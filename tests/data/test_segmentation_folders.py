@@ -98,7 +98,7 @@ def test_read_ade20k_classes_of_another_table_is_refused(text: str, tmp_path: Pa
 def test_scan_of_masks_of_0_and_255_for_two_classes_is_refused(tmp_path: Path) -> None:
     _write_pair(tmp_path, "a", 255 * np.eye(40, 40))
     _write_pair(tmp_path, "b", 255 * np.eye(40, 40))
-    with pytest.raises(UsageError, match=r"give remap=\{0: 0, 255: 1\}"):
+    with pytest.raises(UsageError, match=r"pass remap=\{0: 0, 255: 1\}"):
         scan_segmentation_folder(tmp_path, num_classes=2)
     found = scan_segmentation_folder(tmp_path, num_classes=2, remap={0: 0, 255: 1})
     assert np.unique(found.reader.read(found.train[0].labels)).tolist() == [0, 1]

@@ -42,7 +42,7 @@ def test_preprocessing_takes_settings_of_the_model() -> None:
 
 
 def test_transform_refuses_other_channel_counts() -> None:
-    with pytest.raises(UsageError, match="3 channels, but the model takes 5"):
+    with pytest.raises(UsageError, match="3 input channels, as images are RGB, got 5"):
         create_eval_transform(Preprocessing(input_size=(5, 32, 32)))
 
 

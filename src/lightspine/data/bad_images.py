@@ -1,4 +1,4 @@
-"""Unreadable images: skip or replace them, record why, and stop when there are too many."""
+"""Unreadable images: skip or replace them, log the reasons, and stop if there are too many."""
 
 import logging
 from abc import abstractmethod
@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from lightspine.errors import LightspineError, UsageError
 
 MIN_BAD_IMAGES = 10
-"""Fewer unreadable images than this never stop a run, however small the data set is."""
+"""Fewer unreadable images than this never stop a run, however small the dataset is."""
 
 _NAMED_IN_ERROR = 3
 _NAMED_IN_LOG = 5
@@ -19,18 +19,17 @@ ItemT = TypeVar("ItemT")
 
 
 class BadImage(NamedTuple):
-    """Path of an image that was skipped, and the reason as a sentence."""
+    """Path of a skipped image and the reason."""
 
     path: str
     reason: str
 
 
 class BadImageLog:
-    """Record of the images that could not be used.
+    """Log of unreadable images, with a limit on their share of an epoch.
 
     Args:
-        max_share: largest share, from 0 to 1, of the images of an epoch that may be bad; `None` sets no
-            limit.
+        max_share: largest fraction of an epoch's images that may be bad, from 0 to 1; `None`: no limit.
 
     Attributes:
         reasons: path -> reason of every bad image so far.
@@ -50,12 +49,12 @@ class BadImageLog:
         self._reported = 0
 
     def start_epoch(self, images: int) -> None:
-        """Begin an epoch of so many different images."""
+        """Start an epoch of `images` distinct images."""
         self._epoch_images = images
         self.epoch_reasons = {}
 
     def add(self, bad: Iterable[BadImage]) -> None:
-        """Record skipped images; the same path is counted once.
+        """Add skipped images; each path is counted once.
 
         Raises:
             LightspineError: more than `max_share` of the images of the epoch, and at least 10, are bad.
@@ -72,7 +71,7 @@ class BadImageLog:
         )
 
     def report(self, logger: logging.Logger) -> None:
-        """Log a warning that names the bad images, if there are new ones since the last call."""
+        """Log a warning that lists the bad images if there are new ones since the last call."""
         if len(self.reasons) == self._reported:
             return
         self._reported = len(self.reasons)
@@ -82,16 +81,16 @@ class BadImageLog:
 
 
 class BadImageTolerantDataset(Dataset[ItemT], Generic[ItemT]):
-    """Base of map-style datasets that report unreadable images with the items instead of raising.
+    """Base class of map-style datasets whose items report unreadable images instead of raising.
 
     Args:
-        replace_bad: return the next readable image in place of a bad one, so that training batches keep their
-            size. Otherwise the item has no image, so that an evaluation counts no image twice.
+        replace_bad: replace a bad image by the next readable one, so that training batches keep their size.
+            Otherwise the item has no image, so that an evaluation counts no image twice.
     """
 
     def __init__(self, *, replace_bad: bool = False) -> None:
         self.replace_bad = replace_bad
-        # Local to this process; avoids reading a bad image again while searching for a replacement.
+        # Bad images found by this process, so that none is read twice.
         self._known_bad: dict[int, BadImage] = {}
 
     @abstractmethod
@@ -99,7 +98,7 @@ class BadImageTolerantDataset(Dataset[ItemT], Generic[ItemT]):
 
     @abstractmethod
     def image_name(self, position: int) -> str:
-        """Return the name of an image in messages, such as its path."""
+        """Return the name of an image for messages, such as its path."""
 
     @abstractmethod
     def read(self, position: int) -> Any:
@@ -111,10 +110,10 @@ class BadImageTolerantDataset(Dataset[ItemT], Generic[ItemT]):
 
     @abstractmethod
     def make_item(self, position: int, content: Any, bad: tuple[BadImage, ...]) -> ItemT:
-        """Transform what `read` returned into an item; `content` is `None` where no image could be read."""
+        """Create an item from the result of `read`; `content` is `None` if no image could be read."""
 
     def __getitem__(self, index: int) -> ItemT:
-        # Iteration over a dataset ends with an IndexError.
+        # A `for` loop over the dataset stops at an IndexError.
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         bad: list[BadImage] = []

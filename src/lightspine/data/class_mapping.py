@@ -1,4 +1,4 @@
-"""Map the folders or images of another test set to a model's classes: ImageNet-V2, -ReaL, -A, -R."""
+"""Class mappings from a test set's folders or images to a model's classes: ImageNet-V2, -ReaL, -A, -R."""
 
 import json
 import re
@@ -23,14 +23,14 @@ class MappedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassMapping:
-    """Content of a class mapping file; exactly one of the attributes is set.
+    """Mapping from folders or images to class indices; exactly one of the attributes is set.
 
     Attributes:
         folders: folder name -> class index.
         folder_order: class index of each folder, in the sorted order of the folder names.
         images: file name -> correct class indices.
-        image_order: correct class indices of each image, by the number at the end of its file name, which
-            counts from 1.
+        image_order: correct class indices of each image; the number at the end of the file name, from 1,
+            is the position in the list.
     """
 
     folders: Mapping[str, int] | None = None
@@ -52,7 +52,7 @@ class ClassMapping:
     def find(self, root: str | Path) -> list[MappedImage]:
         """List the images in a folder with their classes, sorted by path.
 
-        Images without a correct class are left out, as in the evaluation of ReaL's authors.
+        Images without a correct class are left out, as in the official ReaL evaluation.
 
         Raises:
             UsageError: the folder is missing, has no image, or has a folder or image that is not in the
@@ -92,8 +92,8 @@ class ClassMapping:
         number = _NUMBER.search(path.stem)
         if number is None or not 1 <= int(number[1]) <= len(order):
             raise UsageError(
-                f"expected image names that end in a number from 1 to {len(order)}, as many as the class "
-                f"mapping has entries, got {path}"
+                f"expected image names that end in a number from 1 to {len(order)}, the number of entries in "
+                f"the class mapping, got {path}"
             )
         return order[int(number[1]) - 1]
 
@@ -104,9 +104,8 @@ def load_class_mapping(path: str | Path) -> ClassMapping:
     - `{"n01440764": 0, ...}`: class of each folder;
     - `[0, 1, 10, ...]`: the same, for the folders in the sorted order of their names;
     - `{"ILSVRC2012_val_00000001.JPEG": [65], ...}`: correct classes of each image;
-    - `[[], [970, 795], ...]`: the same, by the number at the end of the image's name, counted from 1: the
-    layout
-      of the `real.json` that ReaL's authors publish.
+    - `[[], [970, 795], ...]`: the same, in the order of the numbers, from 1, at the end of the image names
+      (the layout of the official `real.json` of ReaL).
 
     Raises:
         UsageError: the file is missing or has another form.
@@ -132,7 +131,7 @@ def load_class_mapping(path: str | Path) -> ClassMapping:
                 return ClassMapping(images={name: tuple(labels) for name, labels in content.items()})
             return ClassMapping(image_order=[tuple(labels) for labels in values])
     raise UsageError(
-        f"expected class numbers from 0, or lists of them, in class mapping {path}, got {_excerpt(content)}"
+        f"expected class indices, or lists of them, in class mapping {path}, got {_excerpt(content)}"
     )
 
 

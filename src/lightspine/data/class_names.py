@@ -1,4 +1,4 @@
-"""Class names of a data set, and conversion of labels to class indices."""
+"""Class names: read them from a file, infer them from labels, and convert labels to class indices."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

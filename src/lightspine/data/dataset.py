@@ -12,7 +12,7 @@ from lightspine.data.bad_images import BadImage, BadImageTolerantDataset
 
 
 class Item(NamedTuple):
-    """One image with its class; `image` is `None` where no image could be read."""
+    """One image with its class; `image` is `None` if it could not be read."""
 
     image: Tensor | None
     label: int
@@ -23,9 +23,9 @@ class Batch(NamedTuple):
     """Batch of N images.
 
     Attributes:
-        images: (N, 3, H, W), float32; N may be 0 in an evaluation where every image of the batch was bad.
+        images: (N, 3, H, W), float32; N may be 0 in evaluation if every image of the batch was bad.
         labels: (N,), int64.
-        bad: images that were skipped; this is how worker processes report them.
+        bad: images that were skipped, as reported by the worker processes.
     """
 
     images: Tensor

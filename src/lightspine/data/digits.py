@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 images of 8 x 8 px that need no download."""
+"""scikit-learn's handwritten digits: 1,797 images of 8 x 8 px, no download."""
 
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from lightspine.utils.image_files import MIN_SIDE
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 
-# The split is part of the data set, so that all models and seeds are tested on the same digits.
+# The split is part of the dataset, so that all models and seeds are tested on the same digits.
 _SPLIT_SEED = 0
 _TEST_FRACTION = 0.2
 
@@ -39,16 +39,16 @@ def digits_preprocessing(image_size: int) -> Preprocessing:
 
 
 class DigitsDataset(Dataset[Item]):
-    """Digits, resized bilinearly and normalized, with three identical channels.
+    """Dataset of scikit-learn's digits, resized bilinearly and normalized, with three identical channels.
 
-    A data loader fetches a whole batch at once, so it needs `collate_fn=lambda batch: batch`. Wrapped in a
+    The dataset returns whole batches, so a data loader needs `collate_fn=lambda batch: batch`; wrapped in a
     `SeededDataset`, which reads one image at a time, it needs `collate_images`.
 
     Args:
         split: "train" (1,438 digits) or "test" (359, stratified by class); the split is fixed.
         image_size: height and width in pixels, at least 32.
         augment: rotate, scale and shift every digit at random, by at most 10 degrees, 10 % and 5 % of the
-            side; no flips, which would change the meaning of a digit. Uses torch's global generator.
+            side; no flips, which would turn a digit into another. Uses torch's global generator.
 
     Raises:
         UsageError: an image size below 32.
@@ -86,7 +86,7 @@ def export_digits(folder: str | Path, *, count: int = 10, image_size: int = 32) 
 
     Args:
         folder: created if it does not exist.
-        count: number of digits; the classes alternate.
+        count: number of digits, taken from the classes in turn.
         image_size: height and width in pixels, at least 32.
 
     Returns:

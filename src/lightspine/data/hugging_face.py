@@ -1,4 +1,4 @@
-"""Hugging Face data sets on disk."""
+"""Hugging Face datasets saved with `save_to_disk`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +13,14 @@ from lightspine.utils.image_files import decode_image, open_image
 
 
 def load_hugging_face(path: str | Path) -> Mapping[str, Any]:
-    """Load a data set that `save_to_disk` wrote, as split name -> split; a single split is called "train".
+    """Load a dataset saved with `save_to_disk` as split name -> split; a single split is called "train".
 
     Args:
         path: the folder.
 
     Raises:
         UsageError: the package `datasets` is not installed, or the folder is missing.
-        LightspineError: the folder is not a saved data set.
+        LightspineError: the folder is not a saved dataset.
     """
     # Imported here because the package is optional.
     try:
@@ -31,16 +31,16 @@ def load_hugging_face(path: str | Path) -> Mapping[str, Any]:
             "pip install 'lightspine[huggingface]'"
         ) from error
     if not Path(path).is_dir():
-        raise UsageError(f"expected a folder that datasets saved, but {path} is not a folder")
+        raise UsageError(f"expected a folder written by save_to_disk, but {path} is not a folder")
     try:
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise LightspineError(f"cannot load the data set {path}: {error}") from error
+        raise LightspineError(f"cannot load the dataset {path}: {error}") from error
     return loaded if isinstance(loaded, Mapping) else {"train": loaded}
 
 
 class HuggingFaceSource:
-    """Image source that reads one split.
+    """Image source for one split of a Hugging Face dataset.
 
     Args:
         split: a `datasets.Dataset`.
@@ -63,7 +63,7 @@ class HuggingFaceSource:
         image_column: str = "image",
         label_column: str = "label",
         class_names: list[str] | None = None,
-        where: str = "the data set",
+        where: str = "the dataset",
     ) -> None:
         import datasets
 
@@ -80,7 +80,7 @@ class HuggingFaceSource:
         ]
         self.class_names = class_names or own_names or infer_class_names(written)
         self.labels = np.asarray(encode_labels(written, self.class_names, where))
-        # Encoded bytes, so that images are decoded as in the other image sources.
+        # Keep the encoded bytes, so that images are decoded as in the other image sources.
         self._column = image_column
         self._rows = split.select_columns([image_column]).cast_column(
             image_column, datasets.Image(decode=False)

@@ -1,4 +1,4 @@
-"""Image folder data sets: one sub-folder per class."""
+"""Image folder datasets with one sub-folder per class, as in torchvision's ImageFolder."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from lightspine.utils.packed_strings import PackedStrings
 
 TRAIN_SPLIT = "train"
 VAL_SPLITS = ("val", "validation", "valid", "test")
-"""Names of the validation split, in the order of preference."""
+"""Names of the validation split, in order of preference."""
 
 
 class Sample(NamedTuple):
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class FolderSplits:
-    """Training and validation samples of a data set."""
+    """Training and validation samples of a dataset."""
 
     class_names: list[str]
     train: list[Sample]
@@ -58,7 +58,7 @@ def scan_image_folder(
     train_root = root / TRAIN_SPLIT if (root / TRAIN_SPLIT).is_dir() else root
     folders = find_class_folders(train_root)
     if train_root == root and set(folders) <= set(VAL_SPLITS):
-        raise UsageError(f"expected a folder train in {root} beside {' and '.join(folders)}")
+        raise UsageError(f"expected a folder train next to {' and '.join(folders)} in {root}")
     names = VAL_SPLITS if val_split is None else (val_split,)
     val_root = next((root / name for name in names if train_root != root and (root / name).is_dir()), None)
     if val_split is not None and val_root is None:
@@ -80,8 +80,8 @@ def list_images(root: str | Path, class_names: Sequence[str] | None = None) -> t
 
     Args:
         root: the folder; images may lie at any depth below the class folders.
-        class_names: names in the order of the class indices, in place of the sorted folder names. The list
-            may name a folder called by a WordNet id of ImageNet by its description.
+        class_names: names in the order of the class indices, in place of the sorted folder names. A folder
+            named by a WordNet id also matches ImageNet's description of the id.
 
     Returns:
         The class names, and the samples sorted by path.
@@ -127,7 +127,7 @@ def find_class_folders(root: Path) -> list[str]:
 def train_val_split(
     class_names: Sequence[str], samples: Sequence[Sample], fraction: float, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
-    """Split samples into training and validation, class by class; at least one image per class on each side.
+    """Split samples into training and validation, stratified by class: at least one image of each in both.
 
     Raises:
         UsageError: a fraction outside 0 to 1, or a class with fewer than two images.
@@ -146,7 +146,7 @@ def train_val_split(
 
 
 def draw_val_indices(count: int, fraction: float, rng: np.random.Generator, where: str) -> set[int]:
-    """Draw the indices of the validation images among `count` images: at least one, and not all.
+    """Draw the validation indices out of `count` images: at least one, but not all.
 
     Raises:
         UsageError: a fraction outside 0 to 1, or fewer than two images.
@@ -160,7 +160,7 @@ def draw_val_indices(count: int, fraction: float, rng: np.random.Generator, wher
 
 
 class FileSource:
-    """Image source that reads files.
+    """Image source for image files.
 
     Args:
         samples: paths and class indices.

@@ -1,4 +1,4 @@
-"""CSV and TSV lists of images with labels."""
+"""Image lists: CSV and TSV files with paths and labels."""
 
 import csv
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class ListedImage:
 
 
 def read_image_list(file: str | Path, *, root: str | Path | None = None) -> list[ListedImage]:
-    """Read the rows of a list.
+    """Read the rows of an image list.
 
     Args:
         file: `.csv` (commas) or `.tsv` (tabs) with the columns path, label and optionally split. If the first
@@ -57,7 +57,7 @@ def read_image_list(file: str | Path, *, root: str | Path | None = None) -> list
     images = [_read_row(file, base, line, row, columns) for line, row in rows]
     if not images:
         raise UsageError(f"expected at least one image in the list {file}")
-    # A wrong root affects all images, whereas single missing files are handled as unreadable images.
+    # Catches a wrong root; single missing files are handled as unreadable images.
     if not any(image.path.is_file() for image in images[:_CHECKED_IMAGES]):
         raise UsageError(f"none of the first images of {file} exists, such as {images[0].path}")
     return images
@@ -72,7 +72,7 @@ def split_image_list(
     seed: int = 0,
     val_split: str | None = None,
 ) -> FolderSplits:
-    """Read a list and split it into training and validation.
+    """Read an image list and split it into training and validation.
 
     Args:
         file: see `read_image_list`.

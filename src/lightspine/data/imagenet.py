@@ -16,7 +16,7 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.utils.image_files import list_image_files
 
 VAL_LISTS = ("LOC_val_solution.csv", "val.txt", "imagenet_2012_validation_synset_labels.txt")
-"""File names under which the list of the validation classes is searched, in this order."""
+"""File names to search for the list of validation labels, in this order."""
 
 
 def scan_imagenet(root: str | Path, *, val_list: str | Path | None = None) -> FolderSplits:
@@ -51,7 +51,7 @@ def scan_imagenet(root: str | Path, *, val_list: str | Path | None = None) -> Fo
 def list_imagenet_val(
     folder: str | Path, synsets: Sequence[str], *, val_list: str | Path | None = None
 ) -> list[Sample]:
-    """List the validation images of class folders or of one flat folder.
+    """List ImageNet's validation images, in class folders or in one flat folder with a list of labels.
 
     Args:
         folder: `folder/n01440764/*` or `folder/ILSVRC2012_val_00000001.JPEG`, ...
@@ -87,7 +87,7 @@ def list_imagenet_val(
 
 
 def imagenet_class_mapping(root: str | Path) -> ClassMapping:
-    """Map the folders of another test set to the classes of ImageNet-1k by their names.
+    """Class mapping for a test set whose folder names identify the ImageNet-1k classes.
 
     Args:
         root: folders named by WordNet ids (ImageNet-A, -R, -Sketch) or by class indices from 0 to 999
@@ -114,7 +114,7 @@ def _find_list(folder: Path) -> Path:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise UsageError(
-            f"the images of {folder} are not in class folders: give a list of their classes as val_list, or "
+            f"the images of {folder} are not in class folders: pass a list of their classes as val_list, or "
             f"put {' or '.join(VAL_LISTS)} into {folder.parent}"
         )
     return found
@@ -132,11 +132,11 @@ def _read_list(path: Path, files: Sequence[Path]) -> dict[str, str]:
     if rows and rows[0][0].lower() == "imageid":
         rows = rows[1:]
     if all(len(row) == 1 for row in rows):
-        # The development kit numbers the classes in another order, which only its meta.mat defines.
+        # The development kit numbers the classes in the order of its meta.mat.
         if not all(is_synset(row[0]) for row in rows):
             raise UsageError(
-                f"expected a WordNet id per line in {path}; numbers alone, as in the development kit's "
-                "ground truth, are not the classes in the order of their ids"
+                f"expected a WordNet id per line in {path}; the class numbers in the development kit's "
+                "ground truth do not follow the order of the ids"
             )
         if len(rows) != len(files):
             raise UsageError(f"expected {len(files)} lines, one per image, in {path}, got {len(rows)}")

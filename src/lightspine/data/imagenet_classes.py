@@ -1,4 +1,4 @@
-"""Class names of ImageNet: WordNet ids (synsets) such as n01440764 and their descriptions."""
+"""ImageNet class names: WordNet ids (synsets) such as n01440764 and their descriptions."""
 
 import re
 from collections import Counter
@@ -16,7 +16,7 @@ def is_synset(name: str) -> bool:
 
 
 def synset_description(name: str) -> str | None:
-    """Return the description of a WordNet id, or `None` if ImageNet-1k and ImageNet-22k do not have it.
+    """Return the description of a WordNet id, or `None` if it is in neither ImageNet-1k nor ImageNet-22k.
 
     Descriptions are unique: where several ids share one (two classes of ImageNet-1k are called "crane"), the
     id is appended.

@@ -15,9 +15,9 @@ class SeededDataset(Dataset[Any]):
     """Wrap a dataset so that the augmentation of an image depends only on (seed, epoch, index, repeat).
 
     Python's, NumPy's and PyTorch's generators are seeded for every image. The augmentation therefore does not
-    depend on the number of workers, on the batch that the image falls into or on where a run was resumed.
+    depend on the number of workers, on the batch of the image or the position at which a run was resumed.
 
-    The epoch reaches worker processes when they start, so a loader must start new ones in every epoch.
+    Workers receive the epoch when they start, so a loader must start new ones in every epoch.
 
     Args:
         dataset: map-style dataset with random transforms.
@@ -47,7 +47,7 @@ class SeededDataset(Dataset[Any]):
 
 
 class ResumableLoader(DataLoader):
-    """Data loader whose position is saved and restored; Lightning does so with every checkpoint.
+    """DataLoader that saves and restores its position; Lightning does so with every checkpoint.
 
     Reading starts at the first `next()` instead of at `iter()`, because Lightning calls `iter()` before it
     sets the epoch of a resumed run on the sampler. With an `EpochSampler` the images before the restored
@@ -67,7 +67,7 @@ class ResumableLoader(DataLoader):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.persistent_workers:
-            raise UsageError("expected persistent_workers=False: the epoch reaches workers when they start")
+            raise UsageError("expected persistent_workers=False: workers receive the epoch when they start")
         self._position = 0
         self._restored: tuple[int, int] | None = None
 
@@ -95,9 +95,9 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of its batches that were delivered."""
+        """Return the epoch and the number of batches delivered in it."""
         return {"epoch": self.epoch, "batch": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restore the position for the next iteration if it is of the same epoch."""
+        """Restore the position; it applies to the next iteration if the epoch is the same."""
         self._restored = state["epoch"], state["batch"]

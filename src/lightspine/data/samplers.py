@@ -1,4 +1,4 @@
-"""Samplers: the order of the images in an epoch as a function of seed, epoch and rank alone."""
+"""Samplers whose order depends only on seed, epoch and rank."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch.utils.data import DistributedSampler
 
 from lightspine.errors import UsageError
 
-# DeiT and timm truncate an epoch with repeated augmentation to a multiple of this many images.
+# DeiT and timm round the length of an epoch with repeated augmentation down to a multiple of this.
 _ROUND_TO = 256
 
 
@@ -25,7 +25,7 @@ class EpochSampler(DistributedSampler[Any]):
     It derives from DistributedSampler because Lightning replaces any other sampler by one.
 
     Args:
-        length: number of images in the data set.
+        length: number of images in the dataset.
         num_replicas: number of processes that share the epoch.
         rank: index of this process.
         seed: seed of the run.
@@ -99,7 +99,7 @@ class AspectRatioSampler(EpochSampler):
 
     The epoch is shuffled as in `EpochSampler`; images of each group then fill batches in that order. The
     incomplete batches that remain at the end of the epoch are concatenated by group, so at most one batch per
-    bound mixes groups. Every process has the same images as without the grouping.
+    bound mixes groups. Grouping does not change which images a process gets.
 
     Args:
         aspect_ratios: width / height of every image, (images,).

@@ -20,7 +20,7 @@ from lightspine.utils.image_files import IMAGE_SUFFIXES, decode_image
 from lightspine.utils.packed_strings import PackedStrings
 
 MAX_IMAGE_BYTES = 1 << 28
-"""Members of a shard above this size, 256 MiB, count as unreadable and are not loaded."""
+"""Largest image in a shard, 256 MiB; larger members count as unreadable."""
 
 INDEX_SUFFIX = ".index.npz"
 
@@ -37,8 +37,7 @@ _log = logging.getLogger(__name__)
 class ShardSource:
     """Image source with random access to the members of tar files, for exact shuffling and resuming.
 
-    Every image is read by seeking to it, which is fast on a local disk and in the page cache. Nothing is
-    extracted.
+    Images are read in place by seeking, which is fast on a local disk and in the page cache.
 
     Args:
         shards: see `expand_shards`.
@@ -102,9 +101,9 @@ class ShardSource:
         size = int(index.sizes[member])
         name = self.name(position)
         if size > MAX_IMAGE_BYTES:
-            raise LightspineError(f"cannot read image {name}: it has {size} bytes")
+            raise LightspineError(f"cannot read image {name}: {size} bytes exceed {MAX_IMAGE_BYTES}")
         try:
-            # Opened for each image, because worker processes must not share open files and their positions.
+            # Opened for each image, because forked workers would share the file position.
             with self.shards[shard].open("rb") as file:
                 file.seek(int(index.offsets[member]))
                 data = file.read(size)
@@ -119,7 +118,7 @@ class ShardSource:
 
 
 def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Return the paths of the shards that a pattern describes.
+    """Expand shard patterns and folders to the paths of the shards.
 
     Args:
         shards: a path, a pattern with braces such as `{000..012}` or `{a,b}`, a folder (its `.tar` files,
@@ -147,7 +146,7 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """Return all strings that a pattern with braces describes, in order."""
+    """Expand the braces of a pattern, in order."""
     parts = _BRACES.split(pattern)
     # The split puts plain text at even positions and the content of braces at odd ones.
     choices = [[part] if i % 2 == 0 else _brace_alternatives(part, pattern) for i, part in enumerate(parts)]
@@ -173,7 +172,7 @@ class ShardIndex:
 
     Attributes:
         names: member names, such as "000123.jpg".
-        labels: labels as written, "" where the shard has none.
+        labels: labels as written, "" if the shard has none.
         offsets: first byte in the shard; (images,), int64.
         sizes: size in bytes; (images,), int64.
     """
@@ -188,7 +187,7 @@ class ShardIndex:
 
 
 def read_shard_index(shard: Path, *, label_key: str = "label", folder: Path | None = None) -> ShardIndex:
-    """Return the index of a shard, which is built at the first use and saved.
+    """Load the index of a shard; it is built and saved on first use.
 
     Args:
         shard: uncompressed tar file of WebDataset samples: consecutive members with the same name up to the
@@ -294,7 +293,7 @@ def _load_index(path: Path, stamp: str) -> ShardIndex | None:
         return None
     # NumPy and zipfile raise many types on a file that is truncated or not an index.
     except Exception as error:
-        _log.warning("the index %s is damaged (%s) and is built again", path, error)
+        _log.warning("rebuilding the damaged index %s (%s)", path, error)
         return None
 
 
@@ -313,4 +312,4 @@ def _save_index(path: Path, index: ShardIndex, stamp: str) -> None:
             )
     # The shards may be on a read-only disk.
     except LightspineError as error:
-        _log.warning("the index of a shard is built at every start because it cannot be saved: %s", error)
+        _log.warning("the index of a shard cannot be saved and is rebuilt at every start: %s", error)

@@ -1,4 +1,4 @@
-"""Preprocessing and augmentation of classification images, with timm's transforms."""
+"""Preprocessing and augmentation for image classification, with timm's transforms."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -71,7 +71,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Settings of the training augmentation, which timm carries out.
+    """Training augmentation settings, applied by timm's transforms.
 
     The order is: crop, flip, one of RandAugment / AutoAugment / 3-augment, color jitter, normalization,
     random erasing. The defaults are DeiT's recipe, which the published models follow with few changes.
@@ -108,7 +108,7 @@ class Augmentation:
     def check(self) -> None:
         """Check that all values are in range.
 
-        This is not done in the constructor: the parser of recipes would report the error as a wrong type.
+        Not called by the constructor, because the recipe parser would report a wrong type instead.
 
         Raises:
             UsageError: a value out of range.
@@ -168,8 +168,8 @@ def create_train_transform(
     Args:
         preprocessing: input size and statistics of the model.
         augmentation: "none" (resize and center crop), "light" (crops of at least 60 % of the image, flips),
-            "medium" (at least 25 %, with color jitter), "strong" (at least 8 %, RandAugment, erasing), or all
-            settings one by one.
+            "medium" (at least 25 %, with color jitter), "strong" (at least 8 %, RandAugment, erasing), or an
+            `Augmentation`.
 
     Raises:
         UsageError: an unknown augmentation, or a setting out of range.
@@ -181,7 +181,7 @@ def create_train_transform(
     transform = create_transform(is_training=True, **options)
     _replace_posterize(transform)
     if settings.crop == "padded":
-        # timm has no such crop, so it replaces the first step, the random resized crop.
+        # timm has no padded crop; this replaces its first step, the random resized crop.
         height, width = preprocessing.input_size[1:]
         transform.transforms[0] = Compose(
             [
@@ -207,10 +207,10 @@ def resolve_augmentation(augmentation: AugmentationName | Augmentation) -> Augme
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """Keep the highest bits of every channel; 0 bits give a black image.
+    """Posterize: keep the highest bits of every channel; 0 bits give a black image.
 
     `rand-m9-mstd0.5-inc1` draws 0 bits where the magnitude reaches 10, for about one posterized image in 44.
-    The Pillow of the published trainings returned a black image; newer versions raise an error.
+    The Pillow versions of the published runs returned a black image; newer ones raise an error.
     """
     if bits_to_keep >= 8:
         return image
@@ -251,6 +251,6 @@ def _check_policy(name: str | None) -> None:
 def _common_options(preprocessing: Preprocessing) -> dict[str, Any]:
     if preprocessing.input_size[0] != 3:
         raise UsageError(
-            f"images are read as RGB, 3 channels, but the model takes {preprocessing.input_size[0]}"
+            f"expected a model with 3 input channels, as images are RGB, got {preprocessing.input_size[0]}"
         )
     return asdict(preprocessing)

@@ -1,10 +1,10 @@
-"""Settings of glibc's memory allocator that make CPU inference and training faster."""
+"""glibc malloc settings that speed up CPU inference and training."""
 
 import ctypes
 import os
 import sys
 
-# Parameters of mallopt in glibc's malloc.h, and the environment variables that set the same.
+# Parameters of mallopt in glibc's malloc.h, and the the equivalent environment variables.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 ALLOCATOR_VARIABLES = (
     "GLIBC_TUNABLES",
@@ -14,7 +14,7 @@ ALLOCATOR_VARIABLES = (
     "MALLOC_TOP_PAD_",
     "MALLOC_TRIM_THRESHOLD_",
 )
-"""Environment variables that choose or configure the allocator; `keep_freed_memory` then does nothing."""
+"""Environment variables that configure the allocator; if one is set, `keep_freed_memory` does nothing."""
 
 _MMAP_THRESHOLD = 2**30
 _TRIM_THRESHOLD = 2**31 - 1

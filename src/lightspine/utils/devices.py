@@ -1,4 +1,4 @@
-"""Device availability, synchronization and thread count."""
+"""Devices: availability, synchronization, thread count and peak memory."""
 
 import sys
 from collections.abc import Iterator
@@ -45,9 +45,9 @@ def torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Return the most memory in MiB so far: on a GPU of torch's allocator, else of this process.
+    """Return the peak memory so far in MiB: PyTorch's allocations on a GPU, otherwise the process's RSS.
 
-    None on Windows, which does not tell it.
+    `None` on Windows, which does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -56,4 +56,4 @@ def peak_memory_mib(device: torch.device) -> float | None:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB on Linux

@@ -18,7 +18,7 @@ from lightspine.errors import LightspineError, UsageError
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
-"""File name suffixes, in lower case, of the image formats that are listed and found in shards."""
+"""Suffixes, in lower case, of the files that count as images in folders and shards."""
 
 MIN_SIDE = 32
 """Smallest height and width of an image in pixels that the models accept."""
@@ -85,7 +85,7 @@ def decode_image(data: bytes | BinaryIO, name: str) -> Image.Image:
         LightspineError: it is not an image, is truncated, or has pixels of an unsupported type.
     """
     try:
-        # Pillow warns of damage that it can ignore, such as an invalid EXIF block: the image is usable.
+        # Pillow warns about harmless damage, such as an invalid EXIF block.
         with (
             warnings.catch_warnings(action="ignore", category=UserWarning),
             Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as file,

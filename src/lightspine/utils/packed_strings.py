@@ -7,11 +7,10 @@ import numpy as np
 
 
 class PackedStrings(Sequence[str]):
-    """Immutable sequence of strings stored in two arrays.
+    """Immutable sequence of strings stored in two arrays, which forked workers share.
 
     Reading a Python string changes its reference count, so a forked worker ends up with its own copy of a
-    list of strings: about 300 MB per worker for the file names of ImageNet. The memory of an array stays
-    shared.
+    list of strings: about 300 MB per worker for the file names of ImageNet.
 
     Args:
         data: UTF-8 bytes of all strings, concatenated; (bytes,), uint8.

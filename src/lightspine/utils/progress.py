@@ -14,9 +14,9 @@ def progress_bar(items: Iterable[Item], description: str, *, shown: bool = True)
     """Iterate with a progress bar that disappears at the end.
 
     Args:
-        items: what to iterate over; the bar needs its `len()`.
-        description: the text beside the bar.
-        shown: `False` returns the items as they are, as does a standard error that is no terminal.
+        items: the iterable; its `len()` is the total.
+        description: the text before the bar.
+        shown: `False` disables the bar, which is also disabled if standard error is not a terminal.
     """
     if not (shown and sys.stderr.isatty()):
         return items

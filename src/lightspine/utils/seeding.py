@@ -15,7 +15,7 @@ def seed_generators(*key: int, cpu_only: bool = False) -> None:
     Lightning's `seed_everything`, no environment variable is set.
 
     Args:
-        *key: for example the seed of the run, the epoch and the index of an image.
+        *key: for example (seed, epoch, image index).
         cpu_only: do not seed the generators of GPUs.
     """
     words = np.random.SeedSequence(key).generate_state(4)

@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation data in the COCO format."""
+"""Object detection and instance segmentation datasets in the COCO format."""
 
 from lightspine.data.detection.annotations import (
     AnnotationIssues,

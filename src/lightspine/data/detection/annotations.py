@@ -27,7 +27,7 @@ class AnnotationIssues:
         self.examples: dict[str, str] = {}
 
     def add(self, kind: str, where: str) -> None:
-        """Count a problem; `where` says which image or annotation has it."""
+        """Count a problem; `where` names the image or annotation."""
         self.counts[kind] += 1
         self.examples.setdefault(kind, where)
 
@@ -44,10 +44,10 @@ class AnnotationIssues:
 
 @dataclass(frozen=True)
 class CocoAnnotations:
-    """I images with A objects, created by `read_coco`.
+    """COCO annotations of I images with A objects, created by `read_coco`.
 
-    Objects are stored image by image: those of image i from `starts[i]` to `starts[i + 1]`. Everything is
-    stored in arrays, which data loader workers share without copying.
+    The objects of image i are those from `starts[i]` to `starts[i + 1]`. Everything is stored in arrays,
+    which data loader workers share without copying.
 
     Attributes:
         folder: folder of the image files.
@@ -60,7 +60,7 @@ class CocoAnnotations:
         boxes: (A, 4), float64, as in the file: left, top, width, height in pixels.
         labels: (A,), int64, class index of each object from 0.
         areas: (A,), float64, area of the mask if the file has it, in square pixels.
-        crowd: (A,), bool, whether the object stands for a group of objects.
+        crowd: (A,), bool, COCO's iscrowd: the annotation covers a group of objects.
         segmentations: (A,) masks as JSON; `None` if they were not read.
         issues: problems that were skipped or repaired.
     """
@@ -116,9 +116,9 @@ class CocoAnnotations:
         return np.asarray(single[self.starts[1:]] - single[self.starts[:-1]])
 
     def to_coco(self) -> dict[str, Any]:
-        """Return the content of a COCO file, as the ground truth for COCO scores.
+        """Return the annotations in the COCO format, as ground truth for COCO metrics.
 
-        Objects are numbered from 1, because the usual scorers treat an object with id 0 as unmatched.
+        Objects are numbered from 1, because COCO evaluators treat an object with id 0 as unmatched.
         """
         return {
             "info": {},
@@ -162,14 +162,14 @@ def select_images(annotations: CocoAnnotations, positions: np.ndarray) -> CocoAn
 
 
 def select_for_training(annotations: CocoAnnotations) -> CocoAnnotations:
-    """Return the images that have objects, without crowds, as the published recipes train.
+    """Select training images as in the published recipes: drop crowds, then images without objects.
 
     Raises:
         UsageError: no image is left.
     """
     positions = np.flatnonzero(annotations.count_non_crowd())
     if not len(positions):
-        raise UsageError(f"expected an image with objects to train on among {len(annotations)}, got none")
+        raise UsageError(f"expected at least one image with objects among {len(annotations)}, got none")
     return _select(annotations, positions, ~annotations.crowd)
 
 

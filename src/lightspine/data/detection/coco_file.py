@@ -1,4 +1,4 @@
-"""Reading and validation of COCO annotation files."""
+"""Read and validate COCO annotation files."""
 
 import itertools
 import json

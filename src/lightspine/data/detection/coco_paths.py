@@ -1,4 +1,4 @@
-"""Location of COCO annotation files and their image folders."""
+"""Paths of COCO annotation files and their image folders."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def coco_paths(root: str | Path, split: str) -> tuple[Path, Path]:
 
 
 def is_coco(data: str | Path) -> bool:
-    """Return whether a path is a COCO annotation file or a folder that contains some."""
+    """Return whether a path is a COCO annotation file or a COCO folder; see `coco_paths`."""
     path = Path(data)
     return path.suffix == ".json" or bool(_list_splits(path))
 
@@ -35,13 +35,13 @@ def find_coco(
     path = Path(data)
     if path.suffix == ".json":
         if split is not None:
-            raise UsageError(f"expected no split besides the file {path}, got {split!r}")
+            raise UsageError(f"expected no split together with the file {path}, got {split!r}")
         if images is not None:
             return path, Path(images)
         folder = path.parent.parent / path.stem.removeprefix(_PREFIX)
         if not folder.is_dir():
             raise UsageError(
-                f"expected the images of {path} in {folder}, which is not a folder: give --images"
+                f"expected the images of {path} in {folder}, which is not a folder: pass --images"
             )
         return path, folder
     found = _list_splits(path)

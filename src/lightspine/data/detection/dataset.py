@@ -1,4 +1,4 @@
-"""Detection dataset: images with boxes, labels and masks in the format of torchvision's detectors."""
+"""COCO detection dataset: boxes, labels and masks in the format of torchvision's detectors."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ DetectionTransform = Callable[[Any, Target], tuple[Any, Target]]
 
 
 class DetectionItem(NamedTuple):
-    """One image with its annotations; `image` is `None` where no image could be read."""
+    """One image with its annotations; `image` is `None` if it could not be read."""
 
     image: Tensor | None
     target: Target
@@ -40,7 +40,7 @@ class DetectionBatch(NamedTuple):
     """Images of any sizes with their annotations.
 
     Attributes:
-        images: each (3, H, W), float32, from 0 to 1; empty if every image of an evaluation's batch was bad.
+        images: each (3, H, W), float32, from 0 to 1; empty in evaluation if every image was bad.
         targets: one for each image.
         bad: images that were skipped.
     """
@@ -85,7 +85,7 @@ class DetectionDataset(BadImageTolerantDataset[DetectionItem]):
         min_side: float = 1.0,
     ) -> None:
         if not len(annotations):
-            raise UsageError("expected at least one image to detect objects in, got none")
+            raise UsageError("expected at least one image, got none")
         super().__init__(replace_bad=replace_bad)
         self.annotations = annotations
         self.transform = transform

@@ -13,7 +13,7 @@ Segmentation = list[list[float]] | dict[str, Any]
 """Mask as stored in the file: polygons [x1, y1, x2, y2, ...], or {"size": [height, width], "counts": ...}."""
 
 _MAX_CHARACTERS = 12
-"""Each holds five bits; a number with more characters would not fit into 64 bits."""
+"""Maximum characters of a compressed number: each holds five bits of at most 64."""
 
 
 def check_segmentation(segmentation: Any, height: int, width: int) -> None:
@@ -48,7 +48,7 @@ def decode_segmentation(segmentation: Segmentation, height: int, width: int) -> 
         width: width of the image in pixels.
 
     Returns:
-        (height, width), uint8, 1 inside.
+        (height, width), uint8, 1 inside the mask.
 
     Raises:
         LightspineError: see `check_segmentation`.
@@ -73,13 +73,13 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 def _check_polygons(segmentation: Sequence[Any], height: int, width: int) -> list[list[float]]:
     """Return the polygons with at least three corners."""
     polygons = []
-    # Rasterization steps along every edge, so a corner far away would take very long.
+    # Rasterization time grows with the length of the edges.
     far = max(height, width)
     for polygon in segmentation:
         if not isinstance(polygon, list) or not all(_is_number(value) for value in polygon):
             raise LightspineError("a polygon that is not a list of finite numbers")
         if len(polygon) % 2:
-            raise LightspineError("a polygon with an odd count of numbers")
+            raise LightspineError("a polygon with an odd number of coordinates")
         if any(not -far <= value <= 2 * far for value in polygon):
             raise LightspineError("a polygon far outside the image")
         if len(polygon) >= 6:

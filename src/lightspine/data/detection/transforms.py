@@ -23,7 +23,7 @@ _GRAY = 128
 
 
 class ResizeShorterSide(v2.Transform):
-    """Resize the shorter side to a randomly chosen length, with a limit for the longer side; keeps the ratio.
+    """Resize the shorter side to a random choice of `sizes`, limiting the longer side; keeps the ratio.
 
     torchvision's RandomShortestSize truncates the sides instead of rounding them, which gives 799 px in place
     of 800 at some image sizes.
@@ -135,7 +135,7 @@ class LargeScaleJitter(v2.Transform):
         """Transform (image, target) and recompute the boxes from the masks."""
         image, target = super().forward(*inputs)
         if "masks" in target and len(target["masks"]):
-            boxes = _boxes_of_masks(target["masks"].as_subclass(Tensor))
+            boxes = _masks_to_boxes(target["masks"].as_subclass(Tensor))
             target = target | {"boxes": tv_tensors.wrap(boxes, like=target["boxes"])}
         return image, target
 
@@ -146,7 +146,7 @@ class LargeScaleJitter(v2.Transform):
             params["source"], params["resized"], (params["top"], params["left"]), strict=True
         ):
             places = torch.arange(start, start + min(resized, self.size))
-            # Aligned by pixel centers; alignment by corners would shift the mask against the image.
+            # Aligned by pixel centers, like the image; aligned corners would shift the mask.
             indices.append(((2 * places + 1) * source).div(2 * resized, rounding_mode="floor"))
         plain = masks.as_subclass(Tensor)
         result = plain.new_zeros(*plain.shape[:-2], self.size, self.size)
@@ -162,18 +162,17 @@ def create_detection_transform(
     longest: int = 1333,
     size: int = 1024,
 ) -> v2.Transform:
-    """Create the training transform of a published schedule.
+    """Create the training transform of a published detection schedule.
 
     - "none": resize to a shorter side of `shorter`, with the longer side at most `longest`.
-    - "flip": the same and a horizontal flip with probability 0.5: the 1x schedules.
-    - "multi_scale": flip, then resize to a shorter side of 480 to 800; in half of the cases after a resize to
-    400,
-      500 or 600 and a crop of 384 to 600 px: DETR's augmentation in the 3x schedules. These lengths are for a
-      `shorter` of 800 and scale with it.
-    - "large_scale_jitter": flip and large-scale jitter to `size`: ViTDet's schedule.
+    - "flip" (1x schedules): the same and a horizontal flip with probability 0.5.
+    - "multi_scale": DETR's augmentation in the 3x schedules: flip; with probability 0.5 resize to a shorter
+      side of 400, 500 or 600 px and crop to 384 to 600 px; resize to a shorter side of 480 to 800 px. These
+      lengths are for `shorter=800` and scale with it.
+    - "large_scale_jitter" (ViTDet): flip and large-scale jitter to `size`.
 
     Args:
-        augmentation: name of the schedule.
+        augmentation: name of the augmentation.
         shorter: length of the shorter side in pixels.
         longest: largest length of the longer side in pixels.
         size: side in pixels of the square that large-scale jitter produces.
@@ -213,7 +212,7 @@ def _round_side(side: int, factor: float) -> int:
     return max(int(side * factor + 0.5), 1)
 
 
-def _boxes_of_masks(masks: Tensor) -> Tensor:
+def _masks_to_boxes(masks: Tensor) -> Tensor:
     """Return the bounding boxes of masks (N, H, W), (N, 4) float32; an empty mask has a box without area."""
     # `any` of a uint8 tensor returns uint8.
     rows, columns = masks.any(dim=2).bool(), masks.any(dim=1).bool()

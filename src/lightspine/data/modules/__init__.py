@@ -1,4 +1,4 @@
-"""Lightning data modules, which a recipe names by `class_path`."""
+"""Lightning data modules; a recipe selects one by `class_path`."""
 
 from lightspine.data.modules.base import ImageDataModule
 from lightspine.data.modules.classification import (

@@ -1,4 +1,4 @@
-"""Base data module: data loaders, order of the images, and the log of unreadable images."""
+"""Base LightningDataModule: data loaders, samplers and the log of unreadable images."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightspine.errors import UsageError
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Base of all data modules: provides the training tasks with batches, class names and preprocessing.
+    """Base class of all data modules: batches, class names and preprocessing for the training tasks.
 
     Args:
         class_names: names in the order of the class indices.
@@ -83,14 +83,14 @@ class ImageDataModule(pl.LightningDataModule):
     def _train_loader(self, dataset: Dataset, collate: Any = collate_images) -> DataLoader:
         """Create a shuffled loader whose augmentation depends on (seed, epoch, image) alone."""
         sampler = self._create_sampler(dataset, "train", repeats=self.repeats)
-        # Batch normalization of a 1 x 1 map fails on a last batch of one image.
+        # BatchNorm of a 1 x 1 map fails on a batch of one image, which the last batch may be.
         return self._create_loader(
             SeededDataset(dataset, self.seed), sampler, collate, drop_last=len(sampler) >= self.batch_size
         )
 
     def _val_loader(self, dataset: Dataset, collate: Any = collate_images) -> DataLoader:
-        # All processes get the same number of images, because a sharded model would wait forever otherwise.
-        # If the images cannot be divided evenly, a few are counted twice.
+        # All ranks get the same number of images, or a sharded model would deadlock; a few images may be
+        # counted twice.
         return self._create_loader(dataset, self._create_sampler(dataset, "val", shuffle=False), collate)
 
     def _create_sampler(self, dataset: Any, stage: str, **options: Any) -> EpochSampler:

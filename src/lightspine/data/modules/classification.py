@@ -1,4 +1,4 @@
-"""Data modules for classification: folders, lists, ImageNet, shards, Hugging Face data sets and digits."""
+"""Classification data modules: image folders, lists, ImageNet, shards, Hugging Face datasets, digits."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,7 +35,7 @@ CropMode = Literal["center", "squash", "border"]
 
 
 class ClassificationDataModule(ImageDataModule):
-    """Base of the data modules for classification; the others pass their `**options` on to it.
+    """Base class of the classification data modules, which pass their `**options` on to it.
 
     Args:
         train: the training images.
@@ -245,7 +245,7 @@ class ShardDataModule(ClassificationDataModule):
 
 
 class HuggingFaceDataModule(ClassificationDataModule):
-    """Hugging Face data set written by `Dataset.save_to_disk`; needs the package `datasets`.
+    """Hugging Face dataset written by `Dataset.save_to_disk`; needs the package `datasets`.
 
     Args:
         path: the folder.
@@ -321,5 +321,5 @@ class DigitsDataModule(ImageDataModule):
 
 
 def _return_batch(batch: Any) -> Any:
-    # The dataset fetches a whole batch at once.
+    # The dataset returns whole batches.
     return batch

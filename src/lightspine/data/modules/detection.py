@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class CocoDataModule(ImageDataModule):
-    """COCO data set: `annotations/instances_SPLIT.json` with the images in `SPLIT/`.
+    """COCO dataset: `annotations/instances_SPLIT.json` with the images in `SPLIT/`.
 
     Trains on the images that have objects, without crowds, in batches of similar aspect ratio; validates on
     all images at their own size. Problems in an annotation file are repaired or skipped, counted and logged.

@@ -28,11 +28,11 @@ _log = logging.getLogger(__name__)
 
 
 class SegmentationDataModule(ImageDataModule):
-    """Base of the data modules for segmentation; the others pass their `**options` on to it.
+    """Base class of the segmentation data modules, which pass their `**options` on to it.
 
     Args:
-        train: training pairs, and the reader of their label maps.
-        val: validation pairs, and the reader of their label maps.
+        train: training pairs and the reader of their label maps.
+        val: validation pairs and the reader of their label maps.
         class_names: names in the order of the class indices.
         crop: height and width of the training images in pixels.
         scale: longer and shorter side of the rectangle into which a training image is resized.
@@ -40,7 +40,7 @@ class SegmentationDataModule(ImageDataModule):
         largest_share: largest share of a crop's labeled pixels that one class may fill (mmseg's
             cat_max_ratio).
         hflip: probability of a horizontal flip.
-        photometric: change brightness, contrast, saturation and hue at random.
+        photometric: random photometric distortion: brightness, contrast, saturation and hue.
         val_scale: longer and shorter side of the rectangle into which validation images are resized; `None`
             keeps their size.
         val_divisor: sides of validation images are rounded up to multiples of it.
@@ -78,7 +78,7 @@ class SegmentationDataModule(ImageDataModule):
         super().__init__(class_names, found, batch_size, num_workers, seed, max_bad_share=max_bad_share)
         self.val_scale = val_scale
         self.val_divisor = val_divisor
-        # Settings, besides the class names, with which an evaluation reads label maps like these.
+        # Label map settings that an evaluation of the checkpoint needs, besides the class names.
         self.reading: dict[str, Any] = {}
         # Created here, so that an invalid setting is reported before training starts.
         self._train = SegmentationDataset(
@@ -114,8 +114,8 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         root: the folder; see `lightspine.data.segmentation.scan_segmentation_folder`.
         class_names: file with one class name per line; default: `classes.txt` in the folder.
         num_classes: number of classes if there is no file with their names.
-        ignored: value of the label maps that means no class.
-        remap: value in the label maps -> class index, or 255 for no class.
+        ignored: value of unlabeled pixels in the label maps (ignore index).
+        remap: value in the label maps -> class index, or 255 to ignore it.
         val_fraction: share of the images for validation if the folder has no splits.
         seed: seed of the split and of the order and the augmentation of the images.
         **options: see `SegmentationDataModule`.
@@ -161,7 +161,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
 
 
 class CocoSemanticDataModule(SegmentationDataModule):
-    """Label maps from the masks of COCO files: class 0 is the background, then the classes of the file.
+    """Semantic segmentation on COCO masks: class 0 is the background, then the classes of the file.
 
     Args:
         root: folder with `annotations/instances_SPLIT.json` and the images in `SPLIT/`.

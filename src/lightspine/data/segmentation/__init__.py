@@ -1,4 +1,4 @@
-"""Semantic segmentation data: images with label maps."""
+"""Semantic segmentation datasets: images with label maps."""
 
 from lightspine.data.segmentation.coco_semantic import CocoSemanticLabels
 from lightspine.data.segmentation.dataset import (

@@ -13,7 +13,7 @@ BACKGROUND = "background"
 
 
 class CocoSemanticLabels:
-    """Draw the instance masks of an image into one label map: 0 is background, else the object's class + 1.
+    """Semantic label maps drawn from COCO instance masks: 0 is background, else the object's class + 1.
 
     Larger objects are drawn first, so that small objects on top of them remain complete. Pixels that only a
     crowd covers are ignored, because a crowd's mask also covers pixels between its objects.
@@ -39,7 +39,7 @@ class CocoSemanticLabels:
             )
 
     def pairs(self) -> list[LabeledImage]:
-        """Return the images with the names of their label maps, which are the positions of the images."""
+        """Return the images, with their positions as the names of their label maps."""
         return [
             LabeledImage(self.annotations.path(position), Path(str(position)))
             for position in range(len(self.annotations))

@@ -1,4 +1,4 @@
-"""Segmentation dataset: images with label maps."""
+"""Semantic segmentation dataset: images with label maps."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ SegmentationTransform = Callable[[Any, Any], tuple[Tensor, Tensor]]
 
 
 class SegmentationItem(NamedTuple):
-    """One image with its label map; both are `None` where no image could be read.
+    """One image with its label map; both are `None` if the image could not be read.
 
     Attributes:
         image: (3, H, W), float32, normalized.
@@ -35,7 +35,7 @@ class SegmentationItem(NamedTuple):
 
 
 class SegmentationBatch(NamedTuple):
-    """Images and label maps: stacked for training, in lists where sizes may differ.
+    """Batch of images and label maps, stacked for training and in lists for evaluation.
 
     Attributes:
         images: (N, 3, H, W), or N images (3, H, W), float32, normalized.

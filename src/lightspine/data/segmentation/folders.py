@@ -1,4 +1,4 @@
-"""Segmentation folders: pairs of images and label maps."""
+"""Segmentation folder datasets: pairs of images and label maps, ADE20K included."""
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +33,7 @@ class LabeledImage(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentationSplits:
-    """Training and validation pairs of a data set.
+    """Training and validation pairs of a dataset.
 
     Attributes:
         class_names: names in the order of the class indices.
@@ -66,15 +66,15 @@ def scan_segmentation_folder(
     folders may also be called "training", "validation", "valid" and "test". Without split folders, a share of
     all images, chosen by `seed`, becomes the validation split.
 
-    A folder with ADE20K's `objectInfo150.txt` is read as the MIT scene parsing benchmark: 0 is no class, 1 to
-    150 are the classes 0 to 149.
+    A folder with ADE20K's `objectInfo150.txt` is read as the MIT scene parsing benchmark: value 0 is ignored,
+    1 to 150 are the classes 0 to 149.
 
     Args:
         root: the folder.
         class_names: file with one class name per line; default: `classes.txt` in the folder.
         num_classes: number of classes if there is no file with their names.
-        ignored: value of the label maps that means no class; `None` if there is none.
-        remap: value in the label maps -> class index, or 255 for no class.
+        ignored: value of unlabeled pixels in the label maps (ignore index); `None` if there is none.
+        remap: value in the label maps -> class index, or 255 to ignore it.
         val_fraction: share of the images, between 0 and 1, for validation if the folder has no splits.
         seed: seed of the split.
 
@@ -132,7 +132,7 @@ def pair_labels(images: Path, labels: Path) -> tuple[list[LabeledImage], list[Pa
     if not pairs:
         raise UsageError(
             f"none of the {len(files)} images of {images} has a label map of the same name in {labels}, "
-            f"which holds {len(label_files)}"
+            f"which has {len(label_files)} label maps"
         )
     return pairs, [path for path, stem in zip(files, stems, strict=True) if stem not in label_files]
 
@@ -152,14 +152,14 @@ def read_ade20k_classes(path: str | Path) -> list[str]:
         raise LightspineError(f"cannot read class names {path}: {error}") from error
     numbers = [row[0].strip() for row in rows[1:]]
     if not numbers or numbers != [str(number + 1) for number in range(len(numbers))]:
-        raise LightspineError(f"expected a table of classes numbered from 1, with a head line, in {path}")
+        raise LightspineError(f"expected a table of classes numbered from 1, with a header, in {path}")
     names = [row[-1].strip() for row in rows[1:]]
     first = [name.split(",")[0].strip() for name in names]
     return [short if first.count(short) == 1 else name for short, name in zip(first, names, strict=True)]
 
 
 def _check_two_classes(reader: LabelReader, pairs: Sequence[LabeledImage]) -> None:
-    """Raise for binary masks of 0 and 255, whose foreground would be ignored as pixels without a class."""
+    """Reject binary masks of 0 and 255, whose foreground would be ignored (255 is the ignore index)."""
     if reader.num_classes != 2:
         return
     found: set[int] = set()
@@ -169,8 +169,8 @@ def _check_two_classes(reader: LabelReader, pairs: Sequence[LabeledImage]) -> No
             found.update(np.unique(reader.read(pair.labels)).tolist())
     if IGNORED in found and len(found) == 2:
         raise UsageError(
-            f"the label maps hold class {min(found)} and pixels without a class only, the first is "
-            f"{pairs[0].labels}: where 255 is a class give remap={{0: 0, 255: 1}}"
+            f"expected two classes in the label maps, such as {pairs[0].labels}, got class {min(found)} and "
+            "ignored pixels (255) only: if 255 is a class, pass remap={0: 0, 255: 1}"
         )
 
 

@@ -11,19 +11,19 @@ from PIL import Image, UnidentifiedImageError
 from lightspine.errors import LightspineError, UsageError
 
 IGNORED = 255
-"""Value of pixels without a class (ignore index), in the output of the readers and, by default, in files."""
+"""Ignore index: value of unlabeled pixels in the output of the readers and, by default, in files."""
 
 MAX_CLASSES = IGNORED
-"""Label maps have one byte per pixel, and one value is the ignore index."""
+"""Largest number of classes: label maps have one byte per pixel, and one value is the ignore index."""
 
 _MODES = ("1", "L", "P", "I;16", "I;16B", "I;16L", "I")
 
 
 class LabelMapSource(Protocol):
-    """Object that reads label maps by name."""
+    """Interface of objects that read label maps by name."""
 
     def read(self, path: str) -> np.ndarray:
-        """Return the labels, (height, width), uint8, 255 where there is no class.
+        """Return the labels, (height, width), uint8; 255 is ignored.
 
         Raises:
             LightspineError: the label map cannot be read.
@@ -31,12 +31,12 @@ class LabelMapSource(Protocol):
 
 
 class LabelReader:
-    """Read label map images as class indices from 0, with 255 where there is no class.
+    """Read label map images as class indices from 0, with 255 for ignored pixels.
 
     Args:
         num_classes: number of classes, at most 255.
-        ignored: value in the files that means no class, unless `remap` contains it; `None` if there is none.
-        remap: value in the file -> class index, or 255 for no class; other values are an error. Default: the
+        ignored: value of unlabeled pixels in the files, unless `remap` contains it; `None` if there is none.
+        remap: value in the file -> class index, or 255 to ignore it; other values are an error. Default: the
             values are the class indices.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Segmentation inference: whole image or sliding window, with multi-scale and flip test-time augmentation."""
+"""Sliding-window and multi-scale inference for semantic segmentation."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Network = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindowInference:
-    """Settings of segmentation inference, and the inference itself.
+    """Whole-image or sliding-window inference, with multi-scale and flip test-time augmentation.
 
     Attributes:
         window: height and width of the sliding window in pixels; `None` processes the whole image at once.
@@ -69,7 +69,7 @@ class SlidingWindowInference:
         return total / (len(self.ratios) * (2 if self.flip else 1))
 
     def classify(self, network: Network, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return the class index of every pixel, (*size), int64; see `predict`."""
+        """Return the predicted class of every pixel, (*size), int64; see `predict`."""
         self.check()
         if len(self.ratios) == 1 and not self.flip:
             # The argmax of the logits is that of the probabilities.

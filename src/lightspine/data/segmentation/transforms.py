@@ -50,7 +50,7 @@ class RandomRatioResize(v2.Transform):
 class RandomDiverseCrop(v2.Transform):
     """Random crop, redrawn up to ten times while one class fills too much of it (mmseg's cat_max_ratio).
 
-    A side on which the image is smaller than the crop is not changed.
+    Sides shorter than the crop are not changed.
 
     Args:
         size: height and width in pixels.
@@ -97,10 +97,10 @@ class RandomDiverseCrop(v2.Transform):
 class PhotometricDistortion(v2.Transform):
     """SSD's photometric distortion (Liu et al., arXiv:1512.02325) as in the ADE20K recipes.
 
-    Each with probability 0.5: brightness, adds -32 to 32; contrast, multiplies by 0.5 to 1.5, before or after
-    the other color changes; saturation in HSV, multiplies by 0.5 to 1.5; hue, rotates by up to 36 degrees.
-    torchvision's RandomPhotometricDistort differs: it multiplies the brightness, blends with gray and
-    permutes channels.
+    Each with probability 0.5: add -32 to 32 (brightness); multiply by 0.5 to 1.5 (contrast), before or after
+    the other color changes; multiply the HSV saturation by 0.5 to 1.5; rotate the hue by up to 36 degrees.
+    torchvision's RandomPhotometricDistort multiplies the brightness, blends with gray and permutes channels
+    instead.
     """
 
     _transformed_types = (tv_tensors.Image,)
@@ -159,7 +159,7 @@ class NormalizeAndPad(torch.nn.Module):
 
 
 class ResizeImageOnly(torch.nn.Module):
-    """Resize the image to fit into a rectangle, but not its labels: predictions are resized to the labels.
+    """Resize the image to fit into a rectangle, but not its labels, to which predictions are resized.
 
     Args:
         scale: longer and shorter side of the rectangle in pixels.
@@ -235,7 +235,7 @@ def create_segmentation_eval_transform(
 
 
 def fit_size(height: int, width: int, scale: tuple[int, int]) -> list[int]:
-    """Return the largest size of the same ratio that fits into a longer and a shorter side, in pixels."""
+    """Return the largest size with the same aspect ratio that fits into `scale` (longer, shorter side)."""
     longest, shortest = max(scale), min(scale)
     factor = min(longest / max(height, width), shortest / min(height, width))
     return [max(int(side * factor + 0.5), 1) for side in (height, width)]
