@@ -111,9 +111,7 @@ def test_unknown_class_is_named(colours: Path, tmp_path: Path) -> None:
 
 
 def test_digits_need_ten_classes(colours: Path) -> None:
-    with pytest.raises(
-        UsageError, match="expected 3 classes, as many as the checkpoint's, but the digits has 10"
-    ):
+    with pytest.raises(UsageError, match="expected the checkpoint's 3 classes, but the digits has 10"):
         evaluate(colours, "digits")
 
 

@@ -49,7 +49,7 @@ def test_predictions_are_those_of_the_checkpoint(place: Path) -> None:
 
 
 def test_choice_of_weights_is_refused(place: Path) -> None:
-    with pytest.raises(UsageError, match="expected no choice of weights for the exported file"):
+    with pytest.raises(UsageError, match="expected weights='auto' for the exported file"):
         evaluate(place / "model.onnx", place / "images", weights="ema")
 
 

@@ -89,7 +89,7 @@ def test_kept_maps_lose_their_neighbours_norms():
 
 
 def test_classifier_is_refused():
-    with pytest.raises(UsageError, match="made with features_only=True, got a SHViT"):
+    with pytest.raises(UsageError, match="created with features_only=True, got a SHViT"):
         FeatureBackbone(lightspine.create_model("shvit_s1"))
 
 

@@ -42,5 +42,5 @@ def test_map_of_the_same_stride_is_left_alone():
 
 @pytest.mark.parametrize("pyramid", [SimpleFeaturePyramid, RescaledMaps])
 def test_stride_that_no_doubling_reaches_is_refused(pyramid):
-    with pytest.raises(UsageError, match="a map of stride 14 cannot be brought to stride 4"):
+    with pytest.raises(UsageError, match="a map of stride 14 cannot be resized to stride 4"):
         pyramid(8, 14)

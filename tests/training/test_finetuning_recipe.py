@@ -70,7 +70,7 @@ def test_finetuning_recipe_learns_other_flowers(tmp_path: Path) -> None:
 
 def test_finetuning_recipe_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "images", count=4)
-    with pytest.raises(UsageError, match=f"frozen stages of {SMALL_MODEL} .* give a checkpoint"):
+    with pytest.raises(UsageError, match=f"frozen stages of {SMALL_MODEL} .* pass a checkpoint"):
         main(
             [
                 "--config",

@@ -1,4 +1,4 @@
-"""Create, load, save and score detectors and segmenters."""
+"""Detectors and segmenters: creation, checkpoints and metrics."""
 
 from lightspine.dense.checkpoint import DenseNetwork as DenseNetwork
 from lightspine.dense.checkpoint import NetworkMetadata as NetworkMetadata

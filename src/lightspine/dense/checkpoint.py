@@ -1,4 +1,4 @@
-"""Checkpoints of detectors and segmenters: safetensors files with the arguments that rebuild the network."""
+"""Detector and segmenter checkpoints: safetensors files that contain the arguments of the network."""
 
 import json
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ DenseNetwork = RetinaNet | MaskRCNN | Segmenter
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkMetadata:
-    """Description of a detector or segmenter in its checkpoint.
+    """Metadata of a detector or segmenter checkpoint.
 
     Attributes:
         kind: "detector" or "segmenter".
@@ -66,7 +66,7 @@ def save_network(
         The path.
 
     Raises:
-        UsageError: another suffix, a wrong number of class names, or a network created otherwise.
+        UsageError: another suffix, a wrong number of class names, or a network from elsewhere.
         LightspineError: the file cannot be written.
     """
     init_args = getattr(network, "init_args", None)
@@ -84,7 +84,7 @@ def save_network(
 
 
 def read_network_metadata(source: str | Path | Checkpoint) -> NetworkMetadata:
-    """Read the description of a detector or segmenter without its tensors.
+    """Read the metadata of a detector or segmenter checkpoint without its tensors.
 
     Raises:
         UsageError: the file does not exist or holds no detector or segmenter.
@@ -109,7 +109,7 @@ def read_network_metadata(source: str | Path | Checkpoint) -> NetworkMetadata:
 def load_pretrained(network: Any, source: str | Path | Checkpoint) -> LoadReport:
     """Load the weights of a detector or segmenter with the same head and backbone model.
 
-    If the numbers of classes differ, layers that depend on it keep their initial values.
+    If the numbers of classes differ, the layers that depend on them keep their initial values.
 
     Args:
         network: from `create_detector` or `create_segmenter`.

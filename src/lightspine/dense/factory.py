@@ -34,17 +34,17 @@ def create_detector(
     frozen_stages: int | None = None,
     **head_args: Any,
 ) -> RetinaNet | MaskRCNN:
-    """Create a detector over any model of lightspine or timm.
+    """Create a detector with any model of lightspine or timm as its backbone.
 
     Args:
         head: "retinanet", "mask_rcnn" or "cascade_mask_rcnn".
         model: name of the backbone model.
         num_classes: object classes, without background.
         checkpoint: initial weights: a classifier checkpoint of the model, or a file of `save_network` with
-            the same head and model, whose class-dependent layers are left out if the number of classes
-            differs.
-        weights: entry of a classifier checkpoint: "model" (as trained; all five papers start dense tasks from
-            it), "ema", or "auto" for the one whose score is published.
+            the same head and model (without its class-dependent layers if the number of classes
+            differs).
+        weights: entry of a classifier checkpoint: "model" (as trained; used for dense tasks by all five
+            papers), "ema", or "auto" for the one whose score is published.
         model_args: further arguments of the model, such as `drop_path_rate`.
         norm: see `lightspine.heads.FeatureBackbone`, which also lists the published settings.
         freeze_batch_norm: see `lightspine.heads.FeatureBackbone`.
@@ -86,7 +86,7 @@ def create_segmenter(
     frozen_stages: int | None = None,
     **head_args: Any,
 ) -> Segmenter:
-    """Create a segmenter over any model of lightspine or timm.
+    """Create a segmenter with any model of lightspine or timm as its backbone.
 
     Args:
         head: "semantic_fpn" or "upernet".
@@ -122,14 +122,14 @@ def create_segmenter(
 
 
 def load_network(source: str | Path | Checkpoint, **head_args: Any) -> tuple[DenseNetwork, NetworkMetadata]:
-    """Build a detector or segmenter from a file of `save_network` and load its weights.
+    """Load a detector or segmenter from a file of `save_network`.
 
     Args:
         source: the file, or an opened checkpoint.
         **head_args: arguments of the head that replace those in the file, such as `score_threshold`.
 
     Returns:
-        The network in evaluation mode, and its description.
+        The network in evaluation mode, and its metadata.
 
     Raises:
         UsageError: the file does not exist or holds no detector or segmenter.
@@ -174,7 +174,7 @@ def _create_backbone(
         if name in arguments:
             raise UsageError(f"expected model_args without {name}, which the head determines")
     if frozen_stages is not None and checkpoint is None and not arguments.get("pretrained"):
-        raise UsageError(f"frozen stages of {model} would keep random weights: give a checkpoint")
+        raise UsageError(f"frozen stages of {model} would keep random weights: pass a checkpoint")
     classifier = None if checkpoint is None or checkpoint.is_dense else checkpoint
     try:
         maps = create_model(model, checkpoint=classifier, weights=weights, features_only=True, **arguments)

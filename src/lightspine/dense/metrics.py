@@ -1,4 +1,4 @@
-"""Metrics of detection (COCO AP and AR) and segmentation (mIoU), gathered across ranks."""
+"""Detection metrics (COCO AP and AR) and segmentation metrics (mIoU), gathered across ranks."""
 
 import json
 import math
@@ -21,13 +21,13 @@ Value = TypeVar("Value")
 
 
 def all_gather_by_image(results: dict[Key, Value]) -> dict[Key, Value]:
-    """Merge the per-image results of all ranks; every rank gets the merged results.
+    """All-gather per-image results across ranks.
 
-    Distributed samplers repeat a few images to give all ranks the same number: such an image counts once,
-    with the result of the lowest rank. Without a process group the results are returned unchanged.
+    An image that a distributed sampler repeats counts once, with the result of the lowest rank.
+    Without a process group the results are returned unchanged.
 
     Args:
-        results: image -> its result.
+        results: image -> result of this rank.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return results
@@ -53,7 +53,7 @@ class CocoMetrics:
     run-length encoded when they are added.
 
     Args:
-        annotations: the objects; masks are evaluated if it was read with masks.
+        annotations: ground truth; masks are evaluated if it was read with masks.
         max_detections: number of detections per image and class that count, the highest scores first. COCO
             uses 100; set more if images hold more objects.
 
@@ -130,7 +130,7 @@ class CocoMetrics:
         }
 
     def per_class(self) -> dict[str, dict[str, float | None]]:
-        """Return class name -> kind -> AP in percent, None for a class without objects."""
+        """Return class name -> kind -> AP in percent, `None` for a class without objects."""
         per_class = {}
         for kind in self.kinds:
             # (IoU thresholds, recalls, classes, object sizes, maximum detections); -1 marks missing values.
@@ -192,7 +192,7 @@ class CocoMetrics:
             return self._evaluations[kind]
         content = self.annotations.to_coco()
         truth = COCO(content)
-        # Given both, the scorer would compute the area of a mask from its box.
+        # Given both, faster-coco-eval would compute the area of a mask from its box.
         dropped = "segmentation" if kind == "box" else "bbox"
         detections = [
             {key: value for key, value in result.items() if key != dropped} for result in self.results()
@@ -219,7 +219,7 @@ class SegmentationMetrics:
 
     Args:
         class_names: one name per label.
-        ignored: label of ignored pixels.
+        ignored: label of ignored pixels (ignore index).
 
     Raises:
         UsageError: no class names.

@@ -24,7 +24,7 @@ from lightspine.utils.image_files import open_image
 from lightspine.utils.progress import progress_bar
 
 _MAX_REPORTED_CONFUSION_CLASSES = 200
-"""With more classes the confusion matrix would dominate the report; `classes.csv` has its main entries."""
+"""Largest confusion matrix in the report; `classes.csv` has the most frequent confusion of every class."""
 
 
 def evaluate(
@@ -50,13 +50,13 @@ def evaluate(
         model: a checkpoint, an exported `.onnx` file, or a model name together with `checkpoint`.
         data: folder `val/CLASS/*` or `CLASS/*`, whose folder names are matched with the checkpoint's class
             names and may be a subset of them. For ImageNet's 1000 classes the folders may be named by WordNet
-            ids or class indices, and `val` may be flat with its label list beside it
+            ids or class indices, and `val` may be flat with a list of labels next to it
             (`lightspine.data.imagenet.list_imagenet_val`). Or shards: a `.tar` file, a pattern such as
             `val-{000..012}.tar`, or a folder of them. Or "digits" for the test split of the digits.
         checkpoint: the weights for a model name.
         weights: "model" (as trained), "ema" (their average), or "auto" for the ones whose score is published.
-        val_fraction: evaluate only the validation split of `CLASS/*` that a training with the same fraction
-            and seed holds out; default: all images.
+        val_fraction: evaluate only the validation split of `CLASS/*`, as training splits it with the same
+            fraction and seed; default: all images.
         seed: seed of the validation split.
         class_mapping: file that maps folders or images to classes (`lightspine.data.load_class_mapping`), or
             "imagenet" for folders named by WordNet ids or class indices. If it covers a subset of the
@@ -70,12 +70,12 @@ def evaluate(
         progress: show a progress bar on standard error.
 
     Returns:
-        The report, plain values only: `model`, `checkpoint`, `checkpoint_sha256`, `weights` ("ema" or "raw";
+        The report, JSON-serializable: `model`, `checkpoint`, `checkpoint_sha256`, `weights` ("ema" or "raw";
         None for a file with a single set of weights), `parameters`, `data`, `split`, `listing_sha256` (of
         image names and classes), `images`;
         `top1` and `top5` in percent (`top5` is None with five classes or fewer), `loss`;
         `classes` (`images`, `top1`, `top5`, `predicted`, `confused_with` per class; None, like the loss, if
-        an image may have several correct classes);
+        images may have several correct classes);
         `confusion` (rows: true class, columns: predicted class; None above 200 classes);
         `candidates` (number of classes that may be predicted); `skipped` (path -> reason); `preprocessing`;
         `loaded` (load report of the checkpoint);
@@ -149,7 +149,7 @@ def evaluate(
 
 @dataclass
 class _Run:
-    """Skipped images, and per batch the number of images, total seconds and seconds in the model."""
+    """Skipped images, and (images, total seconds, model seconds) of each batch."""
 
     skipped: dict[str, str] = field(default_factory=dict)
     timed: list[tuple[int, float, float]] = field(default_factory=list)
@@ -259,7 +259,7 @@ def predict(
     names: list[str] | None = None
     predictions = []
     for path in images:
-        # One image at a time, so that an unreadable file is reported before the others are read.
+        # One image at a time: an unreadable file raises before the next ones are read.
         pixels = transform(open_image(path)).unsqueeze(0).to(device)
         with torch.inference_mode():
             probabilities = network(pixels)[0].float().softmax(dim=-1)

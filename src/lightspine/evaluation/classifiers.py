@@ -38,11 +38,11 @@ def load_classifier(
     """
     source = model if checkpoint is None else checkpoint
     if not isinstance(source, Checkpoint) and Path(source).suffix == ".onnx":
-        # Only ONNX files need the runtime, which is a distribution of its own.
+        # Only ONNX files need lightspine_runtime, a separate distribution.
         from lightspine.export.onnx_classifier import load_onnx
 
         if weights != "auto":
-            raise UsageError(f"expected no choice of weights for the exported file {source}, got {weights!r}")
+            raise UsageError(f"expected weights='auto' for the exported file {source}, got {weights!r}")
         return load_onnx(source)
     if isinstance(model, Checkpoint) or Path(model).is_file():
         if checkpoint is not None:
@@ -60,7 +60,7 @@ def load_classifier(
 
 
 def class_names(metadata: ModelMetadata, num_classes: int) -> list[str]:
-    """Return the checkpoint's class names; without them ImageNet's for 1000 classes, else class indices."""
+    """Return the checkpoint's class names; default: ImageNet's for 1000 classes, otherwise class indices."""
     if metadata.class_names is not None:
         return metadata.class_names
     if num_classes == 1000:

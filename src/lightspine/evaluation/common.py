@@ -1,4 +1,4 @@
-"""Shared by the evaluators: option checks, finiteness checks, timing, and the environment in reports."""
+"""Helpers of the evaluators: option checks, NaN checks, timing and environment information."""
 
 import hashlib
 import platform
@@ -32,7 +32,7 @@ def check_loader_options(batch_size: int, num_workers: int) -> None:
 
 
 def check_finite_weights(network: nn.Module, label: str) -> None:
-    """Check that all weights are finite; weights of a diverged training would still give a low score.
+    """Check that all weights are finite; a diverged model would otherwise just get a low score.
 
     Args:
         network: the network.
@@ -47,7 +47,7 @@ def check_finite_weights(network: nn.Module, label: str) -> None:
 
 
 class FiniteLogits:
-    """Segmenter that rejects logits that are not finite, because argmax of NaN still returns a class.
+    """Wrap a segmenter to reject non-finite logits, because argmax of NaN still returns a class.
 
     Args:
         network: the segmenter.
@@ -65,14 +65,14 @@ class FiniteLogits:
             LightspineError: a logit is not finite.
         """
         logits: Tensor = self.network(images)
-        # The sum is finite only if all logits are; it needs no boolean copy of them.
+        # The sum is finite only if all logits are, and takes less memory than `isfinite` of them.
         if not logits.sum(dtype=torch.float32).isfinite():
             raise LightspineError(f"the segmenter in {self.label} gives logits that are not finite")
         return logits
 
 
 class ThroughputTimer:
-    """Time spent on loading, in the network and on scoring."""
+    """Throughput and time for data loading, the network and the metrics."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -91,7 +91,7 @@ class ThroughputTimer:
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Add the time of a block to a part."""
+        """Add the duration of a `with` block to a part."""
         started = time.perf_counter()
         yield
         synchronize(self.device)
@@ -109,7 +109,7 @@ class ThroughputTimer:
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """Return device with GPU name, number of CPU threads, and versions of the software."""
+    """Return the device with GPU name, the number of CPU threads and the package versions."""
     kind = torch.device(device)
     versions = {"lightspine": __version__, "python": platform.python_version()}
     return {

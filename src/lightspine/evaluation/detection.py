@@ -48,27 +48,27 @@ def evaluate_detector(
         checkpoint: file of `lightspine.dense.save_network`, or an opened checkpoint.
         data: COCO file, or a folder with `annotations/instances_SPLIT.json` and the images in `SPLIT/`.
             Categories are matched with the checkpoint's classes by name.
-        images: image folder, if it is not beside the annotations.
+        images: image folder, if it is not next to `annotations`.
         split: split of the folder; default: the first of val2017, val, validation, valid and test.
         resize: shorter side and maximum longer side of the images; default: the checkpoint's.
         score_threshold: minimum score of a detection; default: the checkpoint's.
         detections_per_image: maximum number of detections per image; default: the checkpoint's. At least
             COCO's 100 are evaluated.
-        batch_size: maximum number of images per forward pass. Batches hold images of one size, because
-            padding would change the detections.
+        batch_size: maximum number of images per forward pass. All images of a batch have the same size,
+            because padding would change the detections.
         num_workers: data loader processes; 0 loads in this process.
         device: PyTorch device.
         results: file for the detections in COCO's results format.
         progress: show a progress bar on standard error.
 
     Returns:
-        The report, plain values only: `kind`, `model`, `head`, `checkpoint` and its hash, `parameters`,
+        The report, JSON-serializable: `kind`, `model`, `head`, `checkpoint` and its hash, `parameters`,
         `data` and its hash, `listing_sha256`, `images`, `objects`, `scores` (kind -> 12 metrics in percent,
         None if there is nothing to average), `classes` (name -> kind -> AP), `skipped` (path -> reason),
         `problems` of the annotations, `options`, `throughput`, `device`, `threads`, `versions`.
 
     Raises:
-        UsageError: no detector, other categories, or a value out of range.
+        UsageError: not a detector, categories other than the checkpoint's, or a value out of range.
         LightspineError: a file cannot be read or written, or no image can be used.
     """
     check_loader_options(batch_size, num_workers)
@@ -98,7 +98,7 @@ def evaluate_detector(
     max_detections = max(metadata.options.get("detections_per_image", 100), 100)
     metrics = CocoMetrics(annotations, max_detections=max_detections)
     loader = DataLoader(
-        # Ground truth masks are evaluated in their encoded form, so the dataset need not decode them.
+        # Ground truth masks are evaluated as RLE, so the dataset need not decode them.
         DetectionDataset(replace(annotations, segmentations=None)),
         batch_size,
         sampler=sort_by_size(annotations.sizes),
@@ -163,7 +163,7 @@ def check_detection_options(options: dict[str, Any]) -> None:
 
 
 def sort_by_size(sizes: np.ndarray) -> list[int]:
-    """Return image positions grouped by size, largest first, so that running out of memory shows early.
+    """Return image positions grouped by size, largest first, so that out-of-memory errors occur early.
 
     Args:
         sizes: (images, 2), height and width.

@@ -1,7 +1,7 @@
-"""Draw detections, class maps and confusion matrices as PNG, readable in color and in grayscale.
+"""Draw detections, segmentation maps and confusion matrices as PNG, readable in color and in grayscale.
 
-torchvision's drawing functions have no outlines, hatching or legend, without which classes look alike in
-grayscale, so detections and class maps are drawn with matplotlib.
+With matplotlib, because torchvision's drawing functions have no outlines, hatching or legend, without which
+classes look alike in grayscale.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ _DPI = 100
 _LEGEND_INCHES = 2.6
 _ROW_INCHES = 0.2
 _MAX_NAME_LENGTH = 26
-# Consecutive classes also differ in brightness, which tells them apart in grayscale.
+# Consecutive classes differ in brightness too, to be distinguishable in grayscale.
 _BRIGHTNESS = (1.0, 0.55, 0.8)
 _SATURATION = (0.8, 0.5)
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -45,7 +45,7 @@ def draw_detections(
     *,
     min_score: float = 0.5,
 ) -> int:
-    """Draw boxes with class and score and, if given, masks with outlines.
+    """Draw detections: boxes with class and score and, if given, masks with outlines.
 
     Args:
         image: 8-bit RGB.
@@ -91,10 +91,10 @@ def draw_classes(
     ignored: int = 255,
     opacity: float = 0.6,
 ) -> None:
-    """Draw a class map over its image, with a legend of its classes.
+    """Draw a segmentation map over its image, with a legend.
 
-    Classes differ in color and hatching, borders are drawn as lines, and large regions carry the class index
-    of the legend, so that the picture is readable without color.
+    Classes differ in color and hatching, borders are drawn as lines, and large regions show the class index,
+    so that the picture is readable without color.
 
     Args:
         image: 8-bit RGB.
@@ -105,8 +105,8 @@ def draw_classes(
         opacity: opacity of the colors, from 0 to 1.
 
     Raises:
-        UsageError: a class map of another size than the image, a class without a name, or an opacity outside
-            0 to 1.
+        UsageError: a segmentation map of another size than the image, a class without a name, or an opacity
+            outside 0 to 1.
         LightspineError: the file cannot be written.
     """
     found = np.asarray(classes)
@@ -145,7 +145,7 @@ def draw_classes(
 def draw_confusion_matrix(
     confusion: ArrayLike, names: Sequence[str], path: str | Path, *, title: str, unit: str = "images"
 ) -> None:
-    """Draw a confusion matrix in percent of each true class, in grayscale.
+    """Draw a confusion matrix in grayscale, normalized to percent of each true class.
 
     Values are written for up to 25 classes and names for up to 50; more classes are labeled by their index.
 
@@ -154,7 +154,7 @@ def draw_confusion_matrix(
         names: one name per class.
         path: PNG file to write.
         title: title of the picture.
-        unit: what was counted.
+        unit: unit of the counts.
 
     Raises:
         UsageError: a matrix that is not square, or another number of names.
@@ -172,7 +172,7 @@ def draw_confusion_matrix(
     figure = Figure(figsize=(side + 2.6, side + 2.0), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    # A root scale makes rare confusions visible beside classes that are nearly always correct.
+    # A root scale makes rare confusions visible next to nearly perfect classes.
     norm = PowerNorm(0.5 if count <= _MAX_NAMES else 0.3, vmin=0, vmax=100)
     display = ConfusionMatrixDisplay(percent).plot(
         ax=axes,
@@ -195,7 +195,7 @@ def draw_confusion_matrix(
             range(count), [f"{name} ({total})" for name, total in zip(shown, totals, strict=True)]
         )
         axes.tick_params(labelsize=8 if count <= _MAX_VALUES else 6.5, length=0)
-        # Lines between the cells are gray: white ones would be invisible beside empty cells.
+        # The grid is gray, because white lines would be invisible next to empty cells.
         axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="0.8", linewidth=0.4)
@@ -250,7 +250,7 @@ def _draw_masks(axes: Axes, image: Image.Image, masks: np.ndarray, labels: np.nd
 
 def _draw_box(axes: Axes, box: np.ndarray, color: tuple[float, ...], scale: float) -> None:
     left, top, right, bottom = box
-    # A colored line between a dark and a light one is visible on any background.
+    # A dark and a light outline make the colored line visible on any background.
     effects = [Stroke(linewidth=3.6, foreground="black"), withStroke(linewidth=2.4, foreground="white")]
     width = 1.2 if scale > 1 else 1.6
     axes.add_patch(

@@ -1,4 +1,4 @@
-"""Labeled evaluation datasets with labels in the class order of a checkpoint."""
+"""Evaluation datasets with labels in the class order of a checkpoint."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -44,8 +44,8 @@ class EvalDataset:
         split: description of the part of the data.
         listing_sha256: SHA-256 of the lines "NAME<tab>CLASSES" of all images in order, names relative to the
             data.
-        right_classes: correct classes of each label, if images may have several; without it a label is the
-            class itself.
+        right_classes: correct classes of each label, if images may have several; `None`: a label is a class
+            index.
         candidates: classes that may be predicted; default: all.
         collate: `collate_fn` of the data loader.
     """
@@ -69,17 +69,17 @@ def open_eval_dataset(
     seed: int = 0,
     class_mapping: str | Path | None = None,
 ) -> EvalDataset:
-    """Open labeled images with the checkpoint's class indices; for the arguments see `evaluate`.
+    """Open a labeled dataset with the checkpoint's class indices; see `evaluate` for the arguments.
 
     Raises:
         UsageError: the data is missing, or its classes are not the checkpoint's.
         LightspineError: a class list cannot be read.
     """
     if val_fraction is not None and (class_mapping is not None or is_shards(data)):
-        raise UsageError("expected val_fraction with a folder of classes only, neither shards nor a mapping")
+        raise UsageError("expected a folder of class folders for val_fraction, not shards or a class mapping")
     if str(data) == DIGITS:
         if class_mapping is not None:
-            raise UsageError("expected no class mapping for the digits, whose classes are their own")
+            raise UsageError("expected no class mapping for the digits")
         return _open_digits(preprocessing, num_classes)
     if class_mapping is not None:
         return _open_mapped(Path(data), class_mapping, metadata, preprocessing, num_classes)
@@ -121,11 +121,11 @@ def _open_mapped(
     largest = max((max(image.labels) for image in found), default=0)
     if largest >= num_classes:
         raise UsageError(
-            f"expected classes below {num_classes}, as many as the checkpoint has, in the class mapping "
-            f"{mapping_file}, got {largest}"
+            f"expected class indices below {num_classes}, the checkpoint's number of classes, in the class "
+            f"mapping {mapping_file}, got {largest}"
         )
     if not found:
-        raise UsageError(f"expected images with a class in {root}, but the class mapping gives none one")
+        raise UsageError(f"expected images with a class in {root}, but the class mapping has none for them")
     several = any(len(image.labels) > 1 for image in found)
     samples = [
         Sample(image.path, position if several else image.labels[0]) for position, image in enumerate(found)
@@ -197,7 +197,7 @@ def _list_samples(root: Path, metadata: ModelMetadata, num_classes: int) -> tupl
 
 
 def _has_imagenet_classes(metadata: ModelMetadata, num_classes: int) -> bool:
-    """Whether the classes are those of ImageNet-1k; official files with 1000 classes have no class names."""
+    """Return whether the classes are ImageNet-1k's; official checkpoints have 1000 classes without names."""
     if num_classes != 1000:
         return False
     return metadata.class_names in (None, synset_descriptions(imagenet_synsets()))
@@ -205,7 +205,7 @@ def _has_imagenet_classes(metadata: ModelMetadata, num_classes: int) -> bool:
 
 def _check_count(found: int, expected: int, where: str) -> None:
     if found != expected:
-        raise UsageError(f"expected {expected} classes, as many as the checkpoint's, but {where} has {found}")
+        raise UsageError(f"expected the checkpoint's {expected} classes, but {where} has {found}")
 
 
 def _relative(path: Path, root: str | Path) -> str:

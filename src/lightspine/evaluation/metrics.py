@@ -1,6 +1,6 @@
 """Classification metrics: top-1, top-5, loss, per-class counts and the confusion matrix.
 
-Not torchmetrics, which takes seconds to import and does not support several correct classes per image.
+torchmetrics takes seconds to import and does not support several correct classes per image.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from torch import Tensor
 from lightspine.errors import LightspineError
 
 MAX_CONFUSION_CLASSES = 2000
-"""With more classes no confusion matrix is kept, which would take gigabytes."""
+"""Largest number of classes with a confusion matrix; larger ones would take gigabytes."""
 
 
 class ClassificationMetrics:
-    """Accumulate classification metrics over batches.
+    """Top-1, top-5, loss, per-class counts and confusion matrix, accumulated over batches.
 
     Args:
         num_classes: number of classes of the classifier.

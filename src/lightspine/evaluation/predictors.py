@@ -1,4 +1,4 @@
-"""Predict objects or class maps of images with a detector or segmenter."""
+"""Object detection and semantic segmentation of image files."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from lightspine.utils.image_files import open_image
 from lightspine.utils.progress import progress_bar
 
 DEFAULT_SCORE_THRESHOLD = 0.5
-"""Minimum score of predicted objects, higher than the threshold for evaluation in the checkpoint."""
+"""Minimum score of predicted objects; checkpoints have a lower threshold for evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class DensePrediction:
         objects: of a detector, sorted by score: `name`, `score`, `box` (left, top, right, bottom in pixels)
             and, with a mask head, `mask` (compressed run-length encoding, as in COCO files).
         shares: of a segmenter: class name -> fraction of the pixels, largest first.
-        picture: the drawing, if one was written.
+        picture: path of the drawing, if one was written.
     """
 
     path: Path
@@ -63,7 +63,7 @@ class DetectionPredictor:
     device: str
 
     def predict(self, image: Image.Image, path: Path, picture: Path | None) -> DensePrediction:
-        """Predict the objects of an image, and draw them into `picture` unless it is None."""
+        """Predict the objects of an image and, unless `picture` is `None`, draw them to that file."""
         pixels = F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True).to(self.device)
         found = {name: value.cpu() for name, value in self.network([pixels])[0].items()}
         objects: list[dict[str, Any]] = [
@@ -83,16 +83,16 @@ class DetectionPredictor:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationPredictor:
-    """Predicts class maps with a segmenter.
+    """Predicts segmentation maps with a segmenter.
 
     Attributes:
         network: the segmenter, in evaluation mode on its device.
         names: class names.
         device: PyTorch device.
         metadata: metadata of the checkpoint.
-        settings: image preparation, see `choose_settings`.
-        test: inference procedure.
-        labels: write label maps beside the drawings.
+        settings: resizing of the images, see `choose_settings`.
+        test: sliding-window and test-time augmentation settings.
+        labels: also write label maps.
     """
 
     network: Any
@@ -104,7 +104,7 @@ class SegmentationPredictor:
     labels: bool
 
     def predict(self, image: Image.Image, path: Path, picture: Path | None) -> DensePrediction:
-        """Predict the class map of an image, and draw it into `picture` unless it is None."""
+        """Predict the segmentation map of an image and, unless `picture` is `None`, draw it to that file."""
         no_labels = tv_tensors.Mask(torch.zeros(image.height, image.width, dtype=torch.uint8))
         transform = create_transform(self.metadata, self.settings)
         pixels, _ = transform(tv_tensors.Image(F.pil_to_tensor(image)), no_labels)
@@ -145,7 +145,7 @@ def predict_dense(
     device: str = "cpu",
     progress: bool = False,
 ) -> list[DensePrediction]:
-    """Predict objects or class maps of images with a detector or segmenter.
+    """Predict objects or segmentation maps of image files with a detector or segmenter.
 
     Args:
         checkpoint: file of `lightspine.dense.save_network`, or an opened checkpoint.
@@ -153,7 +153,7 @@ def predict_dense(
         out: folder for a drawing of each image, `NAME.png`; a repeated name gets a number.
         labels: segmenter: also write label maps, `NAME_labels.png`, whose pixel values are class indices.
         coco: detector: file for the objects in COCO's results format. Images are numbered from 1 in their
-            order; `NAME_images.json` beside it lists them.
+            order; `NAME_images.json` in the same folder lists them.
         score_threshold: detector: minimum score of the objects; default: `DEFAULT_SCORE_THRESHOLD`.
         resize: detector: see `evaluate_detector`.
         detections_per_image: detector: maximum number of objects per image; default: the checkpoint's.
@@ -186,7 +186,7 @@ def predict_dense(
         if not Path(path).is_file():
             raise UsageError(f"expected an image file, but {path} does not exist")
     if labels and out is None:
-        raise UsageError("expected a folder out for the label maps")
+        raise UsageError("expected an output folder (out) for the label maps")
     detector_options = {
         "score_threshold": score_threshold,
         "resize": resize,

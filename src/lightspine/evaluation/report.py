@@ -1,4 +1,4 @@
-"""Report files of an evaluation: JSON, per-class CSV and the confusion matrix as a picture."""
+"""Evaluation reports: JSON, per-class CSV and the confusion matrix as PNG."""
 
 import csv
 import io
@@ -14,10 +14,10 @@ _PICTURE = "confusion.png"
 
 
 def write_report(report: dict[str, Any], folder: str | Path) -> dict[str, Path]:
-    """Write the report of a classifier's evaluation; creates the folder.
+    """Write the evaluation report of a classifier; creates the folder.
 
     - `report.json`: the report;
-    - `classes.csv`: one row per class; not if images have several correct classes;
+    - `classes.csv`: one row per class, unless images have several correct classes;
     - `confusion.png`: if the report has a confusion matrix;
     - `skipped.csv`: images that could not be used, if any.
 
@@ -46,7 +46,7 @@ def write_report(report: dict[str, Any], folder: str | Path) -> dict[str, Path]:
 
 
 def write_dense_report(report: dict[str, Any], folder: str | Path) -> dict[str, Path]:
-    """Write the report of a detector's or segmenter's evaluation; creates the folder.
+    """Write the evaluation report of a detector or segmenter; creates the folder.
 
     - `report.json`: the report;
     - `classes.csv`: one row per class;

@@ -58,18 +58,18 @@ def evaluate_segmenter(
     device: str = "cpu",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate the class maps of a segmenter: mIoU, mAcc and aAcc.
+    """Evaluate a segmenter: mIoU, mAcc and aAcc.
 
     Args:
         checkpoint: file of `lightspine.dense.save_network`, or an opened checkpoint.
         data: folder of images and label maps (`lightspine.data.segmentation.scan_segmentation_folder`), or a
             COCO file or folder, whose masks are drawn into label maps. Its classes must be the checkpoint's.
         split: "val" (the default) or "train"; for a COCO folder the name of the split.
-        val_fraction: fraction that training held out, for a folder without splits.
+        val_fraction: fraction of the images held out by training, for a folder without splits.
         seed: seed of the held-out split.
         scale: longer and shorter side of the rectangle that images are resized to fit into; default: the
             checkpoint's.
-        own_size: keep the images at their own size, as in VMamba's published multi-scale test.
+        own_size: do not resize the images, as in VMamba's published multi-scale test.
         window: height and width of a sliding window; default: the checkpoint's.
         stride: vertical and horizontal stride of the window.
         ratios: image size ratios to average the probabilities over, `MULTI_SCALE` in the published test.
@@ -79,12 +79,12 @@ def evaluate_segmenter(
         progress: show a progress bar on standard error.
 
     Returns:
-        The report, plain values only, as from `evaluate_detector`, but `scores` are mIoU, mAcc and aAcc in
+        The report, JSON-serializable, as from `evaluate_detector`, but `scores` are mIoU, mAcc and aAcc in
         percent, `classes` is a list of rows, and `confusion` the confusion matrix in pixels (rows: true
         class).
 
     Raises:
-        UsageError: no segmenter, other classes, or a value out of range.
+        UsageError: not a segmenter, classes other than the checkpoint's, or a value out of range.
         LightspineError: a file cannot be read, or no image can be used.
     """
     check_loader_options(1, num_workers)
@@ -145,7 +145,7 @@ def choose_test(
     ratios: Sequence[float] | None = None,
     flip: bool = False,
 ) -> SlidingWindowInference:
-    """Return the inference procedure of a segmenter: the checkpoint's settings with overrides.
+    """Return the sliding-window and test-time augmentation settings: the checkpoint's with overrides.
 
     Raises:
         UsageError: a value out of range.
@@ -172,7 +172,7 @@ def choose_test(
 def choose_settings(
     metadata: NetworkMetadata, *, scale: tuple[int, int] | None = None, own_size: bool = False
 ) -> dict[str, Any]:
-    """Return the image preparation of a segmenter: the checkpoint's settings with overrides.
+    """Return the settings that resize a segmenter's images: the checkpoint's with overrides.
 
     Raises:
         UsageError: both a scale and own_size.
@@ -200,8 +200,8 @@ def _open_dataset(
     reader: LabelMapSource
     if is_coco(data):
         expected = None if metadata.class_names is None else metadata.class_names[1:]
-        painted = CocoSemanticLabels(read_coco(*find_coco(data, split=split), class_names=expected))
-        pairs, reader, names = painted.pairs(), painted, painted.class_names
+        coco_labels = CocoSemanticLabels(read_coco(*find_coco(data, split=split), class_names=expected))
+        pairs, reader, names = coco_labels.pairs(), coco_labels, coco_labels.class_names
     else:
         if split not in (None, "train", "val"):
             raise UsageError(f"expected the split train or val of {data}, got {split!r}")

@@ -1,4 +1,4 @@
-"""Feature pyramids, detectors and segmenters for any backbone."""
+"""Feature pyramids, detection heads and segmentation heads for any backbone."""
 
 from lightspine.heads.detectors import build_detector as build_detector
 from lightspine.heads.features import FeatureBackbone as FeatureBackbone

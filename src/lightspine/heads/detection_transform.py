@@ -1,4 +1,4 @@
-"""Input and output transform of detectors: target checks, normalization, resizing, padding, mask pasting."""
+"""Detector input and output transform: target checks, normalization, resizing, padding, mask pasting."""
 
 import math
 
@@ -123,7 +123,7 @@ class DetectionTransform(GeneralizedRCNNTransform):
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Paste the square masks of a mask head into the image, with subpixel accuracy; 0 outside the box.
+    """Paste mask head outputs into the image with subpixel accuracy; 0 outside the box.
 
     Masks are sampled bilinearly at pixel centers, as in the published detectors (torchvision rounds boxes to
     whole pixels): thresholded at 0.5, a mask of ones covers the pixels whose centers are in the box.
@@ -140,7 +140,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     pasted = masks.new_zeros((len(masks), 1, height, width))
     # One transfer for all boxes: every transfer synchronizes with the GPU.
     for i, (left, top, right, bottom) in enumerate(boxes.tolist()):
-        # One more pixel at each side, where the interpolation fades to 0.
+        # One pixel of margin, where the interpolation fades to 0.
         rows = slice(max(math.floor(top) - 1, 0), min(math.ceil(bottom) + 1, height))
         columns = slice(max(math.floor(left) - 1, 0), min(math.ceil(right) + 1, width))
         if rows.start >= rows.stop or columns.start >= columns.stop or right <= left or bottom <= top:

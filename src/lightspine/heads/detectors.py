@@ -1,4 +1,4 @@
-"""Build RetinaNet, Mask R-CNN and Cascade Mask R-CNN over any backbone with the published settings."""
+"""RetinaNet, Mask R-CNN and Cascade Mask R-CNN on any backbone, with the published settings."""
 
 import math
 from collections import OrderedDict
@@ -23,8 +23,8 @@ class PyramidBackbone(nn.Module):
     """Backbone and feature pyramid with the interface that torchvision's detectors expect.
 
     Args:
-        backbone: returns the maps.
-        pyramid: computes the levels from the maps.
+        backbone: returns the feature maps.
+        pyramid: computes the pyramid levels from them.
     """
 
     def __init__(self, backbone: FeatureBackbone, pyramid: FeaturePyramid | SimpleFeaturePyramid):
@@ -73,7 +73,7 @@ def build_detector(
 
     Args:
         name: detector name.
-        backbone: returns the maps; maps that the detector does not use are removed from it.
+        backbone: returns the feature maps; maps that the detector does not use are removed from it.
         num_classes: object classes, without background.
         channels: pyramid channels.
         resize: shorter side and maximum longer side of images in evaluation mode; `None` keeps their size.

@@ -1,4 +1,4 @@
-"""Backbone for dense tasks: the maps of a `features_only` model, optionally normalized and frozen."""
+"""Feature extraction backbone for dense tasks: maps of a `features_only` model, with norms and freezing."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, Self, cast
@@ -60,7 +60,7 @@ class FeatureBackbone(nn.Module):
         info: Any = getattr(model, "feature_info", None)
         if not hasattr(info, "reduction"):
             raise UsageError(
-                f"expected a model made with features_only=True, got a {type(model).__name__} without them"
+                f"expected a model created with features_only=True, got a {type(model).__name__}"
             )
         if norm not in ("none", "layer"):
             raise UsageError(f"norm must be 'none' or 'layer', got {norm!r}")
@@ -70,7 +70,7 @@ class FeatureBackbone(nn.Module):
         self.freeze_batch_norm = freeze_batch_norm
         self._kept = tuple(range(len(self.channels)))
         self.norms = nn.ModuleList(
-            # 1e-5 as in both papers' code; timm's default is 1e-6.
+            # 1e-5 as in the official code of VMamba and EfficientViM; timm's default is 1e-6.
             LayerNorm2d(width, eps=1e-5) if norm == "layer" else nn.Identity()
             for width in self.channels
         )
@@ -105,7 +105,7 @@ class FeatureBackbone(nn.Module):
         return tuple(values or default)
 
     def keep_maps(self, indices: Sequence[int]) -> None:
-        """Return only these maps from now on, and remove the norms of the others."""
+        """Keep only the maps with these indices, and their norms."""
         self.norms = nn.ModuleList(self.norms[i] for i in indices)
         self.channels = tuple(self.channels[i] for i in indices)
         self.strides = tuple(self.strides[i] for i in indices)

@@ -15,7 +15,7 @@ Coarser = Literal["max_pool", "conv"]
 
 
 class FeaturePyramid(nn.Module):
-    """FPN (Lin et al., arXiv:1612.03144) over maps whose strides double.
+    """Feature pyramid network (FPN, Lin et al., arXiv:1612.03144) for maps whose strides double.
 
     Without extra levels it is the plain FPN. A `finest_stride` below that of the first map adds finer levels
     by transposed convolutions, as in the detectors of SHViT and EfficientViM: the first one upsamples the
@@ -26,7 +26,7 @@ class FeaturePyramid(nn.Module):
         in_strides: strides of the maps, each twice the previous one.
         channels: channels of all levels.
         finest_stride: stride of the first level; default: that of the first map.
-        coarser: number of levels after the last map.
+        coarser: number of extra levels after the last map.
         coarser_by: "max_pool" takes every second pixel of the previous level; "conv" is a 3x3 convolution of
             stride 2, the first one applied to the last *input* map, without activations in between.
 

@@ -1,4 +1,4 @@
-"""Mask R-CNN and Cascade Mask R-CNN: torchvision's two-stage detector with the published heads."""
+"""Mask R-CNN and Cascade Mask R-CNN with the published heads, on top of torchvision."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ class Stage:
     """One stage of a cascade.
 
     Attributes:
-        overlap: IoU from which a proposal is positive.
+        overlap: minimum IoU of a positive proposal.
         weights: box coder weights (x, y, width, height).
     """
 
@@ -90,7 +90,7 @@ CASCADE = (
 
 @dataclass
 class Samples:
-    """Proposals of a batch with their matched object and label; one entry per image."""
+    """Proposals of a batch with the matched objects and labels; one entry per image."""
 
     boxes: list[Tensor]
     objects: list[Tensor]
@@ -101,11 +101,11 @@ class CascadeRoIHeads(RoIHeads):
     """Box and mask heads of Cascade Mask R-CNN (Cai and Vasconcelos, arXiv:1906.09756).
 
     The boxes of a stage are the proposals of the next one, which has a higher IoU threshold; only the first
-    stage samples proposals. For predictions the class probabilities of all stages are averaged and the boxes
-    of the last stage used. In training the gradient of each stage into the pyramid is scaled by 1 / stages.
+    stage samples proposals. Predictions have the mean class probabilities of all stages and the boxes of the
+    last one. In training the gradient of each stage into the pyramid is scaled by 1 / stages.
     The mask head is trained on the first stage's samples and predicts masks for the last stage's boxes.
 
-    With one stage they are Mask R-CNN's heads, which equal torchvision's if `smooth_l1_beta=1/9` and
+    With one stage these are Mask R-CNN's heads, equal to torchvision's with `smooth_l1_beta=1/9` and
     `exact_masks=False`.
 
     Args:
@@ -155,7 +155,7 @@ class CascadeRoIHeads(RoIHeads):
             bg_iou_thresh=stages[0].overlap,
             batch_size_per_image=512,
             positive_fraction=0.25,
-            # torchvision decodes the final boxes with these, so they are the last stage's.
+            # torchvision decodes the final boxes with these weights.
             bbox_reg_weights=stages[-1].weights,
             score_thresh=score_threshold,
             nms_thresh=0.5,
@@ -299,7 +299,7 @@ class CascadeRoIHeads(RoIHeads):
             logits, offsets = self._run_stage(stage, features, boxes, image_shapes)
             probabilities.append(logits.softmax(-1))
         if len(probabilities) > 1:
-            # torchvision expects logits: the softmax of these is the mean.
+            # torchvision expects logits; the softmax of the log is the mean probability.
             logits = torch.stack(probabilities).mean(0).log()
         if offsets.shape[1] == 4:
             offsets = offsets.repeat(1, logits.shape[1])

@@ -1,4 +1,4 @@
-"""RetinaNet with the published settings: labels from 1, losses averaged over the positives of the batch."""
+"""RetinaNet with the published settings: labels from 1, losses divided by the positives of the batch."""
 
 import torch
 import torch.nn as nn

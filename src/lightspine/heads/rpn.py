@@ -1,4 +1,4 @@
-"""Anchors, anchor matching and the region proposal network."""
+"""Region proposal network (RPN): anchors, anchor matching, losses."""
 
 from collections.abc import Sequence
 
@@ -65,7 +65,7 @@ class MinOverlapMatcher(Matcher):
     least `min_overlap`.
 
     Args:
-        high: IoU from which an anchor is positive.
+        high: minimum IoU of a positive anchor.
         low: IoU below which an anchor is background.
         min_overlap: minimum IoU of a low-quality match.
     """
@@ -86,7 +86,7 @@ class MinOverlapMatcher(Matcher):
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Cast half-precision tensors to float32; bfloat16 resolves only every fourth pixel above 512."""
+    """Cast half-precision tensors to float32; above 512, bfloat16 coordinates are 4 px apart."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""Semantic segmentation over any backbone: UPerNet, Semantic FPN and the auxiliary FCN head."""
+"""Semantic segmentation networks on any backbone: UPerNet, Semantic FPN and the auxiliary FCN head."""
 
 import math
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ class PyramidPooling(nn.Module):
         Raises:
             UsageError: training with a single image per process and BatchNorm that is not synchronized.
         """
-        # The 1x1 scale has one value per channel and image, from which BatchNorm has no variance.
+        # At scale 1 a channel of a single image has one value, and BatchNorm no variance.
         unsynchronized = any(isinstance(m, nn.BatchNorm2d) and m.training for m in self.convs.modules())
         if unsynchronized and len(x) == 1 and 1 in self.scales:
             raise UsageError(
@@ -182,7 +182,7 @@ class SemanticFPNDecoder(nn.Module):
 
 
 class FCNDecoder(nn.Module):
-    """FCN head, one convolution and a classifier on one map: UPerNet's auxiliary head in training.
+    """FCN head: a convolution and a classifier on one map; UPerNet's auxiliary head in training.
 
     Args:
         in_channels: input channels.
@@ -381,7 +381,7 @@ def _plan_maps(backbone: FeatureBackbone) -> tuple[RescaledMaps | None, list[int
     if count not in (1, len(_PLAIN_STRIDES)):
         raise UsageError(
             f"a segmenter takes one map or four of a plain backbone, got {count}: "
-            f"choose them with out_indices when the model is created"
+            f"set out_indices when creating the model"
         )
     width = backbone.channels[0]
     rescale = RescaledMaps(width, backbone.strides[0], strides=_PLAIN_STRIDES)

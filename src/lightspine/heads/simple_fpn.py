@@ -1,4 +1,4 @@
-"""Feature pyramids for plain backbones, whose maps all have one stride."""
+"""Simple feature pyramid (ViTDet) and rescaled maps (UPerNet) for plain, single-stride backbones."""
 
 import math
 from collections import OrderedDict
@@ -19,7 +19,7 @@ def _doublings(from_stride: int, to_stride: int) -> int:
     power = math.log2(from_stride / to_stride)
     if not power.is_integer():
         raise UsageError(
-            f"a map of stride {from_stride} cannot be brought to stride {to_stride} by doubling or halving"
+            f"a map of stride {from_stride} cannot be resized to stride {to_stride} by doubling or halving"
         )
     return int(power)
 
@@ -101,7 +101,7 @@ class RescaledMaps(nn.Module):
         channels: channels of the maps.
         in_stride: stride of the maps.
         strides: output stride of each map.
-        norm_layer: norm layer of a number of channels.
+        norm_layer: creates a norm layer from a number of channels.
 
     Shape:
         Maps `(B, channels, H, W)` to maps `(B, channels, H * in_stride / stride, ...)`.

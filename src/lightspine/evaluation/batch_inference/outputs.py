@@ -1,4 +1,4 @@
-"""Columns that batch inference computes per image: top classes or features."""
+"""Outputs of batch inference: top classes or features, as columns with one row per image."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class TopClasses:
             raise UsageError(f"expected topk of at least 1, got {self.topk}")
         count = int(getattr(network, "num_classes", 0))
         if count < 1:
-            raise UsageError(f"expected a checkpoint with a classifier, but that of {metadata.name} has none")
+            raise UsageError(f"expected a checkpoint with a classifier, got {metadata.name} without one")
         names = np.array(class_names(metadata, count), dtype=object)
 
         @torch.inference_mode()
@@ -61,9 +61,9 @@ class Features:
     """Features before the classifier, float32.
 
     Attributes:
-        stages: "pooled" (column `pooled`: the vector before the classifier), a stage index from 0 (column
-            `stage0`: its map, averaged over height and width), or "all" for every stage and "pooled".
-        maps: keep the stages' maps (channels, height, width) instead of their average.
+        stages: "pooled" (the vector before the classifier, in column `pooled`), a stage index from 0 (its
+            feature map averaged over height and width, in column `stage0`), or "all".
+        maps: keep the feature maps (channels, height, width) instead of averaging them.
     """
 
     stages: tuple[str, ...] = ("pooled",)
@@ -78,7 +78,7 @@ class Features:
         model: Any = network
         pooled, indices = self._select_stages(len(getattr(model, "feature_info", ())), metadata.name)
         if self.maps and not indices:
-            raise UsageError("expected a stage beside maps: the pooled features have no map")
+            raise UsageError("expected a stage together with maps: the pooled features have no map")
 
         @torch.inference_mode()
         def compute(images: Tensor) -> Table:
@@ -105,7 +105,7 @@ class Features:
 
 
 def finite_rows(table: Table) -> np.ndarray:
-    """Return which rows have only finite numbers; (N,), bool."""
+    """Return a mask of the rows without NaN and infinity; (N,), bool."""
     rows: np.ndarray = np.ones(len(next(iter(table.values()))), dtype=bool)
     for column in table.values():
         if column.dtype.kind == "f":

@@ -1,4 +1,4 @@
-"""Ranks of a batch inference run: launch with torchrun's elastic agent, barrier, device of a rank."""
+"""Distributed batch inference: launch ranks with torchrun's elastic agent, barrier, device of a rank."""
 
 import logging
 import os
@@ -16,19 +16,19 @@ import torch.distributed as dist
 
 from lightspine.errors import LightspineError, UsageError
 
-# A rank that finished its share waits in a barrier for the slowest one; a dead rank is the agent's business.
+# Long enough to wait for the slowest rank; torchrun's agent handles dead ranks.
 _BARRIER_TIMEOUT = timedelta(days=30)
 _KEPT = "finished parts are kept: resume the run to continue"
 
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among the ranks of a run; rank 0 of 1 outside torchrun.
+    """Rank of this process; rank 0 of 1 outside torchrun.
 
     Attributes:
         rank: global rank.
         world_size: number of ranks.
-        local_rank: rank among those of this machine.
+        local_rank: rank on this machine.
     """
 
     rank: int
@@ -49,7 +49,7 @@ class Rank:
             raise LightspineError(f"another rank of this run ended early; {_KEPT}") from error
 
     def device(self, device: str) -> str:
-        """Return the device of this rank: "cuda" is one GPU per rank of the machine."""
+        """Return the device of this rank; "cuda" gives every rank of a machine its own GPU."""
         return f"cuda:{self.local_rank}" if device == "cuda" else device
 
 
@@ -64,12 +64,12 @@ def read_rank() -> Rank:
 
 @contextmanager
 def join_ranks() -> Iterator[Rank]:
-    """Join the process group that torchrun describes, if any."""
+    """Initialize the process group under torchrun; outside torchrun there is none."""
     rank = read_rank()
     if rank.world_size == 1:
         yield rank
         return
-    # Only barriers, no tensors: gloo serves GPUs as well.
+    # Gloo suffices on GPUs too: only barriers are used, no tensors.
     dist.init_process_group("gloo", timeout=_BARRIER_TIMEOUT)
     try:
         yield rank
@@ -88,14 +88,14 @@ def launch_ranks(function: Callable[..., Any], *args: Any, ranks: int) -> Any:
         ranks: number of processes.
 
     Returns:
-        What rank 0 returned.
+        The return value of rank 0.
 
     Raises:
         UsageError: raised by a rank.
         LightspineError: raised by a rank, or a rank failed or was killed.
         KeyboardInterrupt: this process was interrupted.
     """
-    # They take half a second to import.
+    # Importing these takes half a second.
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -123,7 +123,7 @@ def launch_ranks(function: Callable[..., Any], *args: Any, ranks: int) -> Any:
 
 
 def _as_lightspine_error(failure: Any) -> LightspineError:
-    """Turn a rank's failure, which the agent reads from the rank's error file, into one sentence."""
+    """Convert the failure of a rank, as read by the agent from its error file, to an exception."""
     if failure.exitcode < 0:
         return LightspineError(f"rank {failure.local_rank} was killed by {failure.signal_name()}; {_KEPT}")
     details = failure.error_file_data.get("message", {})
@@ -137,13 +137,13 @@ def _as_lightspine_error(failure: Any) -> LightspineError:
 
 @contextmanager
 def _quiet_agent() -> Iterator[None]:
-    """Keep the agent's log off the terminal, as the raised error says the same; restore signal handlers."""
+    """Silence the agent's log, which repeats the raised error, and restore the signal handlers on exit."""
     loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
     silence = logging.NullHandler()
     for logger in loggers:
         logger.addHandler(silence)
         logger.propagate = False
-    # The agent installs its handlers from the main thread only, the one thread that may do so.
+    # The agent sets signal handlers in the main thread only: Python allows it nowhere else.
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     in_main_thread = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in signals} if in_main_thread else {}

@@ -1,4 +1,4 @@
-"""Batch inference runs: predict classes or embed images, shared among ranks, resumable after a kill."""
+"""Batch inference: predict classes or compute features, sharded across ranks and resumable."""
 
 import itertools
 import os
@@ -45,7 +45,7 @@ class InferenceOptions:
         crop_pct: see `lightspine.evaluation.classifiers.find_preprocessing`.
         crop_mode: see `lightspine.evaluation.classifiers.find_preprocessing`.
         batch_size: images per forward pass.
-        part_size: images per part. A killed run loses at most one part per rank; the rows of one part are
+        part_size: images per part. A killed run loses at most one part per rank. The rows of one part are
             kept in memory.
         num_workers: data loader processes per rank; 0 loads in the rank itself.
         device: PyTorch device; "cuda" gives each rank its own GPU.
@@ -132,18 +132,19 @@ def embed_images(
     format: str = "npy",
     options: InferenceOptions | None = None,
 ) -> dict[str, Any]:
-    """Compute features of any number of images, each exactly once.
+    """Compute features (embeddings) of any number of images, each exactly once.
 
     Writes `features/COLUMN-PART.npy`, float32, (images of the part, channels), and `index.csv` with path,
-    part and row; or one `features.parquet` with a fixed-size list per column. Otherwise as `predict_images`.
+    part and row; or one `features.parquet` with a fixed-size list per column. The other files are those of
+    `predict_images`.
 
     Args:
         model: checkpoint file, or model name together with `options.checkpoint`.
         data: see `predict_images`.
         folder: see `predict_images`.
-        stages: "pooled" (the vector before the classifier), stage indices from 0 (their map, averaged over
-            height and width), or "all".
-        maps: keep the stages' maps, (images of the part, channels, height, width); "npy" only.
+        stages: "pooled" (the vector before the classifier), stage indices from 0 (their feature map averaged
+            over height and width), or "all".
+        maps: keep the feature maps, (images of the part, channels, height, width); "npy" only.
         format: "npy" or "parquet" (needs pyarrow).
         options: see `InferenceOptions`.
 
@@ -164,7 +165,7 @@ def embed_images(
 
 @dataclass(frozen=True)
 class _Job:
-    """Arguments of a run; pickled for ranks that are launched."""
+    """Arguments of a run, pickled for spawned ranks."""
 
     model: str | Path
     data: str | Path
@@ -185,10 +186,10 @@ def _run(job: _Job) -> dict[str, Any]:
         return _run_rank(job)
     if rank.world_size > 1:
         raise UsageError(
-            f"expected one device per process of torchrun, which started {rank.world_size}, "
+            f"expected devices=1 under torchrun, which started {rank.world_size} processes, "
             f"got {options.devices}"
         )
-    # Fail before the ranks have started, which takes seconds.
+    # Check here, because starting the ranks takes seconds.
     job.folder.check(options.resume)
     for local_rank in range(options.devices):
         check_device(Rank(local_rank, options.devices, local_rank).device(options.device))
@@ -239,7 +240,7 @@ def _prepare_folder(job: _Job, name: str, preprocessing: Preprocessing) -> None:
         folder.begin(settings)
         return
     if not folder.settings:
-        # Left by a call that was killed before it wrote the settings.
+        # Left behind by a run that was killed before it wrote the settings.
         folder.remove_parts()
     images = open_images(job.data, folder.parts)
     folder.begin(settings | {"images": len(images), "listing_sha256": hash_listing(images)})
@@ -325,7 +326,7 @@ def _compute_parts(
 
 
 def _compute_batch(batch: Batch, compute: Compute, device: str) -> tuple[Table, torch.Tensor]:
-    """Return the finite rows of a batch, and which of its images they belong to; (N,), bool."""
+    """Return the finite rows of a batch, and the mask of their images; (N,), bool."""
     table = compute(batch.images.to(device, non_blocking=True))
     finite = finite_rows(table)
     return {name: column[finite] for name, column in table.items()}, torch.from_numpy(finite)

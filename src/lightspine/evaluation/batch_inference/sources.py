@@ -1,4 +1,4 @@
-"""Image sources of batch inference: a folder listing that is fixed when a run begins, or shards."""
+"""Image sources of batch inference: shards, or a folder listed once at the start of a run."""
 
 import hashlib
 import os
@@ -21,11 +21,11 @@ _NAMES, _ENDS = "names.bin", "ends.bin"
 
 
 class ListedFolder:
-    """Images below a folder, read from a memory-mapped listing that all ranks share.
+    """Image source for a folder, with a memory-mapped listing that all ranks share.
 
     Args:
         root: the folder.
-        listing: the folder that `write_listing` wrote to.
+        listing: folder of the files written by `write_listing`.
     """
 
     def __init__(self, root: str | Path, listing: Path) -> None:
@@ -49,7 +49,7 @@ class ListedFolder:
 
 
 ImageList = ListedFolder | ShardSource
-"""Images whose label is their position, so that the rows of a batch can be matched with their names."""
+"""Image source whose labels are positions, which link the rows of a batch to the image names."""
 
 
 def write_listing(root: Path, listing: Path) -> None:
@@ -75,7 +75,7 @@ def write_listing(root: Path, listing: Path) -> None:
 
 
 def open_images(data: str | Path, listing: Path) -> ImageList:
-    """Open shards, or a folder, whose listing is written unless it exists."""
+    """Open shards or a folder, writing the folder's listing if there is none."""
     if is_shards(data):
         shards = ShardSource(data)
         shards.labels = range(len(shards))
@@ -94,7 +94,7 @@ def hash_listing(images: ImageList) -> str:
 
 
 def is_shards(data: str | Path) -> bool:
-    """Whether data are tar files: a file, a pattern, or a folder with tar files and no images or folders."""
+    """Return whether data is shards: a tar file, a pattern, or a folder with tar files only."""
     path = Path(data)
     if not path.is_dir():
         return path.suffix == ".tar"
@@ -115,7 +115,7 @@ def create_loader(
 ) -> DataLoader[Item]:
     """Create a loader that reads parts in order, with the positions of the images as labels.
 
-    No batch spans two parts: a part has the same batches, and therefore the same rounding, in a resumed run.
+    No batch spans two parts, so a resumed run has the same batches and the same rounding.
 
     Args:
         images: image source.

@@ -1,4 +1,4 @@
-"""Output folder of batch inference: one file per finished part, joined at the end (CSV, NumPy, Parquet)."""
+"""Output files of batch inference (CSV, NumPy, Parquet): one per finished part, concatenated at the end."""
 
 import csv
 import importlib.util
@@ -19,10 +19,10 @@ BAD_IMAGES = "bad_images.csv"
 
 
 class Format(Protocol):
-    """File format of the rows.
+    """Interface of the output file formats.
 
     Attributes:
-        suffix: file name suffix of a part and of the joined file.
+        suffix: file name suffix of a part and of the final file.
     """
 
     suffix: str
@@ -31,7 +31,7 @@ class Format(Protocol):
         """Write the rows of one part; `table` is None for a part without rows."""
 
     def join(self, parts: Sequence[Path], target: Path) -> None:
-        """Write the rows of all parts, in order, to one file."""
+        """Concatenate the parts, in order, into one file."""
 
 
 class Csv:
@@ -82,7 +82,7 @@ class Npy(Csv):
 
 
 class Parquet:
-    """Parquet, with a fixed-size list per image for a vector.
+    """Parquet; vectors are fixed-size lists.
 
     Raises:
         UsageError: pyarrow is not installed.
@@ -105,7 +105,7 @@ class Parquet:
         import pyarrow
         from pyarrow import parquet
 
-        # File names may hold any bytes, Parquet texts only Unicode.
+        # File names may contain any bytes, Parquet strings only Unicode.
         readable = [path.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for path in paths]
         columns = {"path": pyarrow.array(readable)} | {
             name: _to_arrow(pyarrow, column) for name, column in table.items()
@@ -128,13 +128,13 @@ class Parquet:
 class RunFolder:
     """Output folder of a run that can be killed at any time and resumed.
 
-    During the run, `parts` holds the settings, the image listing and one file per part. The file of a part
-    appears atomically, after everything else that belongs to the part. At the end the parts are joined,
-    `run.json` records the run, and `parts` is removed.
+    During the run, `parts` contains the settings, the image listing and one file per part, which is written
+    atomically and last of all files of the part. At the end the parts are concatenated, `run.json` is written
+    and `parts` is removed.
 
     Args:
         path: the folder.
-        name: name of the joined file without its suffix.
+        name: name of the final file without its suffix.
         rows: format of the rows.
     """
 
@@ -146,12 +146,12 @@ class RunFolder:
 
     @property
     def outcome(self) -> dict[str, Any] | None:
-        """Content of `run.json`; None before the run has finished."""
+        """Content of `run.json`; `None` for an unfinished run."""
         return _read_json(self.path / "run.json")
 
     @property
     def settings(self) -> dict[str, Any] | None:
-        """Settings of an unfinished run; None if none has begun."""
+        """Settings of an unfinished run; `None` if there is none."""
         return _read_json(self.parts / "settings.json")
 
     def check(self, resume: bool) -> None:
@@ -174,7 +174,7 @@ class RunFolder:
             raise UsageError(f"expected a new folder, but {self.target} exists")
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Write the settings of a new run, or compare them with those of the run to resume.
+        """Write the settings of a new run, or check them against those of the run to resume.
 
         Raises:
             UsageError: the run to resume has other settings.
@@ -195,7 +195,7 @@ class RunFolder:
                 )
 
     def pending(self, parts: int) -> list[int]:
-        """Return which of the parts 0 to `parts` - 1 are not finished."""
+        """Return the numbers of the unfinished parts out of `parts`."""
         finished = {file.name for file in self.parts.glob(f"*{self.rows.suffix}")}
         return [number for number in range(parts) if self._part(number).name not in finished]
 
@@ -211,19 +211,19 @@ class RunFolder:
             bad_paths, reasons = zip(*bad, strict=True)
             Csv().write_part(self._bad(number), bad_paths, {"reason": np.array(reasons, dtype=object)})
         else:
-            # An earlier, interrupted attempt at this part may have left one.
+            # May be left over from an interrupted attempt.
             self._bad(number).unlink(missing_ok=True)
         self.rows.write_part(self._part(number), paths, table)
 
     def finish(self, parts: int, outcome: Mapping[str, Any]) -> None:
-        """Join all parts, write `run.json` with the number of bad images added, and remove the parts.
+        """Concatenate the parts, write `run.json` including the number of bad images, and remove the parts.
 
         Raises:
             LightspineError: a part is missing, or a file cannot be written.
         """
         if missing := self.pending(parts):
             raise LightspineError(f"expected {parts} parts in {self.parts}, but part {missing[0]} is missing")
-        # Temporary files of killed processes; no rank writes any more.
+        # Temporary files of killed processes; all ranks have finished writing.
         for leftover in self.path.rglob(".*.part"):
             leftover.unlink(missing_ok=True)
         bad_parts = [self._bad(number) for number in range(parts) if self._bad(number).is_file()]
