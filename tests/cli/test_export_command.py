@@ -49,8 +49,14 @@ BAD_CALLS = {
     "unknown model": (["vmamba_tyni", "m.onnx"], "the closest names are vmamba_tiny"),
     "missing checkpoint": (["shvit_s1", "m.onnx", "--checkpoint", "gone.pth"], "gone.pth does not exist"),
     "size in words": (["shvit_s1", "m.onnx", "--fixed-size", "small"], "expected a size such as 224x224"),
-    "no images to calibrate": (["shvit_s1", "m.onnx", "--precision", "int8-static"], "expected a folder"),
-    "free size for Core ML": (["shvit_s1", "m.mlpackage", "--to", "coreml"], "Core ML needs a fixed size"),
+    "no images to calibrate": (
+        ["shvit_s1", "m.onnx", "--precision", "int8-static"],
+        "needs a folder of calibration images, got none",
+    ),
+    "free size for Core ML": (
+        ["shvit_s1", "m.mlpackage", "--to", "coreml"],
+        "an export to Core ML needs fixed_size",
+    ),
     "unrolled and free": (["shvit_s1", "m.onnx", "--scan", "unrolled"], "expected a fixed size"),
     "opset of the future": (["shvit_s1", "m.onnx", "--opset", "27"], "expected an opset from 18 to 26"),
     "ONNX's options elsewhere": (

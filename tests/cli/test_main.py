@@ -97,7 +97,7 @@ WRONG_USE = {
     ),
     "model given twice": (
         ["compare", "--data", "digits", "--models", "shvit_s1,shvit_s1"],
-        "shvit_s1 is given twice",
+        "expected each model once, got shvit_s1 twice",
     ),
     "train without a recipe": (["train"], "`lightspine recipes` lists them"),
     "recipe that is not there": (["train", "--config", "absent.yaml"], "absent.yaml"),
