@@ -1,4 +1,4 @@
-"""Settings for every test: one thread each, as two run at a time; Ctrl-C works in the background too."""
+"""Fixtures for all tests: one thread, fixed seed, default SIGINT handler."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The blocks by themselves: any map in and out, whole gradients, and the same classes as in the models."""
+"""Public blocks: shapes, gradients, and identity with the models' blocks."""
 
 import doctest
 from typing import Any
@@ -31,7 +31,7 @@ WITHOUT_EFFECT = {"HSMSSD": {"A"}, "NCSSD": {"A"}, "EfficientViMBlock": {"mixer.
 
 
 def make_block(name: str) -> nn.Module:
-    """Build a block in float64 with filled weights: some branches start at zero and would show nothing."""
+    """Build a float64 block with nonzero weights, because some branches are initialized with zeros."""
     block = getattr(blocks, name)(DIM, **BLOCKS[name][0])
     shapes = {key: list(x.shape) for key, x in block.state_dict().items()}
     block.load_state_dict(fill_checkpoint(shapes))

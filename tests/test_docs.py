@@ -1,4 +1,4 @@
-"""The documentation is true: its code prints what it says, its table is the counted one, its links exist."""
+"""README and docs: printed outputs, the model table and links are correct."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 def test_readme_code_prints_what_its_comments_say(tmp_path, monkeypatch):
-    """The blocks are one session."""
+    """All blocks share one session."""
     monkeypatch.chdir(tmp_path)
     figure = read_figure("vmamba/vmambav2v_tiny")
     write_official_file(

@@ -1,4 +1,4 @@
-"""Loading networks and images: sizes, bounds and what is refused."""
+"""Loading models and images for analysis: sizes, limits and errors."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`lightspine analyze`: the files it writes, and one sentence for a wrong call."""
+"""`lightspine analyze`: output files and usage errors."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Attention for one query: right rows, right places, and one sentence where there is none."""
+"""Attention maps of one query: values, positions, and errors for models without attention."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The implicit attention of the scans: rows and columns reproduce what the operators compute."""
+"""Implicit attention matrices of the scans: rows and columns match the operators' outputs."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from lightspine.ops import cross_scan, selective_scan
 
 
 def calls_of(name: str, **sizes: object) -> list[OpCall]:
-    """Return the scans of a small model whose parameters are all far from their special initial values."""
+    """Return the recorded scans of a small model with randomized parameters."""
     model = lightspine.create_model(name, num_classes=2, **sizes).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Grad-CAM against finite differences, and which classes and stages can be asked for."""
+"""Grad-CAM against finite differences; valid classes and stages."""
 
 from pathlib import Path
 

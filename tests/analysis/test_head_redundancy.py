@@ -1,4 +1,4 @@
-"""Similarity of heads and the score without one of them."""
+"""Head redundancy: similarity of attention heads and accuracy without one of them."""
 
 from pathlib import Path
 

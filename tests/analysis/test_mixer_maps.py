@@ -1,4 +1,4 @@
-"""EfficientMod's contexts and EfficientViM's importance, against the modules themselves."""
+"""EfficientMod's context maps and EfficientViM's importance maps, against the modules' own values."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Effective receptive fields: closed forms of plain convolutions, curves, before and after training."""
+"""Effective receptive field: closed forms for convolutions, curves, before and after training."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""EfficientMod in the official order of steps: a peer that computes the same."""
+"""EfficientMod with the official order of operations computes the same values."""
 
 import pytest
 import torch

@@ -14,7 +14,7 @@ from lightspine.errors import UsageError
 
 
 def _clock(durations_s: list[float]) -> Callable[[], float]:
-    """Return a clock by which the timed calls last so long, one after the other."""
+    """Return a fake clock that gives consecutive timed calls these durations."""
     moments = [moment for i, length in enumerate(durations_s) for moment in (1000 * i, 1000 * i + length)]
     return iter(moments).__next__
 
@@ -108,7 +108,7 @@ def test_turn_of_several_calls_begins_with_an_untimed_one() -> None:
 
 
 class Recorder(nn.Module):
-    """Writes its name into a shared log at every pass."""
+    """Module that appends its name to a shared log in every forward pass."""
 
     def __init__(self, name: str, log: list[str]) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def test_images_per_second_are_the_batch_over_the_median() -> None:
 
 
 class SlowFirstPass(nn.Module):
-    """Takes 1 s in its first pass and 20 ms in the others, by a clock of its own."""
+    """Module that takes 1 s in its first forward pass and 20 ms afterwards, by a fake clock."""
 
     def __init__(self) -> None:
         super().__init__()

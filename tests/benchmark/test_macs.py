@@ -1,4 +1,4 @@
-"""Counted multiply-adds against hand calculation, the measured numbers and the published ones."""
+"""Multiply-add (MAC) counts against hand calculation, the official code and published values."""
 
 import pytest
 import torch

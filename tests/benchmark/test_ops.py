@@ -1,4 +1,4 @@
-"""The benchmark of the scan operators. No time is asserted."""
+"""Benchmark of the scan operators; no durations are asserted."""
 
 import json
 

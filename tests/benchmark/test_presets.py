@@ -1,4 +1,4 @@
-"""The presets: every model is there and is what its note says, and published figures are the authors' own."""
+"""Benchmark presets: models exist, match their notes, and quote the published values."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Times of modules and operators: what adds up to what. No time is asserted but those of a made-up clock."""
+"""Profiling of modules and operators: how times add up, with a fake clock."""
 
 from collections.abc import Callable, Iterator
 
@@ -12,7 +12,7 @@ from lightspine.blocks import VSSBlock
 
 
 class Clock:
-    """A clock that goes only when told to."""
+    """Fake clock that advances only on request."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -22,7 +22,7 @@ class Clock:
 
 
 class Busy(nn.Module):
-    """Takes some seconds, a part of them before and a part after its children."""
+    """Module that takes some seconds before and some after its children, by the fake clock."""
 
     def __init__(self, clock: Clock, before: float, after: float = 0.0, *children: nn.Module):
         super().__init__()

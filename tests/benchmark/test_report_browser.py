@@ -1,4 +1,4 @@
-"""The page of `lightspine report` in a real browser."""
+"""The HTML page of `lightspine report` in a real browser."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def visit(page: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return what was seen at a width in a scheme; each is visited once."""
+    """Return the probe's result for a width and color scheme; cached."""
     seen: dict[tuple[int, bool], tuple[dict[str, Any], list[str]]] = {}
 
     def look(width: int, *, dark: bool = False) -> tuple[dict[str, Any], list[str]]:

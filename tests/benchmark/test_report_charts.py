@@ -1,4 +1,4 @@
-"""Charts of a report: which there are and what they show."""
+"""Charts of a benchmark report."""
 
 from dataclasses import replace
 

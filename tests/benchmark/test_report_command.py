@@ -1,4 +1,4 @@
-"""What `lightspine report` prints and refuses."""
+"""`lightspine report`: output and usage errors."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""SVG files as parts of a page."""
+"""SVG images inlined in the report page."""
 
 import xml.etree.ElementTree as ET
 

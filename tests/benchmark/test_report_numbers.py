@@ -1,4 +1,4 @@
-"""Number formats of a report."""
+"""Number formats of a benchmark report."""
 
 import pytest
 

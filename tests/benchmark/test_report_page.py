@@ -1,4 +1,4 @@
-"""The page of `lightspine report`: whole, true to the files, escaped, and nothing fetched from anywhere."""
+"""HTML page of `lightspine report`: complete, consistent with the results, escaped, self-contained."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Resolution sweeps of a report and their fitted power laws."""
+"""Resolution sweeps in a benchmark report, with fitted power laws."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The result file: what is written comes back, and what is damaged is named."""
+"""Benchmark result file: round trip, and errors for damaged files."""
 
 import csv
 import json
@@ -74,7 +74,7 @@ def test_rows_of_other_sizes_and_variants_have_other_keys() -> None:
 
 
 def _change(path: tuple[Any, ...], value: object, folder: Path) -> Path:
-    """Write a result of which one field is changed."""
+    """Write a result with one changed field."""
     content = json.loads(json.dumps(_result(ROW).as_dict()))
     inner = content
     for key in path[:-1]:

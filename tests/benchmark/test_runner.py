@@ -1,4 +1,4 @@
-"""The protocol of `lightspine bench MODELS`: turns, resuming and failures. No time is asserted."""
+"""`lightspine bench MODELS`: interleaved timing, resuming, failures; no durations are asserted."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ def _specs(*names: str) -> list[ModelSpec]:
 
 @contextmanager
 def _quickly() -> Iterator[None]:
-    """Leave out the processes that measure memory, which import everything anew."""
+    """Skip the subprocesses that measure memory, which are slow to import everything."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightspine.benchmark.runner.can_measure_memory", lambda: False)
         yield
@@ -48,7 +48,7 @@ def _in_this_process() -> Iterator[None]:
 
 
 def _ticking() -> Callable[[], float]:
-    """Return a clock by which every timed call lasts 20 ms."""
+    """Return a fake clock that gives every timed call 20 ms."""
     return (0.02 * tick for tick in itertools.count()).__next__
 
 
@@ -142,7 +142,7 @@ def _only(result: BenchResult, **where: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def broken_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
-    """Run the command with a model that cannot take the size, and with a batch that fits nowhere."""
+    """Run the command with a model that fails at this size and a batch that runs out of memory."""
     folder = tmp_path_factory.mktemp("bench") / "out"
     arguments = ["shvit_s1", "timm/efficientformer_l1", "--size", "64", "--batch", f"1,{TOO_MANY}"]
     options = ["--threads", "1", "--repeats", "2", "--warmup", "1", "--out", str(folder)]
@@ -187,7 +187,7 @@ def test_run_says_how_to_repeat_it(broken_run: tuple[int, Path]) -> None:
 
 @pytest.fixture(scope="module")
 def half_a_run() -> str:
-    """Return the result of a run of two groups whose second one is lost, and whose first is marked."""
+    """Return the result of a run without its second group, with the first group marked."""
     with _quickly():
         result = bench_models(_specs("shvit_s1"), TWO_GROUPS)
     content = result.as_dict()

@@ -1,4 +1,4 @@
-"""The scans of a step are computed by the backend that its row names."""
+"""The benchmark runs the scans with the backend that the result row names."""
 
 from collections.abc import Iterator
 from importlib import import_module
@@ -30,7 +30,7 @@ def images() -> Tensor:
 
 @pytest.fixture
 def plain_scans() -> Iterator[list[None]]:
-    """Count the calls of the loop that defines the scan."""
+    """Count the calls of the reference scan."""
     calls: list[None] = []
 
     def counted(*args: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""Scatter plot of accuracy over latency: Pareto front and label positions."""
+"""Scatter plot of accuracy against latency: Pareto front and label placement."""
 
 from itertools import combinations
 
@@ -20,7 +20,7 @@ def _point(label: str, latency_ms: float, accuracy: float, *, keep: bool = False
 
 
 def _plot(points: list[ScatterPoint]) -> tuple[Axes, dict[str, Bbox], list[str]]:
-    """Return the axes, the box of each label, and the labels that did not fit."""
+    """Return the axes, the bounding boxes of the labels, and the labels that did not fit."""
     figure, unplaced = plot_accuracy_over_latency(
         points, title="title", note="note", x_label="latency", y_label="accuracy"
     )

@@ -1,4 +1,4 @@
-"""`keep_freed_memory`: what a process holds once its tensors are freed."""
+"""`keep_freed_memory`: resident memory after tensors are freed."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What `lightspine bench` prints and refuses."""
+"""`lightspine bench`: output and usage errors."""
 
 import json
 from pathlib import Path

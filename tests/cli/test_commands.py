@@ -1,4 +1,4 @@
-"""What the commands print that need no training."""
+"""Output of the commands that need no training."""
 
 import json
 from pathlib import Path

@@ -15,7 +15,7 @@ from support.images import write_image
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A COCO folder with a detector, a segmenter and a classifier beside it."""
+    """A COCO folder with checkpoints of a detector, a segmenter and a classifier."""
     root = tmp_path_factory.mktemp("data")
     file = write_coco(root / "val2017", content(square(), images=2))
     (root / "annotations").mkdir()

@@ -1,4 +1,4 @@
-"""`lightspine export` as it is called from a shell."""
+"""`lightspine export` from the command line."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`evaluate`, `predict` and `embed` as they are called from a shell."""
+"""`lightspine evaluate`, `predict` and `embed` from the command line."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What holds for every command: help, errors as one sentence, exit statuses."""
+"""All commands: help, one-line error messages, exit statuses."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What `lightspine profile` prints, writes and refuses."""
+"""`lightspine profile`: output, files and usage errors."""
 
 import json
 from pathlib import Path

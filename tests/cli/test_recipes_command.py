@@ -1,4 +1,4 @@
-"""`lightspine recipes`."""
+"""`lightspine recipes`: listing and printing recipes."""
 
 import json
 

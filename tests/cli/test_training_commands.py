@@ -1,4 +1,4 @@
-"""The commands that train, on the digits."""
+"""Commands that train, on the digits dataset."""
 
 import json
 from pathlib import Path

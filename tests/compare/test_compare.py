@@ -1,4 +1,4 @@
-"""A comparison from start to end on tiny images, and what it does when something goes wrong."""
+"""`compare` end to end on tiny images, and its error handling."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ SETTINGS = CompareSettings(epochs=1, batch_size=8, size=32, num_workers=0, accel
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes that differ in brightness, without a val folder; one image is damaged."""
+    """Image folder of two classes that differ in brightness, without val; one image is damaged."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for name, level in (("dark", 40), ("bright", 200)):

@@ -1,4 +1,4 @@
-"""Contact sheet of a comparison."""
+"""Contact sheet (grid of predictions) of a comparison."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Batches of images of alike shape."""
+"""AspectRatioSampler: batches of similar aspect ratio."""
 
 import itertools
 from typing import Any
@@ -15,7 +15,7 @@ RATIOS = np.random.default_rng(0).uniform(0.5, 2.0, 103)
 
 
 class Positions(Dataset[int]):
-    """Gives every index, and remembers what was read."""
+    """Dataset that returns the index and records the indices read."""
 
     def __init__(self) -> None:
         self.read: list[int] = []

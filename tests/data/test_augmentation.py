@@ -1,4 +1,4 @@
-"""The training transform, field by field, against what the published recipes ask for."""
+"""Training augmentation: every setting, against the published recipes."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Images that cannot be used: when they stop a run."""
+"""BadImageLog: when unreadable images stop a run."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Class mapping files: their four forms, and the images they are applied to."""
+"""Class mapping files: the four formats, and applying them to images."""
 
 import json
 from pathlib import Path

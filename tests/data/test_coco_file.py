@@ -1,4 +1,4 @@
-"""What is read from a COCO file, and what is left out."""
+"""`read_coco`: parsed annotations, and skipped or repaired problems."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Data modules for detectors and segmenters, on real images."""
+"""Detection and segmentation data modules on real images."""
 
 import logging
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_coco_splits_elsewhere_are_found_by_their_paths(coco: Path) -> None:
 
 
 def _splits(folder: Path, train: dict[str, Any], val: dict[str, Any]) -> dict[str, Path]:
-    """Write two small files and return where they are."""
+    """Write two small COCO files and return their paths."""
     files = {name: write_coco(folder / name, part) for name, part in (("train", train), ("val", val))}
     return {f"{name}_annotations": file for name, file in files.items()} | {
         f"{name}_images": file.parent for name, file in files.items()

@@ -1,4 +1,4 @@
-"""Images with the objects of a COCO file."""
+"""DetectionDataset: images with boxes, labels and masks."""
 
 from pathlib import Path
 from typing import Any

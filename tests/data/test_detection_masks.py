@@ -1,4 +1,4 @@
-"""Polygons and run lengths of COCO files."""
+"""COCO masks: polygons and run-length encodings (RLE)."""
 
 import json
 from typing import Any

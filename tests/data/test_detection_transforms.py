@@ -1,4 +1,4 @@
-"""The published augmentations of detectors."""
+"""Detection augmentation, as published."""
 
 from typing import Any
 

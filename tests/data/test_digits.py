@@ -1,4 +1,4 @@
-"""The digits of scikit-learn: split, size and augmentation."""
+"""DigitsDataset: split, image size and augmentation."""
 
 from pathlib import Path
 

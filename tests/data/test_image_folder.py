@@ -1,4 +1,4 @@
-"""Folders of images: the classes, the split, and images that cannot be used."""
+"""Image folder datasets: classes, splits and unreadable images."""
 
 import tarfile
 from pathlib import Path

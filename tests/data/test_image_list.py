@@ -1,4 +1,4 @@
-"""Lists of images: columns, classes, splits, and what is wrong with a list."""
+"""CSV and TSV image lists: columns, classes, splits and errors."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""ImageNet's layout: class numbers, names, and the flat validation folder."""
+"""ImageNet layout: class indices, class names and the flat validation folder."""
 
 from pathlib import Path
 

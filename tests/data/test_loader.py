@@ -1,4 +1,4 @@
-"""A loader that goes on where it was left."""
+"""ResumableLoader: resuming in the middle of an epoch."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from lightspine.errors import UsageError
 
 
 class Noise(Dataset[torch.Tensor]):
-    """Items that are random, and that are counted when they are read."""
+    """Dataset of random items that counts its reads."""
 
     def __init__(self) -> None:
         self.read: list[int] = []

@@ -1,4 +1,4 @@
-"""The data modules: order of the images, batches, end-to-end training, and wrong arguments."""
+"""Classification data modules: image order, batches, training and invalid arguments."""
 
 import io
 import tarfile
@@ -32,7 +32,7 @@ FAST: dict[str, Any] = {"image_size": 32, "num_workers": 0, "augmentation": "non
 
 
 class _Counting(pl.LightningModule):
-    """Sees every batch and learns nothing of use."""
+    """LightningModule that records the batches."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The order of an epoch: the same as torch's and timm's, and known from (seed, epoch, rank) alone."""
+"""EpochSampler: the order equals torch's and timm's and depends on (seed, epoch, rank) only."""
 
 import pytest
 from timm.data.distributed_sampler import RepeatAugSampler

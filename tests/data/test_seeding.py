@@ -1,4 +1,4 @@
-"""What an image looks like in training depends on seed, epoch, index and repeat, and on nothing else."""
+"""SeededDataset: augmentation depends only on seed, epoch, index and repeat."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Images and label maps as they are read, and what a bad one becomes."""
+"""SegmentationDataset: images, label maps and unreadable files."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which images and label maps a folder holds."""
+"""Segmentation folders: pairs of images and label maps, splits, class names."""
 
 from pathlib import Path
 from typing import Any

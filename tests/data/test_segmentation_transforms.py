@@ -1,4 +1,4 @@
-"""The published augmentations of segmenters."""
+"""Segmentation augmentation, as published."""
 
 import colorsys
 from typing import Any

@@ -1,4 +1,4 @@
-"""WebDataset shards: patterns, labels, the index, and shards that are damaged."""
+"""WebDataset shards: patterns, labels, index files and damaged shards."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""Whole images, sliding windows, several sizes and mirrors."""
+"""Segmentation inference: whole image, sliding window, multi-scale and flip."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from lightspine.errors import UsageError
 
 
 def _by_pixel(images: Tensor) -> Tensor:
-    """Return logits that depend on each pixel alone: any way of cutting gives the same."""
+    """Network of per-pixel logits, which sliding windows must not change."""
     return torch.cat([images, -images], dim=1)
 
 

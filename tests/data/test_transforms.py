@@ -1,4 +1,4 @@
-"""Transforms: sizes, published settings and the augmentation presets."""
+"""Classification transforms: sizes, published settings and augmentation presets."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_transform_refuses_other_channel_counts() -> None:
 
 
 def _published_eval(image: Image.Image, size: int) -> torch.Tensor:
-    """Resize the shorter side to int(256 / 224 * size), bicubic, and crop the middle."""
+    """Resize the shorter side to int(256 / 224 * size), bicubic, then center crop."""
     shorter = int(256 / 224 * size)
     width, height = image.size
     scaled = (

@@ -1,4 +1,4 @@
-"""Scores of images that two processes share."""
+"""Metrics gathered across two ranks with a shared image."""
 
 import json
 import os

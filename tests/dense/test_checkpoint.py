@@ -1,4 +1,4 @@
-"""A detector or segmenter comes back from its file as it was, and its weights start another one."""
+"""Detector and segmenter checkpoints: round trip, and initial weights for another network."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The 12 numbers of COCO, and that they are the usual ones."""
+"""CocoMetrics: COCO's 12 metrics equal those of pycocotools."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ Detections = dict[str, Tensor]
 
 
 def _random_detections(annotations: CocoAnnotations) -> dict[int, Detections]:
-    """Return true objects moved, masks cut, labels exchanged, some left out and some invented."""
+    """Return detections made from perturbed ground truth: shifted, mislabeled, missing and false ones."""
     rng = np.random.default_rng(0)
     found = {}
     for position in range(len(annotations)):

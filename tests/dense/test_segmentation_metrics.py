@@ -1,4 +1,4 @@
-"""mIoU, mAcc and aAcc."""
+"""SegmentationMetrics: mIoU, mAcc and aAcc."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def _scored(predictions: Tensor, labels: Tensor) -> SegmentationMetrics:
 
 
 def _brute_force(predictions: list[np.ndarray], labels: list[np.ndarray], count: int) -> dict[str, float]:
-    """Count class by class over all pixels at once."""
+    """Compute the metrics class by class from all pixels."""
     truth = np.concatenate([array.ravel() for array in labels])
     found = np.concatenate([array.ravel() for array in predictions])[truth != 255]
     truth = truth[truth != 255]

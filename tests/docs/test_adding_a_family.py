@@ -1,4 +1,4 @@
-"""A family from a folder outside the package, as the documentation adds one, is found by every command."""
+"""A model family registered outside the package, as documented, works in every command."""
 
 import json
 import os
@@ -15,7 +15,7 @@ MODULE, USE, FORM = blocks(ROOT / "docs" / "families" / "adding.md", "python")
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the page's module, installed as pip would."""
+    """Return a folder with the module of the page, installed like a pip package."""
     folder = tmp_path_factory.mktemp("package")
     (folder / "tinynet.py").write_text(MODULE)
     record = folder / "tinynet-0.1.dist-info"

@@ -1,4 +1,4 @@
-"""The Python in the documentation runs; the blocks of a page are one session."""
+"""The Python blocks of the documentation run; those of one page share a session."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom without a network, and carry no outputs."""
+"""The notebooks run offline and are stored without outputs."""
 
 from pathlib import Path
 

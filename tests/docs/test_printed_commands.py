@@ -1,4 +1,4 @@
-"""The commands that the documentation prints exist, with the options that it prints."""
+"""The commands and options in the documentation exist."""
 
 import argparse
 import re
@@ -29,7 +29,7 @@ OF_TRAIN = (
 
 
 def _options(parser: argparse.ArgumentParser, words: list[str]) -> set[str]:
-    """Return the options of a parser and of the sub-parser that the words choose."""
+    """Return the options of a parser and of the sub-parser selected by the words."""
     known = set(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction) and words and words[0] in action.choices:

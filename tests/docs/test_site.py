@@ -1,4 +1,4 @@
-"""The site builds without a warning, says what the registry says, and loads nothing from elsewhere."""
+"""The documentation site builds without warnings, matches the model registry and is self-contained."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Predictions of many images: each exactly once, whatever happens on the way."""
+"""Batch inference: every image exactly once, also after failures and resumes."""
 
 import csv
 import io

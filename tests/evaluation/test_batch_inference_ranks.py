@@ -1,4 +1,4 @@
-"""Runs of several processes, and of processes that are killed: real ones, over the command line."""
+"""Batch inference with several ranks and killed processes, through the command line."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(place: Path) -> bytes:
-    """The predictions of a run that nothing happened to."""
+    """Predictions of an uninterrupted run."""
     subprocess.run([*_command(place, "whole")], check=True, env=_env(), capture_output=True)
     return (place / "whole" / "predictions.csv").read_bytes()
 

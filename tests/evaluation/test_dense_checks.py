@@ -1,4 +1,4 @@
-"""What an evaluation of detectors and segmenters refuses, and that a batch changes nothing."""
+"""Detector and segmenter evaluation: usage errors, and independence of the batch size."""
 
 import json
 from pathlib import Path

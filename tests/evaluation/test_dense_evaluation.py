@@ -1,4 +1,4 @@
-"""Reports on detectors and segmenters, against scores that are counted by hand."""
+"""Evaluation reports of detectors and segmenters against hand-computed scores."""
 
 import csv
 import json

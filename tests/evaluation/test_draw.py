@@ -1,4 +1,4 @@
-"""Pictures of detections and class maps."""
+"""Drawings of detections and segmentation maps."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Features of many images: what the network gives, in files that say which row is whose."""
+"""`embed_images`: features equal the network's, and the index maps rows to images."""
 
 import csv
 from pathlib import Path

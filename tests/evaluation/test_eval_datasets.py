@@ -1,4 +1,4 @@
-"""Whose classes the images to score on belong to: ImageNet's folders, mappings, shards."""
+"""Evaluation datasets in the checkpoint's class order: ImageNet folders, class mappings, shards."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from support.images import COLOURS, write_folder, write_image
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 1000 classes without names, as the official ones are."""
+    """A checkpoint with 1000 classes without names, like the official ones."""
     return save_small(tmp_path_factory.mktemp("labelled") / "imagenet.safetensors")
 
 
@@ -111,6 +111,6 @@ def test_listing_hash_follows_names_and_classes(colours: Path, tmp_path: Path) -
 
 
 def _ranked(checkpoint: Path, file: Path) -> list[int]:
-    """Return the numbers of all classes, the likeliest first."""
+    """Return all class indices, most probable first."""
     numbers = {name: number for number, name in enumerate(class_names(load_classifier(checkpoint)[1], 1000))}
     return [numbers[score.name] for score in predict(checkpoint, [file], topk=1000)[0].classes]

@@ -1,4 +1,4 @@
-"""The report of a checkpoint on the digits and on folders of images."""
+"""`evaluate`: reports on the digits and on image folders."""
 
 import json
 from pathlib import Path
@@ -26,13 +26,13 @@ def _save(path: Path, *, classes: list[str]) -> Path:
 
 @pytest.fixture
 def colours(tmp_path: Path) -> Path:
-    """A checkpoint whose classes are the three colours, in another order than the alphabet's."""
+    """A checkpoint with three color classes that are not in alphabetical order."""
     return _save(tmp_path / "colours.safetensors", classes=["red", "green", "blue"])
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint for the digits."""
+    """A digits checkpoint."""
     folder = tmp_path_factory.mktemp("digits")
     return _save(folder / "digits.safetensors", classes=[str(digit) for digit in range(10)])
 

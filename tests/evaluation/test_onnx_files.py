@@ -1,4 +1,4 @@
-"""An exported file is scored and predicted with as the checkpoint it was made of."""
+"""Evaluation and prediction with an exported ONNX file, as with its checkpoint."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from support.images import COLOURS, write_folder
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint, what was exported of it, and images."""
+    """A folder with a checkpoint, its exports and images."""
     folder = tmp_path_factory.mktemp("onnx")
     save_small(folder / "model.safetensors", classes=list(COLOURS))
     model, saved = lightspine.load_model(folder / "model.safetensors")
@@ -88,7 +88,7 @@ def test_predict_takes_a_file_for_a_whole_folder(
 
 
 def foreign_file(folder: Path) -> Path:
-    """Write a file of another program."""
+    """Write an ONNX file that lightspine did not export."""
     value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Identity", ["x"], ["y"])],

@@ -1,4 +1,4 @@
-"""Predictions for single images."""
+"""`predict`: top classes of image files."""
 
 import subprocess
 import sys

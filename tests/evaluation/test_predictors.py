@@ -1,4 +1,4 @@
-"""Objects and class maps of single images, as values, pictures and files."""
+"""`predict_dense`: objects and segmentation maps, drawings and COCO files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What an evaluation leaves on the disk, and the settings that change what is measured."""
+"""Evaluation report files, and options that change the preprocessing."""
 
 import csv
 import hashlib

@@ -1,4 +1,4 @@
-"""`export_coreml`: what it refuses; the conversion itself needs coremltools."""
+"""`export_coreml`: usage errors; the conversion itself needs coremltools."""
 
 import importlib.util
 from pathlib import Path

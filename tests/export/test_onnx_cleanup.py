@@ -1,4 +1,4 @@
-"""Cleanup of ONNX models removes no-ops and unused parts, and changes no value."""
+"""ONNX cleanup removes no-ops and unused nodes without changing the output."""
 
 import numpy as np
 import onnx.parser

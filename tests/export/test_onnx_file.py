@@ -1,4 +1,4 @@
-"""`export_onnx`: files that give PyTorch's values in ONNX Runtime, whatever the size of the images."""
+"""`export_onnx`: ONNX Runtime matches PyTorch at any image size."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def backbone(family: str) -> FeatureBackbone:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A small member of each family beside its file."""
+    """A small model of each family with its exported file."""
     model = small_model(request.param, num_classes=5)
     path = tmp_path_factory.mktemp("exported") / f"{request.param}.onnx"
     report = export_onnx(model, path, class_names=list("abcde"), shapes=[(1, 64, 64)])
@@ -121,7 +121,7 @@ def test_features_only_model_gives_its_maps(family: str, tmp_path: Path) -> None
 
 
 def dense_cases(*heads: str) -> list[Any]:
-    """Every backbone under every head; only SHViT's are not slow."""
+    """Every backbone with every head; all but SHViT's are marked slow."""
     return [
         pytest.param(family, head, marks=() if family == "shvit" else pytest.mark.slow)
         for family in MEMBERS

@@ -1,4 +1,4 @@
-"""`export_pt2`, and the compiler: programs of PyTorch that give the model's values."""
+"""`export_pt2` and torch.compile match the model's outputs."""
 
 import json
 import shutil

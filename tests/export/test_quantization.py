@@ -1,4 +1,4 @@
-"""Fewer bits: smaller files, scans that stay exact, classes that stay the same."""
+"""Quantization and half precision: smaller files, float32 scans, same predictions."""
 
 from pathlib import Path
 from typing import Any

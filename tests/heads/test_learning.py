@@ -1,4 +1,4 @@
-"""A detector that is wired rightly learns one picture by heart within seconds."""
+"""A detector overfits one image within seconds."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The cascade against torchvision's own heads, and what is particular to its stages."""
+"""CascadeRoIHeads against torchvision's heads, and the behaviour of its stages."""
 
 import pytest
 import torch

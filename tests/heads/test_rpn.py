@@ -1,4 +1,4 @@
-"""Anchors, the cropping of boxes, and the matching of anchors with objects."""
+"""RPN: anchors, box clipping and anchor matching."""
 
 import pytest
 import torch

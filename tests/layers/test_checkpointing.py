@@ -1,4 +1,4 @@
-"""Recomputing what a scan reads: the same numbers from less memory."""
+"""Activation recomputation for scans: same values, less memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -84,7 +84,7 @@ def test_every_backend_gives_equal_gradients(backend: str) -> None:
 
 
 def saved_per_token(module: nn.Module) -> float:
-    """Return the numbers (of 4 bytes) that are kept for the backward, per token of the map."""
+    """Return the number of float32 values per token saved for the backward pass."""
     return count_saved_bytes(module, torch.randn(1, DIM, 5, 7).requires_grad_()) / 4 / TOKENS
 
 
@@ -143,7 +143,7 @@ def test_switch_of_vmamba_lowers_what_is_kept() -> None:
 
 
 def test_gradient_that_needs_the_value_of_a_scan_is_nan() -> None:
-    """The rule of `checkpoint_scan` is broken here; a wrong finite number would go unnoticed."""
+    """Misuse of `checkpoint_scan` gives NaN, because a wrong finite gradient would go unnoticed."""
     u, *rest = convert(scan_inputs(), torch.float32)
     u.requires_grad_()
     checkpoint_scan(lambda u: scan(u * 2, *rest, save_states=False).square(), u).sum().backward()

@@ -1,4 +1,4 @@
-"""Loading official, timm and our own files: what goes where, and what is refused."""
+"""Loading official, timm and lightspine checkpoints, and errors for unsupported files."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from support.reference import fill_checkpoint, read_figure, write_official_file
 
 @pytest.fixture(scope="module")
 def official() -> dict[str, torch.Tensor]:
-    """The published layout of shvit_s1."""
+    """State dict of shvit_s1 with the published keys."""
     figure = read_figure("shvit/shvit_s1")
     return fill_checkpoint(figure["checkpoint"], figure["gain"])
 
@@ -210,7 +210,7 @@ def test_namespace_in_an_official_file_is_accepted(official, tmp_path):
 
 
 def test_cfgnode_in_an_official_file_is_accepted(official, tmp_path, monkeypatch):
-    """Written by a class of yacs' name and shape, read where yacs does not exist."""
+    """Pickled with a stand-in for yacs' CfgNode, read without yacs."""
 
     class CfgNode(dict):
         pass
@@ -313,7 +313,7 @@ def test_report_is_plain_json(official):
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_no_damage_escapes_as_another_error(tmp_path, legacy):
-    """Cut or altered anywhere, a file is read or refused in one sentence."""
+    """A file truncated or altered anywhere loads or raises a LightspineError."""
     path = tmp_path / "damaged.pth"
     content = {"model": {f"w{i}": torch.ones(5, 7) for i in range(4)}, "args": argparse.Namespace(lr=1.0)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)

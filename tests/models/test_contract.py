@@ -1,4 +1,4 @@
-"""What every registered model promises (CONTRIBUTING.md, "The model contract"): timm's contract, any size."""
+"""Contract tests of all registered models (CONTRIBUTING.md, "The model contract"): timm interface, any size."""
 
 import io
 import math
@@ -33,7 +33,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def model(name: str) -> nn.Module:
-    """The model as published, in evaluation mode; a test that changes it makes its own."""
+    """The published model in evaluation mode; shared, so tests must not change it."""
     torch.manual_seed(0)
     return lightspine.create_model(name).eval()
 
@@ -47,7 +47,7 @@ def images(height: int = 64, width: int = 64, batch: int = 2, channels: int = 3)
 
 
 def together(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Join the logits that a distilled model gives in training."""
+    """Concatenate the logits of a distilled model in training mode."""
     return output if isinstance(output, Tensor) else torch.cat(output)
 
 
@@ -56,7 +56,7 @@ def names_of(cfg_entry: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def patched(model: nn.Module, side: int) -> int:
-    """Return the part of a side that the stem covers: overlapping patches without padding lose a border."""
+    """Return the pixels of a side that the stem covers; overlapping patches without padding lose a border."""
     conv = model.get_submodule(names_of(model.default_cfg["first_conv"])[0])
     return side - max(0, conv.kernel_size[0] - conv.stride[0] - 2 * conv.padding[0])
 

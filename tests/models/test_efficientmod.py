@@ -1,4 +1,4 @@
-"""EfficientMod against the figures of the official code, and what is particular to it."""
+"""EfficientMod against reference values of the official code."""
 
 import pytest
 import torch

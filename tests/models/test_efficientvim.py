@@ -1,4 +1,4 @@
-"""EfficientViM against the figures of the official code and against timm's model."""
+"""EfficientViM against reference values of the official code and timm's model."""
 
 from typing import Any
 
@@ -117,7 +117,7 @@ def test_macs_are_within_two_percent_of_the_published_ones(size, suffix):
 
 
 def timm_pair(name: str) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
-    """Return ours and timm's model with the same filled weights, and their official layout."""
+    """Return our model and timm's with the same weights, and the official state dict."""
     theirs = pytest.importorskip("timm.models.efficientvim", reason="this timm has no EfficientViM")
     figure = read_figure(
         f"efficientvim/EfficientViM_{name.removeprefix('efficientvim_').upper()}".replace("DIST", "dist")

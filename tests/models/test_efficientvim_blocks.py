@@ -1,4 +1,4 @@
-"""Laws of EfficientViM's blocks: the mixers written out as sums, their symmetries and their cost."""
+"""EfficientViM blocks: mixers against explicit sums, symmetries and complexity."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ both_mixers = pytest.mark.parametrize("mixer_cls", MIXERS.values(), ids=MIXERS)
 
 
 def make_mixer(mixer_cls: type, local: bool = True, **options) -> nn.Module:
-    """Return a float64 mixer; without `local` its depthwise convolution looks at the position itself only."""
+    """Return a float64 mixer; without `local` its depthwise convolution has only a center weight."""
     mixer = mixer_cls(12, state_dim=5, **options).double()
     with torch.no_grad():
         mixer.D.fill_(0.7)
@@ -24,7 +24,7 @@ def make_mixer(mixer_cls: type, local: bool = True, **options) -> nn.Module:
 
 
 def per_position(mixer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return x (B, C, L) and the published B, C and dt, each (B, N, L), by the plainest means."""
+    """Return x (B, C, L) and the published B, C and dt, each (B, N, L), computed naively."""
     maps = F.conv2d(F.conv2d(x, mixer.bcdt_proj.weight), mixer.dwconv.weight, padding=1, groups=15)
     return x.flatten(2), *maps.flatten(2).split(5, dim=1)
 

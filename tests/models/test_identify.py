@@ -1,4 +1,4 @@
-"""Which family and variant a checkpoint is of, told from its tensors alone."""
+"""Identify the family and variant of a checkpoint from its tensors."""
 
 import pytest
 import torch

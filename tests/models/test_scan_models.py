@@ -1,4 +1,4 @@
-"""The models that scan, whole: every backend trains them alike, and compilers take them in one graph."""
+"""Whole models with scans: same training on every backend, and full-graph compilation."""
 
 import functools
 import shutil
@@ -23,7 +23,7 @@ def build(name: str) -> nn.Module:
 
 
 def train(name: str, steps: int, device: str = "cpu") -> Tensor:
-    """Return the losses of a short training on images that can be told apart."""
+    """Return the losses of a short training run on separable images."""
     model = build(name).to(device)
     draw = torch.Generator().manual_seed(1)
     labels = torch.arange(10) % 5

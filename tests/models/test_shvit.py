@@ -1,4 +1,4 @@
-"""SHViT against the figures of the official code and against timm, and what is particular to it."""
+"""SHViT against reference values of the official code and timm's model."""
 
 import pytest
 import timm

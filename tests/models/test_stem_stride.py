@@ -1,4 +1,4 @@
-"""The stem of a smaller stride, for small images: the same weights, larger maps."""
+"""`stem_stride` for small images: same weights, larger feature maps."""
 
 import math
 from typing import Any
@@ -40,7 +40,7 @@ def images(height: int = 32, width: int = 32) -> Tensor:
 
 
 def covered(model: nn.Module, side: int) -> int:
-    """Return the part of a side that the stem sees: Vim's overlapping patches have no padding."""
+    """Return the pixels of a side that the stem covers; Vim's overlapping patches have no padding."""
     first = model.get_submodule(model.default_cfg["first_conv"])
     return side - max(0, first.kernel_size[0] - first.stride[0] - 2 * first.padding[0])
 

@@ -1,4 +1,4 @@
-"""Vim against the figures of the official code, and what is particular to it."""
+"""Vim against reference values of the official code."""
 
 import re
 from functools import partial
@@ -41,7 +41,7 @@ def small_vim(**options: Any) -> nn.Module:
 
 
 class Run:
-    """One float64 pass of a figure's model, with what its layers gave."""
+    """A float64 forward pass of a reference model, with its layer outputs."""
 
     def __init__(self, figure_name: str, model_name: str, options: dict[str, Any], folder: Path):
         self.figure = read_figure(f"vim/{figure_name}")

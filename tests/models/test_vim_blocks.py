@@ -1,4 +1,4 @@
-"""Vim's mixer and block by themselves."""
+"""Vim's mixer and block in isolation."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ MIXERS = {
 
 
 def load_mixer(figure: dict[str, Any], **options: Any) -> tuple[VimMixer, dict[str, str]]:
-    """Return the figure's mixer and the map of its official keys to ours."""
+    """Return the reference mixer and the mapping from official keys to ours."""
     published = {f"layers.0.mixer.{key}": key for key in figure["keys"]}
     renamed = checkpoint_filter_fn({key: key for key in published}, Vim(dim=32, depth=1, pos_embed=False))
     ours = {published[old]: new.removeprefix("blocks.0.mixer.") for new, old in renamed.items()}

@@ -1,4 +1,4 @@
-"""Where Vim's class token stands, and how its position table changes size."""
+"""Vim's class token position and position embedding interpolation."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""VMamba against the figures of the official code, and what its options do."""
+"""VMamba against reference values of the official code, and its options."""
 
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def test_training_gradients_in_float64(name: str, figure_name: str, tmp_path: Pa
 
 
 def published_gradients(model: nn.Module, layout: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Return the gradients under the published keys, whatever the key map moves, splits or reshapes.
+    """Return the gradients by published key, inverting the key map.
 
     The map is applied to the running number of each published element; that tells where each of our elements
     comes from.

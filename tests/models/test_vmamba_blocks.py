@@ -1,4 +1,4 @@
-"""SS2D and the VSS block by themselves."""
+"""VMamba's SS2D and VSS block in isolation."""
 
 import math
 from typing import Any

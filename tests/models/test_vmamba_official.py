@@ -1,4 +1,4 @@
-"""The official VMamba's argument names and checkpoint layouts, old and new."""
+"""VMamba's official argument names and checkpoint layouts, old and new."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def published() -> dict[str, Tensor]:
 
 
 def assert_loads_as(model: nn.Module, other: dict[str, Tensor], published: dict[str, Tensor]) -> None:
-    """Check that another layout gives exactly what the published one gives."""
+    """Check that a state dict in another layout loads exactly like the published one."""
     expected, actual = checkpoint_filter_fn(published, model), checkpoint_filter_fn(other, model)
     model.load_state_dict(actual)
     assert expected.keys() == actual.keys()

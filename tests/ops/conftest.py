@@ -1,4 +1,4 @@
-"""Memory that an operator asks for is full of NaN, so that an element which it never writes fails a test."""
+"""Fill uninitialized memory with NaN, so that elements that an operator never writes fail the tests."""
 
 from collections.abc import Iterator
 

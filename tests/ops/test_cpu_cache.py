@@ -1,4 +1,4 @@
-"""The cached machine code of the CPU kernels is discarded when a file that they are compiled from changes."""
+"""CPU kernel cache: compiled code is discarded when a source file of the kernels changes."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 
 def run_probe(package: Path) -> tuple[float, int]:
-    """Return the sigmoid of 0, and how often compiled code was found in the cache."""
+    """Return the sigmoid of 0 and the number of cache hits."""
     done = subprocess.run(
         [sys.executable, "-m", "lightspine.ops.cpu.probe"],
         env=os.environ | {"PYTHONPATH": str(package), "NUMBA_CACHE_DIR": str(package / "cache")},

@@ -1,4 +1,4 @@
-"""What only the compiled CPU kernels can get wrong: their arithmetic, chunks, threads and forks."""
+"""CPU kernels: SIMD arithmetic, chunking, threads and forked processes."""
 
 import multiprocessing
 from collections.abc import Iterator

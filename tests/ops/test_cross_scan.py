@@ -1,4 +1,4 @@
-"""The scan over a map: orders, the official figures, every backend against the definition, laws."""
+"""`cross_scan`: scan orders, official reference values, backends against the reference, invariances."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -36,7 +36,7 @@ def run_cross(inputs: CrossScanInputs, **options: Any) -> Tensor:
 
 @pytest.fixture
 def snake() -> Iterator[str]:
-    """A user's own order: one direction, every second row backwards."""
+    """A user-defined scan order: one direction, every second row reversed."""
 
     def order(height: int, width: int) -> Tensor:
         pixels = torch.arange(height * width).view(height, width)

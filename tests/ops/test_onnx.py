@@ -1,4 +1,4 @@
-"""The scans by themselves in ONNX: every form of them, against the operators."""
+"""ONNX export of the scans: every form against the operators."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ DIM = 3
 
 
 def snake(height: int, width: int) -> Tensor:
-    """Return a user's own order in PyTorch operations: every second row and column in reverse."""
+    """Return a user-defined order in PyTorch operations: every second row and column reversed."""
 
     def rows(pixels: Tensor) -> Tensor:
         odd = torch.arange(pixels.shape[0])[:, None] % 2 == 1
@@ -32,12 +32,12 @@ def snake(height: int, width: int) -> Tensor:
 
 
 def zigzag(height: int, width: int) -> Tensor:
-    """Return a user's own order made of a registered one."""
+    """Return a user-defined order derived from a registered one."""
     return scan_order("cross2d", height, width)[[1, 0, 3, 2]]
 
 
 def in_numpy(height: int, width: int) -> Tensor:
-    """Return a user's own order that is computed outside of PyTorch."""
+    """Return a user-defined order computed in NumPy."""
     draw = np.random.default_rng(0)
     return torch.from_numpy(np.stack([draw.permutation(height * width) for _ in range(4)]))
 
@@ -50,7 +50,7 @@ ORDERS = [name for name in list_scan_orders() if name != "in_numpy" and "exporte
 
 
 class Cross(nn.Module):
-    """A scan over the map of an image, whose steps and projections are linear in its pixels."""
+    """`cross_scan` over an image whose dt and projections are linear in the pixels."""
 
     def __init__(self, state_dim: int, order: str, softplus: bool = True, extras: bool = True):
         super().__init__()
@@ -69,7 +69,7 @@ class Cross(nn.Module):
 
 
 class Selective(nn.Module):
-    """A scan over the pixels of an image."""
+    """`selective_scan` over the pixels of an image."""
 
     def __init__(self, reverse: bool, softplus: bool = True, gated: bool = True, groups: int = 1):
         super().__init__()

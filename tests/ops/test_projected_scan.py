@@ -1,4 +1,4 @@
-"""The image scan that projects its own steps."""
+"""`projected_cross_scan`: the cross scan that includes the projection of dt."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def make_inputs(
 
 
 def by_two_steps(x: Tensor, projected: Tensor, weight: Tensor, A: Tensor, D: Tensor, bias: Tensor) -> Tensor:
-    """Compute the steps in float64 and scan by the definition."""
+    """Compute dt in float64, then run the reference scan."""
     x, projected, weight, A, D, bias = (t.double() for t in (x, projected, weight, A, D, bias))
     rank, states = weight.shape[1], A.shape[2]
     dt, B, C = projected.split([rank, states, states], dim=-1)

@@ -1,4 +1,4 @@
-"""What the operators refuse: one sentence with what was expected and what was received."""
+"""Error messages of the scan operators for invalid inputs."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Which backend runs: a table over the device and the request."""
+"""Backend dispatch by device and requested backend."""
 
 from collections.abc import Iterator
 

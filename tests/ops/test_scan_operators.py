@@ -1,4 +1,4 @@
-"""The scans as PyTorch operators: one node for scripts, traces, compilers, exporters and FLOP counters."""
+"""Scans as PyTorch custom operators: opcheck, tracing, torch.compile, export and FLOP counters."""
 
 import warnings
 from collections.abc import Callable

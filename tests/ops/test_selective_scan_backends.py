@@ -1,4 +1,4 @@
-"""Every backend of the selective scan against the official figures and against the definition."""
+"""`selective_scan`: every backend against official reference values and the reference."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ FIGURES = read_figure("ops")["selective_scan"]
 
 
 def assert_matches(name: str, actual: Tensor, figure: dict, tolerance: float) -> None:
-    """Compare with a figure: all values of a small tensor, or every n-th and the norm of a large one."""
+    """Compare with reference values: all of a small tensor, or every n-th and the norm of a large one."""
     assert list(actual.shape) == figure["shape"], name
     if "values" in figure:
         assert_close(name, actual, figure["values"], tolerance)
@@ -123,7 +123,7 @@ def test_scan_equals_reference_at_random_sizes(
 
 
 def scattered(t: Tensor) -> Tensor:
-    """Return equal values in memory that is neither contiguous nor dense."""
+    """Return a copy that is neither contiguous nor dense."""
     wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), float("nan"), dtype=t.dtype)
     view = wide[..., 1::2]
     view.copy_(t)

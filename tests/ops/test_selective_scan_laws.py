@@ -1,4 +1,4 @@
-"""Laws of the recurrence, on every backend."""
+"""`selective_scan`: properties of the recurrence (linearity, causality, reversal) on every backend."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The definition of the selective scan: numbers by hand, derivatives by finite differences, laws."""
+"""Reference `selective_scan`: hand-computed values and finite differences."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Block sizes and chunking of the Triton kernels: nothing here needs Triton."""
+"""Block sizes and chunking of the Triton kernels; runs without Triton."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The Triton kernels: interpreted on a CPU, compiled without a device, and run on one where there is one."""
+"""Triton kernels: interpreted on a CPU, compiled ahead of time, and run on a GPU if there is one."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ on_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 
 @functools.cache
 def interpret(table: str) -> dict[str, dict[str, tuple[float, float]]]:
-    """Run a table of cases in a process whose kernels are interpreted."""
+    """Run a table of cases in a subprocess with Triton's interpreter."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "support.triton_cases", table],
         cwd=TESTS,
@@ -79,7 +79,7 @@ def test_kernels_refuse_cpu_tensors_where_nothing_is_interpreted() -> None:
 
 
 class Toolchain:
-    """Stands for a device that is not there: tells the compiler what to compile for, and runs nothing."""
+    """Fake Triton driver that names a compile target and runs nothing."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -95,7 +95,7 @@ class Toolchain:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Compile what would be launched, from the very arguments, and collect it by the kernel's name."""
+    """Compile the kernels for the launch arguments and collect them by name."""
     from triton.runtime import driver
 
     from lightspine.ops.triton import launch

@@ -1,4 +1,4 @@
-"""`lightspine.optimize`: the same numbers from fewer steps."""
+"""`lightspine.optimize`: same outputs with fewer operations."""
 
 import copy
 
@@ -172,7 +172,7 @@ def test_part_in_training_is_refused_by_its_name():
 
 
 class _PreActivation(nn.Module):
-    """BatchNorm without a neighbour to fold into."""
+    """BatchNorm without a convolution to fold into."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Layers whose weights are laid out for oneDNN."""
+"""Layers with weights prepacked for oneDNN."""
 
 import copy
 import pickle

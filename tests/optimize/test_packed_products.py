@@ -1,4 +1,4 @@
-"""Packed 1x1 convolutions, products that add or multiply, and rows of layers: the plain layers' numbers."""
+"""Packed 1x1 convolutions, fused add and multiply, and layer sequences against the plain layers."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""The recipes for images of 32 px learn from real ones."""
+"""CIFAR recipes learn from real images."""
 
 import tarfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The recipes of detectors and segmenters against what the papers' configurations say."""
+"""Detection and segmentation recipes against the official configurations."""
 
 import math
 import re
@@ -176,7 +176,7 @@ def test_data_is_prepared_as_published(name: str) -> None:
 
 
 def is_spared(name: str, parameter: torch.Tensor, of: str, segments: bool) -> bool:
-    """Return whether the official rule of a family's dense task leaves a parameter undecayed."""
+    """Return whether the official code exempts a parameter from weight decay."""
     if of == "vmamba":
         # By the names here, which say "norm" of the stem's too; the recipe tells it.
         return "norm" in name
@@ -212,7 +212,7 @@ def test_groups_of_the_optimizer_are_the_published_ones(name: str) -> None:
 
 
 def vim_factor(name: str, task: dict[str, Any]) -> float:
-    """Return the factor of the rate by official numbers of layers: stem 0, block i i + 1, heads 25."""
+    """Return the learning-rate factor by official layer number: stem 0, block i: i + 1, heads 25."""
     block = re.search(r"\.blocks\.(\d+)\.", name)
     if re.search(r"\.(pos_embed|cls_token|stem\.\w+)$", name):
         layer = 0
@@ -222,7 +222,7 @@ def vim_factor(name: str, task: dict[str, Any]) -> float:
 
 
 def small_data(name: str, folder: Path) -> list[str]:
-    """Write two images in the layout of the recipe's data and return the flags that lead there."""
+    """Write two images in the recipe's data layout and return the matching flags."""
     if name.startswith("detection/"):
         file = write_coco(folder, content(square(), square(id=2, image_id=2), images=2))
         places = {"annotations": file, "images": folder}

@@ -1,4 +1,4 @@
-"""Names of the previous release in recipes, flags and imports still work, with a warning."""
+"""Deprecated names in recipes, flags and imports still work, with a warning."""
 
 import importlib
 import sys

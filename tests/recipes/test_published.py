@@ -1,4 +1,4 @@
-"""The recipes of the papers: rates, decay, averages and first steps, against what their descriptions say."""
+"""Published recipes against the papers: learning rates, weight decay, EMA and first steps."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The runtime decodes images exactly as the library does, errors included."""
+"""`lightspine_runtime` decodes images exactly like the library, errors included."""
 
 from pathlib import Path
 

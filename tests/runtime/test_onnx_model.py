@@ -27,7 +27,7 @@ from support.images import COLOURS, write_folder
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint, what was exported of it, and images."""
+    """A folder with a checkpoint, its exports and images."""
     folder = tmp_path_factory.mktemp("runtime")
     save_small(folder / "model.safetensors", classes=list(COLOURS))
     model, saved = lightspine.load_model(folder / "model.safetensors")

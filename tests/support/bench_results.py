@@ -1,4 +1,4 @@
-"""Made-up results of `lightspine bench`: the shape of real ones, with round numbers that nothing measured."""
+"""Fake results of `lightspine bench`, with round numbers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -50,14 +50,14 @@ _MODES: dict[Mode, float] = {"eager": 1.0, "optimized": 0.62, "compile": 0.71, "
 
 
 def a_timing(median_ms: float, batch: int = 1) -> Timing:
-    """Return a time whose other figures follow from the median."""
+    """Return a timing whose other statistics follow from the median."""
     return Timing(
         median_ms=median_ms, p90_ms=1.25 * median_ms, repeats=30, images_per_s=1000 * batch / median_ms
     )
 
 
 def a_row(model: str, **changes: Any) -> Row:
-    """Return a row of one image of 224 x 224 on a CPU that took 10 ms, but for what is given."""
+    """Return a row (one 224 x 224 image on a CPU, 10 ms) with overrides."""
     values: dict[str, Any] = {
         "source": "timm" if model.startswith("timm/") else "lightspine",
         "mode": "eager",
@@ -74,7 +74,7 @@ def a_row(model: str, **changes: Any) -> Row:
 
 
 def a_result(rows: list[Row], *, preset: str | None = None, **changes: Any) -> BenchResult:
-    """Return a result that holds these rows."""
+    """Return a result with these rows."""
     values: dict[str, Any] = {
         "command": [
             "lightspine",
@@ -95,7 +95,7 @@ def a_result(rows: list[Row], *, preset: str | None = None, **changes: Any) -> B
 def table_result(
     *, modes: Sequence[Mode] = ("eager", "optimized"), batches: Sequence[int] = (1,)
 ) -> BenchResult:
-    """Return 27 models in some modes and batches; one failed, one met no memory, one is absent."""
+    """Return 27 models in several modes and batches; one failed, one ran out of memory, one is missing."""
     rows = []
     for batch in batches:
         for model, source, eager_ms, top1, params_m, macs_g in _TABLE:
@@ -146,7 +146,7 @@ def table_result(
 
 
 def sizes_result() -> BenchResult:
-    """Return two models at six sizes: one grows as the pixels, one faster and out of memory at the last."""
+    """Return two models at six sizes: one linear in pixels, one superlinear and finally out of memory."""
     sides = (224, 448, 640, 896, 1120, 1344)
     rows = []
     for model, factor, exponent in (("vim_tiny", 2.2e-3, 1.02), ("timm/deit_tiny_patch16_224", 4e-5, 1.35)):
@@ -179,7 +179,7 @@ def sizes_result() -> BenchResult:
 
 
 def steps_result() -> BenchResult:
-    """Return seven steps of one model with what a paper published of each."""
+    """Return seven ablation steps of one model with the published value of each."""
     steps = (
         ("a", 640.0, 467, 82.2),
         ("b", 655.0, 464, 82.2),

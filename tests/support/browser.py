@@ -1,4 +1,4 @@
-"""A real browser without a window: opens a page and says what a script in it found."""
+"""Headless Chromium: open a page and return the result of a script."""
 
 import html
 import json
@@ -26,7 +26,7 @@ frame.srcdoc = {source};
 def open_in_browser(
     page: str, folder: Path, *, width: int, probe: str, dark: bool = False
 ) -> tuple[Any, list[str]]:
-    """Open a page in headless Chromium and return what the probe returned and what the console said.
+    """Open a page in headless Chromium; return the probe's result and the console messages.
 
     Args:
         page: the HTML.

@@ -13,7 +13,7 @@ from support.training import SMALL_MODEL
 def save_small(
     path: Path, *, classes: list[str] | None = None, model: str = SMALL_MODEL, size: int = 32
 ) -> Path:
-    """Save a network of random, but always the same, weights."""
+    """Save a network with reproducible random weights."""
     torch.manual_seed(0)
     network = lightspine.create_model(model, num_classes=len(classes) if classes else 1000)
     preprocessing = Preprocessing(input_size=(3, size, size)).to_dict()

@@ -1,4 +1,4 @@
-"""A small COCO file with images, and the real ones."""
+"""Small synthetic COCO files, and archives of real ones."""
 
 import json
 import tarfile
@@ -30,7 +30,7 @@ _FILES = {
 
 
 def unpack(name: str, factory: pytest.TempPathFactory) -> Path:
-    """Unpack an archive of real images once per run, or skip the test where there is none."""
+    """Unpack an archive of real images once per test session; skip the test if it is missing."""
     archive = shared_archive(f"{name}.tar.gz")
     root = factory.getbasetemp() / "real"
     if not (root / name).is_dir():

@@ -1,4 +1,4 @@
-"""A small member of every family and a timm peer as backbones, and a batch of objects to detect."""
+"""Small backbones of every family and timm, and a batch of detection targets."""
 
 from typing import Any
 
@@ -22,23 +22,23 @@ NUM_CLASSES = 3
 
 
 def create_features(member: str, **options: Any) -> nn.Module:
-    """Create the `features_only` model of a small member."""
+    """Create a small `features_only` model."""
     name, sizes = MEMBERS[member]
     return lightspine.create_model(name, features_only=True, **sizes | options)
 
 
 def small_backbone(member: str, **options: Any) -> FeatureBackbone:
-    """Return a small member as a backbone; options are `FeatureBackbone`'s."""
+    """Return a small model as a FeatureBackbone with its options."""
     return FeatureBackbone(create_features(member), **options)
 
 
 def full_backbone(name: str, **options: Any) -> FeatureBackbone:
-    """Return a published model as a backbone; options are `FeatureBackbone`'s."""
+    """Return a published model as a FeatureBackbone with its options."""
     return FeatureBackbone(lightspine.create_model(name, features_only=True), **options)
 
 
 def few_proposals(detector: nn.Module, count: int = 12) -> nn.Module:
-    """Make a two-stage detector look at few boxes, which is all that a small test needs."""
+    """Reduce a two-stage detector's number of proposals for fast tests."""
     rpn: Any = getattr(detector, "rpn", None)
     if rpn is not None:
         rpn._post_nms_top_n = {"training": count, "testing": count}
@@ -67,7 +67,7 @@ def without_objects(height: int, width: int, *, dtype: torch.dtype = torch.float
 
 
 def without_gradient(module: nn.Module) -> list[str]:
-    """Return the names of the learnt parameters that have no gradient, or one that is not finite."""
+    """Return the names of trainable parameters without a finite gradient."""
     return [
         name
         for name, p in module.named_parameters()

@@ -1,4 +1,4 @@
-"""Files of small detectors and segmenters with random weights."""
+"""Checkpoints of small detectors and segmenters with random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
 
 
 def detector_file(path: Path, class_names: list[str], head: Any = "retinanet", **options: Any) -> Path:
-    """Write a detector that finds something everywhere."""
+    """Write the checkpoint of a detector that detects objects in any image."""
     torch.manual_seed(0)
     network = create_detector(
         head,
@@ -27,7 +27,7 @@ def detector_file(path: Path, class_names: list[str], head: Any = "retinanet", *
 
 
 def segmenter_file(path: Path, class_names: list[str], **settings: Any) -> Path:
-    """Write a segmenter that gives every class somewhere."""
+    """Write the checkpoint of a segmenter that predicts every class somewhere."""
     torch.manual_seed(0)
     network = create_segmenter(
         "semantic_fpn", SMALL_MODEL, len(class_names), model_args=SMALL_MAPS, channels=16

@@ -1,4 +1,4 @@
-"""Short runs of detectors and segmenters with small networks on a few real images."""
+"""Short training runs of small detectors and segmenters on a few real images."""
 
 from pathlib import Path
 from typing import Any

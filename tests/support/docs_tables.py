@@ -1,4 +1,4 @@
-"""The table of models in docs/models.md; `python tests/support/docs_tables.py` writes it anew."""
+"""The table of models in docs/models.md; `python tests/support/docs_tables.py` regenerates it."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ START, END = "docs_tables.py`, checked by tests/test_docs.py -->\n", "<!-- end -
 
 
 def model_table() -> str:
-    """Return the table in Markdown, counted on shapes alone."""
+    """Return the table in Markdown, counted on the meta device."""
     rows = [
         "| model | parameters | GMACs counted | published | top-1 published | input | maps (stride: width) |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -35,7 +35,7 @@ def model_table() -> str:
 
 
 def written_table() -> str:
-    """Return the table as it stands in the page."""
+    """Return the table in the page."""
     return PAGE.read_text().split(START)[1].split(END)[0]
 
 

@@ -1,4 +1,4 @@
-"""Networks whose every weight matters, for comparing a network with what becomes of it."""
+"""Small models with randomized weights, for comparing a model with its export."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ FAMILIES = list(SMALL)
 
 
 def disturb(model: nn.Module) -> nn.Module:
-    """Move norms, gates and layer scales away from where they start: as 0 or 1 they would hide a mistake."""
+    """Randomize norms, gates and layer scales, whose initial 0 or 1 would hide mistakes."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -37,14 +37,14 @@ def disturb(model: nn.Module) -> nn.Module:
 
 
 def small_model(family: str, **options: Any) -> nn.Module:
-    """Create a small member of a family, disturbed, in evaluation mode."""
+    """Create a small model of a family with disturbed weights, in evaluation mode."""
     name, sizes = SMALL[family]
     torch.manual_seed(0)
     return disturb(lightspine.create_model(name, **sizes | options))
 
 
 def registered_models() -> list[Any]:
-    """Return the names of all models as parameters of a test; only the smallest of a family is not slow."""
+    """Return all model names as test parameters; all but the smallest of a family are marked slow."""
     records = [get_record(name) for name in lightspine.list_models()]
     least = {
         min((r for r in records if r.family == family), key=lambda r: r.params).name

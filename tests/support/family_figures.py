@@ -1,4 +1,4 @@
-"""Run the official figures of a map-shaped family through the public API, and compare what comes out."""
+"""Compare a hierarchical model family with official reference values through the public API."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from support.reference import assert_close, figure_images, load_figure_model, re
 
 @dataclass
 class FigureRun:
-    """A figure, the float64 model loaded from its checkpoint, and what the model gave for its images."""
+    """Reference values, the float64 model loaded from their checkpoint, and its outputs."""
 
     figure: dict[str, Any]
     model: nn.Module
@@ -23,7 +23,7 @@ class FigureRun:
 
 
 def run_figure(figure_name: str, model_name: str, folder: Path) -> FigureRun:
-    """Load the figure's checkpoint as an official file and run its images in float64."""
+    """Load the reference checkpoint as an official file and run its images in float64."""
     figure = read_figure(figure_name)
     model = load_figure_model(model_name, figure, folder).double()
     images = figure_images(figure)
@@ -43,7 +43,7 @@ def assert_map(name: str, actual: Tensor, expected: dict[str, Any], tolerance: f
 
 
 def official_names(model_name: str, model: nn.Module, layout: dict[str, list[int]]) -> dict[str, str]:
-    """Return our name of every tensor of the published layout."""
+    """Return published key -> our key of every tensor."""
     published = {key: torch.empty(shape, device="meta") for key, shape in layout.items()}
     renamed = get_record(model_name).checkpoint_filter_fn(dict(published), model)
     ours = {id(tensor): key for key, tensor in renamed.items()}

@@ -1,4 +1,4 @@
-"""Score images shared by two processes, the middle one by both, and print what each of them finds as JSON.
+"""Compute metrics on two ranks that share one image, and write the results as JSON.
 
 `torchrun --nproc-per-node 2 -m support.gathered_metrics FOLDER` in `tests/`; FOLDER has a small COCO file.
 """

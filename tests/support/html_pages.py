@@ -1,4 +1,4 @@
-"""Reads an HTML page as a browser does: its elements, their attributes and the text of its tables."""
+"""HTML parser for tests: elements, attributes and table texts."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ class Cell:
 
 @dataclass
 class ReadPage(HTMLParser):
-    """The parts of a page that tests look at.
+    """Parsed HTML page.
 
     Attributes:
         tags: how many elements there are of each name.
@@ -37,7 +37,7 @@ class ReadPage(HTMLParser):
         self._open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note an element."""
+        """Record an element."""
         values = {name: value or "" for name, value in attrs}
         self.tags[tag] += 1
         self.attributes += values.items()
@@ -52,12 +52,12 @@ class ReadPage(HTMLParser):
             self.tables[-1][-1].append(Cell(tag, values))
 
     def handle_endtag(self, tag: str) -> None:
-        """Leave an element, and those inside that have no end of their own."""
+        """Close an element and its unclosed children."""
         while self._open and self._open.pop() != tag:
             pass
 
     def handle_data(self, data: str) -> None:
-        """Note the text."""
+        """Record text."""
         if "script" in self._open[-1:] or "style" in self._open[-1:]:
             return
         self.text += data
@@ -66,7 +66,7 @@ class ReadPage(HTMLParser):
 
 
 def read_page(page: str) -> ReadPage:
-    """Return what is in a page."""
+    """Parse an HTML page."""
     found = ReadPage()
     found.feed(page)
     return found

@@ -14,7 +14,7 @@ COLOURS = {"blue": (30, 40, 220), "green": (30, 200, 60), "red": (220, 40, 30)}
 def write_image(
     path: Path, colour: tuple[int, int, int], *, size: tuple[int, int] = (40, 40), seed: int = 0
 ) -> Path:
-    """Save an image of one colour with noise; its class is easy to learn."""
+    """Save a noisy image of one color, whose class is easy to learn."""
     noise = np.random.default_rng(seed).integers(-25, 26, (size[1], size[0], 3))
     pixels = np.clip(np.asarray(colour) + noise, 0, 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def truncate(path: Path) -> Path:
 
 
 def shared_archive(name: str) -> Path:
-    """Return the path of an archive of real images, or skip the test where there is none."""
+    """Return the path of an archive of real images; skip the test if it is missing."""
     path = SHARED_DATA / name
     if not path.is_file():
         pytest.skip(f"needs {name} in a folder shared/data beside the checkout")

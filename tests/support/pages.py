@@ -1,4 +1,4 @@
-"""The pages of the documentation and what is printed in them."""
+"""Documentation pages: code blocks, commands and promised outputs."""
 
 import ast
 import contextlib
@@ -14,23 +14,23 @@ _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 
 
 def page_name(page: Path) -> str:
-    """Return a page's path from the root, for the name of a test."""
+    """Return a page's path relative to the repository, as a test id."""
     return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Return the fenced blocks of a language; "" for those that name none."""
+    """Return the fenced code blocks of a language; "" for blocks without one."""
     return [text for name, text in _BLOCK.findall(page.read_text(encoding="utf-8")) if name == language]
 
 
 def commands(page: Path) -> list[str]:
-    """Return the lines of a page that call `lightspine`, without what explains them behind two spaces."""
+    """Return the `lightspine` commands of a page, without the explanation after two spaces."""
     lines = "\n".join(blocks(page, "")).replace("\\\n", " ").splitlines()
     return [re.split(r" {2,}", line)[0] for line in lines if line.startswith("lightspine ")]
 
 
 def promised_output(block: str, statement: ast.stmt) -> str | None:
-    """Return the comment behind a statement or in the lines below it, which says what it prints."""
+    """Return the expected output: the comment after a statement or in the lines below it."""
     lines = block.splitlines()
     _, mark, comment = lines[(statement.end_lineno or 0) - 1][statement.end_col_offset or 0 :].partition("# ")
     found = [comment] if mark else []
@@ -42,7 +42,7 @@ def promised_output(block: str, statement: ast.stmt) -> str | None:
 
 
 def run_block(block: str, name: str, namespace: dict[str, Any]) -> list[tuple[str, str]]:
-    """Run a block and return (printed, promised) for every print that promises its output in a comment."""
+    """Run a block and return (printed, promised) for every print with an output comment."""
     pairs = []
     for statement in ast.parse(block).body:
         code = compile(ast.Module([statement], type_ignores=[]), name, "exec")
@@ -56,7 +56,7 @@ def run_block(block: str, name: str, namespace: dict[str, Any]) -> list[tuple[st
 
 
 def broken_promises(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the pairs that differ; an explanation may follow the output behind a colon."""
+    """Return the pairs that differ; an explanation may follow the output after a colon."""
     return [
         (printed, promise)
         for printed, promise in pairs

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 def train_command(
     folder: Path, *flags: str, launcher: tuple[str, ...] = (), timeout_s: float = 150
 ) -> subprocess.CompletedProcess[str]:
-    """Train a small model on a few batches of the digits and wait until all its processes have ended."""
+    """Train a small model on a few batches of the digits and wait for all processes."""
     script = str(ROOT / "tests" / "support" / "command.py")
     quick = ["--data=DigitsDataModule", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
     limits = ["--trainer.limit_train_batches=8", "--trainer.limit_val_batches=2"]

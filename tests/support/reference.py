@@ -1,4 +1,4 @@
-"""Read the figures of the official code and rebuild the checkpoints that they were made with."""
+"""Reference values of the official code, and the checkpoints that they were computed with."""
 
 import json
 from pathlib import Path
@@ -30,14 +30,14 @@ def write_official_file(path: Path, state_dict: dict[str, Tensor], entry: str = 
 
 
 def load_figure_model(name: str, figure: dict[str, Any], folder: Path, **options: Any) -> nn.Module:
-    """Create a model from the figure's checkpoint as a user would: from an official file."""
+    """Create a model from the reference checkpoint, saved as an official file."""
     state_dict = fill_checkpoint(figure["checkpoint"], figure["gain"])
     path = write_official_file(folder / "official.pth", state_dict)
     return lightspine.create_model(name, checkpoint=path, **options).eval()
 
 
 def figure_images(figure: dict[str, Any], dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the input images of a figure (or of its "training" part)."""
+    """Return the input images of the reference values (or of their "training" part)."""
     spec = figure["input"]
     images = make_images(spec["batch"], spec["height"], spec["width"], spec["seed"])
     return torch.from_numpy(images).to(dtype)

@@ -1,4 +1,4 @@
-"""Inputs for the scans, the figures of the official code, and how close two results must be."""
+"""Scan inputs, official reference values and tolerances."""
 
 from typing import Any, NamedTuple
 
@@ -92,14 +92,14 @@ def conv_inputs(
 def bidirectional_inputs(
     batch: int = 2, dim: int = 4, length: int = 7, state_dim: int = 3, *, seed: int = 0
 ) -> SelectiveScanInputs:
-    """Return float64 inputs of both directions, whose gate is shared."""
+    """Return float64 inputs of both directions with a shared gate."""
     inputs = scan_inputs(batch, 2 * dim, length, state_dim, 2, seed=seed)
     assert inputs.z is not None
     return inputs._replace(z=inputs.z[:, :dim])
 
 
 def convert(inputs: Any, dtype: torch.dtype) -> Any:
-    """Return the inputs as a model would hand them over: A, D and delta_bias never below float32."""
+    """Cast inputs as a model does: A, D and delta_bias stay at least float32."""
     kept = torch.promote_types(dtype, torch.float32)
     return type(inputs)(
         *(
@@ -127,7 +127,7 @@ def results_and_gradients(operator: Any, inputs: Any, **options: Any) -> dict[st
 
 
 def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Compare every tensor with the definition, each within the tolerance of its own dtype."""
+    """Compare every tensor with the reference, within the tolerance of its dtype."""
     assert actual.keys() == expected.keys()
     for name, tensor in actual.items():
         # What is float32 by contract inherits the rounding of the reduced-precision tensors that it is
@@ -149,7 +149,7 @@ def run_scan(inputs: SelectiveScanInputs, **options: Any) -> tuple[Tensor, Tenso
 
 
 def figure_inputs(case: dict[str, Any]) -> tuple[SelectiveScanInputs, Tensor]:
-    """Return the inputs of a case of `ops.json`, by the recipe in the file, and the weights of the output."""
+    """Return the inputs and output weights of a case of `ops.json`, generated as the file says."""
     draw = np.random.RandomState(case["seed"]).standard_normal
     batch, dim, state_dim, length, groups = (case[key] for key in ("batch", "d", "n", "L", "K"))
     u, delta = draw((batch, dim, length)), draw((batch, dim, length))

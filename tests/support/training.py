@@ -1,4 +1,4 @@
-"""Short runs on the digits with a small network."""
+"""Short training runs on the digits with a small network."""
 
 from pathlib import Path
 from typing import Any

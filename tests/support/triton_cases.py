@@ -1,4 +1,4 @@
-"""Run the Triton kernels on a CPU and print how far they are from the definition, as JSON.
+"""Run the Triton kernels on a CPU and print their error against the reference as JSON.
 
 A program of its own, because Triton decides at the first import whether kernels are compiled or interpreted:
 `TRITON_INTERPRET=1 python -m support.triton_cases fast` in `tests/` prints
@@ -61,7 +61,7 @@ def cut_both(inputs: SelectiveScanInputs, dtype: torch.dtype = F64) -> Report:
 
 @contextmanager
 def cpu_tensors_on_triton() -> Iterator[None]:
-    """Make "auto" run CPU tensors on the interpreted kernels, like CUDA tensors on the compiled ones."""
+    """Make "auto" select the Triton kernels for CPU tensors, as it does for CUDA tensors."""
     from lightspine.ops import dispatch
 
     dispatch.choose_backend.cache_clear()
@@ -74,7 +74,7 @@ def cpu_tensors_on_triton() -> Iterator[None]:
 
 
 def vim_mixer(*, optimized: bool = False, **options: Any) -> Report:
-    """Compare a mixer of Vim, its gradients too, with the one that scans one direction after the other."""
+    """Compare Vim's mixer and its gradients with a mixer that scans the directions separately."""
     torch.manual_seed(0)
     mixer = VimMixer(8, state_dim=3, **options).double()
     x = torch.randn(2, 8, 2, 3, dtype=F64, requires_grad=True)
@@ -93,7 +93,7 @@ def vim_mixer(*, optimized: bool = False, **options: Any) -> Report:
 
 
 def hooked_mixer() -> Report:
-    """Count the calls of a hook on one direction, which a mixer that scans both at once would not call."""
+    """Count the calls of a hook on one direction, which the joint scan of both would skip."""
     mixer = VimMixer(8, state_dim=3).double()
     calls = []
     mixer.ahead.register_forward_hook(lambda *_: calls.append(1))
@@ -104,7 +104,7 @@ def hooked_mixer() -> Report:
 
 @contextmanager
 def short_chunks(programs: int = 10**9, images: int = 10**9) -> Iterator[None]:
-    """Cut sequences into chunks of four steps, as a long one is cut on a device.
+    """Split sequences into chunks of four steps, as long ones are on a GPU.
 
     Args:
         programs: programs that are enough to fill the device; with 1 no sequence is cut.
@@ -169,7 +169,7 @@ def cut_cross(dtype: torch.dtype, order: str = "cross2d", programs: int = 10**9,
 
 
 def figure(case: dict[str, Any], dtype: torch.dtype, tolerance: float) -> Report:
-    """Compare a case of `ops.json`, made by the official code."""
+    """Compare with a case of `ops.json`, computed by the official code."""
     inputs, weights = figure_inputs(case)
     inputs = convert(inputs, dtype)
     leaves = type(inputs)(*(None if t is None else t.requires_grad_() for t in inputs))
@@ -186,7 +186,7 @@ def figure(case: dict[str, Any], dtype: torch.dtype, tolerance: float) -> Report
 
 
 def snake(height: int, width: int) -> Tensor:
-    """Return a user's own order: one direction, every second row backwards."""
+    """Return a user-defined scan order: one direction, every second row reversed."""
     pixels = torch.arange(height * width).view(height, width)
     pixels[1::2] = pixels[1::2].flip(1)
     return pixels.view(1, -1)
@@ -201,7 +201,7 @@ def repeated(inputs: SelectiveScanInputs) -> Report:
 
 
 def channels_last(inputs: SelectiveScanInputs) -> SelectiveScanInputs:
-    """Return tokens and projections as a model hands them over: views of (B, L, D) and of one projection."""
+    """Return channels-last tokens and projections, as views of (B, L, D) like in a model."""
     both = torch.cat([inputs.B, inputs.C], 2).permute(0, 3, 1, 2).contiguous()
     B, C = both.permute(0, 2, 3, 1).chunk(2, dim=2)
     tokens = {

@@ -1,4 +1,4 @@
-"""Learning rate over a run, random seeds, gradient clipping and wrong settings of the base task."""
+"""Base task: learning-rate schedule, random seeds, gradient clipping and invalid settings."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Classification task: loss, schedule, parameter groups and wrong arguments."""
+"""Classification task: loss, schedule, parameter groups and invalid arguments."""
 
 import math
 

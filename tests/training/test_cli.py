@@ -1,4 +1,4 @@
-"""`lightspine train`: recipes, flags that override them, and wrong flags."""
+"""`lightspine train`: recipes, overriding flags and invalid flags."""
 
 import importlib.util
 import re

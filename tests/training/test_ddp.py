@@ -1,4 +1,4 @@
-"""Distributed training with two ranks: same result as one, and the end when a rank dies."""
+"""Distributed training (DDP): two ranks match one, and the run ends if a rank dies."""
 
 import signal
 from pathlib import Path

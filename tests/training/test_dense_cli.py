@@ -1,4 +1,4 @@
-"""`lightspine train` of detectors and segmenters."""
+"""`lightspine train` for detectors and segmenters."""
 
 from pathlib import Path
 

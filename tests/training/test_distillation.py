@@ -34,7 +34,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Says(nn.Module):
-    """A teacher with fixed logits for each image."""
+    """Teacher with fixed logits for each image."""
 
     def __init__(self, logits: list[list[float]]) -> None:
         super().__init__()
@@ -299,7 +299,7 @@ def test_damaged_file_is_refused(tmp_path: Path) -> None:
 
 
 class Fixed(nn.Module):
-    """Returns the same logits for every image, and others in training mode."""
+    """Module with fixed logits, which differ in training mode."""
 
     def __init__(self, logits: list[float]) -> None:
         super().__init__()

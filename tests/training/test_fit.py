@@ -1,4 +1,4 @@
-"""A complete run: its files, interruption, divergence, exports and memory options."""
+"""Complete training runs: files, interruption, divergence, exports and memory options."""
 
 import csv
 import os

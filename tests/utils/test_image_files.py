@@ -1,4 +1,4 @@
-"""Whatever an image file holds, it comes out as upright 8-bit RGB or as a sentence."""
+"""`open_image`: any image file is decoded to upright 8-bit RGB or raises a LightspineError."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Packed texts behave like a list of texts."""
+"""PackedStrings behaves like a list of strings."""
 
 import pytest
 
