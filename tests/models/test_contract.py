@@ -1,4 +1,4 @@
-"""Contract tests of all registered models (CONTRIBUTING.md, "The model contract"): timm interface, any size."""
+"""Contract tests of registered models (CONTRIBUTING.md, "The model contract"): timm interface, any size."""
 
 import io
 import math
