@@ -15,6 +15,6 @@ def _one_seed() -> None:
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-# A shell starts what runs in its background with Ctrl-C ignored, which some tests send to themselves.
+# Background jobs of a shell ignore SIGINT, which some tests send to themselves.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

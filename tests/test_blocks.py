@@ -12,7 +12,7 @@ from lightspine import blocks
 from support.reference import fill_checkpoint
 
 DIM = 16
-# Block -> (its options in a small test, the smallest model that is made of it, that model's options).
+# Block -> (options for a small test, smallest model with the block, options of that model).
 BLOCKS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "EfficientModAttentionBlock": ({"num_heads": 2, "min_head_dim": 12}, "efficientmod_xxs", {}),
     "EfficientModBlock": ({"expand_ratio": 4}, "efficientmod_xxs", {}),
@@ -26,7 +26,7 @@ BLOCKS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "VimBlock": ({"state_dim": 4}, "vim_tiny", {}),
     "VimMixer": ({"state_dim": 4}, "vim_tiny", {}),
 }
-# A shifts what a softmax over positions forgets (EfficientViM): its gradient is zero.
+# EfficientViM's softmax over positions is invariant to A, whose gradient is therefore zero.
 WITHOUT_EFFECT = {"HSMSSD": {"A"}, "NCSSD": {"A"}, "EfficientViMBlock": {"mixer.A"}}
 
 
@@ -53,7 +53,7 @@ def test_block_keeps_the_shape_of_a_map(name, size):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_gradient_reaches_every_parameter_and_the_input(name):
-    # With the running statistics: a batch's own cancel a bias before them, such as that of SHSA's norm.
+    # In evaluation mode, because batch statistics cancel a preceding bias, such as that of SHSA's norm.
     block = make_block(name).eval()
     x = torch.randn(2, DIM, 7, 5, dtype=torch.float64, requires_grad=True)
     y = block(x)

@@ -80,7 +80,7 @@ def test_scan_of_vim_reads_the_query_past_its_class_token(image: Path) -> None:
     result = first_attention(small("vim_tiny"), (60, 60), image, size=64)
     assert result.labels == ["ahead", "back", "merged"]
     row, column = result.cell
-    # The walk ahead meets the query last, so nothing behind it can be read; the walk back likewise.
+    # The forward scan meets the query last, so it reads no later position; the backward scan likewise.
     flat = result.reads.reshape(3, -1)
     place = row * result.reads.shape[2] + column
     assert not flat[0, place + 1 :].any()

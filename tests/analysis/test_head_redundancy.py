@@ -29,7 +29,7 @@ def test_equal_heads_have_cosine_one_and_others_less(image: Path) -> None:
     qkv = model.blocks[0].attn.qkv
     with torch.no_grad():
         qkv.weight.normal_(std=0.3)
-        # Queries and keys of head 1 as those of head 0; head 2 stays different.
+        # Head 1 gets the queries and keys of head 0; head 2 stays different.
         for start in (0, 192):
             qkv.weight[start + 64 : start + 128] = qkv.weight[start : start + 64]
             qkv.bias[start + 64 : start + 128] = qkv.bias[start : start + 64]

@@ -25,7 +25,7 @@ NAMES = (
     "vim-resolution",
     "efficientmod-latency",
 )
-# The official configuration of each step, whose number of parameters is known.
+# The official configuration of each ablation step, with a known number of parameters.
 STEPS = {
     "vanilla": "vmambav0_tiny_224_a0",
     "a": "vmambav0_tiny_224_a1",
@@ -137,7 +137,7 @@ def test_published_figures_are_those_of_the_registry(name: str) -> None:
     )
     if registered.macs_g is not None and figures.macs_g is not None:
         assert figures.macs_g == pytest.approx(registered.macs_g, rel=0.02)
-    # EfficientMod's repository prints distilled scores; here those without a teacher stand.
+    # EfficientMod's repository lists distilled scores; the preset has those without a teacher.
     if not name.startswith("efficientmod"):
         assert figures.top1 == registered.top1
 

@@ -11,7 +11,7 @@ from lightspine.benchmark.results import save_results
 from support.bench_results import sizes_result, table_result
 from support.browser import open_in_browser
 
-# Everything the tests look at, in one visit: starting a browser takes longer than looking.
+# One probe for all tests, because starting a browser is slow.
 PROBE = """
   const table = page.querySelectorAll("table.sortable")[0];
   const headings = [...table.tHead.rows[1].cells];
@@ -95,7 +95,7 @@ def test_heading_sorts_its_column_by_number(visit: Any) -> None:
     up = [float(value) for value in found["up"] if value]
     assert up == sorted(up)
     assert [float(value) for value in found["down"] if value] == sorted(up, reverse=True)
-    # What has no time stands last both ways.
+    # Rows without a time come last in both sort orders.
     assert (found["up"][-1], found["down"][-1]) == ("", "")
     assert found["order"] == "descending"
 

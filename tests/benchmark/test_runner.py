@@ -71,7 +71,7 @@ def test_rates_follow_from_multiply_adds_and_median() -> None:
     assert 0 < row.macs_scan < row.macs
     assert row.parameters == 30_249_064
     assert row.gflops_per_s == pytest.approx(2 * row.macs * 2 / 0.02 / 1e9)
-    # A product of 1024 x 1024 matrices takes turns with the model, and 20 ms too.
+    # A product of 1024 x 1024 matrices alternates with the model and also takes 20 ms.
     assert result.matmul_gflops == pytest.approx({"float32": 2 * 1024**3 / 0.02 / 1e9})
     assert row.matmul_share == pytest.approx(row.gflops_per_s / result.matmul_gflops["float32"])
 
@@ -94,7 +94,7 @@ def test_models_modes_and_dtypes_take_turns() -> None:
     timed = [text for text in turns if ": memory" not in text]
     rows = set(timed[:8])
     assert len(rows) == 8
-    # Behind the warm-up, two rounds in which everyone has a turn: an untimed call and two timed ones.
+    # After the warm-up, two rounds; in each, every model has one untimed and two timed calls.
     assert len(timed) == 8 + 2 * 8 * 3
     for start in (8, 32):
         turns_of_round = [timed[i : i + 3] for i in range(start, start + 24, 3)]
@@ -120,7 +120,7 @@ def test_training_step_is_timed_beside_the_forward_pass() -> None:
     eager, optimized = bench_models(_specs("shvit_s1"), settings).rows
     assert eager.train_step is not None
     assert eager.forward is not None
-    # What is optimised has no gradients.
+    # Optimized models have no gradients.
     assert (optimized.train_step, optimized.status) == (None, "ok")
 
 
@@ -299,7 +299,7 @@ def test_row_whose_process_the_system_ends_is_out_of_memory() -> None:
     told = subprocess.run(
         [sys.executable, "-c", script], input="{}\n{}\n", capture_output=True, text=True, check=True
     )
-    # The process that forks lives on.
+    # The parent of the fork survives.
     assert told.stdout.splitlines() == ['{"signal": 9}'] * 2
 
 

@@ -5,7 +5,7 @@ from lightspine.benchmark.saved_activations import count_saved_bytes
 
 
 def test_saved_bytes_are_those_of_the_activations() -> None:
-    # A linear map keeps its input, which is there anyway; the sigmoid keeps its output, 5 x 8 numbers.
+    # A linear layer saves its input, which exists anyway; the sigmoid saves its output, 5 x 8 values.
     module = nn.Sequential(nn.Linear(4, 8), nn.Sigmoid())
     assert count_saved_bytes(module, torch.zeros(5, 4)) == 5 * 8 * 4
 

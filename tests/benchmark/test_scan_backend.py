@@ -14,7 +14,7 @@ from lightspine.errors import LightspineError
 from lightspine.models.vmamba import VMamba
 from lightspine.ops import reference
 
-# The package's function has the name of the package.
+# The package exports a function of the same name as the module.
 package = import_module("lightspine.ops.cross_scan")
 
 

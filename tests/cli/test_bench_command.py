@@ -82,7 +82,7 @@ def test_help_names_the_options_and_the_other_kinds(capsys: pytest.CaptureFixtur
 def test_table_of_models_shows_measured_beside_published(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The processes that measure memory import everything anew.
+    # The subprocesses that measure memory are slow to import everything.
     monkeypatch.setattr("lightspine.benchmark.runner.can_measure_memory", lambda: False)
     arguments = [
         "shvit_s1",

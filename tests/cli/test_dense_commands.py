@@ -94,7 +94,7 @@ def test_checkpoint_is_opened_once(
     if command == "predict":
         assert main(["predict", *checkpoint, str(folder / "val2017" / "1.jpg")]) == 0
     else:
-        # A classifier has no COCO categories; its checkpoint is read all the same.
+        # A classifier's checkpoint is opened too, although it has no COCO categories.
         assert main(["evaluate", *checkpoint, "--data", str(folder)]) == (2 if network == "classifier" else 0)
     assert opened == [f"{network}.safetensors"]
 

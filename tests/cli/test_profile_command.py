@@ -37,7 +37,7 @@ def test_training_step_has_a_backward(capsys: pytest.CaptureFixture[str]) -> Non
 def test_model_of_timm_is_profiled_in_its_fused_form(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile", "timm/mobileone_s0", *QUICK, "--mode", "optimized", "--json"]) == 0
     profile = json.loads(capsys.readouterr().out)
-    # Fused, its blocks have one convolution and no BatchNorm.
+    # After fusion its blocks have one convolution and no BatchNorm.
     assert not any("BatchNorm" in module["kind"] for module in profile["modules"])
 
 

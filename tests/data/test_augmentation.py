@@ -85,7 +85,7 @@ def test_padded_crop_shifts_by_at_most_an_eighth() -> None:
         with seeded_generators(seed):
             image = transform(RAMP)
         assert image.shape == (3, 64, 64)
-        # A row that is not of the black border shows by how much the ramp was moved.
+        # A row outside the black border shows the shift of the ramp.
         shifts.add(round(float(image[0, 32, 32]) * 255 / 3) - 32)
     assert min(shifts) >= -8
     assert max(shifts) <= 8

@@ -65,7 +65,7 @@ def test_large_scale_jitter_moves_image_mask_and_box_alike(scale: float) -> None
     assert image.shape == (3, 96, 96)
     shown = image[0].as_subclass(Tensor)
     height, width = (min(round(side * scale * 96 / 64), 96) for side in (40, 64))
-    # Where the picture was: half covered pixels of the image are the border of the mask.
+    # Image and mask agree except at the border of the object.
     differing = (shown[:height, :width] > 127) != mask[:height, :width].bool()
     assert differing.float().mean() < 0.12
     rows, columns = mask.nonzero(as_tuple=True)

@@ -54,7 +54,7 @@ def test_augmentation_moves_digits_slightly() -> None:
     moved = DigitsDataset("train", augment=True).__getitems__(list(range(64))).images
     difference = (plain - moved).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)
     assert difference.min() > 0.01
-    # A digit is still nearer to itself than to a different one.
+    # An augmented digit is still closer to its original than to another digit.
     assert difference.mean() < torch.cdist(plain.flatten(1), plain.flatten(1)).mean() / plain[0].norm()
 
 
@@ -78,7 +78,7 @@ def test_exported_file_gives_the_input_of_the_data_set(tmp_path: Path) -> None:
     wanted = dataset.__getitems__([int((dataset.labels == digit).nonzero()[0]) for digit in range(10)]).images
     read = torch.stack([transform(open_image(path)) for path, _ in files])
     assert [name for _, name in files] == [str(digit) for digit in range(10)]
-    # Files hold 256 levels.
+    # Files have 256 gray levels.
     assert (read - wanted).abs().max() <= 0.5 / 255 / 0.324 + 1e-5
 
 

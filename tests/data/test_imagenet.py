@@ -9,7 +9,7 @@ from lightspine.data.imagenet_classes import imagenet_synsets, synset_descriptio
 from lightspine.errors import UsageError
 from support.images import write_image
 
-# Three of the thousand: the order of their numbers is the order of their ids.
+# Three of the 1000 classes; class indices follow the order of the ids.
 TENCH, BIRD, MACHINE = "n01440764", "n02012849", "n03126707"
 
 

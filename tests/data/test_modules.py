@@ -22,7 +22,7 @@ from lightspine.data.modules import (
 from lightspine.errors import LightspineError, UsageError
 from support.images import COLOURS, shared_archive, truncate, write_folder, write_image
 
-# Between Lightning and torch, and about workers that 60 images do not need.
+# Warnings between Lightning and torch, and about num_workers.
 quiet = pytest.mark.filterwarnings(
     "ignore:`isinstance:FutureWarning",
     "ignore:.*does not have many workers",
@@ -250,5 +250,5 @@ def test_batch_size_below_one_is_refused() -> None:
 
 def test_root_with_validation_folders_only_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, count=1, splits=("val", "test"))
-    with pytest.raises(UsageError, match=r"a folder train in .* beside test and val"):
+    with pytest.raises(UsageError, match=r"a folder train next to test and val in"):
         ImageFolderDataModule(tmp_path)

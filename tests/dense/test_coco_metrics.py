@@ -50,7 +50,7 @@ def _random_detections(annotations: CocoAnnotations) -> dict[int, Detections]:
 def _pycocotools(file: Path, results: list[dict[str, Any]], kind: str) -> np.ndarray:
     dropped, iou_type = {"box": ("segmentation", "bbox"), "mask": ("bbox", "segm")}[kind]
     entries = [{key: value for key, value in found.items() if key != dropped} for found in results]
-    # It prints and takes no logger.
+    # pycocotools prints its progress.
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(file))
         evaluation = COCOeval(truth, truth.loadRes(entries), iou_type)

@@ -10,7 +10,7 @@ from lightspine.data import export_digits
 from lightspine.export import export_onnx
 from support.pages import PAGES, ROOT, blocks, broken_promises, page_name, run_block
 
-# README.md has a test of its own, which compares what is printed too.
+# README.md has its own test, which also compares the printed output.
 # The page on exports writes and compares files of several precisions: some 16 s.
 WITH_CODE = [
     pytest.param(page, marks=pytest.mark.slow) if page.name == "export.md" else page
@@ -27,7 +27,7 @@ def test_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
             "its family would stay registered here: test_adding_a_family.py runs it in a process of its own"
         )
     if page.name == "export.md":
-        # What the page takes for granted.
+        # Variables and files that the page assumes.
         export_onnx(lightspine.create_model("shvit_s1", num_classes=3).eval(), tmp_path / "model.onnx")
         Image.effect_noise((80, 97), 40).convert("RGB").save(tmp_path / "image.jpg")
     if page.name == "analysis.md":

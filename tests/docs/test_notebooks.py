@@ -18,7 +18,7 @@ def test_notebook_is_committed_without_outputs(path: Path) -> None:
 
 
 @pytest.mark.slow
-# What the client of Jupyter's kernels warns about itself, in this process; the notebook runs in another one.
+# Warnings of the Jupyter client in this process; the notebook runs in another one.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_processes_of_torchrun_share_the_work(place: Path, whole: bytes) -> None
 
 def _command(place: Path, out: str, *more: str) -> list[str]:
     files = ["--checkpoint", str(place / "model.safetensors"), "--data", str(place / "images")]
-    # Many small parts: a kill finds the run in the midst of them.
+    # Many small parts, so that the kill interrupts the run.
     return [*PROGRAM, "predict", *files, "--out", str(place / out), "--part-size", "8", *more]
 
 
@@ -126,7 +126,7 @@ def _wait_until_gone(pids: list[int]) -> None:
 
 def _runs(pid: int) -> bool:
     try:
-        # A zombie has ended, though nobody has asked it how.
+        # A zombie has ended, but its parent has not waited for it.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False

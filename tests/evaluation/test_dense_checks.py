@@ -42,7 +42,7 @@ def _diverged(path: Path) -> Path:
 
 
 def test_images_of_a_batch_are_seen_as_if_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # oneDNN's convolutions round by batch size, which reorders nearly equal scores of random weights.
+    # oneDNN's rounding depends on the batch size, which reorders nearly equal scores of random weights.
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     path = detector_file(tmp_path / "detector.safetensors", NAMES[1:], resize=None)
     detector: Any = load_network(path)[0]

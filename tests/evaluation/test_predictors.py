@@ -64,7 +64,7 @@ def test_picture_has_the_ratio_of_the_image(
     assert found.picture == tmp_path / "cat.png"
     with Image.open(found.picture) as picture:
         ratio = picture.width / picture.height
-    # A legend stands beside a class map.
+    # The legend of a segmentation map is on the right.
     assert ratio == pytest.approx(97 / 65, rel=0.02) if kind == "detector" else ratio > 97 / 65
 
 
@@ -147,7 +147,7 @@ def test_way_of_looking_is_that_of_the_evaluation(
         for folder in ("images", "annotations"):
             (tmp_path / folder / split).mkdir(parents=True)
         (tmp_path / "images" / split / "cat.png").write_bytes(image.read_bytes())
-    # What is found as the truth: an evaluation that looks the same way finds it all.
+    # With the detections as ground truth, an evaluation of the same detector is perfect.
     [found] = predict_dense(segmenter, [image], out=tmp_path / "out", labels=True, **options)
     labels = (tmp_path / "out" / "cat_labels.png").read_bytes()
     for split in ("train", "val"):

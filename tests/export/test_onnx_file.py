@@ -21,7 +21,7 @@ from lightspine.optimize import optimize
 from support.dense import MEMBERS
 from support.exporting import FAMILIES, disturb, small_model
 
-# Largest relative difference of float32 sums in another order.
+# Largest relative difference of float32 sums in different order.
 TOLERANCE = 1e-5
 SHAPES = [(1, 224, 224), (3, 192, 256), (1, 97, 161), (3, 32, 32)]
 
@@ -64,7 +64,7 @@ def test_file_holds_no_path_of_the_machine(exported: tuple[nn.Module, ExportRepo
 
 
 def test_runtime_has_nothing_to_warn_of(exported: tuple[nn.Module, ExportReport]) -> None:
-    # A process of its own: ONNX Runtime writes past Python's standard error.
+    # In a subprocess, because ONNX Runtime bypasses Python's standard error.
     script = f"import onnxruntime; onnxruntime.InferenceSession({str(exported[1].path)!r})"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert (run.stdout, run.stderr) == ("", "")
@@ -175,7 +175,7 @@ def test_wrong_values_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model = small_model("shvit")
     path = tmp_path / "model.onnx"
     path.write_bytes(b"what was there before")
-    # Folding goes wrong: the file holds another network than the one it is compared with.
+    # Simulate wrong folding: the exported network differs from the one it is compared with.
     monkeypatch.setattr(
         "lightspine.export.onnx_file.optimize", lambda _: optimize(small_model("shvit", depths=(2, 2)))
     )

@@ -26,7 +26,7 @@ def test_half_precision_halves_the_file(family: str, options: dict[str, Any], tm
     model = small_model(family, num_classes=1000, **options)
     report = export_onnx(model, tmp_path / "half.onnx", precision="fp16", shapes=[(1, 64, 96)])
     assert 0.01 < report.bytes / report.weight_bytes < (0.6 if family == "shvit" else 1.2)
-    # Half precision has eleven bits; a scan in it would be far worse.
+    # Half precision has 11 bits; a half-precision scan would be far less accurate.
     assert report.differences[0].relative < 5e-3
 
 

@@ -17,7 +17,7 @@ from support.dense import full_backbone
 PUBLISHED = {
     "vmamba_tiny": ((50, 271), (62, 949)),
     "vmamba_tiny_s2l5": ((50, 270), (62, 948)),
-    # The table prints 384 for Mask R-CNN. In UPerNet its ten blocks more than s2l5 cost 80, here then 78.
+    # The table has 384 for Mask R-CNN; ten more blocks than s2l5 cost 80 in UPerNet, and 78 here.
     "vmamba_small": ((70, 348), (82, 1028)),
     "vmamba_base": ((108, 485), (122, 1170)),
     "vmamba_tiny_v0": ((42, 286), (55, 964)),
@@ -30,7 +30,7 @@ MODELS = [pytest.param(name, marks=() if name == "vmamba_tiny" else pytest.mark.
 
 def assert_published(network, counted, size, published):
     parameters, macs = published
-    # Printed as whole millions.
+    # Published as whole millions.
     assert abs(sum(p.numel() for p in network.parameters()) / 1e6 - parameters) < 0.75
     assert count_macs(counted, size).total / 1e9 == pytest.approx(macs, rel=0.01)
 

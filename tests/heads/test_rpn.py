@@ -37,7 +37,7 @@ def test_anchors_of_half_precision_maps_are_in_float32():
 @pytest.mark.parametrize("size", [33, 64, 1000])
 def test_crops_read_the_pixel_centres_whatever_the_image_size(size):
     strides = (4, 8)
-    # Each map tells the image coordinate of its pixels' centres.
+    # Each map contains the image coordinates of its pixel centers.
     maps = {
         str(s): ((torch.arange(-(-size // s)) + 0.5) * s).expand(1, 1, -(-size // s), -1) for s in strides
     }

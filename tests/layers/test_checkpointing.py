@@ -15,7 +15,7 @@ from lightspine.ops.selective_scan import scan
 from support.scans import FAST_BACKENDS, convert, scan_inputs
 
 DIM, TOKENS = 32, 35
-# Splits forward from backward as the default backend does, and compiles neither.
+# Partitions forward and backward like the default backend, without compiling them.
 BACKEND = "aot_eager_decomp_partition"
 MODULES: dict[str, Callable[..., nn.Module]] = {
     "vim-v2": lambda **options: VimMixer(DIM, **options),

@@ -177,7 +177,7 @@ def test_features_only_takes_any_size(name, size):
     model = lightspine.create_model(name, features_only=True).eval()
     for found, reduction in zip(model(images(*size)), model.feature_info.reduction(), strict=True):
         for actual, side in zip(found.shape[2:], size, strict=True):
-            # The stem decides whether a rest of less than one patch counts.
+            # Whether a partial patch counts depends on the stem.
             covered = patched(model.model, side)
             assert max(1, covered // reduction) <= actual <= math.ceil(covered / reduction)
 

@@ -219,7 +219,7 @@ def test_initial_values_are_the_published_ones():
     model = lightspine.create_model("efficientvim_m1")
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
-            # Also those that the official code first sets to zero: a later pass overwrites them.
+            # Includes those that the official code first sets to zero and then overwrites.
             assert (module.weight == 1).all(), name
             assert (module.bias == 0).all(), name
     parameters = dict(model.named_parameters())

@@ -13,7 +13,7 @@ from lightspine.layers.arguments import stem_strides
 from lightspine.models.checkpoint import save_checkpoint
 from lightspine.models.factory import load_model
 
-# One model of each family, with what suits images of 32 px.
+# One model of each family, with options for images of 32 px.
 SMALL: dict[str, dict[str, Any]] = {
     "vmamba_tiny": {"stem_stride": 2},
     "vim_tiny": {"stem_stride": 4, "img_size": 32},
@@ -51,7 +51,7 @@ def test_maps_have_the_promised_reductions(model, size):
     maps = model.forward_intermediates(images(*size), intermediates_only=True)
     for found, info in zip(maps, model.feature_info, strict=True):
         for actual, side in zip(found.shape[2:], size, strict=True):
-            # A rest of less than one patch counts in every family but Vim.
+            # A partial patch at the border counts in every family but Vim.
             positions = covered(model, side) / info["reduction"]
             assert actual in (math.floor(positions), math.ceil(positions))
 

@@ -75,7 +75,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def assert_feature(name: str, actual: Tensor, figure: dict[str, Any]) -> None:
     assert list(actual.shape) == figure["shape"]
     flat = actual.flatten()
-    # Eight digits are printed, so that rounding alone is up to 5e-8 of a value.
+    # Values are printed with 8 digits: a relative rounding error of up to 5e-8.
     expected = torch.tensor(figure["values"], dtype=torch.float64)
     torch.testing.assert_close(flat[:: flat.numel() // 8][:8], expected, rtol=6e-8, atol=0)
     assert_close(f"{name} (std)", flat.std(correction=0), figure["std"], 1e-7)

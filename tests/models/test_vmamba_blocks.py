@@ -86,7 +86,7 @@ def published_gradient_norms(module: nn.Module) -> dict[str, Tensor]:
 
 
 def test_ss2d_keeps_the_transpose_of_a_map_when_directions_are_alike() -> None:
-    # With equal weights in all four directions, rows and columns play the same part.
+    # With equal weights in all four directions, rows and columns are interchangeable.
     module = SS2D(8, state_dim=2, conv_size=0, out_norm="none")
     with torch.no_grad():
         for parameter in (module.dt_weight, module.dt_bias, module.A_log):

@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _nan_in_fresh_memory() -> Iterator[None]:
-    # PyTorch fills what torch.empty and its relatives return only in its deterministic mode.
+    # PyTorch fills the memory of torch.empty and similar functions only in deterministic mode.
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     yield

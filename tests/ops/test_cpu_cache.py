@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lightspine.ops.cpu
 
-# Runs one of the functions that the kernels are made of, compiled and cached as a kernel.
+# Runs one of the kernels' helper functions, compiled and cached like a kernel.
 PROBE = """
 import numpy as np
 from lightspine.ops.cpu.cache import kernel

@@ -100,7 +100,7 @@ def copy_vectors(source: Any, target: Any) -> None:
 
 
 def test_kernel_that_cannot_be_kept_on_disk_warns_and_runs() -> None:
-    # A function without a file has no place for its code, as one has none whose folders cannot be written.
+    # A function without a file has no cache folder, as if no folder were writable.
     function = eval("lambda x: x + 1")
     with pytest.warns(RuntimeWarning, match="set NUMBA_CACHE_DIR"):
         compiled = kernel(function)

@@ -45,7 +45,7 @@ def in_numpy(height: int, width: int) -> Tensor:
 for order_fn in (snake, zigzag, in_numpy):
     register_scan_order(order_fn.__name__, order_fn)
 
-# All orders that the library registers, and some of a user.
+# All registered orders and some user-defined ones.
 ORDERS = [name for name in list_scan_orders() if name != "in_numpy" and "exported" not in name]
 
 
@@ -112,7 +112,7 @@ FORMS = {
 @pytest.mark.parametrize("network", FORMS.values(), ids=FORMS)
 def test_loop_gives_the_operator_s_values_at_any_size(network: nn.Module) -> None:
     run = session_function(open_session(as_onnx(disturb(network)).SerializeToString()))
-    # The last: two blocks of the loop with one state, of which the second is not full.
+    # The last case: one state, two blocks of the loop, the second one incomplete.
     sizes = [(1, 2, 2), (2, 5, 7), (1, 8, 8), (1, 3, 40), (1, 53, 60)]
     assert IN_CACHE / (4 * DIM) < 53 * 60 < 2 * (IN_CACHE // (4 * DIM))
     for found in compare(network, run, random_batches(DIM, sizes)):

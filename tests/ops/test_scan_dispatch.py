@@ -16,7 +16,7 @@ F32 = torch.float32
 
 @pytest.fixture(autouse=True)
 def _empty_cache() -> Iterator[None]:
-    # The tests change what is installed, which does not change in a process otherwise.
+    # The tests change the available backends, which are cached per process.
     choose_backend.cache_clear()
     yield
     choose_backend.cache_clear()

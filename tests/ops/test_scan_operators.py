@@ -36,7 +36,7 @@ MODULES = [(Selective, scan_inputs), (Cross, cross_inputs)]
 both = pytest.mark.parametrize(("module", "make_inputs"), MODULES, ids=["selective", "cross"])
 
 
-# opcheck itself looks at the gradients of tensors that are no leaves.
+# opcheck itself accesses the gradients of non-leaf tensors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @both

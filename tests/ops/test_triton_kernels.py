@@ -147,7 +147,7 @@ def check_on_device(operator: Any, inputs: Any, dtype: torch.dtype, **options: A
     actual = results_and_gradients(operator, inputs, backend="triton", **options)
     expected = results_and_gradients(operator, exact, backend="reference", **options)
     for name, tensor in actual.items():
-        # The exponential of the hardware errs by two units in the last place, in every decay.
+        # The hardware exponential has an error of 2 ulp in every decay.
         tolerance = max(TOLERANCE[tensor.dtype], TOLERANCE[dtype], 5e-6 if dtype != torch.float64 else 0)
         assert relative_l2(tensor, expected[name]) <= tolerance, name
 

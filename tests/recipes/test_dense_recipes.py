@@ -148,7 +148,7 @@ def test_backbone_is_wired_as_published(name: str) -> None:
     assert task.get("freeze_batch_norm", False) == (of in ("efficientvim", "shvit"))
     expected = {"vmamba": ["norm"], "vim": None if segments else ["pos_embed"]}.get(of, [])
     assert task.get("undecayed") == expected
-    # The weights as trained; of SHViT and Vim these are the published ones.
+    # Weights as trained, not EMA; for SHViT and Vim these are the published ones.
     assert task.get("weights", "auto") == ("auto" if of in ("shvit", "vim") else "model")
     drop = {"tiny": 0.2, "small": 0.3, "base": 0.6}
     drop_path = (task.get("model_args") or {}).get("drop_path_rate", 0.0)
@@ -166,7 +166,7 @@ def test_backbone_is_wired_as_published(name: str) -> None:
 def test_data_is_prepared_as_published(name: str) -> None:
     data = read(name)["data"]["init_args"]
     if name.startswith("segmentation/"):
-        # What is not named is the module's default: crops of 512 px, mmseg's ratios, the colours changed.
+        # Defaults of the module: crops of 512 px, mmseg's ratios, photometric distortion.
         assert data.keys() <= {"root", "batch_size", "num_workers", "val_divisor"}
         assert data.get("val_divisor", 1) == (32 if "semantic_fpn" in name else 1)
         return

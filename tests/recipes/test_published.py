@@ -100,7 +100,7 @@ def test_rate_is_the_published_one_at_every_turn(name: str) -> None:
     assert rate(0) == pytest.approx(first)
     assert rate(lag + warmup / 5) == pytest.approx(first + (highest - first) / 5)
     middle = (warmup + epochs) / 2
-    # VMamba and EfficientViM begin the cosine behind the warm-up, the others at the first epoch.
+    # VMamba and EfficientViM start the cosine after the warm-up, the others at the first epoch.
     share = 0.5 if of in ("vmamba", "efficientvim") else math.floor(middle) / epochs
     assert rate(lag + math.floor(middle) if share != 0.5 else middle) == pytest.approx(cosine(share))
     assert rate(total + lag) == pytest.approx(lowest)
@@ -182,7 +182,7 @@ def test_every_published_score_has_a_recipe_and_agrees_with_the_model_list() -> 
     for entry in PUBLISHED:
         published = get_record(entry.model).published.top1
         if f"classification/{entry.model}" == entry.recipe and entry.model not in (
-            # Listed with the score of the distilled weights, which are the released ones.
+            # Listed with the score of the released, distilled weights.
             "efficientmod_xxs",
             "efficientmod_xs",
             "efficientmod_s",
@@ -190,7 +190,7 @@ def test_every_published_score_has_a_recipe_and_agrees_with_the_model_list() -> 
             assert entry.top1 == published, entry.recipe
 
 
-# Endings of names whose decay is easily got wrong, by family: what the official rule decays and what not.
+# Parameter name endings, by family, that the official rule decays or exempts.
 DECAYED = {
     "vmamba": ("ssm.A_log", "ssm.dt_bias"),
     "vim": ("ahead.A_log", "back.A_log"),
@@ -274,7 +274,7 @@ LARGE = [name for name in NAMES if settings(name)["model"].removesuffix("_dist")
     [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in NAMES],
 )
 def test_command_line_takes_the_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A teacher of 330 MB is fetched in a real run.
+    # A real run downloads a teacher of 330 MB.
     monkeypatch.setattr(distillation, "create_teacher", no_teacher)
     root = tmp_path / "imagenet"
     for split in ("train", "val"):

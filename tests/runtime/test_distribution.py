@@ -19,7 +19,7 @@ from support.checkpoints import save_small
 from support.images import COLOURS, write_image
 
 ROOT = Path(__file__).parents[2]
-# Without this the checkout on PYTHONPATH would stand in for what is installed.
+# Otherwise PYTHONPATH would shadow the installed package.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 

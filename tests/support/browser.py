@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-# In an inner frame of the width asked for, since a browser's own window may have a least width.
+# In an inner frame of the requested width, because the browser window may have a minimum width.
 _OUTER = """<!doctype html><meta charset="utf-8"><body style="margin:0"><pre id="found"></pre>
 <iframe id="page" style="border:0;width:{width}px;height:900px"></iframe><script>
 const frame = document.getElementById("page");

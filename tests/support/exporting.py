@@ -9,7 +9,7 @@ from torch import nn
 import lightspine
 from lightspine.models import get_record
 
-# Two stages and a block in each are enough to have every kind of part.
+# Two stages of one block have every kind of layer.
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "vmamba": ("vmamba_tiny", {"embed_dims": (16, 32), "depths": (1, 1)}),
     "vim": ("vim_tiny", {"dim": 32, "depth": 2}),

@@ -25,7 +25,7 @@ def main() -> None:
     pixels = SegmentationMetrics(["a", "b", "c"])
     boxes = CocoMetrics(read_coco(folder / "objects.json", folder), max_detections=10)
     for number in shared:
-        # What the second process finds in the image of both is of no account.
+        # The second rank's result of the shared image is ignored.
         wrong = number == 1 and rank == 1
         found = (LABELS[number] + wrong) % 3
         pixels.update([str(number)], [found], [LABELS[number]])

@@ -12,7 +12,7 @@ from lightspine.data.modules import DigitsDataModule
 from lightspine.training.classification import ClassificationTask
 from lightspine.training.fit import TrainResult, train
 
-# A plain ResNet of timm with 470 thousand parameters: these tests are about the training and not the model.
+# A small timm ResNet of 470 thousand parameters: these tests are about training, not the model.
 SMALL_MODEL = "test_resnet"
 
 

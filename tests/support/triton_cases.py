@@ -211,7 +211,7 @@ def channels_last(inputs: SelectiveScanInputs) -> SelectiveScanInputs:
 
 
 FIGURES = {case["seed"]: case for case in read_figure("ops")["selective_scan"]}
-# The interpreter takes some 5 ms for each step of each program, so even these are tiny.
+# The interpreter takes about 5 ms per step and program, so the cases are tiny.
 FAST_CASES: dict[str, Callable[[], Report]] = {
     "selective L1 N1": lambda: compare(run_scan, scan_inputs(1, 3, 1, 1, 1), F64, delta_softplus=True),
     "selective L2 N3": lambda: compare(run_scan, scan_inputs(1, 3, 2, 3, 1), F64, delta_softplus=True),
@@ -283,7 +283,7 @@ SLOW_CASES: dict[str, Callable[[], Report]] = {
 
 def main() -> None:
     """Run one table of cases, "fast" or "slow", and print the report."""
-    # What an operator never writes is NaN, as in the tests of the other backends.
+    # Uninitialized memory is NaN, as in the tests of the other backends.
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     register_scan_order("snake", snake)

@@ -183,7 +183,7 @@ def test_two_ways_of_clipping_are_refused(tmp_path: Path) -> None:
 def test_gradients_are_unscaled_before_they_are_clipped(
     task_options: Any, run_options: Any, measure: Any, tmp_path: Path
 ) -> None:
-    # As 16-mixed does it on a GPU: a loss scaled by 1,024 in half precision.
+    # Like 16-mixed on a GPU: a half-precision loss scaled by 1,024.
     scaled = MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
     probe = AtStep(measure)
     options = {"epochs": 1, "precision": None, "plugins": [scaled], "callbacks": [probe], **run_options}

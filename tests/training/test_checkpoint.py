@@ -72,7 +72,7 @@ def test_kill_during_writing_leaves_the_previous_checkpoint(tmp_path: Path) -> N
     )
     assert killed.returncode == -signal.SIGKILL
     assert AtomicCheckpointIO().load_checkpoint(path) == {"epoch": 1}
-    # What the kill has left behind does not disturb the next one.
+    # Files left behind by the kill do not affect the next write.
     AtomicCheckpointIO().save_checkpoint({"epoch": 3}, path)
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
@@ -96,7 +96,7 @@ def test_storage_options_are_refused(tmp_path: Path) -> None:
 def test_checkpoint_has_the_entries_of_the_previous_release(tmp_path: Path) -> None:
     result = run(tmp_path / "run", task=make_task(ema_decay=0.9), epochs=1)
     stored = torch.load(result.last_checkpoint, weights_only=True)
-    # Lightning looks the state of a callback up by its class name: a renamed class would lose it in silence.
+    # Lightning finds a callback's state by class name; a renamed class would lose it silently.
     states = {key.partition("{")[0]: set(state) for key, state in stored["callbacks"].items()}
     assert states.pop("BestCheckpoint") >= {"best_model_score", "best_model_path"}
     assert states == {

@@ -17,7 +17,7 @@ from support.training import make_task
 def test_optimizer_steps_lower_the_loss(options: dict[str, float]) -> None:
     task = make_task(**options)
     images, labels, _ = next(iter(DigitsDataModule(batch_size=32, augment=False).val_dataloader()))
-    # The same batch again and again; evaluated without mixing.
+    # Overfit one batch; evaluated without mixup.
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)
 
     def clean_loss() -> float:

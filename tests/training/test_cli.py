@@ -19,7 +19,7 @@ from support.training import SMALL_MODEL, same_weights
 QUICK = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", f"--model.model={SMALL_MODEL}"]
 ONE_BATCH = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
 
-# Those with data that is always at hand; tests/recipes looks at the published ones.
+# Recipes whose data needs no download; tests/recipes covers the published ones.
 LAPTOP_RECIPES = [name for name in list_recipes() if "/" not in name]
 
 
@@ -57,7 +57,7 @@ def test_recorded_config_trains_the_same_run(tmp_path: Path) -> None:
     assert same_weights(first.weights, again.weights)
 
 
-# Fine-tuning starts from a checkpoint, which only its user has.
+# Fine-tuning needs a checkpoint from the user.
 @pytest.mark.parametrize(
     "name", [name for name in LAPTOP_RECIPES if not name.startswith(("finetune_", "nuclei_"))]
 )

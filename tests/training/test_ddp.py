@@ -48,7 +48,7 @@ def test_synchronised_batch_norm_is_refused_on_a_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["own launcher", "torchrun"])
 def test_death_of_one_process_ends_the_other(tmp_path: Path, rank: int, launcher: tuple[str, ...]) -> None:
-    # The two together have less than a minute, start included.
+    # Both runs together take less than a minute, including startup.
     dead = train_command(
         tmp_path / "run", *PLAIN, *TWO, *kill_at(3, rank=rank), launcher=launcher, timeout_s=60
     )

@@ -41,7 +41,7 @@ def test_mask_rcnn_learns_eight_images_by_heart(
         weight_decay=0.0,
         warmup_epochs=10,
     )
-    # Fewer proposals than the published 512 and 1000: what a few objects in a small image need.
+    # Fewer proposals than the published 512 and 1000, enough for small images.
     task.network.roi_heads.fg_bg_sampler.batch_size_per_image = 64
     task.network.rpn._pre_nms_top_n = {"training": 500, "testing": 300}
     task.network.rpn._post_nms_top_n = {"training": 200, "testing": 100}
@@ -69,5 +69,5 @@ def test_segmenter_finds_nuclei_after_an_epoch(
     result = train_recipe(
         "nuclei_semantic_fpn_shvit_s1", folder=tmp_path / "run", overrides=overrides, progress=False
     )
-    # All background is 43.7 %.
+    # Predicting background everywhere gives 43.7 %.
     assert result.score > 60

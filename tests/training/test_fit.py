@@ -33,7 +33,7 @@ class AtEpoch(pl.Callback):
 
 
 def _interrupt(_: Any) -> None:
-    # What a terminal sends at Ctrl-C.
+    # Sent by a terminal at Ctrl-C.
     os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -80,7 +80,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, ema_decay: f
     whole = run(tmp_path / "whole", task=make_task(**options), epochs=3)
     with pytest.raises(TrainingInterruptedError):
         run(tmp_path / "parts", task=make_task(**options), callbacks=[AtEpoch(2, _interrupt)], epochs=3)
-    # Another random state than at the time of the interruption.
+    # A random state different from that of the interrupted run.
     torch.manual_seed(99)
     last = tmp_path / "parts" / "last.ckpt"
     parts = run(tmp_path / "ignored", task=make_task(**options), resume=last, epochs=3)

@@ -30,7 +30,7 @@ def _log(folder: Path) -> list[dict[str, str]]:
 def _stop(folder: Path, step: int, **options: Any) -> None:
     with pytest.raises(TrainingInterruptedError):
         run(folder, callbacks=[KillAtStep(step, signal.SIGINT)], **options)
-    # Another random state than at the time of the interruption.
+    # A random state different from that of the interrupted run.
     torch.manual_seed(99)
 
 
@@ -117,7 +117,7 @@ def test_killed_command_resumes_to_the_same_weights_and_log(tmp_path: Path) -> N
     flags.append("--save-every-steps=3")
     whole = train_command(tmp_path / "whole", *flags)
     assert whole.returncode == 0, whole.stderr
-    # Twice, at steps that nobody has chosen, one in each epoch.
+    # Interrupt twice, at arbitrary steps, once in each epoch.
     steps = random.SystemRandom()
     for step in (steps.randint(1, 7), steps.randint(8, 15)):
         killed = train_command(tmp_path / "parts", *flags, "--resume", *kill_at(step))

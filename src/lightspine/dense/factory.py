@@ -174,7 +174,7 @@ def _create_backbone(
         if name in arguments:
             raise UsageError(f"expected model_args without {name}, which the head determines")
     if frozen_stages is not None and checkpoint is None and not arguments.get("pretrained"):
-        raise UsageError(f"frozen stages of {model} would keep random weights: pass a checkpoint")
+        raise UsageError(f"frozen stages of {model} would keep random weights: give a checkpoint")
     classifier = None if checkpoint is None or checkpoint.is_dense else checkpoint
     try:
         maps = create_model(model, checkpoint=classifier, weights=weights, features_only=True, **arguments)
