@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightspine.ops.cross_scan import unfused_projection
+
 OPERATORS: dict[Any, str] = {
     torch.ops.lightspine.cross_scan: "cross_scan",
     torch.ops.lightspine.cross_scan.default: "cross_scan",
@@ -66,6 +68,8 @@ class OpRecorder(TorchFunctionMode):
 
             self._handles.append(module.register_forward_pre_hook(enter))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
+        self._unfused = unfused_projection()
+        self._unfused.__enter__()
         super().__enter__()
         return self
 
@@ -77,6 +81,7 @@ class OpRecorder(TorchFunctionMode):
     ) -> None:
         """Remove the hooks."""
         super().__exit__(kind, error, trace)
+        self._unfused.__exit__(kind, error, trace)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

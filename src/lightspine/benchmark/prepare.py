@@ -24,7 +24,7 @@ from lightspine.blocks import SS2D
 from lightspine.errors import LightspineError
 from lightspine.export.onnx_file import export_onnx
 from lightspine.export.verification import open_session
-from lightspine.ops.cross_scan import cross_scan
+from lightspine.ops.cross_scan import cross_scan, unfused_projection
 from lightspine.optimize import optimize
 
 TRAINABLE_MODES = ("eager", "compile")
@@ -242,6 +242,7 @@ def _redirect_scans(backend: str) -> Iterator[list[None]]:
     module: Any = sys.modules[SS2D.__module__]
     original, module.cross_scan = module.cross_scan, scan
     try:
-        yield calls
+        with unfused_projection():
+            yield calls
     finally:
         module.cross_scan = original

@@ -33,7 +33,7 @@ from lightspine.layers.arguments import check_choice, check_global_pool, stem_st
 from lightspine.layers.blocks import Stage, init_dt_bias
 from lightspine.layers.checkpointing import checkpoint_scan
 from lightspine.models.registry import Published, StateDict, build_model, register_model
-from lightspine.ops.cross_scan import cross_scan
+from lightspine.ops.cross_scan import cross_scan, fuses_projection, projected_cross_scan
 from lightspine.ops.scan_orders import scan_order as pixel_order
 
 __all__ = ["SS2D", "VMamba", "VSSBlock", "options_from_official"]
@@ -221,12 +221,21 @@ class SS2D(nn.Module):
         batch, height, width, _ = u.shape
         # The projections are pointwise: one product in pixel order computes those of every direction.
         projected = self.x_proj(u).view(batch, height, width, self.directions, -1)
-        dt, B, C = projected.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
-        delta = torch.einsum("bhwkr,kdr->bhwkd", dt, self.dt_weight)
         # At least float32, because exp(delta * A) amplifies the rounding of A.
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         D = self.D.view(self.directions, -1)
         keep = not self.recompute
+        # TorchScript skips a branch only if its condition stands alone.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            pass
+        elif fuses_projection(u, self.state_dim):
+            weight = self.dt_weight.transpose(1, 2)
+            y = projected_cross_scan(
+                u, projected, weight, A, D, self.dt_bias, self.scan_order, save_states=keep
+            )
+            return y.to(self.out_proj.weight.dtype)
+        dt, B, C = projected.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
+        delta = torch.einsum("bhwkr,kdr->bhwkd", dt, self.dt_weight)
         y = cross_scan(u, delta, A, B, C, D, self.dt_bias, True, self.scan_order, save_states=keep)
         # The sum is float32 under autocast; a model cast to half precision gets its own precision back.
         return y.to(self.out_proj.weight.dtype)

@@ -1,14 +1,17 @@
 """The multi-directional scan of a feature map, as in VMamba's SS2D.
 
 `cross_scan` is the public function. It calls the PyTorch operator `lightspine::cross_scan`, which is what
-compilers, exporters, tracers and FLOP counters see. `projected_cross_scan` includes the projection of dt, for
-inference. README.md in this folder explains the algorithms.
+compilers, exporters, tracers and FLOP counters see. `projected_cross_scan` includes the projection of dt: on
+a CPU for inference (`lightspine::projected_cross_scan`), by the Triton kernels also for training
+(`lightspine::fused_cross_scan`). README.md in this folder explains the algorithms.
 """
 
 # PyTorch prescribes the signatures of fake kernels and FLOP formulas.
 # ruff: noqa: ARG001
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -112,12 +115,16 @@ def projected_cross_scan(
     D: Tensor | None = None,
     delta_bias: Tensor | None = None,
     order: str = "cross2d",
+    backend: str = "auto",
+    save_states: bool = True,
 ) -> Tensor:
     """`cross_scan` with the low-rank projection of dt: SS2D between its first projection and its norm.
 
-    `cross_scan` reads dt for every direction and channel, four times the size of the map. The compiled CPU
-    kernel computes it from the low-rank input on the fly. On other devices, while gradients are recorded, and
-    for a compiler, tracer or exporter, this function is the projection followed by `cross_scan`.
+    `cross_scan` reads dt for every direction and channel, four times the size of the map. The kernels compute
+    it from the low-rank input on the fly: the compiled CPU kernel while no gradient is recorded and no
+    compiler traces, the Triton kernels for one state per channel, forward and backward (see
+    `fuses_projection`). Otherwise this function is the projection followed by `cross_scan`. The Triton
+    kernels round `dt_weight` to the dtype of `projected`, as autocast does.
 
     Args:
         x: feature map, (B, H, W, D), shared by the K directions.
@@ -128,6 +135,9 @@ def projected_cross_scan(
         D: skip connections, (K, D).
         delta_bias: (K, D).
         order: registered scan order with K directions.
+        backend: as in `cross_scan`.
+        save_states: save a few states for the backward of the Triton kernels and of `cross_scan`, which
+            otherwise recompute them.
 
     Returns:
         The sum over the directions, (B, H, W, D), float32 for reduced-precision input, else the dtype of `x`.
@@ -135,15 +145,63 @@ def projected_cross_scan(
     Raises:
         UsageError: as `cross_scan`.
     """
+    if fuses_projection(x, A.shape[2], backend):
+        save_states = save_states and torch.is_grad_enabled()
+        out: Tensor = torch.ops.lightspine.fused_cross_scan(
+            x, projected, dt_weight, A, D, delta_bias, order, save_states
+        )[0]
+        return out
     # The proxy of a tracer has no device: the order of the conditions matters.
     seen: Any = x
     tracing = isinstance(seen, torch.fx.Proxy) or torch.jit.is_tracing()  # type: ignore[attr-defined]
     recorded = tracing or torch.compiler.is_compiling()
-    if recorded or x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
-        dt, B, C = _split_projected(projected, dt_weight.shape[1], A.shape[2])
-        delta = torch.einsum("bhwkr,krd->bhwkd", dt, dt_weight)
-        return cross_scan(x, delta, A, B, C, D, delta_bias, True, order)
-    return projected_cross_scan_op(x, projected, dt_weight, A, D, delta_bias, order)
+    compiled = backend in ("auto", "cpu") and not recorded and x.device.type == "cpu"
+    if compiled and not (torch.is_grad_enabled() and x.requires_grad):
+        return projected_cross_scan_op(x, projected, dt_weight, A, D, delta_bias, order)
+    dt, B, C = _split_projected(projected, dt_weight.shape[1], A.shape[2])
+    delta = torch.einsum("bhwkr,krd->bhwkd", dt, dt_weight)
+    return cross_scan(x, delta, A, B, C, D, delta_bias, True, order, backend, save_states)
+
+
+# How many callers observe the steps of the models: a plain number, which torch.compile reads and guards.
+_observers = 0
+
+
+@contextmanager
+def unfused_projection() -> Iterator[None]:
+    """Context in which SS2D calls `cross_scan` on every device, for code that observes its dt."""
+    global _observers
+    _observers += 1
+    try:
+        yield
+    finally:
+        _observers -= 1
+
+
+def fuses_projection(x: Tensor, state_dim: int, backend: str = "auto") -> bool:
+    """Return whether `projected_cross_scan` runs the Triton kernels that project dt themselves.
+
+    They take one state per channel, float16, bfloat16 or float32 maps (float64 in Triton's interpreter) and
+    an NVIDIA device of compute capability 8.0 or higher. Tracers and exporters get standard operators.
+    """
+    seen: Any = x
+    if state_dim != 1 or _observers or isinstance(seen, torch.fx.Proxy):
+        return False
+    if x.device.type != "cuda" and backend != "triton":
+        return False
+    exporting = torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
+    if exporting or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    return _has_fused_kernels(x.device, x.dtype, backend)
+
+
+@torch.compiler.assume_constant_result
+def _has_fused_kernels(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
+    if choose_backend(device.type, dtype, False, backend) != "triton":
+        return False
+    from lightspine.ops.triton.cross_scan_launch import supports
+
+    return supports(device, dtype)
 
 
 def _without_operator(inputs: CrossScanInputs, delta_softplus: bool, order: str, backend: str) -> Tensor:
@@ -312,6 +370,180 @@ def _(
     order: str,
 ) -> Tensor:
     return x.new_empty(x.shape, dtype=state_dtype(x.dtype))
+
+
+@torch.library.custom_op("lightspine::fused_cross_scan", mutates_args=())
+def fused_cross_scan_op(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    order: str,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum over the directions, contiguous (B, H, W, D), and the states saved for the backward.
+
+    The arguments are those of `projected_cross_scan`, with one state per channel.
+    """
+    _check_fused(x, projected, dt_weight, A, D, delta_bias)
+    from lightspine.ops.triton import cross_scan_launch as launch
+
+    walk = launch.find_walk(order, x.shape[1], x.shape[2], x.device)
+    check_directions(A.shape[0], walk.order.shape[0] * walk.pairs, order)
+    inputs = launch.ProjectedInputs(
+        x.flatten(1, 2), projected.flatten(1, 2), dt_weight, A[..., 0], D, delta_bias
+    )
+    out, saved = launch.cross_scan_forward(inputs, walk, save_states)
+    if saved is None:
+        return out.view(x.shape), out.new_empty(0), out.new_empty(0)
+    return out.view(x.shape), saved.tiles, saved.sums
+
+
+@torch.library.custom_op("lightspine::fused_cross_scan_backward", mutates_args=())
+def fused_cross_scan_backward_op(
+    grad_out: Tensor,
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    saved_tiles: Tensor,
+    saved_sums: Tensor,
+    order: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the contiguous gradients of x to delta_bias; an empty tensor for an input that was not given.
+
+    The inputs are those of a forward, which has checked them. The saved states may be empty.
+    """
+    from lightspine.ops.triton import cross_scan_launch as launch
+
+    walk = launch.find_walk(order, x.shape[1], x.shape[2], x.device)
+    inputs = launch.ProjectedInputs(
+        x.flatten(1, 2), projected.flatten(1, 2), dt_weight, A[..., 0], D, delta_bias
+    )
+    saved = launch.SavedStates(saved_tiles, saved_sums) if saved_tiles.numel() else None
+    by_x, by_projected, by_weight, by_A, by_D, by_bias = launch.cross_scan_backward(
+        grad_out.flatten(1, 2), inputs, walk, saved
+    )
+    return (
+        by_x.to(x.dtype).view(x.shape),
+        by_projected.to(projected.dtype).view(projected.shape),
+        by_weight.transpose(1, 2).to(dt_weight.dtype).contiguous(),
+        by_A.to(A.dtype).reshape(A.shape),
+        x.new_empty(0) if D is None else by_D.to(D.dtype),
+        x.new_empty(0) if delta_bias is None else by_bias.to(delta_bias.dtype),
+    )
+
+
+@fused_cross_scan_op.register_fake
+def _(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    order: str,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_fused(x, projected, dt_weight, A, D, delta_bias)
+    dtype = state_dtype(x.dtype)
+    out = x.new_empty(x.shape, dtype=dtype)
+    if not save_states:
+        return out, x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
+    from lightspine.ops.triton.cross_scan_launch import saved_shapes
+
+    sizes = x.shape[0], x.shape[1] * x.shape[2], A.shape[0], x.shape[3], dt_weight.shape[1]
+    tiles, sums = saved_shapes(*sizes, projected.dtype)
+    return out, x.new_empty(tiles, dtype=dtype), x.new_empty(sums, dtype=dtype)
+
+
+@fused_cross_scan_backward_op.register_fake
+def _(
+    grad_out: Tensor,
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    saved_tiles: Tensor,
+    saved_sums: Tensor,
+    order: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = [t.new_empty(t.shape) for t in (x, projected, dt_weight, A)]
+    optional = [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (D, delta_bias)]
+    return given[0], given[1], given[2], given[3], optional[0], optional[1]
+
+
+def _check_fused(
+    x: Tensor, projected: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor | None, delta_bias: Tensor | None
+) -> None:
+    rank = dt_weight.shape[1]
+    check_tensor("cross_scan", "dt_weight", dt_weight, (A.shape[0], rank, x.shape[-1]), x.device)
+    dt, B, C = _split_projected(projected, rank, A.shape[2])
+    check_cross_scan(CrossScanInputs(x, dt, A, B, C, D, delta_bias), rank)
+
+
+def _setup_fused_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, order, _ = inputs
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(*tensors, output[1], output[2])
+    ctx.order = order
+
+
+def _fused_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, tiles, sums = ctx.saved_tensors
+    grads = torch.ops.lightspine.fused_cross_scan_backward(grad_out, *tensors, tiles, sums, ctx.order)
+    given = (None if t is None else grad for t, grad in zip(tensors, grads, strict=True))
+    return *given, None, None
+
+
+fused_cross_scan_op.register_autograd(_fused_backward, setup_context=_setup_fused_context)
+
+
+@register_flop_formula(torch.ops.lightspine.fused_cross_scan)
+def _count_fused_forward(
+    x_shape: torch.Size,
+    projected_shape: torch.Size,
+    weight_shape: torch.Size,
+    A_shape: torch.Size,
+    D_shape: torch.Size | None,
+    *shapes: object,
+    out_shape: object,
+    **_: object,
+) -> int:
+    scan, projection = _fused_flops(x_shape, weight_shape, A_shape, D_shape)
+    return counted_forward(scan) + 2 * projection
+
+
+@register_flop_formula(torch.ops.lightspine.fused_cross_scan_backward)
+def _count_fused_backward(
+    grad_out_shape: torch.Size,
+    x_shape: torch.Size,
+    projected_shape: torch.Size,
+    weight_shape: torch.Size,
+    A_shape: torch.Size,
+    D_shape: torch.Size | None,
+    *shapes: object,
+    out_shape: object,
+    **_: object,
+) -> int:
+    scan, projection = _fused_flops(x_shape, weight_shape, A_shape, D_shape)
+    return counted_backward(scan) + 4 * projection
+
+
+def _fused_flops(
+    x_shape: torch.Size, weight_shape: torch.Size, A_shape: torch.Size, D_shape: torch.Size | None
+) -> tuple[int, int]:
+    """Return the published operations of the scan, and the multiply-adds of the projection of dt."""
+    batch, height, width, dim = x_shape
+    positions = batch * height * width
+    scan = scan_flops(batch, height * width, A_shape[0] * dim, A_shape[2], with_D=D_shape is not None)
+    return scan, positions * weight_shape[0] * weight_shape[1] * weight_shape[2]
 
 
 def _or_empty(
