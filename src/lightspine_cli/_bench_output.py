@@ -6,7 +6,7 @@ from lightspine_cli._output import print_pairs, print_table, with_thousands
 
 _MODEL_COLUMNS = (
     "model",
-    "of",
+    "library",
     "mode",
     "dtype",
     ">batch",
@@ -19,7 +19,7 @@ _MODEL_COLUMNS = (
     ">MMACs",
     ">scan %",
     ">GFLOP/s",
-    ">of matmul %",
+    ">% of matmul",
     ">published top-1",
     ">published images/s",
 )
@@ -37,7 +37,7 @@ _TIME_COLUMNS = (
     ">torch x",
 )
 _TIME_NOTES = (
-    ("elementwise", "PyTorch's softplus over (B, K D, L) and exp over (B, K D, L, N), into allocated memory"),
+    ("elementwise", "PyTorch's softplus over (B, K D, L) and exp over (B, K D, L, N), preallocated outputs"),
     ("reference x", "time of backend `reference` divided by forward ms (batch 1 only)"),
     ("torch x", "time of backend `torch` divided by forward ms, and by forward+backward ms (batch 1 only)"),
 )
@@ -49,8 +49,8 @@ _MEMORY_COLUMNS = (
     ">forward peak / outputs",
     ">backward peak / inputs",
 )
-_MEMORY_NOTE = ("peak", "memory added by the pass at its peak, results included, in a separate process")
-# A higher load average means that another process used a processor half of the time.
+_MEMORY_NOTE = ("peak", "memory added by the pass at its peak, including its results, in a separate process")
+# A higher load average means that other processes used a core half of the time.
 _BUSY_LOAD = 0.5
 
 
@@ -74,7 +74,7 @@ def print_models(result: Any) -> None:
     if others:
         print()
         print_table(
-            ("not measured", "of", "mode", "dtype", ">batch", ">size", "", "reason"),
+            ("not measured", "library", "mode", "dtype", ">batch", ">size", "", "reason"),
             [(*_row_conditions(row), row.status.replace("_", " "), row.error or "") for row in others],
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 from lightspine_cli._output import print_json, print_pairs, print_table
 
 MAX_CLASS_ROWS = 50
-"""Of more classes only the 10 with the lowest scores are printed."""
+"""With more classes, only the 10 with the lowest scores are printed."""
 
 
 def evaluate_dense(args: argparse.Namespace, task: str, checkpoint: Any) -> int:

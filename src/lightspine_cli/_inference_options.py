@@ -1,10 +1,10 @@
-"""Options shared by `evaluate`, `predict` and `embed`, and which of them apply to which task."""
+"""Options shared by `evaluate`, `predict` and `embed`, with the tasks that they apply to."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-# The library calls the raw weights "model", which is their entry in official files.
+# The library calls raw weights "model", their entry in official files.
 _WEIGHTS = {"auto": "auto", "raw": "model", "ema": "ema"}
 _CHECKPOINT_SUFFIXES = {".onnx", ".safetensors", ".pth", ".pt", ".ckpt"}
 # lightspine saves detectors and segmenters as safetensors only.
@@ -61,14 +61,12 @@ def add_preprocessing_options(parser: argparse.ArgumentParser) -> None:
         "--weights",
         choices=tuple(_WEIGHTS),
         default="auto",
-        help="of a file with both: as trained, their average, or the ones with the published score (auto)",
+        help="raw or EMA weights of a file with both; auto: those of the published score",
     )
     parser.add_argument(
         "--image-size", "--size", type=int, metavar="PX", help="image size (default: the checkpoint's)"
     )
-    parser.add_argument(
-        "--crop-pct", type=float, help="side of the center crop as a fraction of the resized shorter side"
-    )
+    parser.add_argument("--crop-pct", type=float, help="crop size as a fraction of the resized shorter side")
     parser.add_argument(
         "--crop-mode",
         choices=("center", "squash", "border"),
@@ -84,7 +82,7 @@ def add_batch_inference_options(parser: argparse.ArgumentParser, formats: tuple[
         metavar="FOLDER|SHARDS",
         help="folder with images at any depth, or .tar shards such as 'a-{000..012}.tar'",
     )
-    group.add_argument("--out", type=Path, metavar="DIR", help="output folder; a new one unless --resume")
+    group.add_argument("--out", type=Path, metavar="DIR", help="output folder; must be new without --resume")
     group.add_argument(
         "--format",
         choices=formats,
@@ -118,7 +116,7 @@ def add_dense_evaluation_options(parser: argparse.ArgumentParser) -> None:
     )
     detectors = parser.add_argument_group("detectors")
     detectors.add_argument(
-        "--images", type=Path, metavar="DIR", help="image folder, if it is not beside the annotations"
+        "--images", type=Path, metavar="DIR", help="image folder, if it is not next to the annotations"
     )
     _add_detector_options(detectors, "the checkpoint's")
     _add_segmenter_options(parser)
@@ -155,28 +153,38 @@ def _add_detector_options(group: argparse._ArgumentGroup, default_score: str) ->
 def _add_segmenter_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("segmenters (defaults: the checkpoint's)")
     group.add_argument(
-        "--scale", type=int, nargs=2, metavar=("LONG", "SHORT"), help="rectangle that images are resized into"
+        "--scale",
+        type=int,
+        nargs=2,
+        metavar=("LONG", "SHORT"),
+        help="maximum sides of the resized images in pixels",
     )
-    group.add_argument("--own-size", action="store_true", help="keep the images at their own size")
+    group.add_argument("--own-size", action="store_true", help="do not resize the images")
     group.add_argument(
-        "--window", type=int, nargs=2, metavar=("H", "W"), help="size of a sliding window in pixels"
+        "--window", type=int, nargs=2, metavar=("H", "W"), help="size of the sliding window in pixels"
     )
-    group.add_argument("--stride", type=int, nargs=2, metavar=("H", "W"), help="stride of the window")
     group.add_argument(
-        "--ratios", type=float, nargs="+", metavar="R", help="image size ratios to average over"
+        "--stride", type=int, nargs=2, metavar=("H", "W"), help="stride of the sliding window in pixels"
     )
-    group.add_argument("--flip", action="store_true", help="also average over the horizontally flipped image")
     group.add_argument(
-        "--multi-scale", action="store_true", help="published test: ratios 0.5 to 1.75 and --flip"
+        "--ratios", type=float, nargs="+", metavar="R", help="scale factors of multi-scale inference"
+    )
+    group.add_argument(
+        "--flip", action="store_true", help="average with the predictions for the flipped image"
+    )
+    group.add_argument(
+        "--multi-scale",
+        action="store_true",
+        help="multi-scale and flip as published: ratios 0.5 to 1.75, --flip",
     )
     return group
 
 
 def take_checkpoint(args: argparse.Namespace, files: list[Path]) -> list[Path]:
-    """Use the first of the files as checkpoint if its suffix is a checkpoint's; return the others.
+    """Use the first file as checkpoint if it has a checkpoint suffix; return the other files.
 
     Raises:
-        UsageError: no checkpoint, or one in addition to `--checkpoint`.
+        UsageError: there is no checkpoint, or there are two.
     """
     from lightspine.errors import UsageError
 
@@ -196,7 +204,7 @@ def take_checkpoint(args: argparse.Namespace, files: list[Path]) -> list[Path]:
 def detect_task(path: Path) -> tuple[str, Any]:
     """Return "classifier", "detector" or "segmenter", and the opened checkpoint.
 
-    A file that can only hold a classifier is not opened, and its path returned instead.
+    For files that can only hold a classifier, the path is returned and the file is not opened.
     """
     from lightspine.dense.checkpoint import read_network_metadata
     from lightspine.models.checkpoint import read_checkpoint
@@ -212,17 +220,17 @@ def reject_inapplicable_options(args: argparse.Namespace, task: str, options: di
     """Reject options on the command line that do not apply to a task.
 
     Raises:
-        UsageError: there is one.
+        UsageError: there is such an option.
     """
     from lightspine.errors import UsageError
 
-    # Looked up in the arguments as typed, because a default value says nothing about them.
+    # Search the arguments as typed, because a value may equal the default.
     typed = {argument.partition("=")[0] for argument in args.arguments}
     for name, tasks in options.items():
         flag = "--" + name.replace("_", "-")
         if task not in tasks and typed & {flag, _SHORT_FLAGS.get(name, flag)}:
             raise UsageError(
-                f"{flag} is for a {' or '.join(sorted(tasks))}, but {args.checkpoint} holds a {task}"
+                f"{flag} is for a {' or '.join(sorted(tasks))}, but {args.checkpoint} is a {task}"
             )
 
 
@@ -256,7 +264,7 @@ def inference_options(args: argparse.Namespace, checkpoint: Path | None) -> Any:
 
 
 def print_outcome(outcome: dict[str, Any], args: argparse.Namespace, rows: str) -> None:
-    """Print the outcome of a batch inference run."""
+    """Print the summary of a batch inference run."""
     from lightspine_cli._output import print_json, print_pairs
 
     if args.json:

@@ -2,12 +2,12 @@
 
   erf         effective receptive field, before and after training (any model)
   cam         Grad-CAM and activation maps of the stages (any model)
-  attention   attention of one pixel (scans of VMamba and Vim, SHViT, EfficientMod, transformers)
-  context     means of the context layers (EfficientMod)
+  attention   attention map of one pixel (VMamba, Vim, SHViT, EfficientMod, transformers)
+  context     mean activation of the context layers (EfficientMod)
   importance  importance of each position for the hidden state (EfficientViM)
-  redundancy  similarity of attention heads, and the accuracy without each (multi-head models)
+  redundancy  similarity of attention heads, and accuracy with each head removed (multi-head models)
 
-Each image gets NAME.png, NAME.svg and NAME.npz in --out, and several images a contact sheet.
+Writes NAME.png, NAME.svg and NAME.npz per image to --out, and a contact sheet for several images.
 """
 
 import argparse
@@ -29,17 +29,18 @@ _MAX_SHEET_ROWS = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine analyze`."""
+    """Add the options of `lightspine analyze`."""
     parser.add_argument("kind", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
     parser.add_argument("model", metavar="MODEL", help="a checkpoint file, or the name of a model")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files or folders")
-    parser.add_argument("--checkpoint", type=Path, help="weights, if MODEL is a name (default: random)")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="weights file, if MODEL is a name (default: random weights)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
     parser.add_argument(
         "--query",
         metavar="Y,X|class",
-        help="attention: a pixel of the preprocessed image (default: its center), or the class token in all "
-        "layers",
+        help="attention: a pixel of the preprocessed image (default: its center), or the class token",
     )
     parser.add_argument("--stage", type=int, metavar="N", help="index of a stage, from 0")
     parser.add_argument(
@@ -64,13 +65,13 @@ def run(args: argparse.Namespace) -> int:
 
     for option, kinds in _KINDS_OF_OPTION.items():
         if getattr(args, option) is not None and args.kind not in kinds:
-            raise UsageError(f"--{option} belongs to {', '.join(kinds)}, got it with {args.kind}")
+            raise UsageError(f"--{option} is only for {', '.join(kinds)}, got {args.kind}")
     if args.out.is_file():
         raise UsageError(f"expected a folder for --out, got the file {args.out}")
     query, files = _parse_query(args.query), expand_image_paths(args.images)
-    # Outputs are named after the images and would overwrite them in the same folder.
+    # Outputs are named after the images and would overwrite them in their own folder.
     if beside := [file for file in files if file.resolve().parent == args.out.resolve()]:
-        raise UsageError(f"expected another folder for --out than that of the image {beside[0]}")
+        raise UsageError(f"expected --out to be another folder than that of the image {beside[0]}")
     handle = open_model(args.model, args.checkpoint, size=_parse_size(args.size), device=args.device)
     if args.kind in ("erf", "redundancy"):
         return _run_on_all(args, handle, files)
@@ -110,26 +111,28 @@ def _run_on_each(args: argparse.Namespace, handle: "ModelHandle", files: list[Pa
     on_sheet: list[ImageResult] = []
     for file in progress_bar(files, args.kind):
         (result,) = functions[args.kind](file)
-        _write(result, args.out / names[file], said=len(files) == 1)
+        _write(result, args.out / names[file], verbose=len(files) == 1)
         if len(on_sheet) < _MAX_SHEET_ROWS:
             on_sheet.append(result)
     if len(files) > 1:
         save_figure(draw_results(on_sheet), args.out / "contact_sheet")
-        print(f"wrote {len(files)} images' maps to {args.out}, {len(on_sheet)} on contact_sheet.png")
+        print(
+            f"wrote maps of {len(files)} images to {args.out}, {len(on_sheet)} of them on contact_sheet.png"
+        )
     print(f"{handle.name}, {handle.state}; {on_sheet[0].image.note}")
     return 0
 
 
-def _write(result: Any, base: Path, *, said: bool = True) -> None:
+def _write(result: Any, base: Path, *, verbose: bool = True) -> None:
     from lightspine.analysis import save_arrays, save_figure
 
     written = [*save_figure(result.figure(), base), save_arrays(result.arrays(), base)]
-    for path in written if said else ():
+    for path in written if verbose else ():
         print(f"wrote {path}")
 
 
 def _output_names(files: list[Path]) -> dict[Path, str]:
-    """Return the name of each output: that of the file, with the name of its folder if it is not unique."""
+    """Return the output name of each file: its stem, with the folder name if the stem is not unique."""
     stems = [file.stem for file in files]
     named: dict[Path, str] = {}
     for file in files:

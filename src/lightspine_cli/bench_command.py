@@ -21,26 +21,26 @@ _EXPORT_MODELS = (
     "vmamba_tiny",
 )
 
-# One argparse parser cannot have model names and subcommands in the same place.
+# argparse cannot have model names and subcommands at the same position.
 PASSES_ARGUMENTS_THROUGH = True
 
 _DESCRIPTION = """\
-Measure latency, memory and multiply-adds of models on this machine: ours, and timm's as timm/NAME. The calls
-of all models are interleaved. Keep the machine idle meanwhile.
+Benchmark latency, memory and multiply-adds of models of lightspine (NAME) and timm (timm/NAME). The calls of
+all models are interleaved. Keep the machine otherwise idle.
 
-`lightspine bench ops` measures the scan operators (see its --help)."""
+`lightspine bench ops` benchmarks the scan operators (see its --help)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine bench` and the subcommands `ops` and `export`."""
+    """Add the options of `lightspine bench` and the subcommands `ops` and `export`."""
     _add_model_options(parser)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="ops")
     _add_ops_options(
         kinds.add_parser(
             "ops",
             help="the selective scan and the cross scan",
-            description="Measure time and memory of the scan operators on the CPU, beside the same scans in "
-            "plain PyTorch.",
+            description="Measure time and memory of the scan operators on the CPU, compared with scans in plain "
+            "PyTorch operations.",
             allow_abbrev=False,
         )
     )
@@ -123,7 +123,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="stop timing a row that has used this time in three or more calls (default: 10)",
+        help="stop timing a row after this time in three or more calls (default: 10)",
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write results.json and results.csv here")
     parser.add_argument("--resume", action="store_true", help="continue the run in the folder of --out")
@@ -149,7 +149,7 @@ def _add_ops_options(parser: argparse.ArgumentParser) -> None:
         type=_parse_names,
         default=PARTS,
         metavar="A,B",
-        help=f"out of {', '.join(PARTS)} (default: all)",
+        help=f"any of {', '.join(PARTS)} (default: all)",
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
@@ -164,7 +164,7 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_export(args: argparse.Namespace) -> int:
-    """Run the benchmark that replaces `bench export`."""
+    """Run the model benchmark in place of the deprecated `bench export`."""
     models = args.models or _EXPORT_MODELS
     arguments = [*models, "--mode", "eager,optimized,onnx", "--batch", args.batch]
     arguments += ["--threads", args.threads, "--repeats", args.repeats]
@@ -278,7 +278,7 @@ def _run_ops(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress() -> Iterator[tuple[Any, Any]]:
-    """Show a progress bar on standard error, if that is a terminal; yield it with its task."""
+    """Yield a progress bar and its task; it is shown if standard error is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

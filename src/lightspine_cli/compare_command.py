@@ -8,7 +8,7 @@ from lightspine_cli._output import print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine compare`."""
+    """Add the options of `lightspine compare`."""
     parser.add_argument(
         "--data",
         required=True,
@@ -32,17 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--augmentation",
         choices=("none", "light", "medium", "strong"),
         default="medium",
-        help="augmentation of a folder's images (default: %(default)s)",
+        help="augmentation of the images in a folder (default: %(default)s)",
     )
     parser.add_argument(
         "--val-fraction",
         type=float,
         default=0.2,
-        help="held-out fraction if the folder has no val (default: %(default)s)",
+        help="held-out fraction if there is no val folder (default: %(default)s)",
     )
-    parser.add_argument(
-        "--workers", type=int, default=2, help="data loading processes (default: %(default)s)"
-    )
+    parser.add_argument("--workers", type=int, default=2, help="data loader processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--accelerator", default="auto", help="cpu, gpu, mps or auto (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
@@ -53,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from lightspine.compare import check_model_names
 
     names = [name.strip() for name in args.models.split(",") if name.strip()]
-    # Importing Lightning takes seconds, so names are checked before it.
+    # Check the names before importing Lightning, which takes seconds.
     check_model_names(names)
 
     from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Train the smallest member of all five families on handwritten digits: a table, a plot, five checkpoints.
+"""Train the smallest model of each family on handwritten digits and compare them.
 
 The 1,797 digits ship with scikit-learn; nothing is downloaded.
 """
@@ -10,9 +10,9 @@ from lightspine_cli._compare_output import print_comparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine demo`."""
+    """Add the options of `lightspine demo`."""
     parser.add_argument(
-        "--out", type=Path, default=Path("lightspine-demo"), help="folder (default: %(default)s)"
+        "--out", type=Path, default=Path("lightspine-demo"), help="output folder (default: %(default)s)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Tell versions, devices and threads, and which scan backends can run here and why not."""
+"""Show versions, devices, threads and the availability of the scan backends."""
 
 import argparse
 
@@ -6,12 +6,12 @@ from lightspine_cli._output import print_json, print_pairs, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine doctor`."""
-    parser.add_argument("--json", action="store_true", help="print one object")
+    """Add the options of `lightspine doctor`."""
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; always status 0: a missing part is a fact, not a failure."""
+    """Print the report; the status is 0 even if a package or backend is missing."""
     from lightspine.benchmark.system import describe_system
     from lightspine.ops.dispatch import available_backends, cpu_thread_source
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     print_pairs(("device", device) for device in devices)
     print()
     print_table(
-        ("scan backend", "runs", "why"),
+        ("scan backend", "available", "reason"),
         [(name, "yes" if entry["runs"] else "no", str(entry["reason"])) for name, entry in backends.items()],
     )
     return 0

@@ -1,4 +1,4 @@
-"""Compute features of any number of images: the vector before the classifier, or maps of the stages."""
+"""Compute image embeddings: the pooled features before the classifier, or the features of the stages."""
 
 import argparse
 from pathlib import Path
@@ -19,22 +19,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stage",
         action="append",
         metavar="pooled|all|N",
-        help="vector before the classifier (default), all stages, or stage N from 0; may be repeated",
+        help="pooled features (default), all stages, or stage N from 0; can be repeated",
     )
-    parser.add_argument("--maps", action="store_true", help="keep the stages' maps instead of their average")
+    parser.add_argument(
+        "--maps", action="store_true", help="save the feature maps of the stages, not their averages"
+    )
     add_preprocessing_options(parser)
     parser.add_argument("--device", default="cpu", help="PyTorch device (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     add_batch_inference_options(parser, ("npy", "parquet"))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compute and write the features, and print the outcome."""
+    """Compute and write the features, and print a summary."""
     from lightspine.errors import UsageError
     from lightspine.evaluation import embed_images
 
     if args.data is None or args.out is None:
-        raise UsageError("expected --data with the images and --out with a folder for their features")
+        raise UsageError("expected --data with the images and --out with a folder for the features")
     outcome = embed_images(
         args.model,
         args.data,

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on image folders, shards, the digits, COCO files, or images with label maps."""
+"""Evaluate a checkpoint on image folders, shards, digits, COCO files, or images with label maps."""
 
 import argparse
 import shlex
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="NAME", help="model name, for a file that does not store it")
     parser.add_argument(
-        "--val-fraction", type=float, help="evaluate only the fraction of each class that training held out"
+        "--val-fraction", type=float, help="evaluate only the fraction of each class held out in training"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the held-out split (default: %(default)s)"

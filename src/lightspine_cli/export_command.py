@@ -1,6 +1,6 @@
-"""Write a model as a file that runs elsewhere, compared with PyTorch before it gets its name.
+"""Export a model to ONNX, torch.export or Core ML; the file is written only if it agrees with PyTorch.
 
-NAME alone exports random weights: give a checkpoint, by --checkpoint or in place of NAME.
+NAME alone exports random weights: pass a checkpoint with --checkpoint or instead of NAME.
 """
 
 import argparse
@@ -11,48 +11,48 @@ from lightspine_cli._output import print_json, print_pairs, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine export`."""
-    parser.add_argument("model", metavar="NAME|CHECKPOINT", help="a model's name, or a checkpoint file")
-    parser.add_argument("out", metavar="OUT", type=Path, help="file to write: .onnx, .pt2 or .mlpackage")
+    """Add the options of `lightspine export`."""
+    parser.add_argument("model", metavar="NAME|CHECKPOINT", help="model name or checkpoint file")
+    parser.add_argument("out", metavar="OUT", type=Path, help="output file: .onnx, .pt2 or .mlpackage")
     parser.add_argument(
         "--to", choices=("onnx", "pt2", "coreml"), default="onnx", help="format (default: %(default)s)"
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights for a model's name")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="weights file, if a model name is given"
+    )
     parser.add_argument(
         "--weights",
         choices=("auto", "model", "ema"),
         default="auto",
-        help="which weights of the checkpoint; by default those whose score is published",
+        help="raw (model) or EMA weights; auto: those of the published score (default: auto)",
     )
-    parser.add_argument("--features", action="store_true", help="the maps of the stages in place of classes")
-    parser.add_argument(
-        "--fixed-size", type=_size, metavar="HxW", help="the only size that the file takes; by default any"
-    )
+    parser.add_argument("--features", action="store_true", help="output the feature maps of the stages")
+    parser.add_argument("--fixed-size", type=_size, metavar="HxW", help="fixed image size (default: dynamic)")
     parser.add_argument(
         "--scan",
         choices=("loop", "unrolled"),
-        help="how VMamba's and Vim's scans are written; unrolled needs --fixed-size "
+        help="form of the scans of VMamba and Vim; unrolled needs --fixed-size "
         "(default: loop, for coreml unrolled)",
     )
     onnx = parser.add_argument_group("ONNX")
-    onnx.add_argument("--opset", type=int, default=20, help="operators' version (default: %(default)s)")
+    onnx.add_argument("--opset", type=int, default=20, help="ONNX opset version (default: %(default)s)")
     onnx.add_argument(
         "--precision",
         choices=("fp32", "fp16", "int8-dynamic", "int8-static"),
         default="fp32",
-        help="of weights and sums (default: %(default)s)",
+        help="numeric precision (default: %(default)s)",
     )
-    onnx.add_argument("--calibration", type=Path, metavar="FOLDER", help="images to measure int8-static on")
+    onnx.add_argument("--calibration", type=Path, metavar="FOLDER", help="calibration images for int8-static")
     onnx.add_argument(
         "--with-preprocessing",
         action="store_true",
-        help="take 8-bit pixels (B, H, W, 3) and normalise them in the file",
+        help="input 8-bit pixels (B, H, W, 3) and normalize them in the graph",
     )
-    parser.add_argument("--json", action="store_true", help="print one object")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, compare, and print what was written."""
+    """Export the model, compare the file with PyTorch and print a report."""
     from lightspine.errors import UsageError
 
     onnx_only = {
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.to != "onnx" and any(onnx_only.values()):
         given = ", ".join(name for name, is_given in onnx_only.items() if is_given)
-        raise UsageError(f"{given} belongs to --to onnx, got it with --to {args.to}")
+        raise UsageError(f"{given} is only for --to onnx, got --to {args.to}")
     model, known = _load(args)
     report = _write(args, model, known)
     if args.json:
@@ -74,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
             ("file", f"{report.path}, {report.bytes:,} bytes"),
             (
                 "weights",
-                f"{report.weight_bytes:,} bytes in PyTorch: {report.bytes / report.weight_bytes:.3f} of them",
+                f"{report.weight_bytes:,} bytes in PyTorch; file / weights {report.bytes / report.weight_bytes:.3f}",
             ),
             ("operators", f"{report.nodes:,}"),
-            ("tolerance", f"a relative difference of {report.tolerance:.0e} from PyTorch"),
+            ("tolerance", f"relative difference from PyTorch up to {report.tolerance:.0e}"),
         ]
     )
     if report.differences:
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Return the model and what the file says about it beside its weights."""
+    """Return the model and the metadata to store in the exported file."""
     import logging
 
     from lightspine import create_model
@@ -105,7 +105,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     file = args.checkpoint or (Path(args.model) if Path(args.model).is_file() else None)
     if file is None:
         logging.getLogger("lightspine").warning(
-            "%s is exported with random weights: give a checkpoint for trained ones", args.model
+            "%s is exported with random weights: pass a checkpoint for trained weights", args.model
         )
         return create_model(args.model, features_only=args.features).eval(), {}
     if not file.is_file():
@@ -113,7 +113,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     source = {"file": file.name, "sha256": _hash(file)}
     if read_checkpoint(file).is_dense:
         if args.features or args.checkpoint:
-            raise UsageError(f"{file} holds a detector or segmenter: expected it alone, without --features")
+            raise UsageError(
+                f"{file} holds a detector or segmenter: expected it instead of NAME and without --features"
+            )
         network, about = load_dense(file)
         preprocessing = about.preprocessing or None
         return network, {"class_names": about.class_names, "preprocessing": preprocessing, "source": source}

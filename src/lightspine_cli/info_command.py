@@ -1,4 +1,4 @@
-"""Tell the facts of a model, ours or timm's, or what a checkpoint file holds and which model it is of."""
+"""Show details of a model of lightspine or timm, or the contents and the model of a checkpoint file."""
 
 import argparse
 from pathlib import Path
@@ -8,21 +8,19 @@ from lightspine_cli._output import print_json, print_pairs, print_table, with_th
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine info`."""
-    parser.add_argument("target", metavar="NAME|FILE", help="a model's name, or a checkpoint file")
-    parser.add_argument(
-        "--size", type=int, help="count multiply-adds at SIZE x SIZE pixels, not at the published size"
-    )
-    parser.add_argument("--json", action="store_true", help="print one object")
+    """Add the options of `lightspine info`."""
+    parser.add_argument("target", metavar="NAME|FILE", help="model name or checkpoint file")
+    parser.add_argument("--size", type=int, help="image size for multiply-adds (default: the published size)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is known about the model or the file."""
+    """Print the details of the model or file."""
     is_file = (
         Path(args.target).suffix in {".pth", ".pt", ".ckpt", ".bin", ".safetensors"}
         or Path(args.target).exists()
     )
-    facts = _file_facts(Path(args.target)) if is_file else _model_facts(args.target, args.size)
+    facts = _file_details(Path(args.target)) if is_file else _model_details(args.target, args.size)
     if args.json:
         print_json(facts)
         return 0
@@ -38,14 +36,14 @@ def run(args: argparse.Namespace) -> int:
     if entries:
         print()
         print_table(
-            ("entry", ">tensors", ">numbers", "model", "fits"),
+            ("entry", ">tensors", ">values", "model", "match"),
             [
                 (
                     entry["name"] or "(the file itself)",
                     str(entry["tensors"]),
                     with_thousands(entry["numbers"]),
                     entry["model"] or "unknown",
-                    "every tensor" if entry["exact"] else "not all, see below",
+                    "all tensors" if entry["exact"] else "not all, see below",
                 )
                 for entry in entries
             ],
@@ -56,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model_facts(name: str, size: int | None) -> dict[str, Any]:
+def _model_details(name: str, size: int | None) -> dict[str, Any]:
     import lightspine
     from lightspine.benchmark import count_macs
     from lightspine.errors import UsageError
@@ -99,7 +97,7 @@ def _stages(model: Any) -> list[dict[str, Any]]:
     return [{"stride": s["reduction"], "channels": s["num_chs"], "module": s["module"]} for s in info]
 
 
-def _file_facts(path: Path) -> dict[str, Any]:
+def _file_details(path: Path) -> dict[str, Any]:
     from lightspine.models.checkpoint import read_checkpoint, read_model_metadata
     from lightspine.models.loading import identify_tensors
 

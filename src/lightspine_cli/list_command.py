@@ -1,4 +1,4 @@
-"""List our models with what their papers published; a timm model needs no entry here to be used by name."""
+"""List the models of lightspine with their published results. Models of timm are not listed."""
 
 import argparse
 from typing import Any
@@ -7,13 +7,17 @@ from lightspine_cli._output import print_json, print_table, with_thousands
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine list`."""
-    parser.add_argument("pattern", nargs="?", default="*", help="shell pattern of names, such as 'vmamba*'")
-    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    """Add the options of `lightspine list`."""
+    parser.add_argument("pattern", nargs="?", default="*", help="name or shell pattern, such as 'vmamba*'")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; status 2 when no name matches."""
+    """Print the table, or JSON.
+
+    Raises:
+        UsageError: no model matches.
+    """
     from lightspine.errors import UsageError
     from lightspine.models import get_record, list_models
 
@@ -33,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     print()
     for mark, note in enumerate(notes, start=1):
         print(f"({mark}) {note}")
-    print("GMACs and top-1 are the published numbers (ImageNet-1k); `lightspine info NAME` counts them.")
+    print("GMACs and top-1 are as published (ImageNet-1k); `lightspine info NAME` counts the MACs.")
     return 0
 
 

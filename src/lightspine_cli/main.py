@@ -1,4 +1,4 @@
-"""Entry point of the command line: runs a command and reports a failure as one sentence and an exit status.
+"""Entry point of the command line: run a command, report errors in one sentence and by the exit status.
 
 This module imports neither torch nor `lightspine`, so that `--help` answers at once.
 """
@@ -25,7 +25,7 @@ COMMANDS = {
     "compare": "train several models on the same images and compare them",
     "convert": "convert an official checkpoint to safetensors",
     "export": "export a model to ONNX, torch.export or Core ML",
-    "bench": "measure models, ours and timm's, scans and exported files on this machine: time and memory",
+    "bench": "benchmark models (lightspine, timm) or scan operators: latency and memory",
     "profile": "profile a model per module and per operator",
     "report": "create an HTML report from results of bench",
     "analyze": "draw receptive fields, Grad-CAM, attention maps, context maps and head similarity",
@@ -58,16 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: the arguments after the program's name; those of the process by default.
+        argv: arguments of the command line; by default `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0 for success, 1 for a failure, 2 for wrong use, 130 for an interrupt.
+        The exit status: 0 for success, 1 for a failure, 2 for a usage error, 130 for an interrupt.
     """
     status = _run(list(sys.argv[1:] if argv is None else argv), own_process=argv is None)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        return _reader_left()
+        return _handle_broken_pipe()
     return status
 
 
@@ -80,7 +80,7 @@ def _run(arguments: list[str], own_process: bool) -> int:
     except SystemExit as exit_:
         return _status_of(exit_)
     except BrokenPipeError:
-        return _reader_left()
+        return _handle_broken_pipe()
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPT_STATUS
@@ -92,9 +92,9 @@ def _run(arguments: list[str], own_process: bool) -> int:
         logging.getLogger("lightspine").removeHandler(handler)
 
 
-def _reader_left() -> int:
-    # The reader of a pipe, such as `head`, has exited. The interpreter flushes standard output again at its
-    # end, which must not fail.
+def _handle_broken_pipe() -> int:
+    # The reader of the pipe, such as `head`, has exited. The interpreter flushes standard output again at
+    # exit, which must not fail.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
@@ -120,7 +120,7 @@ def _dispatch(arguments: list[str], own_process: bool) -> int:
     if command not in COMMANDS:
         parser.error(_unknown_command(command))
     module = importlib.import_module(f"lightspine_cli.{command}_command")
-    # Commands that write a report record the arguments as given.
+    # Reports store the arguments as given.
     parsed = argparse.Namespace(arguments=rest)
     if not getattr(module, "PASSES_ARGUMENTS_THROUGH", False):
         parsed = parser_of(command).parse_args(rest, parsed)
@@ -187,7 +187,7 @@ def _status_of(exit_: SystemExit) -> int:
 
 
 def _report(error: Exception, debug: bool) -> int:
-    # If the error is one of these, its module has been imported.
+    # Look up the classes only if their modules have been imported.
     for name in ("lightspine.errors", "lightspine_runtime.errors"):
         errors = sys.modules.get(name)
         if errors is not None and isinstance(error, errors.LightspineError):

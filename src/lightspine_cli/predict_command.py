@@ -1,4 +1,4 @@
-"""Predict classes of image files (with --data of any number), objects, or class maps."""
+"""Predict classes, objects or segmentation maps of images; --data runs batch inference on many images."""
 
 import argparse
 from pathlib import Path
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the predictions of image files, or write those of many images."""
+    """Print the predictions for image files, or run batch inference with --data."""
     from lightspine.errors import UsageError
 
     args.images = take_checkpoint(args, args.images)

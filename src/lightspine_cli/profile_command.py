@@ -10,7 +10,7 @@ from lightspine_cli.bench_command import parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine profile`."""
+    """Add the options of `lightspine profile`."""
     parser.add_argument("model", metavar="NAME", help="a model of lightspine, or timm/NAME")
     parser.add_argument(
         "--size",
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=("eager", "optimized"),
         default="eager",
-        help="the training form or the inference form (default: %(default)s)",
+        help="model as trained, or optimized for inference (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)"
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", action="store_true", help="profile a training step")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs per measurement (default: %(default)s)")
     parser.add_argument("--top", type=int, default=15, help="rows of each table (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write profile.json and trace.json here")
     parser.add_argument("--json", action="store_true", help="print the profile as JSON")

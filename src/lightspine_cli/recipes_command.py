@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task",
         choices=("classification", "detection", "segmentation"),
-        help="list only this task",
+        help="list only recipes of this task",
     )
-    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,13 +34,15 @@ def run(args: argparse.Namespace) -> int:
     summaries = [summary for summary in summaries if args.task in (None, summary.task)]
     if not summaries:
         kind = f"{args.task} recipe" if args.task else "recipe"
-        raise UsageError(f"no {kind} has {args.pattern!r} in its name; `lightspine recipes` lists all")
+        raise UsageError(
+            f"no {kind} has {args.pattern!r} in its name; `lightspine recipes` lists all recipes"
+        )
     if args.json:
         print_json([_summary_as_dict(summary) for summary in summaries])
         return 0
     rows = [_COLUMNS, *(_table_row(summary) for summary in summaries)]
     if args.task:
-        # It is the same in every row, and without it the table fits into 120 columns.
+        # The task is equal in all rows, and the table fits into 120 columns without it.
         rows = [row[:_TASK] + row[_TASK + 1 :] for row in rows]
     print_table(rows[0], rows[1:])
     print()

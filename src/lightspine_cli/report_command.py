@@ -1,17 +1,17 @@
-"""Write an HTML page from results of `lightspine bench`, and its charts as PNG and SVG."""
+"""Create an HTML report from results of `lightspine bench`, with its charts as PNG and SVG."""
 
 import argparse
 from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lightspine report`."""
+    """Add the options of `lightspine report`."""
     parser.add_argument(
         "results",
         nargs="+",
         type=Path,
         metavar="RESULTS",
-        help="a results.json of `lightspine bench`, or its folder",
+        help="results.json of `lightspine bench`, or its folder",
     )
     parser.add_argument(
         "--out",

@@ -2,7 +2,7 @@
 
 import argparse
 
-# LightningCLI parses the options of the recipe, so this command passes its arguments on unparsed.
+# LightningCLI parses the arguments.
 PASSES_ARGUMENTS_THROUGH = True
 
 
@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> int:
             "expected --config with a file or the name of a recipe: `lightspine recipes` lists them"
         )
 
-    # Importing Lightning takes seconds, so it is done only here.
+    # Import late, because Lightning takes seconds to import.
     from lightspine.training.cli import main
 
     result = main(args.arguments)

@@ -74,7 +74,7 @@ def test_folder_gives_every_image_its_files_and_a_contact_sheet(
     with Image.open(out / "contact_sheet.png") as sheet:
         assert sheet.height > 400
     said = capsys.readouterr().out
-    assert "3 images' maps" in said
+    assert "maps of 3 images" in said
     assert "40x40 px seen as 64x64" in said
 
 
@@ -101,7 +101,7 @@ def test_results_never_take_the_place_of_their_images(
     image = write_image(tmp_path / "a.png", (9, 99, 200))
     before = image.read_bytes()
     assert analyze("cam", "shvit_s1", image, "--out", tmp_path) == 2
-    assert "expected another folder for --out than that of the image" in capsys.readouterr().err
+    assert "expected --out to be another folder than that of the image" in capsys.readouterr().err
     assert image.read_bytes() == before
 
 
@@ -109,7 +109,7 @@ def test_results_never_take_the_place_of_their_images(
     ("arguments", "message"),
     [
         (["cam", "shvit_s1", "gone.png"], "expected an image file, but gone.png does not exist"),
-        (["cam", "shvit_s1", "IMAGE", "--query", "1,2"], "--query belongs to attention, got it with cam"),
+        (["cam", "shvit_s1", "IMAGE", "--query", "1,2"], "--query is only for attention, got cam"),
         (["attention", "shvit_s1", "IMAGE", "--query", "1;2"], "expected --query as Y,X in pixels or class"),
         (["attention", "shvit_s1", "IMAGE", "--query", "900,2"], "expected a query Y,X from 0,0 to 223,223"),
         (["cam", "shvit_s1", "IMAGE", "--size", "big"], "expected --size as HxW or N in pixels, or native"),

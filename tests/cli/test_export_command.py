@@ -61,7 +61,7 @@ BAD_CALLS = {
     "opset of the future": (["shvit_s1", "m.onnx", "--opset", "27"], "expected an opset from 18 to 26"),
     "ONNX's options elsewhere": (
         ["shvit_s1", "m.pt2", "--to", "pt2", "--precision", "fp16"],
-        "--precision belongs to --to onnx, got it with --to pt2",
+        "--precision is only for --to onnx, got --to pt2",
     ),
     "another ending": (["shvit_s1", "m.bin"], "expected a file name that ends in .onnx"),
 }
