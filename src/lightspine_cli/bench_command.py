@@ -39,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kinds.add_parser(
             "ops",
             help="the selective scan and the cross scan",
-            description="Measure time and memory of the scan operators on the CPU, compared with scans in plain "
-            "PyTorch operations.",
+            description="Measure time and memory of the scan operators on the CPU, compared with plain PyTorch.",
             allow_abbrev=False,
         )
     )

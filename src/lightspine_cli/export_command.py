@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             ("file", f"{report.path}, {report.bytes:,} bytes"),
             (
                 "weights",
-                f"{report.weight_bytes:,} bytes in PyTorch; file / weights {report.bytes / report.weight_bytes:.3f}",
+                f"{report.weight_bytes:,} bytes in PyTorch, ratio {report.bytes / report.weight_bytes:.3f}",
             ),
             ("operators", f"{report.nodes:,}"),
             ("tolerance", f"relative difference from PyTorch up to {report.tolerance:.0e}"),
