@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kinds.add_parser(
             "ops",
             help="the selective scan and the cross scan",
-            description="Measure time and memory of the scan operators on the CPU, compared with plain PyTorch.",
+            description="Measure time and memory of the scan operators on the CPU, beside plain PyTorch.",
             allow_abbrev=False,
         )
     )
