@@ -3,7 +3,7 @@
   erf         effective receptive field, before and after training (any model)
   cam         Grad-CAM and activation maps of the stages (any model)
   attention   attention map of one pixel (VMamba, Vim, SHViT, EfficientMod, transformers)
-  context     mean activation of the context layers (EfficientMod)
+  context     channel means of the context layers (EfficientMod)
   importance  importance of each position for the hidden state (EfficientViM)
   redundancy  similarity of attention heads, and accuracy with each head removed (multi-head models)
 
