@@ -187,7 +187,7 @@ def test_write_results_is_coco_json_with_masks(tmp_path: Path) -> None:
         (9, {}, "unknown image id 9"),
         (1, {"labels": torch.tensor([3])}, "labels from 1 to 2, got 3 to 3"),
         (1, {"labels": torch.tensor([0])}, "labels from 1 to 2, got 0 to 0"),
-        (1, {"masks": torch.zeros(1, 1, 64, 48)}, r"masks of the size \(48, 64\)"),
+        (1, {"masks": torch.zeros(1, 1, 64, 48)}, r"masks of size \(48, 64\)"),
     ],
 )
 def test_add_of_what_does_not_fit_is_refused(

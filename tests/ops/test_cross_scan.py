@@ -43,9 +43,9 @@ def snake() -> Iterator[str]:
         pixels[1::2] = pixels[1::2].flip(1)
         return pixels.view(1, -1)
 
-    register_scan_order("snake", order)
-    yield "snake"
-    orders._ORDERS.pop("snake")
+    register_scan_order("serpentine", order)
+    yield "serpentine"
+    orders._ORDERS.pop("serpentine")
     orders._validated_order.cache_clear()
 
 
