@@ -200,5 +200,5 @@ def test_wrong_option_is_refused(options, message):
 
 
 def test_unknown_output_format_is_refused():
-    with pytest.raises(UsageError, match="must be one of 'NCHW', got 'NLC'"):
+    with pytest.raises(UsageError, match="must be 'NCHW', got 'NLC'"):
         SHViT(**SMALL).forward_intermediates(torch.randn(1, 3, 64, 64), output_fmt="NLC")

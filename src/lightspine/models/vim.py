@@ -367,7 +367,7 @@ class VimMixer(nn.Module):
     @torch.jit.unused
     def _mix_both(self, x: Tensor, z: Tensor) -> Tensor:
         assert self.back is not None
-        directions = (self.ahead, self.back)
+        directions: Any = (self.ahead, self.back)
         return mix_bidirectionally(
             x,
             z,

@@ -591,7 +591,8 @@ class VMamba(nn.Module):
         Raises:
             UsageError: an unknown pooling, or classes without pooling.
         """
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        # mypy: the constructor calls this method, which assigns the attribute below.
+        pool = self.global_pool.pool_type if global_pool is None else global_pool  # type: ignore[has-type]
         check_global_pool(pool, num_classes)
         if global_pool is not None:
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))

@@ -65,8 +65,8 @@ def choose_backend(
     return requested
 
 
-def runs_on_triton(x: torch.Tensor) -> bool:
-    """Return whether a scan of `x` runs on the Triton kernels by default; not while tracing or exporting."""
+def runs_on_triton(x: Any) -> bool:
+    """Return whether a scan of the tensor `x` runs on the Triton kernels by default; `False` in a trace or export."""
     if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return False
     return _KERNELS_BY_DEVICE.get(x.device.type) == "triton"

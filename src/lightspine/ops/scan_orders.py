@@ -38,7 +38,7 @@ def list_scan_orders() -> list[str]:
     return list(_ORDERS)
 
 
-def scan_order(name: str, height: int, width: int) -> Tensor:
+def scan_order(name: str, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
     """Return the pixel indices of a registered order, (K, height * width) int64 on the CPU; do not modify.
 
     Symbolic sizes, as an exporter passes them for free axes, give traced operations in place of a constant.

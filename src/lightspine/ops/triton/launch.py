@@ -310,7 +310,7 @@ def _select(t: Strided, images: slice) -> Strided:
 
 
 def _select_images(inputs: GroupedInputs, images: slice) -> GroupedInputs:
-    selected = {
+    selected: dict[str, Any] = {
         name: _select(getattr(inputs, name), images)
         for name in ("x", "delta", "B", "C", "z")
         if getattr(inputs, name) is not None
