@@ -66,7 +66,7 @@ def choose_backend(
 
 
 def runs_on_triton(x: Any) -> bool:
-    """Return whether a scan of the tensor `x` runs on the Triton kernels by default; `False` in a trace or export."""
+    """Return whether a scan of a tensor runs on the Triton kernels by default; `False` while exporting."""
     if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return False
     return _KERNELS_BY_DEVICE.get(x.device.type) == "triton"
