@@ -240,7 +240,7 @@ def test_malicious_pickle_is_refused_and_does_not_run(official, tmp_path, legacy
     victim = tmp_path / "it_ran"
     content = {"model": official, "args": _Exploit(victim)}
     torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(LightspineError, match=r"is refused: it asks for .*nothing in it was run"):
+    with pytest.raises(LightspineError, match=r"is rejected: it contains .*no code was run"):
         lightspine.create_model("shvit_s1", checkpoint=tmp_path / "evil.pth")
     assert not victim.exists()
 

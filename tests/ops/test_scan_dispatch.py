@@ -48,7 +48,7 @@ def test_backend_for_another_dtype_is_refused(dtype: torch.dtype) -> None:
 
 
 def test_cpu_backend_for_another_device_is_refused() -> None:
-    with pytest.raises(UsageError, match="'cpu' cannot run here: its tensors lie on cuda"):
+    with pytest.raises(UsageError, match="'cpu' cannot run here: its tensors are on cuda"):
         choose_backend("cuda", F32, requested="cpu")
 
 
@@ -81,7 +81,7 @@ def test_triton_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_triton_on_cpu_tensors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    with pytest.raises(UsageError, match="'triton' cannot run here: its tensors lie on cpu"):
+    with pytest.raises(UsageError, match="'triton' cannot run here: its tensors are on cpu"):
         choose_backend("cpu", F32, requested="triton")
 
 

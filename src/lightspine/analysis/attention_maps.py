@@ -20,7 +20,7 @@ from lightspine.errors import UsageError
 Query = tuple[int, int] | Literal["class"]
 
 _MIN_GRID_SIDE = 8
-"""By default the last stage whose map has at least so many rows and columns is shown."""
+"""Minimum number of rows and columns of a map for its stage to be shown by default."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class ClassPathResult(ImageResult):
         modules: names of the layers.
         reads: attention of the class token to every patch, (layers, h, w); merged over the directions of a
             scan as in `AttentionResult`, averaged over the heads of softmax attention.
-        kept: attention of the class token to itself and other prefix tokens, (layers,). With `reads` it sums
-            to 1.
+        kept: attention of the class token to itself and other prefix tokens, (layers,); with the sum of
+            `reads` it is 1 per layer.
     """
 
     modules: list[str]

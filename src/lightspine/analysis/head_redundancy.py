@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_TOKENS = 4096
-"""Maximum number of tokens: the similarity of heads needs the whole attention matrices of a layer."""
+"""Maximum number of tokens, because head similarity needs the full attention matrices of a layer."""
 
 _MAX_SHOWN_LAYERS = 3
 _MAX_SHOWN_HEADS = 8

@@ -19,7 +19,7 @@ OPERATORS: dict[Any, str] = {
     torch.ops.lightspine.selective_scan.default: "selective_scan",
     F.scaled_dot_product_attention: "softmax",
 }
-"""The recorded functions and the kind that their calls get."""
+"""Recorded functions, each with the `kind` of its calls."""
 
 
 @dataclass(frozen=True)

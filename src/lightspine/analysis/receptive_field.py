@@ -22,7 +22,7 @@ _HALF = 0.5
 _LINES = {"untrained": ("0.55", "--"), "trained": ("black", "-")}
 
 SHARES = (0.2, 0.3, 0.5, 0.99)
-"""Shares of the contribution whose square is reported, as in the literature."""
+"""Shares of the contribution for which the side of the square is reported, as in the literature."""
 
 
 @dataclass(frozen=True)

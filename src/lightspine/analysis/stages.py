@@ -13,7 +13,7 @@ from lightspine.errors import UsageError
 from lightspine.models.vim import Vim, patches_of
 
 MAX_STAGES = 6
-"""Maximum number of stages that are all shown; of more, `_NUM_SELECTED` are."""
+"""Up to this many stages are all shown; of a longer list, `_NUM_SELECTED` evenly spaced ones."""
 
 _NUM_SELECTED = 4
 

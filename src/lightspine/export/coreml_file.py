@@ -1,4 +1,4 @@
-"""Export to Core ML; the conversion only, because Core ML runs on macOS only."""
+"""Export to Core ML, without a comparison with PyTorch, because Core ML runs on macOS only."""
 
 import importlib.util
 from pathlib import Path

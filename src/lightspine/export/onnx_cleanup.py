@@ -1,4 +1,4 @@
-"""Cleanup of exported ONNX models: no-op arithmetic, unused nodes and records of the exporter."""
+"""Cleanup of exported ONNX models: removes no-ops, unused nodes and the exporter's metadata."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def remove_no_ops(model: Any) -> None:
             if (
                 constant.const_value is not None
                 and not node.outputs[0].is_graph_output()
-                # Nodes of branches keep the values that they read.
+                # Nodes in subgraphs keep the values that they read.
                 and all(user.graph is graph for user, _ in node.outputs[0].uses())
                 and _broadcasts_to(constant.shape, value.shape)
                 and (constant.const_value.numpy() == _NEUTRAL[node.op_type]).all()
@@ -36,7 +36,7 @@ def remove_no_ops(model: Any) -> None:
 
 
 def to_clean_proto(model: Any) -> Any:
-    """Convert an `onnx_ir.Model` to an `onnx.ModelProto` without the records of the exporter.
+    """Convert an `onnx_ir.Model` to an `onnx.ModelProto` without the exporter's metadata.
 
     Docstrings and metadata hold paths of this machine, inferred types enlarge the file.
     """

@@ -36,7 +36,7 @@ def to_onnx(
     input_axes: Sequence[str | int],
     output_names: Sequence[str],
 ) -> Any:
-    """Convert a program to an `onnx.ModelProto` in which a looped scan is the call of a function.
+    """Convert a program to an `onnx.ModelProto` in which each scan loop is a function call.
 
     Args:
         program: from `lightspine.export.program.trace`.

@@ -1,4 +1,4 @@
-"""What is exported of a model, and its trace by `torch.export` with free or fixed sizes."""
+"""Export targets (the exported part of a model) and `torch.export` traces with dynamic or fixed sizes."""
 
 import warnings
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Export to a program of `torch.export`."""
+"""Export to a `torch.export` program (.pt2)."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ def export_pt2(
     fixed_size: tuple[int, int] | None = None,
     shapes: Sequence[tuple[int, int, int]] | None = None,
 ) -> ExportReport:
-    """Export a model to a program of `torch.export` and compare it with the model.
+    """Export a model to a `torch.export` program (.pt2) and compare it with the model.
 
     `torch.export.load(path).module()` loads it. Scans remain custom operators of lightspine, so a program of
     VMamba or Vim needs `import lightspine` first; unrolled scans need only PyTorch.

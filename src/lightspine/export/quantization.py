@@ -54,7 +54,7 @@ def to_half(model: Any) -> Any:
 
 
 def _separate_scan_inputs(model: Any) -> Any:
-    """Give every scan input a value of its own, because the converter names casts after the value."""
+    """Rename scan inputs to be unique per scan, because the converter names casts after the value."""
     import onnx
 
     weights = {tensor.name for tensor in model.graph.initializer}

@@ -27,7 +27,7 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.utils.files import atomic_write
 
 Weights = Literal["auto", "model", "ema"]
-"""Weights to load: "model" as trained, "ema" their average, "auto" those with the published score."""
+"""Weights to load: "model" as trained, "ema" for their moving average, "auto" for the published ones."""
 
 PLAIN_ENTRIES = ("model", "state_dict")
 EMA_ENTRIES = ("model_ema", "state_dict_ema")
@@ -165,7 +165,7 @@ _ALLOWED_GLOBALS: list[Any] = [argparse.Namespace, (_CfgNode, "yacs.config.CfgNo
 def _unpickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_ALLOWED_GLOBALS), warnings.catch_warnings():
-            # The user can do nothing about the protocol; what the reader cannot read raises below.
+            # The user cannot change the pickle protocol; unreadable files raise below.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -173,14 +173,14 @@ def _unpickle(path: Path) -> Any:
         if refused is None or "Unsupported operand" in str(error):
             raise LightspineError(f"{path} is not a PyTorch checkpoint, or it is damaged") from error
         raise LightspineError(
-            f"{path} is refused: it asks for {refused.group(1)}, which may run code; nothing in it was run. "
+            f"{path} is rejected: it contains {refused.group(1)}, which may run code; no code was run. "
             "If you trust the file, save its bare state dict as safetensors"
         ) from error
     except (RuntimeError, OSError) as error:
         raise LightspineError(
             f"{path} is not a complete PyTorch checkpoint: {str(error).splitlines()[0]}"
         ) from error
-    # The unpickler raises these on bytes that are no pickle.
+    # The unpickler raises these for data that is not a pickle.
     except (
         EOFError,
         ValueError,

@@ -105,7 +105,7 @@ def load_model(
 
     Args:
         source: the file, or an opened `Checkpoint`.
-        name: registered name, for a file that does not say.
+        name: registered name, for a file that does not store it.
         weights: "model", "ema", or "auto" for the entry with the published score.
         **kwargs: arguments of the model that replace those in the file.
 

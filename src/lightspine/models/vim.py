@@ -226,7 +226,7 @@ class ScanDirection(nn.Module):
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Return whether calls of a module are observed, so that it has to be called as a module."""
+    """Return whether a module has forward hooks, so that it must be called as a module."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 

@@ -684,7 +684,7 @@ _OUT_NORMS = {
     "onsoftmax": "softmax",
     "onsigmoid": "sigmoid",
 }
-# The official types of the first row differ only in their kernels and precisions.
+# The official forward types of the first row differ only in kernels and precision.
 _SCAN_ORDERS = dict.fromkeys(("v0", "v0seq", "v01", "v02", "v04", "v05", "v2"), "cross2d") | {
     "v051d": "unidirectional",
     "v052d": "bidirectional",

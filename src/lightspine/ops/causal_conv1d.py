@@ -24,10 +24,10 @@ def causal_conv1d(
     reverse: tuple[bool, ...] = (False,),
     backend: str = "auto",
 ) -> Tensor:
-    """Causal depthwise 1D convolution: every position sees itself and the W - 1 positions before it.
+    """Causal depthwise 1D convolution: the output depends on the position and the W - 1 positions before it.
 
     Triton kernels compute all groups and the activation in one pass on CUDA; other devices run PyTorch's
-    convolution. The backward needs nothing of the forward but its inputs.
+    convolution. The backward saves only the inputs.
 
     Args:
         x: input, (B, D, L); tokens (B, L, D), transposed, are read in place.

@@ -44,7 +44,7 @@ def choose_backend(
             # No silent fall-back to something many times slower.
             raise UsageError(
                 "a scan of CUDA tensors runs on the backend 'triton', but triton is not installed: "
-                "install it, or ask for backend='torch'"
+                "install it, or pass backend='torch'"
             )
         return name
     if requested not in BACKENDS:
@@ -56,7 +56,7 @@ def choose_backend(
         interpreted = requested == "triton" and device_type == "cpu" and triton_is_interpreted()
         if _KERNELS_BY_DEVICE.get(device_type) != requested and not interpreted:
             raise UsageError(
-                f"the scan backend {requested!r} cannot run here: its tensors lie on {device_type}"
+                f"the scan backend {requested!r} cannot run here: its tensors are on {device_type}"
             )
         if exporting:
             raise UsageError(

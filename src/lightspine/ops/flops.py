@@ -1,4 +1,4 @@
-"""FLOP counts of the scans, in one place so that all tables of the library agree.
+"""FLOP counts of the scans, shared by all tables of the library.
 
 Papers report "FLOPs" that are multiply-adds for convolutions and linear layers, and add `9 B L D N` for a
 scan (plus `B L D` for the skip connection and for the gate), the count that VMamba's code passes to fvcore.

@@ -90,9 +90,9 @@ class GroupedInputs(NamedTuple):
         z: gate, (B, L, K, D), channels contiguous.
         delta_bias: added to delta, in the shape of D.
         delta_softplus: apply softplus to dt.
-        reversed_groups: without an order, bit k says that group k is scanned from the last position to the
+        reversed_groups: without an order, bit k means that group k is scanned from the last position to the
             first; -1 reverses all of them. The CPU kernels take 0 and -1.
-        order: position at each place of the scan, (K, L) int64 on the CPU; `None` for memory order.
+        order: position visited at each scan step, (K, L) int64 on the CPU; `None` for memory order.
         dt_weight: forward on a CPU only: `delta` is (B, L, K, R), and this contiguous (K, R, D) tensor of
             the state's dtype projects it to dt.
     """
@@ -218,7 +218,7 @@ def check_directions(groups: int, directions: int, order: str) -> None:
     """Check that the tensors have as many groups as the scan order has directions.
 
     Raises:
-        UsageError: they have not.
+        UsageError: the numbers differ.
     """
     if groups != directions:
         raise UsageError(f"cross_scan expects K={directions} for the order {order!r}, received K={groups}")

@@ -1,7 +1,7 @@
-"""Both scans by compiled kernels: how their tensors map to the grouped scan of `cpu/` and `triton/`.
+"""Both scan operators on compiled kernels: maps their tensors to the grouped scan of `cpu/` and `triton/`.
 
-Tensors are read and written in place, through strides. Creating a view costs about as much as a small scan
-computes, so there is none where strides do.
+Tensors are read and written in place, through strides. Creating a view takes about as long as a
+small scan, so strides are passed instead of views where possible.
 """
 
 from types import ModuleType

@@ -1,10 +1,10 @@
-"""ONNX form of the scans: functions of standard operators, for free shapes and every scan order.
+"""ONNX form of the scans: functions of standard operators, for dynamic shapes and every scan order.
 
 `torch.export` keeps a scan as one operator. `scan_table` maps it to a function that is traced in its place
 (`ExportedProgram.run_decompositions`): the call of an ONNX function with a loop, or operations without a
 loop.
 
-The text of a function is put together from parts: gather the inputs in scan order, loop, scatter back.
+The text of a function is assembled from parts: gather the inputs in scan order, loop, scatter back.
 """
 
 from collections.abc import Callable

@@ -21,9 +21,9 @@ def register_scan_order(name: str, order: OrderFn) -> None:
     Args:
         name: new name.
         order: `order(height, width) -> (K, height * width)` integer tensor; row k lists the pixels h * width
-            + w in the sequence in which direction k visits them, each exactly once. An export with free image
-            sizes traces it with symbolic sizes, so it then has to consist of PyTorch operations that do not
-            convert the sizes to Python integers.
+            + w in the sequence in which direction k visits them, each exactly once. An export with dynamic
+            image sizes traces it with symbolic sizes, so it must then consist of PyTorch operations that do
+            not convert the sizes to Python integers.
 
     Raises:
         UsageError: the name is taken.
@@ -41,7 +41,7 @@ def list_scan_orders() -> list[str]:
 def scan_order(name: str, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
     """Return the pixel indices of a registered order, (K, height * width) int64 on the CPU; do not modify.
 
-    Symbolic sizes, as an exporter passes them for free axes, give traced operations in place of a constant.
+    For symbolic sizes (dynamic axes of an export), the order is traced instead of a constant.
 
     Raises:
         UsageError: no order has this name, a row does not visit every pixel exactly once, or the order cannot

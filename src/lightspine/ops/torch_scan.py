@@ -302,7 +302,7 @@ def run_cross_scan(form: ScanFunction, inputs: CrossScanInputs, delta_softplus: 
     return _sum_directions(y, order, *inputs.x.shape[1:3])
 
 
-# What `dispatch.load_backend` promises for every backend; this one saves no states for the backward.
+# The backend interface of `dispatch.load_backend`; this backend saves no states for the backward.
 
 
 def selective_scan(

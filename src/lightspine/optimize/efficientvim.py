@@ -23,9 +23,9 @@ from lightspine.optimize.packed import PackedConv2d, PackedLinear, PackedPointwi
 
 
 class _FoldedMixer(nn.Module):
-    """Base class of the mixers; it includes the norm before the mixer, whose output it uses in two layouts.
+    """Base class of the mixers; it includes the norm before the mixer and uses its output in two layouts.
 
-    A is omitted, because the softmax over positions cancels what is equal at all positions.
+    A is omitted: it is the same at all positions, so the softmax over positions cancels it.
     """
 
     def __init__(self, module: HSMSSD | NCSSD, norm: ChannelNorm):

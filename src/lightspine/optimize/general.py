@@ -126,11 +126,11 @@ class _Fusion(NamedTuple):
 
 
 class _Optimization:
-    """One run over the copy of a model."""
+    """State of one `optimize` call on the copy of a model."""
 
     def __init__(self, model: nn.Module):
         self.model = model
-        # A module that the model has in several places cannot be changed to suit one of them.
+        # A module that the model uses in several places cannot be changed for one of them.
         self.occurrences = Counter(module for _, module in model.named_modules(remove_duplicate=False))
         self.replaced: dict[nn.Module, nn.Module] = {}
         self.fusions: list[_Fusion] = []
@@ -154,7 +154,7 @@ class _Optimization:
         return result
 
     def fold_and_fuse(self, owner: nn.Module, names: list[str]) -> None:
-        """Fold the BatchNorms next to the first of some consecutive layers, and list it for packing."""
+        """Fold the BatchNorms next to the first of consecutive layers, and list that layer for packing."""
         layers = []
         for name in names:
             layer = owner.get_submodule(name)
@@ -185,9 +185,9 @@ class _Optimization:
             self.fusions.append(_Fusion(owner, names[0], first, activation_name, activation))
 
     def pack_layers(self, optimized: nn.Module) -> None:
-        """Pack the listed layers that registered forms have left in place.
+        """Pack the listed layers that registered forms have not replaced.
 
-        They come last, because those forms expect plain layers in the blocks that they replace.
+        Packing comes last, because registered forms expect plain layers in the blocks that they replace.
         """
         present = set(optimized.modules())
         # Outermost module first: it may know of an activation behind the last layer of an inner one.
@@ -217,7 +217,7 @@ def _normalizes_output(norm: Any, layer: Any) -> bool:
 
 
 def _after_batch_norm(norm: nn.Module) -> nn.Module:
-    """Return what a BatchNorm does besides normalizing."""
+    """Return the dropout and activation of timm's BatchNormAct2d; `nn.Identity` for a plain BatchNorm."""
     parts = [norm.drop, norm.act] if isinstance(norm, BatchNormAct2d) else []
     parts = [part for part in parts if type(part) not in _INACTIVE_IN_EVALUATION]
     return parts[0] if len(parts) == 1 else nn.Sequential(*parts) if parts else nn.Identity()
@@ -289,9 +289,9 @@ def _traced_sequences(owner: nn.Module) -> list[list[str]]:
 
 
 def _successors(graph: torch.fx.Graph) -> dict[str, str | None]:
-    """Return each submodule that is called once, with the one that is called on its output alone, if any."""
+    """Map each submodule that is called once to the only consumer of its output, if that is a submodule."""
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    # A layer whose parameters the module also reads itself must keep them.
+    # A layer must keep its parameters if the module also reads them directly.
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     single = {
         node: str(node.target)
@@ -337,11 +337,11 @@ def _trace_variants(module: nn.Module) -> list[torch.fx.Graph]:
             # torch.fx warns of arguments that it cannot check against their default at run time.
             with warnings.catch_warnings(action="ignore"):
                 graphs.append(_SubmodulesAsCalls().trace(module, concrete_args=arguments or None))
-        # A forward may raise anything when given stand-ins for tensors; its layers then stay as they are.
+        # A forward may raise any exception for proxies instead of tensors; its layers then stay as they are.
         except Exception:
             return []
         finally:
-            # A forward may store what it computes, here stand-ins.
+            # A forward may store what it computes, here proxies.
             module.__dict__.clear()
             module.__dict__.update(attributes)
     return graphs

@@ -67,7 +67,7 @@ def can_fuse(activation: nn.Module) -> bool:
 
 
 class _PackedLayer(nn.Module):
-    """Base class: decides when the packed weights are used and keeps them in step with the plain ones."""
+    """Base class: chooses between packed and plain weights and keeps the packed ones up to date."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -99,7 +99,7 @@ class _PackedLayer(nn.Module):
         self._few_numbers = _SMALL_PRODUCT // weight.shape[0] if weight.dtype == torch.float32 else 0
 
     def _takes(self, x: Any) -> bool:
-        """Return whether the packed weights can serve a call."""
+        """Return whether a call with this input can use the packed weights."""
         # Compilers, tracers and exporters must see the plain layer. Tracing is checked first, because a proxy
         # has no dtype.
         tracing = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -206,8 +206,8 @@ def _stays_channels_last(x: Tensor) -> bool:
     """Whether a plain convolution of a map gives a result that is in channels-last format too."""
     if not x.is_contiguous(memory_format=torch.channels_last):
         return False
-    # With one channel a map is in both formats, and the convolution takes it for the other one. With one
-    # pixel, the two formats of the result are the same.
+    # A map with one channel is in both formats, and the convolution treats it as contiguous. With one pixel,
+    # the result is the same in both formats.
     return not x.is_contiguous() or (x.shape[2] == 1 and x.shape[3] == 1)
 
 
@@ -215,7 +215,7 @@ class PackedConv2d(_PackedConv):
     """Convolution with packed weights and a fused activation.
 
     The best layout of the weights depends on the size of the input, so they are packed at the first call of
-    each size, which is as slow as a plain convolution, and kept for the last four sizes.
+    each size, which is as slow as a plain convolution, and cached for the last four sizes.
 
     Args:
         conv: layer that provides weight, bias, stride, padding, dilation and groups.

@@ -11,11 +11,11 @@ from numba import njit
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function at its first call; the compiled one releases the interpreter's lock.
+    """Compile a function with numba at its first call; the compiled function releases the GIL.
 
     The machine code is cached beside the package or in the user's cache folder, and compiled again when any
-    file of this folder changes. Where neither can be written, as for a user without a home in a container, a
-    warning says so and every process compiles for itself.
+    file of this folder changes. Where neither can be written, as for a user without a home directory in a
+    container, a warning is issued and every process compiles the kernels.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
@@ -25,7 +25,7 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
             raise
         warnings.warn(
             "the compiled CPU scan cannot be cached on disk, so each process compiles it for some seconds: "
-            "set NUMBA_CACHE_DIR to a folder that can be written",
+            "set NUMBA_CACHE_DIR to a writable folder",
             RuntimeWarning,
             stacklevel=1,  # one place for all kernels, so that the warning appears once
         )

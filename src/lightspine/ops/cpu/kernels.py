@@ -3,14 +3,14 @@
 A kernel processes one register of channels at a time, 16 float32 or 8 float64, over the whole sequence. It
 receives all tensors in one table of integers: sizes, then addresses and strides. Only the channels have to be
 contiguous, so tokens, feature maps and slices of a projection are read in place. `order` lists the position
-at each place of the scan, so a direction needs no copy.
+that each scan step visits, so a direction needs no copy.
 
 The backward recomputes states and decays chunk by chunk into scratch memory of a fixed size, then goes
 through the chunk in reverse with the gradient of the state. The states at the starts of the chunks were saved
 by the forward; otherwise the sequence is scanned once more to find them.
 
-Names: b batch, k group, c first channel of the register, t place in the scan, i place in the chunk, p
-position, n state. `at_...` is the offset of the register's channels at position 0.
+Names: b batch, k group, c first channel of the register, t scan step, i step within the chunk, p position, n
+state. `at_...` is the offset of the register's channels at position 0.
 """
 
 # numba gives an intrinsic its typing context and reads the names of its arguments.
@@ -546,8 +546,8 @@ def _scan_chunk_backward(
             grad_h = grad_y * C.memory[at_C + n * C.last] + load(scratch.rows, row + lanes, lanes)
             carried = grad_h * load(scratch.decays, before, lanes)
             store(scratch.rows, row + lanes, carried, lanes)
-            # Decay and later state are not needed again: they make room for the gradients of B and C, which
-            # are summed over the lanes for many positions at once.
+            # Decay and later state are not needed again: their memory is reused for the gradients of B and C,
+            # which are summed over the lanes for many positions at once.
             store(scratch.decays, before, grad_h * dt_x, lanes)
             store(scratch.states, after, grad_y * load(scratch.states, after, lanes), lanes)
             grad_exponent = carried * load(scratch.states, before, lanes)
@@ -572,7 +572,7 @@ def _add_lane_sums(
     """Sum the vectors (T, N) of a chunk over their lanes and add the sums to the gradient of B or C."""
     lanes = VECTOR_BYTES // rows.itemsize
     for v in range(0, part.size * states, lanes):
-        # The sums overwrite the first of the vectors that they were taken of.
+        # The sums overwrite the first of the summed vectors.
         store(rows, start + v, lane_sums(rows, start + v * lanes), lanes)
     for i in range(part.size):
         at = at_grad + part[i] * stride

@@ -1,8 +1,8 @@
 """Launch of the compiled CPU kernels: splits a grouped scan into tasks and passes tensors as addresses.
 
 Passing an array per tensor costs microseconds each, as much as a small scan takes. The kernels therefore
-receive one table of integers with sizes, addresses and strides. It says nothing about dtypes: a kernel is
-compiled for the dtypes of the empty arrays that are passed beside it.
+receive one table of integers with sizes, addresses and strides. It does not contain dtypes: a kernel is
+compiled for the dtypes of the empty arrays that are passed with it.
 """
 
 import functools
@@ -153,7 +153,7 @@ def _operands(inputs: GroupedInputs) -> tuple[Strided | Tensor | None, ...]:
     if inputs.D is None or inputs.delta_bias is None:
         zeros = torch.zeros(groups, dim, dtype=dtype)
     D, bias = (zeros if t is None else t.to(dtype).contiguous() for t in (inputs.D, inputs.delta_bias))
-    # Any address will do where there is no weight: the kernel does not read it.
+    # Without a weight, any address is valid: the kernel does not read it.
     weight = A if inputs.dt_weight is None else inputs.dt_weight
     B, C = _in_state_dtype(inputs.B, inputs), _in_state_dtype(inputs.C, inputs)
     return inputs.x, inputs.delta, B, C, inputs.z, A, D, bias, weight

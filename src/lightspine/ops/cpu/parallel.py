@@ -1,7 +1,7 @@
 """Run a compiled kernel's tasks on as many threads as PyTorch uses.
 
 Numba's own parallel loops abort the process when two Python threads call at once, or do not survive a fork.
-The kernels release the interpreter's lock instead and run on PyTorch's OpenMP threads or, where those cannot
+The kernels release the GIL instead and run on PyTorch's OpenMP threads or, where those cannot
 be used, on a thread pool. The pool belongs to the process: a forked child creates its own.
 """
 
@@ -39,7 +39,7 @@ def run_tasks(
     """Call `kernel(first, last, *arguments)` so that the ranges cover all tasks.
 
     Args:
-        kernel: compiled function that releases the interpreter's lock.
+        kernel: compiled function that releases the GIL.
         on_openmp: the same kernel wrapped in `openmp.run_on_openmp`.
         tasks: number of tasks.
         threads: number of threads; 1, or PyTorch's.

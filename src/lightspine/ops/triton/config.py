@@ -1,7 +1,7 @@
-"""Block sizes and chunking of the selective-scan kernels: from the sizes alone, never from the device.
+"""Block sizes and chunking of the selective-scan kernels, chosen from the tensor sizes, not the device.
 
-So a result does not depend on the device, and an image gives the same values alone as in a batch wherever the
-chunking is the same.
+Therefore a result does not depend on the device, and an image gives the same values alone and in a batch if
+the chunking is the same.
 """
 
 from typing import NamedTuple
@@ -16,17 +16,17 @@ _SCAN_BLOCK, _GRAD_BLOCK = 2048, 512
 _MOST_CHANNELS = 128
 # Programs of one warp that fill a large GPU: 8 on each of 132 multiprocessors.
 _ENOUGH_PROGRAMS = 1056
-# The backward keeps the state before every so many steps and computes those in between again, TILE at a time.
+# The backward saves the state before every SAVE_EVERY-th step and recomputes the others, TILE at a time.
 SAVE_EVERY = 32
 TILE = 2
-# Temporary memory of the backward, above which it takes the images in slices.
+# Temporary memory of the backward in bytes; above it, the images are processed in slices.
 _SLICE_BYTES = 64 * 2**20
 # Where states are passed from chunk to chunk: channels of a program, chunks whose states are loaded at once.
 PASSING_CHANNELS, PASSING_CHUNKS = 32, 8
 
 
 class ScanConfig(NamedTuple):
-    """How the kernels cut a scan into programs.
+    """Launch configuration: block sizes and chunks of a scan.
 
     Attributes:
         block_n: states, padded to a power of two.
@@ -34,7 +34,7 @@ class ScanConfig(NamedTuple):
         grad_block_d: channels of a program of the gradient kernel.
         chunk: steps of a program.
         chunks: programs that share a sequence, J.
-        saves: states kept of a sequence in the backward, one for every `SAVE_EVERY` steps.
+        saves: states saved per sequence in the backward, one for every `SAVE_EVERY` steps.
         images_per_slice: images that the backward processes at once.
         fast_math: logarithms of the special-function unit; not for float64 and not in the interpreter.
     """

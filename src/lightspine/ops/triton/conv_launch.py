@@ -1,4 +1,4 @@
-"""Launch of the causal depthwise 1D convolution kernels: tensors in, tensors out."""
+"""Launch of the causal depthwise 1D convolution kernels."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, reversed_group
 def causal_conv1d_backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reversed_groups: int, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute the gradients of x, weight and bias; nothing but the inputs is needed of the forward.
+    """Compute the gradients of x, weight and bias from the inputs of the forward.
 
     Args:
         grad_out: gradient of the output, (B, L, K, D), channels adjacent.

@@ -1,7 +1,7 @@
 """Launch of the Triton kernels for a grouped scan.
 
 Groups that share an output, as the directions of a cross scan do, are launched one after the other. Each adds
-to what the last one wrote, so the result does not depend on timing.
+to the output of the previous one, so the result is deterministic.
 """
 
 import contextlib
@@ -339,7 +339,7 @@ def launch(kernel: Any, programs: int, *, num_warps: int = 1, **arguments: Any) 
         arguments: those of the kernel by name.
 
     Raises:
-        UsageError: the tensors lie on a CPU and Triton's interpreter is off.
+        UsageError: the tensors are on a CPU and Triton's interpreter is off.
     """
     device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
     if device.type == "cpu" and not isinstance(kernel, InterpretedFunction):
