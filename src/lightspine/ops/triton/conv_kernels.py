@@ -1,8 +1,8 @@
 """Triton kernels of the causal depthwise 1D convolution with SiLU, for several directions at once.
 
 Shapes: x (B, L, D), channels adjacent, shared by the K groups; weight (K, D, W) and bias (K, D),
-contiguous; output and gradients (B, L, K, D). A group whose bit of `reversed_groups` is set looks ahead by
-W - 1 positions where a causal convolution looks back.
+contiguous; output and gradients (B, L, K, D). A group whose bit of `reversed_groups` is set reads the
+W - 1 following positions instead of the preceding ones.
 """
 
 # Triton's language is untyped; its branches are decided by the compiler.
@@ -111,9 +111,9 @@ def causal_conv1d_bwd_kernel(
 ):
     """Compute the gradient of BLOCK_T positions of x, summed over the groups, and a part of the parameters'.
 
-    The convolution before SiLU is computed again at every position that x reaches. `p_grad_x` is contiguous;
-    `p_grad_parameters` takes one row of sums over the tile, (B, time blocks, K, W + 1, D): the W taps, the
-    bias.
+    The convolution before SiLU is recomputed at every position that depends on the tile of x. `p_grad_x` is
+    contiguous; `p_grad_parameters` receives one row of sums over the tile, (B, time blocks, K, W + 1, D):
+    the W taps, then the bias.
     """
     blocks = tl.cdiv(dim, BLOCK_D)
     i_task = tl.program_id(0).to(tl.int64)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-# Integers that vary between calls: none of them gets a specialised kernel of its own.
+# Integers that vary between calls, for which Triton must not specialize the kernel.
 VARYING = (
     "length",
     "batch",
@@ -262,12 +262,12 @@ def state_passing_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Replace the state that each chunk adds, in place, by the state that enters it.
+    """State passing: replace the state that each chunk adds, in place, by the state that enters it.
 
-    A chunk decays what enters it by exp(A times its sum of dt). One program takes one state of BLOCK_D
-    channels and passes through the chunks in turn, BLOCK_J of them at a time by an associative scan.
+    A chunk decays the state that enters it by exp(A times its sum of dt). One program takes one state of
+    BLOCK_D channels and loops over the chunks; the loads of BLOCK_J chunks are issued together.
     `p_initial` is the state before the first chunk, (B, K, N, D), or None for zero; `p_final` takes the state
-    after the last one. With REVERSE the chunks are passed from the last to the first, as the adjoint needs.
+    after the last one. With REVERSE the chunks are passed from the last to the first, for the adjoint.
     """
     DTYPE: tl.constexpr = p_A.dtype.element_ty
     blocks = tl.cdiv(dim, BLOCK_D)
@@ -286,7 +286,7 @@ def state_passing_kernel(
 
     i_j = 0
     while i_j < chunks:
-        # The loads of a block of chunks do not wait for one another.
+        # The loads of a block of chunks are independent.
         decays = ()
         added = ()
         offsets = ()
@@ -421,7 +421,7 @@ def chunk_scan_bwd_kernel(
     """Compute all gradients of chunks, each from its last step to its first.
 
     `p_saved` (B, K, saves, N, D) holds the state before every `save_every`-th step; a chunk is a multiple of
-    that. From there the states are computed again: first those at every TILE-th step, into the scratch of the
+    that. From there the states are recomputed: first those at every TILE-th step, into the scratch of the
     program, (programs, save_every / TILE, BLOCK_N, BLOCK_D), then those of one tile, in registers.
     `p_adjoint` (B, K, J, N, D) is the adjoint that enters the end of each chunk. The gradients of dt and z
     are contiguous, (B, L, K, D). Sums beyond a program are left to the caller: the gradients of B and C are
