@@ -1,8 +1,8 @@
-"""Compile the Triton kernels of VMamba's scan for sm_90, without a device, and count its instructions.
+"""Compile the Triton kernels of the library for sm_90, without a device, and count their instructions.
 
     python tools/kernel_report.py [--json]
 
-Each row is one compiled kernel at the shapes of VMamba-T's scans. The columns:
+Each row is one compiled kernel at the shapes of VMamba-T's and Vim-Ti's scans. The columns:
 
 - `instructions`: SASS instructions of the kernel, without padding.
 - `instructions_per_step`: instructions that a warp issues per position, direction and 32 channels, prologue
@@ -34,10 +34,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lightspine.ops.triton import cross_scan_launch
+from lightspine.ops.inputs import CrossScanInputs, SelectiveScanInputs
+from lightspine.ops.kernel_scan import KernelScan
+from lightspine.ops.triton import conv_launch, cross_scan_launch, launch
+from lightspine.ops.triton.config import SAVE_EVERY
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 VMAMBA_STAGES = {1: (96, 56, 6), 2: (192, 28, 12), 3: (384, 14, 24), 4: (768, 7, 48)}
+VIM_CASES = ((197, 128), (1025, 16), (6085, 8), (6085, 1))
 BATCH = 128
 
 
@@ -86,13 +90,19 @@ def report() -> list[dict[str, Any]]:
             *,
             num_warps: int = 1,
             case: str = case,
-            states: int = states,
+            state_dim: int = states,
             **arguments: Any,
         ) -> None:
             if arguments.get("ADJOINT"):
                 case += ", adjoint"
+            if arguments.get("p_saved") is not None and "fwd" in kernel.__name__:
+                case += ", saving states"
+            elif "p_out" in arguments and arguments["p_out"] is None:
+                case += ", states of chunks"
             if (kernel.__name__, case) not in rows:
-                rows[kernel.__name__, case] = _measure(kernel, case, states, programs, num_warps, arguments)
+                rows[kernel.__name__, case] = _measure(
+                    kernel, case, state_dim, programs, num_warps, arguments
+                )
 
         with _launching(compile_only):
             run()
@@ -105,6 +115,47 @@ def _cases() -> Iterator[tuple[str, int, Callable[[], None]]]:
         for dtype in (torch.bfloat16, torch.float32) if stage in (1, 4) else (torch.bfloat16,):
             name = f"VMamba stage {stage}, {str(dtype)[6:]}"
             yield name, 1, lambda dim=dim, side=side, rank=rank, dtype=dtype: _fused(dim, side, rank, dtype)
+
+    for length, batch in VIM_CASES:
+        name = f"Vim, L {length}, batch {batch}, bfloat16"
+        yield name, 16, lambda length=length, batch=batch: _selective(batch, length)
+    yield "Vim, both directions, L 197, batch 128, bfloat16", 16, _bidirectional
+    yield "VMamba stage 1 with delta, bfloat16", 1, _cross
+
+
+def _selective(batch: int, length: int) -> None:
+    inputs = _vim_inputs(batch, length, groups=1)
+    scan = KernelScan(launch)
+    out, state, saved = scan.selective_scan(inputs, True, False, True)
+    scan.selective_scan_backward(out, state, inputs, saved, True, False)
+
+
+def _bidirectional() -> None:
+    inputs = _vim_inputs(BATCH, 197, groups=2)
+    scan = KernelScan(launch)
+    scan.bidirectional_scan_backward(scan.bidirectional_scan(inputs, True), inputs, True)
+    x, weight = _empty(BATCH, 197, 384, dtype=torch.bfloat16), _empty(2, 384, 4, dtype=torch.bfloat16)
+    out = conv_launch.causal_conv1d(x, weight, weight[..., 0], 0b10, True)
+    conv_launch.causal_conv1d_backward(out, x, weight, weight[..., 0], 0b10, True)
+
+
+def _cross() -> None:
+    dim, side, _ = VMAMBA_STAGES[1]
+    x = _empty(BATCH, side, side, dim, dtype=torch.bfloat16)
+    delta = _empty(BATCH, side, side, 4, dim, dtype=torch.bfloat16)
+    B = _empty(BATCH, side, side, 4, 1, dtype=torch.bfloat16)
+    inputs = CrossScanInputs(x, delta, _empty(4, dim, 1), B, B, _empty(4, dim), _empty(4, dim))
+    scan = KernelScan(launch)
+    out, saved = scan.cross_scan(inputs, True, "cross2d", True)
+    scan.cross_scan_backward(out, inputs, saved, True, "cross2d")
+
+
+def _vim_inputs(batch: int, length: int, groups: int) -> SelectiveScanInputs:
+    dim, states = 384, 16
+    tokens = _empty(batch, length, groups * dim, dtype=torch.bfloat16).transpose(1, 2)
+    B = _empty(batch, length, groups, states, dtype=torch.bfloat16).permute(0, 2, 3, 1)
+    A, D = _empty(groups * dim, states), _empty(groups * dim)
+    return SelectiveScanInputs(tokens, tokens, A, B, B, D, tokens[:, :dim], D)
 
 
 def _fused(dim: int, side: int, rank: int, dtype: torch.dtype) -> None:
@@ -127,12 +178,15 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _launching(compile_only: Callable[..., None]) -> Iterator[None]:
-    before = cross_scan_launch.launch
-    cross_scan_launch.launch = compile_only
+    modules = (conv_launch, cross_scan_launch, launch)
+    before = [module.launch for module in modules]
+    for module in modules:
+        module.launch = compile_only
     try:
         yield
     finally:
-        cross_scan_launch.launch = before
+        for module, function in zip(modules, before, strict=True):
+            module.launch = function
 
 
 def _measure(
@@ -142,7 +196,7 @@ def _measure(
     compiled = kernel.warmup(**arguments, num_warps=num_warps, enable_fp_fusion=True, grid=(programs,))
     seconds = time.perf_counter() - start
     sass, usage = _disassemble(compiled.asm["cubin"])
-    trips, steps = _trips(arguments)
+    trips, steps = _trips(kernel.__name__, arguments, num_warps)
     return {
         "kernel": kernel.__name__,
         "case": case,
@@ -156,9 +210,22 @@ def _measure(
     }
 
 
-def _trips(arguments: dict[str, Any]) -> tuple[list[int], float]:
+def _trips(kernel: str, arguments: dict[str, Any], num_warps: int) -> tuple[list[int], float]:
     """Return how often the loops of a kernel run, from the outermost in, and the steps of one warp."""
+    if kernel.startswith("causal_conv1d"):
+        groups = arguments["groups"] if "bwd" in kernel else 1
+        return [groups], groups * arguments["BLOCK_T"] * arguments["BLOCK_D"] / 32 / num_warps
     chunks = arguments["chunks"]
+    if kernel == "state_passing_kernel":
+        return [-(-chunks // arguments["BLOCK_J"])], chunks
+    if kernel in ("chunk_scan_fwd_kernel", "chunk_scan_bwd_kernel", "chunk_adjoint_kernel"):
+        positions = min(arguments["chunk"], arguments["length"])
+        trips = [positions]
+        if "bwd" in kernel:
+            trips = [-(-positions // SAVE_EVERY), SAVE_EVERY // arguments["TILE"]]
+        elif arguments.get("p_saved") is not None:
+            trips = [-(-positions // SAVE_EVERY), SAVE_EVERY]
+        return trips, positions * arguments["BLOCK_D"] / 32
     if "chunk" not in arguments:
         return [-(-chunks // arguments["T"])], chunks
     # A chunk in the middle of a sequence; the last one may be shorter.

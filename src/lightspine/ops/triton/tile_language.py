@@ -177,6 +177,9 @@ else:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+    # Triton 3.6 calls it thread_barrier.
+    barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
     jit = gluon.jit
     device_function = gluon.jit
 
@@ -328,4 +331,4 @@ else:
     @gluon.jit
     def synchronize():
         """Wait for all threads of the program, and let them see what the others have stored."""
-        gl.barrier()
+        barrier()
