@@ -172,7 +172,9 @@ def test_teacher_sees_images_at_the_size_asked_for(tmp_path: Path) -> None:
 def test_teacher_of_one_size_names_it(tmp_path: Path) -> None:
     path, _ = write_teacher(tmp_path, "vit_tiny_patch16_224")
     distiller = Distiller("vit_tiny_patch16_224", 2, checkpoint=path)
-    with pytest.raises(UsageError, match="expected images of 224 x 224 px for the teacher, got 32 x 32: set image_size=224"):
+    with pytest.raises(
+        UsageError, match="expected images of 224 x 224 px for the teacher, got 32 x 32: set image_size=224"
+    ):
         distiller.teacher_logits(IMAGES)
 
 
