@@ -1,4 +1,4 @@
-"""The scan over a map with steps projected inside, one state per channel, by the Triton kernels."""
+"""Launch of the fused cross scan: dt is projected inside the Triton kernels, one state per channel."""
 
 import functools
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ _PARTIAL_NUMBERS = 16 * 1024 * 1024
 
 
 class Walk(NamedTuple):
-    """The directions of a scan as the kernels walk them.
+    """Directions of a scan order in the form that the kernels read.
 
     Attributes:
         order: pixels that each family visits, (families, L) int32.

@@ -1,6 +1,6 @@
-"""The language of the scan kernels: Gluon when they are compiled, Triton's interpreter when they are tested.
+"""Language layer of the fused kernels: Gluon when compiled, Triton's interpreter in tests.
 
-The kernels walk tiles of (steps, channels). Each thread holds all steps of its channels, so that the
+The kernels process tiles of (steps, channels). Each thread holds all steps of its channels, so that the
 recurrence runs in registers without shuffles. Triton's own layout selection puts the steps on different
 threads (50 instructions per step in place of 26), therefore the kernels name their layouts, in Gluon. Gluon
 has no interpreter: with TRITON_INTERPRET=1 the same sources run on `triton.language`, where layouts mean
