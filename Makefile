@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format docs clean
+.PHONY: demo test test-slow gpu lint format docs clean
 
 demo: $(STAMP)
 	$(BIN)/lightspine demo
@@ -14,6 +14,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow
+
+gpu: $(STAMP)
+	$(BIN)/python tools/gpu_session.py gpu-results
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

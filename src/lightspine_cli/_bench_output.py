@@ -50,6 +50,31 @@ _MEMORY_COLUMNS = (
     ">backward peak / inputs",
 )
 _MEMORY_NOTE = ("peak", "memory added by the pass at its peak, including its results, in a separate process")
+_CUDA_COLUMNS = (
+    "operator",
+    "shape",
+    ">batch",
+    "dtype",
+    ">first call s",
+    ">forward ms",
+    ">copy %",
+    ">special %",
+    ">MiB",
+    ">first call s",
+    ">forward+backward ms",
+    ">copy %",
+    ">special %",
+    ">MiB",
+)
+_CUDA_NOTES = (
+    ("first call", "with compiling the kernels that no row above has used and that are not on disk"),
+    (
+        "copy %",
+        "time of reading inputs and writing outputs once at the copy rate, divided by the measured time",
+    ),
+    ("special %", "time of the exponentials, logarithms and reciprocals, divided by the measured time"),
+    ("MiB", "peak of PyTorch's allocator above the inputs"),
+)
 # A higher load average means that other processes used a core half of the time.
 _BUSY_LOAD = 0.5
 
@@ -134,6 +159,46 @@ def print_ops(report: Any) -> None:
                 for entry in report.saved
             ],
         )
+
+
+def print_cuda_ops(report: Any) -> None:
+    """Print a `lightspine.benchmark.ops_cuda.CudaOpsReport`."""
+    versions, rate = report.system["versions"], report.copy_bytes_per_s
+    print_pairs(
+        [
+            ("device", report.device),
+            ("torch, triton", f"{versions['torch']}, {versions['triton']}, {report.system['date']}"),
+            ("copy rate", "not measured" if rate is None else f"{rate / 1e9:,.0f} GB/s"),
+            ("special functions", f"{report.special_functions_per_s / 1e12:.2f} T/s"),
+        ]
+    )
+    print()
+    title = f"medians of up to {report.repeats} interleaved calls, time of the device"
+    print_table(_CUDA_COLUMNS, [_cuda_cells(row) for row in report.rows if row.error is None], title=title)
+    print()
+    print_pairs(_CUDA_NOTES)
+    if failed := [row for row in report.rows if row.error is not None]:
+        print()
+        print_table(
+            ("not measured", "shape", ">batch", "dtype", "reason"),
+            [(row.operator, row.case.name, str(row.batch), row.dtype, row.error) for row in failed],
+        )
+
+
+def _cuda_cells(row: Any) -> tuple[str, ...]:
+    from lightspine.benchmark.ops_cuda import PASSES
+
+    cells = [row.operator, row.case.name, str(row.batch), row.dtype]
+    for name in PASSES:
+        timing, peak = row.times.get(name), row.peak_bytes.get(name)
+        cells += [
+            f"{row.first_call_s[name]:.2f}",
+            _format_number(timing and timing.median_ms, 3),
+            _format_number(timing and 100 * row.copy_share(name), 0),
+            _format_number(timing and 100 * row.special_function_share(name), 0),
+            _format_number(None if peak is None else peak / 2**20, 0),
+        ]
+    return tuple(cells)
 
 
 def _row_conditions(row: Any) -> tuple[str, ...]:

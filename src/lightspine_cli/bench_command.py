@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kinds.add_parser(
             "ops",
             help="the selective scan and the cross scan",
-            description="Measure time and memory of the scan operators on the CPU, beside plain PyTorch.",
+            description="Measure time and memory of the scan operators: on the CPU beside the same scans in "
+            "plain PyTorch, on a CUDA device beside the time of copying their inputs and outputs and of "
+            "computing their exponentials.",
             allow_abbrev=False,
         )
     )
@@ -137,7 +139,20 @@ def _add_ops_options(parser: argparse.ArgumentParser) -> None:
         help="vmamba-1 to vmamba-4, vim-197, vim-1025, vim-6085 (default: all)",
     )
     parser.add_argument(
-        "--batch", type=_parse_numbers, default=(1, 8), metavar="1,8", help="batch sizes (default: 1,8)"
+        "--batch",
+        type=_parse_numbers,
+        metavar="1,8",
+        help="batch sizes (default: 1,8; on cuda 128,1 for the shapes of VMamba, and 128, 16 and 8,1 for the "
+        "three of Vim)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cpu or cuda (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        type=_parse_names,
+        metavar="A,B",
+        help="on cuda: float32, bfloat16, float16 (default: bfloat16); on cpu float32 only",
     )
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
     parser.add_argument(
@@ -146,9 +161,8 @@ def _add_ops_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parts",
         type=_parse_names,
-        default=PARTS,
         metavar="A,B",
-        help=f"any of {', '.join(PARTS)} (default: all)",
+        help=f"any of {', '.join(PARTS)} (default: all); on cuda time and memory only",
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
@@ -254,16 +268,22 @@ def _select_models(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]
 def _run_ops(args: argparse.Namespace) -> int:
     from lightspine.benchmark.ops import count_steps, measure_ops
     from lightspine.benchmark.ops_cases import CASES, find_cases
+    from lightspine.errors import UsageError
 
     cases = list(CASES) if args.shapes is None else find_cases(args.shapes)
+    if args.device == "cuda":
+        return _run_cuda_ops(args, cases)
+    if args.dtype not in (None, ("float32",)):
+        raise UsageError(f"expected dtype float32 on cpu, got {', '.join(args.dtype)}")
+    batches, parts = args.batch or (1, 8), args.parts or PARTS
     with _progress() as (progress, task):
-        progress.update(task, total=count_steps(cases, args.batch, args.parts))
+        progress.update(task, total=count_steps(cases, batches, parts))
         report = measure_ops(
             cases,
-            args.batch,
+            batches,
             threads=args.threads,
             repeats=args.repeats,
-            parts=args.parts,
+            parts=parts,
             on_step=lambda text: progress.update(task, advance=1, description=text),
         )
     if args.json:
@@ -273,6 +293,30 @@ def _run_ops(args: argparse.Namespace) -> int:
 
     print_ops(report)
     return 0
+
+
+def _run_cuda_ops(args: argparse.Namespace, cases: list[Any]) -> int:
+    """Measure on a CUDA device; return 1 if an operator failed."""
+    from lightspine.benchmark import ops_cuda
+
+    rows = ops_cuda.plan_rows(cases, args.batch, args.dtype or ("bfloat16",))
+    device = ops_cuda.CudaDevice()
+    with _progress() as (progress, task):
+        progress.update(task, total=len(rows))
+        report = ops_cuda.measure_cuda_ops(
+            rows,
+            device,
+            repeats=args.repeats,
+            parts=args.parts or ops_cuda.PARTS,
+            on_step=lambda text: progress.update(task, advance=1, description=text),
+        )
+    if args.json:
+        print_json(report.as_dict())
+    else:
+        from lightspine_cli._bench_output import print_cuda_ops
+
+        print_cuda_ops(report)
+    return int(any(row.error is not None for row in report.rows))
 
 
 @contextmanager

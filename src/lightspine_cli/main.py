@@ -16,7 +16,7 @@ from typing import NoReturn
 COMMANDS = {
     "list": "list models with parameters, multiply-adds, resolution and published accuracy",
     "info": "show details of a model or a checkpoint file",
-    "doctor": "show versions, devices and the availability of scan backends",
+    "doctor": "show versions, devices and scan backends; check the kernels on this machine",
     "predict": "predict classes, objects or segmentation maps of images",
     "embed": "compute features of images",
     "recipes": "list training recipes with their published scores",

@@ -9,11 +9,8 @@ from torch import Tensor
 from lightspine.ops.dispatch import BACKENDS, available_backends, triton_is_interpreted
 from lightspine.ops.inputs import CrossScanInputs, SelectiveScanInputs
 from lightspine.ops.selective_scan import selective_scan
+from lightspine.ops.verify import TOLERANCE as TOLERANCE
 from support.reference import assert_close
-
-# Relative L2 difference from the definition in float64. Reduced-precision results are rounded once, at the
-# end.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 # With TRITON_INTERPRET=1 set, every test of a backend also runs the triton kernels, a hundred times slower.
 CPU_BACKENDS = [

@@ -58,6 +58,7 @@ def collect_durations(
     budget_s: float = 10.0,
     calls_per_turn: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    timer: Callable[[Callable[[], object]], float] | None = None,
     on_call: Callable[[str], None] = lambda _: None,
     on_error: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
@@ -74,6 +75,7 @@ def collect_durations(
             that evict each other from a cache: oneDNN caches the compiled code of 1,024 operators, which is
             about twenty networks. By default each round has one timed call and no untimed one.
         clock: returns seconds.
+        timer: runs a function and returns its seconds, in place of `clock`, such as those of a GPU's events.
         on_call: called with the name after each call, timed or not.
         on_error: called with the name and the exception of a function that failed, which is then dropped. By
             default the exception is raised.
@@ -86,9 +88,8 @@ def collect_durations(
         spent = seconds.get(name)
         if spent is None or len(spent) == repeats or (len(spent) >= 3 and sum(spent) > budget_s):
             continue
-        start = clock() if timed else 0.0
         try:
-            functions[name]()
+            duration = timer(functions[name]) if timed and timer else _run(functions[name], clock, timed)
         except Exception as error:
             if on_error is None:
                 raise
@@ -96,9 +97,15 @@ def collect_durations(
             on_error(name, error)
         else:
             if timed:
-                spent.append(clock() - start)
+                spent.append(duration)
         on_call(name)
     return seconds
+
+
+def _run(function: Callable[[], object], clock: Callable[[], float], timed: bool) -> float:
+    start = clock() if timed else 0.0
+    function()
+    return clock() - start if timed else 0.0
 
 
 def _schedule(
@@ -124,6 +131,7 @@ def time_interleaved(
     budget_s: float = 10.0,
     calls_per_turn: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    timer: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, Timing]:
     """Time functions in alternation and return a `Timing` of each; see `collect_durations` for the arguments.
 
@@ -139,6 +147,7 @@ def time_interleaved(
         budget_s=budget_s,
         calls_per_turn=calls_per_turn,
         clock=clock,
+        timer=timer,
     )
     return {name: summarize(durations) for name, durations in seconds.items()}
 

@@ -55,19 +55,21 @@ class ScanCase:
 
         return run_cross_scan if self.directions else run_selective_scan
 
-    def inputs(self, batch: int) -> list[Tensor]:
-        """Return all float32 inputs of the operator, in the memory layout that the models use.
+    def inputs(
+        self, batch: int, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> list[Tensor]:
+        """Return all inputs of the operator, in the memory layout that the models use.
 
         dt is softplus(-3 + noise) and A is -1, ..., -N, as at initialization.
+
+        Args:
+            batch: batch size.
+            dtype: of all tensors but A, D and delta_bias, which are float32.
+            device: where the tensors are.
         """
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
+        normal = random_normal(dtype, device)
         scanned = (self.directions, self.dim) if self.directions else (self.dim,)
-        A = -torch.arange(1.0, self.state_dim + 1).expand(*scanned, -1).contiguous()
-        skip, bias = torch.ones(scanned), torch.full(scanned, -3.0)
+        A, skip, bias = self.parameters(*scanned, device=device)
         if self.directions:
             pixels = (batch, self.height, self.width)
             B, C = normal(2, *pixels, self.directions, self.state_dim)
@@ -75,6 +77,11 @@ class ScanCase:
         u, delta, gate = normal(3, batch, self.length, self.dim).transpose(2, 3)
         B, C = normal(2, batch, self.length, 1, self.state_dim).permute(0, 1, 3, 4, 2)
         return [u, delta, A, B, C, skip, gate, bias]
+
+    def parameters(self, *channels: int, device: str | torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A, D and delta_bias of the scanned channels in float32."""
+        A = -torch.arange(1.0, self.state_dim + 1, device=device).expand(*channels, -1).contiguous()
+        return A, torch.ones(channels, device=device), torch.full(channels, -3.0, device=device)
 
     def forward(self, backend: str, inputs: Sequence[Tensor]) -> Callable[[], object]:
         """Return a function that runs the scan without gradients."""
@@ -116,6 +123,12 @@ class ScanCase:
                 torch.exp(decay, out=decay_out)
 
         return run
+
+
+def random_normal(dtype: torch.dtype, device: str | torch.device) -> Callable[..., Tensor]:
+    """Return a function that draws a normally distributed tensor of a shape, always the same sequence."""
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator, dtype=dtype, device=device)
 
 
 def _vmamba_case(stage: int, dim: int, side: int) -> ScanCase:

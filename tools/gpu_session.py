@@ -1,0 +1,153 @@
+"""Run everything that needs a CUDA device, within six minutes: `python tools/gpu_session.py FOLDER`.
+
+Each step is a process that writes into FOLDER; FOLDER/summary.json lists command, status and seconds of each.
+A step that exceeds its time is ended, and the next one runs. Kernels are compiled anew, into a temporary
+folder, by the first step, which reports the seconds.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+LIMIT_S = 350
+MODELS = (
+    "vmamba_tiny",
+    "vim_tiny",
+    "shvit_s1",
+    "timm/swin_tiny_patch4_window7_224",
+    "timm/deit_tiny_patch16_224",
+    "timm/shvit_s1",
+)
+
+
+class Step(NamedTuple):
+    """A command, the most seconds that it may take, and the file for its standard output."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    output: str
+
+
+def plan_steps(folder: Path) -> list[Step]:
+    """Return the steps in the order of their importance."""
+    lightspine = (sys.executable, "-m", "lightspine")
+    pytest = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "4",
+        "-m",
+        "gpu",
+        f"--junitxml={folder / 'tests.xml'}",
+    )
+    models = (
+        "--device",
+        "cuda",
+        "--batch",
+        "128",
+        "--dtype",
+        "bfloat16",
+        "--mode",
+        "eager,optimized",
+        "--train",
+    )
+    return [
+        Step("ops", (*lightspine, "bench", "ops", "--device", "cuda", "--json"), 130, "ops.json"),
+        Step("tests", pytest, 130, "tests.txt"),
+        Step(
+            "models",
+            (*lightspine, "bench", *MODELS, *models, "--repeats", "6", "--out", str(folder / "models")),
+            100,
+            "models.txt",
+        ),
+        Step("verify", (*lightspine, "doctor", "--verify", "--json"), LIMIT_S, "verify.json"),
+    ]
+
+
+def run_steps(
+    steps: Sequence[Step], folder: Path, limit_s: float, environment: Mapping[str, str]
+) -> list[dict[str, object]]:
+    """Run the steps one after the other and write the summary after each.
+
+    Args:
+        steps: the steps.
+        folder: for the outputs and summary.json.
+        limit_s: seconds of all steps together.
+        environment: variables of the processes.
+
+    Returns:
+        The summary: name, command, status ("ok", "failed", "out of time") and seconds of each step.
+    """
+    summary: list[dict[str, object]] = []
+    end = time.monotonic() + limit_s
+    for step in steps:
+        start = time.monotonic()
+        status = _run(step, folder, min(step.limit_s, end - start), environment)
+        summary.append(
+            {
+                "name": step.name,
+                "command": " ".join(step.command),
+                "status": status,
+                "seconds": round(time.monotonic() - start, 1),
+            }
+        )
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _run(step: Step, folder: Path, limit_s: float, environment: Mapping[str, str]) -> str:
+    if limit_s <= 0:
+        return "out of time"
+    with (folder / step.output).open("w") as out, (folder / f"{step.name}.err.txt").open("w") as err:
+        # A session of its own, so that its child processes end with it.
+        process = subprocess.Popen(
+            step.command, stdout=out, stderr=err, env=dict(environment), start_new_session=True
+        )
+        try:
+            return "failed" if process.wait(limit_s) else "ok"
+        except subprocess.TimeoutExpired:
+            return "out of time"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run all steps.
+
+    Returns:
+        0 if every step succeeded, 1 if not, 2 without a CUDA device.
+    """
+    import torch
+
+    if len(arguments) != 1:
+        sys.stderr.write("expected one argument, the folder for the results\n")
+        return 2
+    if not torch.cuda.is_available():
+        sys.stderr.write("this machine has no CUDA device: nothing was run\n")
+        return 2
+    folder = Path(arguments[0]).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "models").exists():
+        sys.stderr.write(f"{folder} already holds results: move or delete it first\n")
+        return 2
+    with tempfile.TemporaryDirectory() as cache:
+        summary = run_steps(plan_steps(folder), folder, LIMIT_S, os.environ | {"TRITON_CACHE_DIR": cache})
+    for step in summary:
+        sys.stdout.write(f"{step['name']:8}{step['status']:14}{step['seconds']:>8} s\n")
+    return int(any(step["status"] != "ok" for step in summary))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
