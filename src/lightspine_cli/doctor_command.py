@@ -1,4 +1,4 @@
-"""Show versions, devices, threads and the availability of the scan backends; --verify checks their kernels."""
+"""Show versions, devices, threads and available scan backends; --verify checks their kernels."""
 
 import argparse
 from typing import Any
