@@ -27,8 +27,9 @@ __all__ = ["OPERATORS", "TOLERANCE", "Check", "OperatorUnderTest", "Verification
 # Largest relative L2 difference from the reference in float64. Reduced-precision results are rounded once, at
 # the end.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float64: 1e-12}
-# The exponential of the GPU hardware is off by two units in the last place, in every decay.
-_GPU_TOLERANCE = 5e-6
+# On a GPU the exponential of every decay is off by two units in the last place, and the tensor cores multiply
+# float32 as two TF32 numbers.
+_GPU_TOLERANCE = 1e-5
 # Parameters that a model keeps in float32 at least.
 _FULL_PRECISION = ("A", "D", "delta_bias")
 _DIRECTIONS = 4
