@@ -1,4 +1,4 @@
-"""Detector and segmenter checkpoints: safetensors files that contain the arguments of the network."""
+"""Detector and segmenter checkpoints: files that contain the arguments of the network."""
 
 import json
 from dataclasses import dataclass, field
@@ -10,7 +10,15 @@ from lightspine.heads.detectors import DetectorName
 from lightspine.heads.mask_rcnn import MaskRCNN
 from lightspine.heads.retinanet import RetinaNet
 from lightspine.heads.segmenters import Segmenter
-from lightspine.models.checkpoint import NETWORK_KEY, Checkpoint, read_checkpoint, write_safetensors
+from lightspine.models.checkpoint import (
+    EMA_ENTRIES,
+    NETWORK_KEY,
+    RUN_KEY,
+    Checkpoint,
+    Weights,
+    read_checkpoint,
+    write_safetensors,
+)
 from lightspine.models.loading import LoadReport
 
 DenseNetwork = RetinaNet | MaskRCNN | Segmenter
@@ -29,6 +37,7 @@ class NetworkMetadata:
         class_names: one name per class, or `None`.
         preprocessing: `mean` and `std` of a segmenter's images; a detector normalizes its images itself.
         settings: inference settings, such as a segmenter's `scale`.
+        run: see `lightspine.models.ModelMetadata`.
         metadata: further strings, such as the score.
     """
 
@@ -40,6 +49,7 @@ class NetworkMetadata:
     class_names: list[str] | None = None
     preprocessing: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -69,6 +79,24 @@ def save_network(
         UsageError: another suffix, a wrong number of class names, or a network from elsewhere.
         LightspineError: the file cannot be written.
     """
+    described = network_metadata(
+        network, class_names=class_names, preprocessing=preprocessing, settings=settings
+    )
+    return write_safetensors(network, path, described | (metadata or {}))
+
+
+def network_metadata(
+    network: DenseNetwork,
+    *,
+    class_names: list[str] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, str]:
+    """Return the metadata that rebuild a detector or segmenter; see `save_network`.
+
+    Raises:
+        UsageError: a wrong number of class names, or a network from elsewhere.
+    """
     init_args = getattr(network, "init_args", None)
     if not isinstance(init_args, dict) or "head" not in init_args:
         raise UsageError("expected a network from create_detector or create_segmenter")
@@ -80,7 +108,7 @@ def save_network(
         "preprocessing": preprocessing or {},
         "settings": settings or {},
     }
-    return write_safetensors(network, path, {NETWORK_KEY: json.dumps(description)} | (metadata or {}))
+    return {NETWORK_KEY: json.dumps(description)}
 
 
 def read_network_metadata(source: str | Path | Checkpoint) -> NetworkMetadata:
@@ -97,26 +125,30 @@ def read_network_metadata(source: str | Path | Checkpoint) -> NetworkMetadata:
         raise UsageError(f"expected a detector or segmenter in {checkpoint.label}, got a file without one")
     try:
         description = json.loads(text)
+        run = json.loads(strings.pop(RUN_KEY, "{}"))
         # JSON has no tuples.
         if description["options"].get("resize") is not None:
             description["options"]["resize"] = tuple(description["options"]["resize"])
         kind: Any = "detector" if description["head"] in get_args(DetectorName) else "segmenter"
-        return NetworkMetadata(kind=kind, **description, metadata=strings)
+        return NetworkMetadata(kind=kind, **description, run=run, metadata=strings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise LightspineError(f"{checkpoint.label} has damaged metadata: {error!r}") from error
 
 
-def load_pretrained(network: Any, source: str | Path | Checkpoint) -> LoadReport:
+def load_pretrained(
+    network: Any, source: str | Path | Checkpoint, *, weights: Weights = "auto"
+) -> LoadReport:
     """Load the weights of a detector or segmenter with the same head and backbone model.
 
     If the numbers of classes differ, the layers that depend on them keep their initial values.
 
     Args:
         network: from `create_detector` or `create_segmenter`.
-        source: file of `save_network`.
+        source: file of `save_network`, or a training checkpoint (`.ckpt`).
+        weights: "model" (as trained), "ema" (their average), or "auto" for the ones that the run validated.
 
     Raises:
-        UsageError: the file holds another head or backbone model.
+        UsageError: the file holds another head or backbone model, or has no such weights.
         LightspineError: the file cannot be read, or tensors are missing, unknown or of another shape.
     """
     checkpoint = read_checkpoint(source)
@@ -127,8 +159,9 @@ def load_pretrained(network: Any, source: str | Path | Checkpoint) -> LoadReport
             f"but {checkpoint.label} holds {metadata.head} over {metadata.model}"
         )
     same_classes = metadata.num_classes == init_args["num_classes"]
-    expected, tensors = network.state_dict(), next(iter(checkpoint.entries.values()))
-    report = LoadReport(source=checkpoint.label, entry="", is_ema=False)
+    entry = checkpoint.select(weights)
+    expected, tensors = network.state_dict(), checkpoint.entries[entry]
+    report = LoadReport(source=checkpoint.label, entry=entry, is_ema=entry in EMA_ENTRIES)
     fitting = {}
     for name, tensor in tensors.items():
         if name not in expected:

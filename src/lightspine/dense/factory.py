@@ -70,7 +70,7 @@ def create_detector(
     opened = None if checkpoint is None else read_checkpoint(checkpoint)
     backbone = _create_backbone(model, opened, weights, options, frozen_stages)
     network = build_detector(head, backbone, num_classes, **head_args)
-    return _initialize(network, head, model, num_classes, options, opened)
+    return _initialize(network, head, model, num_classes, options, opened, weights)
 
 
 def create_segmenter(
@@ -118,21 +118,24 @@ def create_segmenter(
     opened = None if checkpoint is None else read_checkpoint(checkpoint)
     backbone = _create_backbone(model, opened, weights, options, frozen_stages)
     network = build_segmenter(head, backbone, num_classes, **head_args)
-    return _initialize(network, head, model, num_classes, options, opened)
+    return _initialize(network, head, model, num_classes, options, opened, weights)
 
 
-def load_network(source: str | Path | Checkpoint, **head_args: Any) -> tuple[DenseNetwork, NetworkMetadata]:
-    """Load a detector or segmenter from a file of `save_network`.
+def load_network(
+    source: str | Path | Checkpoint, *, weights: Weights = "auto", **head_args: Any
+) -> tuple[DenseNetwork, NetworkMetadata]:
+    """Load a detector or segmenter from a file of `save_network` or a training checkpoint (`.ckpt`).
 
     Args:
         source: the file, or an opened checkpoint.
+        weights: "model" (as trained), "ema" (their average), or "auto" for the ones that the run validated.
         **head_args: arguments of the head that replace those in the file, such as `score_threshold`.
 
     Returns:
         The network in evaluation mode, and its metadata.
 
     Raises:
-        UsageError: the file does not exist or holds no detector or segmenter.
+        UsageError: the file does not exist, holds no detector or segmenter, or has no such weights.
         LightspineError: the file cannot be read or does not fit.
     """
     checkpoint = read_checkpoint(source)
@@ -140,7 +143,7 @@ def load_network(source: str | Path | Checkpoint, **head_args: Any) -> tuple[Den
     metadata = replace(metadata, options=metadata.options | head_args)
     create: Any = create_detector if metadata.kind == "detector" else create_segmenter
     network: DenseNetwork = create(metadata.head, metadata.model, metadata.num_classes, **metadata.options)
-    network.load_report = load_pretrained(network, checkpoint)
+    network.load_report = load_pretrained(network, checkpoint, weights=weights)
     return network.eval(), metadata
 
 
@@ -197,6 +200,7 @@ def _initialize(
     num_classes: int,
     options: dict[str, Any],
     checkpoint: Checkpoint | None,
+    weights: Weights,
 ) -> Any:
     """Record the arguments that `save_network` needs, and load a detector's or segmenter's checkpoint."""
     network.init_args = {
@@ -207,7 +211,7 @@ def _initialize(
         "options": options,
     }
     if checkpoint is not None and checkpoint.is_dense:
-        network.load_report = load_pretrained(network, checkpoint)
+        network.load_report = load_pretrained(network, checkpoint, weights=weights)
     elif checkpoint is not None:
         network.load_report = feature_backbone(network).load_report
     return network

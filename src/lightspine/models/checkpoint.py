@@ -1,7 +1,8 @@
 """Checkpoint files: safe reading of any known format, and writing of lightspine's own.
 
 lightspine writes safetensors files whose metadata name the model, its constructor arguments, its classes and
-its image preprocessing, so that the file alone is enough to rebuild the model.
+its image preprocessing, so that the file alone is enough to rebuild the model. The checkpoints of a training
+run (`.ckpt`) and exported files have the same metadata.
 """
 
 import argparse
@@ -37,6 +38,17 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
 NETWORK_KEY = "lightspine.network"
 """Metadata key of a detector's or segmenter's file, which holds a backbone without classifier and a head."""
 
+VERSION_KEY = "lightspine.version"
+
+CKPT_METADATA = "lightspine_metadata"
+"""Entry of a training checkpoint (`.ckpt`) with the metadata that a safetensors file has in its header."""
+
+WEIGHTS_KEY = "lightspine.weights"
+"""Metadata key of a file with raw and averaged weights: those that "auto" selects, "model" or "ema"."""
+
+RUN_KEY = "lightspine.run"
+"""Metadata key of the training run, as JSON; see `ModelMetadata.run`."""
+
 PREPROCESSING_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
@@ -48,7 +60,7 @@ class Checkpoint:
 
     Attributes:
         path: the file, `None` for a state dict.
-        metadata: string metadata of a safetensors file; empty for other formats.
+        metadata: string metadata of a file that lightspine wrote; empty for others.
     """
 
     def __init__(
@@ -90,7 +102,7 @@ class Checkpoint:
 
         Args:
             weights: "model", "ema" or "auto".
-            preferred: meaning of "auto" for a file that has both, "model" or "ema".
+            preferred: meaning of "auto" for a file that has both and does not store it, "model" or "ema".
 
         Raises:
             UsageError: the file has no such entry.
@@ -99,7 +111,8 @@ class Checkpoint:
             raise UsageError(f"weights: expected 'auto', 'model' or 'ema', received {weights!r}")
         plain = [name for name in self.entries if name not in EMA_ENTRIES]
         averaged = [name for name in self.entries if name in EMA_ENTRIES]
-        candidates = averaged if (preferred if weights == "auto" else weights) == "ema" else plain
+        chosen = self.metadata.get(WEIGHTS_KEY, preferred) if weights == "auto" else weights
+        candidates = averaged if chosen == "ema" else plain
         if not candidates and weights == "auto":
             candidates = plain or averaged
         if not candidates:
@@ -146,7 +159,7 @@ def read_checkpoint(source: CheckpointSource) -> Checkpoint:
     content = _unpickle(path)
     if not isinstance(content, dict):
         raise LightspineError(f"{path} holds a {type(content).__name__}: expected a dict of tensors")
-    return Checkpoint(path, _find_entries(content, str(path)))
+    return Checkpoint(path, _find_entries(content, str(path)), _find_metadata(content))
 
 
 class _CfgNode:
@@ -191,6 +204,13 @@ def _unpickle(path: Path) -> Any:
         struct.error,
     ) as error:
         raise LightspineError(f"{path} is not a PyTorch checkpoint, or it is damaged") from error
+
+
+def _find_metadata(content: dict[str, Any]) -> dict[str, str]:
+    found = content.get(CKPT_METADATA)
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, str)}
 
 
 def _find_entries(content: dict[str, Any], label: str) -> dict[str, dict[str, Tensor]]:
@@ -238,6 +258,8 @@ class ModelMetadata:
         preprocessing: `input_size` (channels, height, width), `interpolation`, `mean`, `std`, `crop_pct`,
             `crop_mode`.
         metadata: further strings, such as the score.
+        run: the training run: `recipe` (name), `config` (its settings), `seed` and `data` (fields of a
+            `lightspine.data.split_record.SplitRecord`); empty if unknown.
     """
 
     name: str
@@ -245,6 +267,7 @@ class ModelMetadata:
     class_names: list[str] | None = None
     preprocessing: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
 
 
 def read_model_metadata(checkpoint: Checkpoint) -> ModelMetadata | None:
@@ -264,9 +287,10 @@ def read_model_metadata(checkpoint: Checkpoint) -> ModelMetadata | None:
         kwargs = json.loads(strings.pop("lightspine.kwargs", "{}"))
         preprocessing = json.loads(strings.pop("lightspine.preprocessing", "{}"))
         class_names = json.loads(strings.pop("lightspine.class_names", "null"))
+        run = json.loads(strings.pop(RUN_KEY, "{}"))
     except json.JSONDecodeError as error:
         raise LightspineError(f"{checkpoint.label} has damaged metadata: {error}") from error
-    return ModelMetadata(name, kwargs, class_names, preprocessing, strings)
+    return ModelMetadata(name, kwargs, class_names, preprocessing, strings, run)
 
 
 def default_preprocessing(model: nn.Module) -> dict[str, Any]:
@@ -282,6 +306,7 @@ def save_checkpoint(
     class_names: list[str] | None = None,
     preprocessing: dict[str, Any] | None = None,
     metadata: dict[str, str] | None = None,
+    run: dict[str, Any] | None = None,
 ) -> Path:
     """Save a model made by `lightspine.create_model` as a safetensors file that rebuilds it.
 
@@ -291,6 +316,7 @@ def save_checkpoint(
         class_names: one name per class.
         preprocessing: image preprocessing (see `ModelMetadata`); by default the published one.
         metadata: further strings, such as the score.
+        run: see `ModelMetadata`.
 
     Returns:
         The path.
@@ -298,6 +324,23 @@ def save_checkpoint(
     Raises:
         UsageError: the file name does not end in .safetensors, or `create_model` did not make the model.
         LightspineError: the file cannot be written.
+    """
+    described = model_metadata(model, class_names=class_names, preprocessing=preprocessing)
+    if run:
+        described[RUN_KEY] = json.dumps(run)
+    return write_safetensors(model, path, described | (metadata or {}))
+
+
+def model_metadata(
+    model: nn.Module,
+    *,
+    class_names: list[str] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+) -> dict[str, str]:
+    """Return the metadata that rebuild a model made by `lightspine.create_model`; see `save_checkpoint`.
+
+    Raises:
+        UsageError: `create_model` did not make the model.
     """
     init_args = getattr(model, "init_args", None)
     if init_args is None:
@@ -308,11 +351,10 @@ def save_checkpoint(
         "lightspine.model": init_args["name"],
         "lightspine.kwargs": json.dumps(init_args["kwargs"]),
         "lightspine.preprocessing": json.dumps(preprocessing or default_preprocessing(model)),
-        **(metadata or {}),
     }
     if class_names is not None:
         strings["lightspine.class_names"] = json.dumps(class_names)
-    return write_safetensors(model, path, strings)
+    return strings
 
 
 def write_safetensors(module: nn.Module, path: str | Path, metadata: dict[str, str]) -> Path:
@@ -326,7 +368,7 @@ def write_safetensors(module: nn.Module, path: str | Path, metadata: dict[str, s
     if path.suffix != ".safetensors":
         raise UsageError(f"expected a file name that ends in .safetensors, received {path.name!r}")
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
-    header = {"format": "pt", "lightspine.version": __version__} | metadata
+    header = {"format": "pt", VERSION_KEY: __version__} | metadata
     # safetensors' own save_file creates files that only their owner may read.
     with atomic_write(path) as file:
         file.write(save(tensors, metadata=header))

@@ -152,6 +152,7 @@ def convert_checkpoint(
         class_names=metadata.class_names,
         preprocessing=metadata.preprocessing,
         metadata=metadata.metadata,
+        run=metadata.run,
     )
     return model
 

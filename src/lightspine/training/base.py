@@ -1,5 +1,6 @@
 """Base LightningModule: optimizer, schedule, clipping, RNG seeding and non-finite handling."""
 
+import json
 import logging
 import math
 from abc import abstractmethod
@@ -13,9 +14,17 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.utils import adaptive_clip_grad
 from torch import Tensor, nn
 
+from lightspine._version import __version__
 from lightspine.data.bad_images import BadImage, BadImageLog
 from lightspine.data.modules import ImageDataModule
 from lightspine.errors import UsageError
+from lightspine.models.checkpoint import (
+    CKPT_METADATA,
+    RUN_KEY,
+    VERSION_KEY,
+    WEIGHTS_KEY,
+    write_safetensors,
+)
 from lightspine.models.factory import create_model
 from lightspine.training.ema import ExportedWeights, averaged_model, ema_callback
 from lightspine.training.finetuning import freeze_stages, hold_frozen
@@ -58,6 +67,7 @@ class LightspineTask(pl.LightningModule):
         curves: names of the metrics in each subplot of `curves.png`.
         guard: skips and counts non-finite steps.
         bad_images: log of the images that could not be used so far.
+        recipe: `name` and `config` of the recipe, set by the command line; they are saved with the model.
 
     Raises:
         UsageError: a value is out of range.
@@ -109,8 +119,10 @@ class LightspineTask(pl.LightningModule):
         self.seed = seed
         self.guard = NonFiniteGuard(max_bad_steps)
         self.bad_images = BadImageLog()
+        self.recipe: dict[str, Any] = {}
         self._ema = None if ema_decay is None else ema_callback(ema_decay, export_weights)
         self._frozen: list[str] = []
+        self._validated_step: int | None = None
 
     @property
     def backbone(self) -> nn.Module:
@@ -118,14 +130,41 @@ class LightspineTask(pl.LightningModule):
         return self.model
 
     @abstractmethod
-    def save(self, path: Path, data: ImageDataModule, metadata: dict[str, str]) -> None:
-        """Save the model with the metadata needed to load it.
+    def model_metadata(self, data: ImageDataModule) -> dict[str, str]:
+        """Return the metadata that rebuild the model: name, arguments, classes, preprocessing and settings.
+
+        Args:
+            data: the training data, which has the class names and the preprocessing.
+        """
+
+    def run_metadata(
+        self, data: ImageDataModule, *, epochs: int | None = None, score: float | None = None
+    ) -> dict[str, str]:
+        """Return the metadata of every file of the run: the model, the recipe, the split and the score.
+
+        Args:
+            data: the training data.
+            epochs: number of finished epochs.
+            score: validation score of the weights in percent.
+        """
+        split = data.split_record()
+        run = {"seed": self.seed, "data": None if split is None else split.to_dict()} | self.recipe
+        optional = {"epochs": None if epochs is None else str(epochs)}
+        optional[self.score] = None if score is None else f"{score:.2f}"
+        return (
+            self.model_metadata(data)
+            | {RUN_KEY: json.dumps(run), "seed": str(self.seed)}
+            | {key: value for key, value in optional.items() if value is not None}
+        )
+
+    def save(self, path: Path, metadata: dict[str, str]) -> None:
+        """Save the model.
 
         Args:
             path: a .safetensors file.
-            data: the training data, which has the class names and the preprocessing.
-            metadata: further entries.
+            metadata: from `run_metadata`.
         """
+        write_safetensors(self.model, path, metadata)
 
     def build_model(self, name: str, **arguments: Any) -> None:
         """Create the model with weights initialized from the task's seed, and freeze its `frozen_stages`.
@@ -226,9 +265,26 @@ class LightspineTask(pl.LightningModule):
             fused=fused,
         )
 
+    def on_validation_end(self) -> None:
+        """Record which weights the current score belongs to."""
+        self._validated_step = self.trainer.global_step
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the counters of the non-finite guard."""
+        """Save the counters of the non-finite guard, and the metadata that every file of the run has."""
         checkpoint["guard"] = self.guard.state_dict()
+        data = getattr(self.trainer, "datamodule", None)
+        # Without a data module there are no class names: such a file can be resumed, but not evaluated.
+        if isinstance(data, ImageDataModule):
+            validated = self._validated_step == self.trainer.global_step
+            score = self.trainer.callback_metrics.get(self.score) if validated else None
+            checkpoint[CKPT_METADATA] = {VERSION_KEY: __version__} | self.run_metadata(
+                data,
+                epochs=self.trainer.fit_loop.epoch_progress.current.processed,
+                score=None if score is None else float(score),
+            )
+            if self.ema_decay is not None:
+                chosen = "ema" if self.export_weights == "ema" else "model"
+                checkpoint[CKPT_METADATA][WEIGHTS_KEY] = chosen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters of the non-finite guard."""

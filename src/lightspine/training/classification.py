@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightspine.data.dataset import Batch
 from lightspine.data.modules import ImageDataModule
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models.checkpoint import save_checkpoint
+from lightspine.models.checkpoint import model_metadata
 from lightspine.training.base import LightspineTask
 from lightspine.training.distillation import Distiller, Mesa
 from lightspine.training.lr_schedules import CosineSchedule
@@ -103,14 +103,10 @@ class ClassificationTask(LightspineTask):
         """Return logits (N, num_classes) of images (N, C, H, W); `_dist` models return a pair in training."""
         return self.model(images)
 
-    def save(self, path: Path, data: ImageDataModule, metadata: dict[str, str]) -> None:
-        """Save the model with its class names and preprocessing."""
-        save_checkpoint(
-            self.model,
-            path,
-            class_names=data.class_names,
-            preprocessing=data.preprocessing.to_dict(),
-            metadata=metadata,
+    def model_metadata(self, data: ImageDataModule) -> dict[str, str]:
+        """Return the name and arguments of the model, its class names and its preprocessing."""
+        return model_metadata(
+            self.model, class_names=data.class_names, preprocessing=data.preprocessing.to_dict()
         )
 
     def on_train_start(self) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightspine.data.modules import ImageDataModule
-from lightspine.dense import DenseNetwork, feature_backbone, save_network
+from lightspine.dense import DenseNetwork, feature_backbone
+from lightspine.dense.checkpoint import network_metadata
 from lightspine.errors import LightspineError, UsageError
 from lightspine.heads.features import MapNorm
 from lightspine.models.checkpoint import Weights
@@ -94,15 +95,13 @@ class DenseTask(LightspineTask):
         """Return the inference settings that are saved with the model."""
         return {}
 
-    def save(self, path: Path, data: ImageDataModule, metadata: dict[str, str]) -> None:
-        """Save the model for `lightspine.dense.load_network`."""
-        save_network(
+    def model_metadata(self, data: ImageDataModule) -> dict[str, str]:
+        """Return the names and arguments of head and backbone, the class names and the inference settings."""
+        return network_metadata(
             self.network,
-            path,
             class_names=data.class_names,
             preprocessing={"mean": list(data.preprocessing.mean), "std": list(data.preprocessing.std)},
             settings=self.settings(data),
-            metadata=metadata,
         )
 
     def create_optimizer(self, *, fused: bool) -> torch.optim.Optimizer:

@@ -273,8 +273,10 @@ def export_run(
     # Read the file, because a run resumed after its last epoch does no training.
     path = log.folder / (BEST if export == "best" else LAST)
     stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    metadata = {"epochs": str(len(log.rows)), "seed": str(task.seed)}
+    epochs = int(chosen["epoch"]) + 1
     weights = log.folder / "model.safetensors"
+    # Only the exported weights were validated.
+    unscored = task.run_metadata(data, epochs=epochs)
     # Kind of weights -> entry of the checkpoint; with EMA, `state_dict` has the averaged weights.
     entries = {"raw": _TRAINED, "ema": "state_dict"} if _TRAINED in stored else {}
     files = {kind: log.folder / f"model_{kind}.safetensors" for kind in entries}
@@ -282,11 +284,11 @@ def export_run(
         files[task.export_weights] = weights
     for kind, file in files.items():
         if kind != task.export_weights:
-            _export_weights(task, data, stored[entries[kind]], file if write else None, metadata)
+            _export_weights(task, stored[entries[kind]], file if write else None, unscored)
     # Exported last, so that the task keeps these weights.
     selected = stored[entries.get(task.export_weights, "state_dict")]
-    metadata[task.score] = f"{chosen[task.score]:.2f}"
-    _export_weights(task, data, selected, weights if write else None, metadata)
+    scored = task.run_metadata(data, epochs=epochs, score=chosen[task.score])
+    _export_weights(task, selected, weights if write else None, scored)
     if write:
         plot_curves(log.folder / "curves.png", log.rows, task.model_name, task.curves)
     return TrainResult(
@@ -349,12 +351,8 @@ def _find_callback(trainer: Any, kind: type) -> Any:
 
 
 def _export_weights(
-    task: LightspineTask,
-    data: ImageDataModule,
-    state: dict[str, Any],
-    file: Path | None,
-    metadata: dict[str, str],
+    task: LightspineTask, state: dict[str, Any], file: Path | None, metadata: dict[str, str]
 ) -> None:
     task.load_state_dict(state)
     if file is not None:
-        task.save(file, data, metadata)
+        task.save(file, metadata)

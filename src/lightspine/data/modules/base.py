@@ -1,5 +1,6 @@
 """Base LightningDataModule: data loaders, samplers and the log of unreadable images."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ from lightspine.data.bad_images import BadImageLog
 from lightspine.data.dataset import Batch, collate_images
 from lightspine.data.loader import ResumableLoader, SeededDataset
 from lightspine.data.samplers import EpochSampler
+from lightspine.data.split_record import SplitRecord, record_split
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import UsageError
 
@@ -56,6 +58,9 @@ class ImageDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.repeats = repeats
+        # Share that was held out of a folder without splits.
+        self.val_fraction: float | None = None
+        self._split_record: SplitRecord | None = None
         self._bad_images = {stage: BadImageLog(max_bad_share) for stage in ("train", "val")}
         self._counted_epoch: dict[str, int] = {}
         self._epoch_images: dict[str, int] = {}
@@ -64,6 +69,17 @@ class ImageDataModule(pl.LightningDataModule):
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    def split_record(self) -> SplitRecord | None:
+        """Return the record of the training and validation images, or `None` for data without names."""
+        images = self._split_images()
+        if self._split_record is None and images is not None:
+            self._split_record = record_split(*images, val_fraction=self.val_fraction, seed=self.seed)
+        return self._split_record
+
+    def _split_images(self) -> tuple[Sequence[str], Sequence[str]] | None:
+        """Return the names of the training and validation images, if they have names."""
+        return None
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:  # noqa: ARG002
         """Count the unreadable images of a batch; Lightning calls this for every batch.

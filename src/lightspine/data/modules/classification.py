@@ -91,6 +91,13 @@ class ClassificationDataModule(ImageDataModule):
         # Created here, so that an invalid setting is reported before training starts.
         self._transforms = create_train_transform(found, augmentation), create_eval_transform(found)
 
+    def _split_images(self) -> tuple[Sequence[str], Sequence[str]]:
+        train, val = (
+            [source.name(position) for position in range(len(source))]
+            for source in (self.train_source, self.val_source)
+        )
+        return train, val
+
     def train_dataloader(self) -> DataLoader:
         """Return the training batches (images (N, 3, H, W), labels (N,), skipped images); N is constant."""
         return self._train_loader(ImageDataset(self.train_source, self._transforms[0], replace_bad=True))
@@ -131,6 +138,7 @@ class ImageFolderDataModule(ClassificationDataModule):
             seed=seed,
             **options,
         )
+        self.val_fraction = val_fraction
 
 
 class ImageListDataModule(ClassificationDataModule):
@@ -172,6 +180,7 @@ class ImageListDataModule(ClassificationDataModule):
         super().__init__(
             FileSource(splits.train), FileSource(splits.val), splits.class_names, seed=seed, **options
         )
+        self.val_fraction = val_fraction
 
 
 class ImageNetDataModule(ClassificationDataModule):

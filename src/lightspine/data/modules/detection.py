@@ -1,6 +1,7 @@
 """Data module for detection with COCO files."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +90,16 @@ class CocoDataModule(ImageDataModule):
             return annotations
 
         self.masks = masks
-        self.train_annotations: CocoAnnotations = select_for_training(
-            read(train, train_annotations, train_images)
-        )
+        everything = read(train, train_annotations, train_images)
+        self._train_files = _image_paths(everything)
+        self.train_annotations: CocoAnnotations = select_for_training(everything)
         names = self.train_annotations.class_names
         self.val_annotations: CocoAnnotations = read(val, val_annotations, val_images, class_names=names)
         # Detectors normalize their images themselves.
         super().__init__(names, Preprocessing(), batch_size, num_workers, seed, max_bad_share=max_bad_share)
+
+    def _split_images(self) -> tuple[Sequence[str], Sequence[str]]:
+        return self._train_files, _image_paths(self.val_annotations)
 
     def train_dataloader(self) -> DataLoader:
         """Return the training batches (`lightspine.data.detection.DetectionBatch`)."""
@@ -119,6 +123,10 @@ class CocoDataModule(ImageDataModule):
         )
         self._epoch_images[stage] = len(sampler)
         return sampler
+
+
+def _image_paths(annotations: CocoAnnotations) -> list[str]:
+    return [str(annotations.path(position)) for position in range(len(annotations))]
 
 
 def log_issues(split: str, annotations: CocoAnnotations) -> None:

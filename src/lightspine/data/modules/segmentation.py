@@ -98,6 +98,9 @@ class SegmentationDataModule(ImageDataModule):
             *val, create_segmentation_eval_transform(found, scale=val_scale, divisor=val_divisor)
         )
 
+    def _split_images(self) -> tuple[Sequence[str], Sequence[str]]:
+        return list(self._train.images), list(self._val.images)
+
     def train_dataloader(self) -> DataLoader:
         """Return the training batches, images (N, 3, H, W) and labels (N, H, W); see `SegmentationBatch`."""
         return self._train_loader(self._train, collate_segmentation)
@@ -157,6 +160,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             seed=seed,
             **options,
         )
+        self.val_fraction = val_fraction
         self.reading = {"ignored": ignored, "remap": None if remap is None else dict(remap)}
 
 
