@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import ColorJitter
 
 from lightspine.data import AUGMENTATIONS, Augmentation, Preprocessing, create_train_transform
-from lightspine.data.transforms import posterize
+from lightspine.data.transforms import create_batch_transform, posterize
 from lightspine.errors import UsageError
 from lightspine.utils.seeding import seeded_generators
 
@@ -144,3 +144,32 @@ def test_names_of_presets_stay() -> None:
 def test_value_out_of_range_is_refused(fields: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         create_train_transform(SMALL, Augmentation(**fields))
+
+
+def test_images_are_normalized_and_erased_after_mixing_if_set() -> None:
+    augmentation = Augmentation(erasing=0.0, erasing_after_mixing=True)
+    preprocessing = Preprocessing(input_size=(3, 64, 64))
+    with seeded_generators(1):
+        image = create_train_transform(preprocessing, augmentation)(RAMP)
+    with seeded_generators(1):
+        usual = create_train_transform(preprocessing, Augmentation(erasing=0.0))(RAMP)
+    finish = create_batch_transform(preprocessing, augmentation)
+    assert image.dtype == torch.uint8
+    torch.testing.assert_close(finish(image[None])[0], usual)
+
+
+def test_mixed_images_are_erased_with_the_probability_of_the_recipe() -> None:
+    torch.manual_seed(0)
+    finish = create_batch_transform(SMALL, Augmentation(erasing_after_mixing=True))
+    images = finish(torch.zeros(400, 3, 16, 16, dtype=torch.uint8))
+    erased = images.flatten(1).any(1)
+    assert erased.float().mean().item() == pytest.approx(0.25, abs=0.07)
+    # Noise of full strength, on at most a third of the image.
+    noise = images[images != 0]
+    assert noise.std().item() == pytest.approx(1.0, abs=0.02)
+    assert (images[:, 0] != 0).flatten(1).float().mean(1).max() < 0.5
+
+
+def test_batches_are_normalized_by_the_transform_unless_set() -> None:
+    assert create_batch_transform(SMALL, Augmentation()) is None
+    assert create_batch_transform(SMALL, "strong") is None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightspine.errors import UsageError
 from lightspine.training.base import seed_generators
 from lightspine.training.lr_schedules import CosineSchedule
-from support.training import make_task, run
+from support.training import make_task, read_weights, run
 
 # 6 batches of 32 images an epoch.
 SCHEDULE = CosineSchedule(
@@ -43,6 +43,19 @@ def test_rates_follow_the_schedule_and_the_total_batch(accumulate: int, steps: i
         for step in range(4 * steps)
     ]
     assert rates.seen == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_run_in_float64_is_resumed_exactly(ema_decay: float | None, tmp_path: Path) -> None:
+    def options(epochs: int) -> dict[str, Any]:
+        task = make_task(ema_decay=ema_decay, schedule=SCHEDULE)
+        return {"task": task, "precision": "64-true", "epochs": epochs, "limit_train_batches": 2}
+
+    whole = run(tmp_path / "whole", **options(2))
+    run(tmp_path / "parts", **options(1))
+    parts = run(tmp_path / "parts", resume="auto", **options(2))
+    expected, found = read_weights(whole.last_checkpoint), read_weights(parts.last_checkpoint)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_run_that_ends_after_some_steps_begins_like_the_whole_one(tmp_path: Path) -> None:

@@ -1,15 +1,20 @@
 """Classification task: loss, schedule, parameter groups and invalid arguments."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import lightspine
+from lightspine.data import Augmentation
 from lightspine.data.dataset import Batch
-from lightspine.data.modules import DigitsDataModule
+from lightspine.data.modules import DigitsDataModule, ImageFolderDataModule
 from lightspine.errors import UsageError
 from lightspine.training.classification import ClassificationTask
+from lightspine.training.fit import train
+from support.images import write_folder
 from support.training import make_task
 
 
@@ -95,3 +100,29 @@ def test_batch_of_bad_images_only_is_not_counted_in_validation() -> None:
     task.validation_step(Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), []), 0)
     assert not task.top1.update_called
     assert math.isfinite(float(task.lr))
+
+
+def test_images_that_are_erased_after_mixing_reach_the_model_normalized(tmp_path: Path) -> None:
+    data = ImageFolderDataModule(
+        write_folder(tmp_path / "images", splits=("train", "val")),
+        image_size=32,
+        batch_size=8,
+        num_workers=0,
+        augmentation=Augmentation(auto_augment=None, erasing_after_mixing=True),
+    )
+    task = make_task(num_classes=3, mixup=0.8, cutmix=1.0)
+    received: list[torch.Tensor] = []
+    task.model.register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))
+    result = train(task, data, folder=tmp_path / "run", epochs=1, accelerator="cpu", progress=False)
+    assert all(images.dtype == torch.float32 and images.abs().max() < 10 for images in received)
+    assert math.isfinite(result.history[0]["train_loss"])
+
+
+def test_uint8_images_without_a_transform_are_refused(tmp_path: Path) -> None:
+    class Raw(DigitsDataModule):
+        def train_dataloader(self) -> DataLoader:
+            images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+            return DataLoader([Batch(images, torch.zeros(8, dtype=torch.int64), [])], batch_size=None)
+
+    with pytest.raises(UsageError, match="expected normalized images, got uint8"):
+        train(make_task(), Raw(), folder=tmp_path, epochs=1, accelerator="cpu", progress=False)

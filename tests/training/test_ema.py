@@ -14,20 +14,28 @@ from support.training import make_task, run
 
 
 class Recorder(pl.Callback):
-    """Records the trained weights after every step."""
+    """Records the initial weights and those after every batch."""
 
     def __init__(self) -> None:
+        self.initial: dict[str, Tensor] = {}
         self.steps: list[dict[str, Tensor]] = []
 
+    def on_train_start(self, _: Any, task: Any) -> None:
+        self.initial = trained_weights(task)
+
     def on_train_batch_end(self, _: Any, task: Any, *__: Any) -> None:
-        trained = task.named_parameters()
-        self.steps.append({name: parameter.detach().clone() for name, parameter in trained})
+        self.steps.append(trained_weights(task))
 
 
-def average(steps: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
-    """Return the closed form of the EMA that starts with the weights after the first step."""
-    mean = {name: value.clone().double() for name, value in steps[0].items()}
-    for step in steps[1:]:
+def trained_weights(task: Any) -> dict[str, Tensor]:
+    tensors = task.state_dict().items()
+    return {name: tensor.clone() for name, tensor in tensors if tensor.is_floating_point()}
+
+
+def average(initial: dict[str, Tensor], steps: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
+    """Return the closed form of timm's ModelEma, which starts with the initial weights."""
+    mean = {name: value.double() for name, value in initial.items()}
+    for step in steps:
         mean = {name: decay * value + (1 - decay) * step[name] for name, value in mean.items()}
     return mean
 
@@ -39,8 +47,18 @@ def test_average_has_its_closed_form_after_every_step_of_the_optimizer(
     recorder, task = Recorder(), make_task(ema_decay=0.8, lr=1e-2)
     result = run(tmp_path / "run", task=task, callbacks=[recorder], accumulate_grad_batches=accumulate)
     stored = torch.load(result.last_checkpoint, weights_only=True)["state_dict"]
-    for name, value in average(recorder.steps[accumulate - 1 :: accumulate], 0.8).items():
+    for name, value in average(recorder.initial, recorder.steps[accumulate - 1 :: accumulate], 0.8).items():
         torch.testing.assert_close(stored[name].double(), value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_average_and_self_distillation_have_the_precision_of_the_run(precision: str, tmp_path: Path) -> None:
+    task = make_task(ema_decay=0.9, mesa={"start": 0.0})
+    result = run(tmp_path / "run", task=task, epochs=1, precision=precision)
+    stored = torch.load(result.last_checkpoint, weights_only=True)
+    expected = {"64-true": torch.float64, "bf16-true": torch.bfloat16}[precision]
+    for entry in ("state_dict", "current_model_state"):
+        assert {tensor.dtype for tensor in stored[entry].values() if tensor.is_floating_point()} == {expected}
 
 
 def test_average_that_is_not_published_changes_nothing(tmp_path: Path) -> None:

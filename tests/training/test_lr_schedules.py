@@ -61,6 +61,11 @@ def test_lagging_schedule_has_two_first_epochs(step: int, expected: float) -> No
     assert rate(step, unit="epoch", lag_epochs=1) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("step", "expected"), [(0, 0.1), (1, 0.1), (2, 0.109), (101, 1.0), (1001, 0.2)])
+def test_schedule_that_lags_a_step_has_two_first_steps(step: int, expected: float) -> None:
+    assert rate(step, after_warmup=True, lag_steps=1) == pytest.approx(expected)
+
+
 def test_highest_rate_follows_the_batch_size() -> None:
     assert rate(100, total_batch=128, batch=64, after_warmup=True) == pytest.approx(2.0)
     assert rate(0, total_batch=128, batch=64) == pytest.approx(0.1)
@@ -77,6 +82,8 @@ def test_ends_follow_the_batch_size_where_they_are_given_for_it() -> None:
         ({"epochs": 0}, "more than 0 epochs, got 0"),
         ({"warmup_epochs": 100}, "less than 100 epochs, got 100"),
         ({"min_lr": -1}, "min_lr of at least 0, got -1"),
+        ({"lag_steps": -1}, "lag_steps of at least 0, got -1"),
+        ({"lag_steps": 1, "unit": "epoch"}, "expected unit 'step' in a schedule with lag_steps, got 'epoch'"),
         ({"batch": 0}, "at least 1, got 0"),
         ({"scale_ends": True}, "expected `batch` in a schedule with scale_ends"),
     ],

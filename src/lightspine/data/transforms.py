@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from timm.data.auto_augment import AugmentOp, AutoAugment
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision.transforms import Compose, RandomCrop, Resize
@@ -74,7 +76,8 @@ class Augmentation:
     """Training augmentation settings, applied by timm's transforms.
 
     The order is: crop, flip, one of RandAugment / AutoAugment / 3-augment, color jitter, normalization,
-    random erasing. The defaults are DeiT's recipe, which the published models follow with few changes.
+    random erasing, mixup or CutMix. The defaults are DeiT's recipe, which the published models follow with
+    few changes.
 
     Attributes:
         crop: "resized" (random resized crop) or "padded" (for images of about the input's size, such as
@@ -92,6 +95,10 @@ class Augmentation:
         erasing_mode: fill of the erased rectangles: "pixel" (noise per pixel), "rand" (one random color) or
             "const" (the mean color).
         erasing_count: largest number of rectangles per image.
+        erasing_after_mixing: apply mixup and CutMix to the uint8 images, rounding the result, and normalize
+            and erase afterwards, as timm's data loader does (EfficientMod). By default images are normalized
+            and erased before mixing, as in DeiT, so that mixup blends the noise of an erased rectangle with
+            another image.
     """
 
     crop: Literal["resized", "padded"] = "resized"
@@ -104,6 +111,7 @@ class Augmentation:
     erasing: float = 0.25
     erasing_mode: ErasingMode = "pixel"
     erasing_count: int = 1
+    erasing_after_mixing: bool = False
 
     def check(self) -> None:
         """Check that all values are in range.
@@ -171,6 +179,10 @@ def create_train_transform(
             "medium" (at least 25 %, with color jitter), "strong" (at least 8 %, RandAugment, erasing), or an
             `Augmentation`.
 
+    Returns:
+        A function that maps a PIL image to a normalized float32 tensor (3, H, W), or to a uint8 tensor with
+        `erasing_after_mixing`; `create_batch_transform` normalizes these.
+
     Raises:
         UsageError: an unknown augmentation, or a setting out of range.
     """
@@ -178,6 +190,8 @@ def create_train_transform(
         return create_transform(is_training=True, no_aug=True, **_common_options(preprocessing))
     settings = resolve_augmentation(augmentation)
     options = _common_options(preprocessing) | settings.timm_options()
+    if settings.erasing_after_mixing:
+        options |= {"re_prob": 0.0, "normalize": False}
     transform = create_transform(is_training=True, **options)
     _replace_posterize(transform)
     if settings.crop == "padded":
@@ -190,6 +204,38 @@ def create_train_transform(
             ]
         )
     return transform
+
+
+def create_batch_transform(
+    preprocessing: Preprocessing, augmentation: AugmentationName | Augmentation
+) -> Callable[[Tensor], Tensor] | None:
+    """Create the transform of mixed batches, if `erasing_after_mixing` is set: normalize, then erase.
+
+    It maps uint8 images (N, 3, H, W) to float32 on the same device.
+
+    Args:
+        preprocessing: statistics of the model.
+        augmentation: see `create_train_transform`.
+    """
+    if not isinstance(augmentation, Augmentation) or not augmentation.erasing_after_mixing:
+        return None
+
+    def finish(images: Tensor) -> Tensor:
+        # Like timm's loader: statistics in units of the 8-bit values.
+        mean, std = (
+            torch.tensor([255 * value for value in values], dtype=torch.float32, device=images.device)
+            for values in (preprocessing.mean, preprocessing.std)
+        )
+        normalized = images.to(torch.float32).sub_(mean[:, None, None]).div_(std[:, None, None])
+        erase = RandomErasing(
+            augmentation.erasing,
+            mode=augmentation.erasing_mode,
+            max_count=augmentation.erasing_count,
+            device=images.device,
+        )
+        return erase(normalized)
+
+    return finish
 
 
 def resolve_augmentation(augmentation: AugmentationName | Augmentation) -> Augmentation:

@@ -31,6 +31,7 @@ from lightspine.training.finetuning import freeze_stages, hold_frozen
 from lightspine.training.lr_schedules import CosineSchedule, DecaySchedule, MilestoneSchedule, warmup_cosine
 from lightspine.training.nonfinite import NonFiniteGuard
 from lightspine.training.optim import OptimizerName, create_optimizer, lr_scheduler_config
+from lightspine.training.precision import convert_to_true_precision
 from lightspine.utils.seeding import seed_generators
 
 _log = logging.getLogger(__name__)
@@ -192,6 +193,11 @@ class LightspineTask(pl.LightningModule):
         """Return the EMA callback, if `ema_decay` is set."""
         return [] if self._ema is None else [self._ema]
 
+    def setup(self, stage: str) -> None:
+        """Convert the task to the run's precision before a checkpoint is loaded."""
+        if stage == "fit":
+            convert_to_true_precision(self.trainer, self)
+
     def train(self, mode: bool = True) -> "LightspineTask":
         """Set the mode, but keep frozen stages in evaluation mode."""
         super().train(mode)
@@ -298,7 +304,7 @@ class LightspineTask(pl.LightningModule):
         return float(max(group["lr"] for group in optimizer.param_groups))
 
     def ema_model(self) -> nn.Module | None:
-        """Return the EMA of the model, or None without EMA or before the first step."""
+        """Return the EMA of the model, or None without EMA or before training starts."""
         return averaged_model(self.trainer)
 
     def check_loss(self, loss: Tensor, *inputs: Any) -> Tensor:

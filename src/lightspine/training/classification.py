@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -17,6 +16,7 @@ from lightspine.models.checkpoint import model_metadata
 from lightspine.training.base import LightspineTask
 from lightspine.training.distillation import Distiller, Mesa
 from lightspine.training.lr_schedules import CosineSchedule
+from lightspine.training.mixing import Mixup
 
 
 class ClassificationTask(LightspineTask):
@@ -79,7 +79,7 @@ class ClassificationTask(LightspineTask):
                 mixup,
                 cutmix,
                 prob=mix_prob,
-                switch_prob=cutmix_prob,
+                cutmix_prob=cutmix_prob,
                 label_smoothing=label_smoothing,
                 num_classes=num_classes,
             )
@@ -124,8 +124,11 @@ class ClassificationTask(LightspineTask):
             raise LightspineError(f"none of the training images can be used; {bad[0].reason}")
         targets = labels
         if self.mix is not None and len(images) > 1:
-            even = len(images) // 2 * 2  # timm's Mixup needs an even batch
+            # Like timm, which needs an even batch: otherwise the middle image would be mixed with itself.
+            even = len(images) // 2 * 2
             images, targets = self.mix(images[:even], labels[:even])
+        if images.dtype == torch.uint8:
+            images = self._finish_images(images)
         loss = self.check_loss(self.training_loss(images, targets), images)
         # A non-finite loss would make the mean of the epoch NaN; the guard skips its step.
         if torch.isfinite(loss):
@@ -188,6 +191,13 @@ class ClassificationTask(LightspineTask):
         # Mixup smooths its targets itself.
         smoothing = self.label_smoothing if targets.dim() == 1 else 0.0
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+    def _finish_images(self, images: Tensor) -> Tensor:
+        """Normalize and erase uint8 images, which are mixed before."""
+        finish = getattr(getattr(self.trainer, "datamodule", None), "batch_transform", None)
+        if finish is None:
+            raise UsageError("expected normalized images, got uint8 from data without a batch_transform")
+        return finish(images).to(self.dtype)
 
     def _schedule_epochs(self) -> int:
         if isinstance(self.schedule, CosineSchedule):

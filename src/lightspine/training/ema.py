@@ -11,12 +11,15 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from lightspine.errors import UsageError
+from lightspine.training.precision import convert_to_true_precision
 
 ExportedWeights = Literal["ema", "raw"]
 
 
 class WeightAverage(EMAWeightAveraging):
-    """Lightning's EMA callback, with the option to validate and export the raw weights instead.
+    """Lightning's EMA callback that starts from the initial weights, as timm's ModelEma does.
+
+    It has the option to validate and export the raw weights instead.
 
     Args:
         decay: decay of the average, between 0 and 1.
@@ -26,6 +29,17 @@ class WeightAverage(EMAWeightAveraging):
     def __init__(self, decay: float, export_weights: ExportedWeights) -> None:
         super().__init__(decay=decay)
         self.export_weights = export_weights
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Copy the initial weights, in the precision and on the device of the run."""
+        if stage == "fit":
+            convert_to_true_precision(trainer, pl_module)
+            # Lightning moves the module to the device later, and would leave the average on the CPU.
+            self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            # At 0, torch's AveragedModel would replace the initial weights by those after the first step.
+            self._average_model.n_averaged.fill_(1)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap in the averaged weights."""
@@ -46,7 +60,7 @@ class WeightAverage(EMAWeightAveraging):
 def ema_callback(decay: float, export_weights: ExportedWeights = "ema") -> WeightAverage:
     """Return the EMA callback: after each step, average = decay * average + (1 - decay) * weights.
 
-    Averages parameters and buffers, as timm's ModelEma does, starting from the weights after the first step.
+    Averages parameters and buffers, starting from the initial weights, as timm's ModelEma does.
 
     Args:
         decay: decay of the average, between 0 and 1.
@@ -63,7 +77,7 @@ def ema_callback(decay: float, export_weights: ExportedWeights = "ema") -> Weigh
 
 
 def averaged_model(trainer: pl.Trainer) -> nn.Module | None:
-    """Return the averaged copy of the task's model, or None without EMA or before the first step."""
+    """Return the averaged copy of the task's model, or None without EMA or before training starts."""
     callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]  # unknown to its types
     for callback in callbacks:
         if isinstance(callback, WeightAverage) and callback._average_model is not None:

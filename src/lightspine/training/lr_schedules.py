@@ -35,6 +35,8 @@ class CosineSchedule:
             the first epoch, s = t / T, and the warm-up replaces its beginning.
         lag_epochs: number of epochs to subtract from t, down to 0. Use 1 for scripts that pass the finished
             epoch to the scheduler: their first two epochs have the same rate.
+        lag_steps: number of optimizer steps to subtract from t, down to 0, if `unit` is "step". Use 1 for
+            scripts that pass the finished step to the scheduler: their first two steps have the same rate.
         batch: reference batch size of `lr`: the rate scales linearly with the total batch size of the run.
             None disables the scaling.
         scale_ends: scale `warmup_lr` and `min_lr` with the batch size too.
@@ -48,6 +50,7 @@ class CosineSchedule:
     unit: Unit = "step"
     after_warmup: bool = False
     lag_epochs: int = 0
+    lag_steps: int = 0
     batch: int | None = None
     scale_ends: bool = False
 
@@ -75,9 +78,11 @@ class CosineSchedule:
             raise UsageError(
                 f"expected a warm-up from 0 to less than {self.epochs:g} epochs, got {self.warmup_epochs:g}"
             )
-        for name in ("warmup_lr", "min_lr", "cooldown_epochs", "lag_epochs"):
+        for name in ("warmup_lr", "min_lr", "cooldown_epochs", "lag_epochs", "lag_steps"):
             if getattr(self, name) < 0:
                 raise UsageError(f"expected {name} of at least 0, got {getattr(self, name)}")
+        if self.lag_steps and self.unit != "step":
+            raise UsageError(f"expected unit 'step' in a schedule with lag_steps, got {self.unit!r}")
         if self.batch is not None and self.batch < 1:
             raise UsageError(f"expected the batch size of a schedule to be at least 1, got {self.batch}")
         if self.scale_ends and self.batch is None:
@@ -95,6 +100,7 @@ class CosineSchedule:
         scale = 1.0 if self.batch is None else total_batch / self.batch
         highest, ends = lr * scale, scale if self.scale_ends else 1.0
         first, lowest = self.warmup_lr * ends, self.min_lr * ends
+        step = max(step - self.lag_steps, 0)
         t = step / steps_per_epoch if self.unit == "step" else float(step // steps_per_epoch)
         t = max(t - self.lag_epochs, 0.0)
         if t < self.warmup_epochs:

@@ -25,6 +25,7 @@ from lightspine.data.transforms import (
     Augmentation,
     AugmentationName,
     Preprocessing,
+    create_batch_transform,
     create_eval_transform,
     create_train_transform,
 )
@@ -54,6 +55,9 @@ class ClassificationDataModule(ImageDataModule):
         crop_mode: "center" (resize the shorter side, center crop), "squash" (resize both sides, changing the
             aspect ratio) or "border" (resize the longer side, pad); default: that of the preprocessing.
         max_bad_share: largest share of an epoch's images that may be unreadable before the run stops.
+
+    Attributes:
+        batch_transform: normalizes and erases training batches after mixing; see `create_batch_transform`.
 
     Raises:
         UsageError: a value out of range, an image size below 32.
@@ -88,6 +92,7 @@ class ClassificationDataModule(ImageDataModule):
         self.train_source = train
         self.val_source = val
         self.augmentation = augmentation
+        self.batch_transform = create_batch_transform(found, augmentation)
         # Created here, so that an invalid setting is reported before training starts.
         self._transforms = create_train_transform(found, augmentation), create_eval_transform(found)
 
@@ -99,7 +104,10 @@ class ClassificationDataModule(ImageDataModule):
         return train, val
 
     def train_dataloader(self) -> DataLoader:
-        """Return the training batches (images (N, 3, H, W), labels (N,), skipped images); N is constant."""
+        """Return the training batches (images (N, 3, H, W), labels (N,), skipped images); N is constant.
+
+        The images are uint8 if the data module has a `batch_transform`.
+        """
         return self._train_loader(ImageDataset(self.train_source, self._transforms[0], replace_bad=True))
 
     def val_dataloader(self) -> DataLoader:
