@@ -3,7 +3,6 @@
 import argparse
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 from lightspine_cli._output import print_json, print_pairs, print_table
@@ -62,16 +61,11 @@ def predict_dense_files(args: argparse.Namespace, checkpoint: Any) -> int:
     """Predict objects or class maps, print them and, with --out, draw them."""
     from lightspine.errors import UsageError
     from lightspine.evaluation import predict_dense
-    from lightspine.utils.image_files import list_image_files
+    from lightspine.utils.image_files import expand_image_paths
 
     if not args.images:
         raise UsageError("expected image files or folders")
-    files: list[Path] = []
-    for path in args.images:
-        inside = list_image_files(path) if path.is_dir() else [path]
-        if not inside:
-            raise UsageError(f"expected images in the folder {path}, found none")
-        files += inside
+    files = expand_image_paths(args.images)
     # An unreadable file named by the user is an error; in a folder it is skipped.
     skipped: dict[str, str] | None = {} if any(path.is_dir() for path in args.images) else None
     found = predict_dense(

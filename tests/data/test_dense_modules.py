@@ -126,7 +126,7 @@ def test_images_without_labels_are_counted(tmp_path: Path, caplog: pytest.LogCap
     for folder, names in (("images", "abc"), ("annotations", "ab")):
         (tmp_path / folder).mkdir()
         for name in names:
-            Image.new("L", (40, 40)).save(tmp_path / folder / f"{name}.png")
+            Image.linear_gradient("L").point(lambda value: value > 99).save(tmp_path / folder / f"{name}.png")
     with caplog.at_level(logging.WARNING):
         SegmentationFolderDataModule(tmp_path, num_classes=2, val_fraction=0.5)
     assert "left out 1 images without a label map, first " in caplog.text

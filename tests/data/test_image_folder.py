@@ -150,3 +150,61 @@ def test_real_photographs_become_normalised_batches(tmp_path: Path) -> None:
     assert not [bad for batch in batches for bad in batch.bad]
     assert images.mean().abs() < 1
     assert 0.5 < images.std() < 2
+
+
+def _write_splits(root: Path, *splits: str) -> Path:
+    for number, split in enumerate(splits):
+        for name in ("cat", "dog"):
+            for i in range(3):
+                write_image(root / split / name / f"{i}.png", (90, 60, 200), seed=100 * number + i)
+    return root
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Train", "Val"),
+        ("TRAIN", "TEST"),
+        ("training", "testing"),
+        ("Training", "Validation"),
+        ("train", "valid"),
+    ],
+)
+def test_scan_finds_usual_split_names_in_any_case(tmp_path: Path, names: tuple[str, str]) -> None:
+    splits = scan_image_folder(_write_splits(tmp_path, *names))
+    assert (splits.class_names, len(splits.train), len(splits.val)) == (["cat", "dog"], 6, 6)
+    assert {sample.path.relative_to(tmp_path).parts[0] for sample in splits.val} == {names[1]}
+
+
+@pytest.mark.parametrize("names", [("training_set", "test_set"), ("train2017", "val2017"), ("dev", "eval")])
+def test_scan_refuses_folders_that_look_like_splits(tmp_path: Path, names: tuple[str, str]) -> None:
+    with pytest.raises(UsageError, match="look like splits, not classes: rename them to train and val"):
+        scan_image_folder(_write_splits(tmp_path, *names))
+
+
+def test_scan_refuses_val_folder_of_unknown_name(tmp_path: Path) -> None:
+    root = _write_splits(tmp_path, "train", "val_set")
+    with pytest.raises(UsageError, match="found val_set: pass its name as val_split"):
+        scan_image_folder(root)
+    assert len(scan_image_folder(root, val_split="val_set").val) == 6
+
+
+def test_scan_refuses_split_names_that_differ_in_case_only(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"expected one split train in .*, found TRAIN and Train"):
+        scan_image_folder(_write_splits(tmp_path, "Train", "TRAIN", "val"))
+
+
+def test_scan_refuses_splits_below_classes(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        for split in ("train", "test"):
+            write_image(tmp_path / name / split / "0.png", (1, 2, 3))
+    with pytest.raises(UsageError, match="contains the splits train and test"):
+        scan_image_folder(tmp_path)
+
+
+def test_scan_refuses_images_and_masks_as_classes(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        for i in range(3):
+            write_image(tmp_path / name / f"{i}.png", (1, 2, 3))
+    with pytest.raises(UsageError, match="look like a dataset for detection or segmentation"):
+        scan_image_folder(tmp_path)

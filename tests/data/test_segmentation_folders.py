@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightspine.data.segmentation import read_ade20k_classes, scan_segmentation_folder
+from lightspine.data.segmentation import LabelReader, read_ade20k_classes, scan_segmentation_folder
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.image_files import open_image
 from support.coco import unpack
 from support.images import write_image
 
@@ -95,13 +96,81 @@ def test_read_ade20k_classes_of_another_table_is_refused(text: str, tmp_path: Pa
         read_ade20k_classes(path)
 
 
-def test_scan_of_masks_of_0_and_255_for_two_classes_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_classes", [1, 2, 3])
+def test_scan_of_masks_of_0_and_255_is_refused(num_classes: int, tmp_path: Path) -> None:
     _write_pair(tmp_path, "a", 255 * np.eye(40, 40))
     _write_pair(tmp_path, "b", 255 * np.eye(40, 40))
-    with pytest.raises(UsageError, match=r"pass remap=\{0: 0, 255: 1\}"):
-        scan_segmentation_folder(tmp_path, num_classes=2)
+    with pytest.raises(UsageError, match=r"got class 0 and ignored pixels .* pass remap=\{0: 0, 255: 1\}"):
+        scan_segmentation_folder(tmp_path, num_classes=num_classes)
+
+
+def test_scan_of_masks_of_0_and_255_with_remap(tmp_path: Path) -> None:
+    _write_pair(tmp_path, "a", 255 * np.eye(40, 40))
+    _write_pair(tmp_path, "b", 255 * np.eye(40, 40))
     found = scan_segmentation_folder(tmp_path, num_classes=2, remap={0: 0, 255: 1})
     assert np.unique(found.reader.read(found.train[0].labels)).tolist() == [0, 1]
+
+
+def test_scan_of_many_empty_masks_before_those_of_255_is_refused(tmp_path: Path) -> None:
+    for number in range(100):
+        _write_pair(tmp_path, f"{number:03}", np.zeros((40, 40)) if number < 90 else 255 * np.eye(40, 40))
+    with pytest.raises(UsageError, match="got class 0 and ignored pixels"):
+        scan_segmentation_folder(tmp_path, num_classes=2)
+
+
+def test_scan_finds_the_one_label_map_with_a_second_class(tmp_path: Path) -> None:
+    for number in range(100):
+        labels = np.eye(40, 40) if number == 51 else np.zeros((40, 40))
+        _write_pair(tmp_path, f"{number:03}", labels, split="train")
+    _write_pair(tmp_path, "v", np.eye(40, 40), split="val")
+    assert len(scan_segmentation_folder(tmp_path, num_classes=2).train) == 100
+
+
+def test_scan_of_label_maps_of_other_values_is_refused(tmp_path: Path) -> None:
+    for name in "abc":
+        _write_pair(tmp_path, name, 127 * (np.arange(40 * 48).reshape(40, 48) % 3))
+    with pytest.raises(UsageError, match=r"none of 2 label maps can be read: .* hold the value 127"):
+        scan_segmentation_folder(tmp_path, num_classes=3)
+
+
+@pytest.mark.parametrize("splits", [("Train", "Val"), ("TRAINING", "Testing")])
+def test_scan_finds_splits_in_any_case(splits: tuple[str, ...], tmp_path: Path) -> None:
+    found = scan_segmentation_folder(_write_data(tmp_path, splits=splits))
+    assert (len(found.train), len(found.val)) == (4, 4)
+
+
+def test_scan_refuses_split_folders_of_other_names(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="look like splits: rename them to train and val"):
+        scan_segmentation_folder(_write_data(tmp_path, splits=("train_set", "val_set")))
+
+
+def test_scan_refuses_two_images_of_one_label_map(tmp_path: Path) -> None:
+    root = _write_data(tmp_path)
+    write_image(root / "images" / "train" / "1.png", (1, 2, 3))
+    with pytest.raises(UsageError, match=r"expected one file 1 in .*, found 1\.jpg and 1\.png"):
+        scan_segmentation_folder(root)
+
+
+def test_scan_keeps_links_to_one_label_map(tmp_path: Path) -> None:
+    root = _write_data(tmp_path)
+    for number in (1, 2):
+        path = root / "annotations" / "train" / f"{number}.png"
+        path.unlink()
+        path.symlink_to("0.png")
+    assert len(scan_segmentation_folder(root).train) == 4
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_label_map_is_turned_like_its_image(orientation: int, suffix: str, tmp_path: Path) -> None:
+    stored = (np.arange(40 * 48).reshape(40, 48) // 7 % 3).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / f"labels.{suffix}", exif=exif)
+    Image.fromarray(stored * 100).save(tmp_path / f"image.{suffix}", exif=exif)
+    labels = LabelReader(3).read(tmp_path / f"labels.{suffix}")
+    image = np.asarray(open_image(tmp_path / f"image.{suffix}"))[..., 0]
+    assert np.array_equal(labels * 100, image)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from PIL import Image
 
 from lightspine.data import decode_image, open_image
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.image_files import read_image_size
 from support.images import truncate, write_image
 
 
@@ -151,3 +152,21 @@ def test_open_image_refuses_missing_file(tmp_path: Path) -> None:
 def test_open_image_refuses_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a folder"):
         open_image(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_read_image_size_is_that_of_the_upright_image(tmp_path: Path, suffix: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (64, 48)).save(path, exif=exif)
+    image = open_image(path)
+    assert read_image_size(path) == (image.height, image.width)
+
+
+def test_open_image_does_not_run_postscript(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    with pytest.raises(LightspineError, match=r"a\.jpg: it is not an image"):
+        open_image(tmp_path / "a.jpg")

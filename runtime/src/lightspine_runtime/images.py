@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,12 +14,14 @@ from lightspine_runtime.errors import LightspineError, UsageError
 MIN_SIDE = 32
 """Minimum height and width of an image in pixels."""
 
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
 
 def open_image(path: str | Path) -> Image.Image:
     """Open an image file as 8-bit RGB in upright orientation; see `decode_image`.
 
     Args:
-        path: an image file in any format that Pillow reads.
+        path: an image file in a raster format that Pillow reads.
 
     Raises:
         UsageError: the file does not exist, or the image is smaller than 32 px on a side.
@@ -54,7 +57,7 @@ def decode_image(data: bytes | BinaryIO, name: str) -> Image.Image:
         # Pillow warns about damage that it can ignore, such as a broken EXIF block.
         with (
             warnings.catch_warnings(action="ignore", category=UserWarning),
-            Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as file,
+            Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats()) as file,
         ):
             # A conversion may drop the EXIF block, so apply the orientation first.
             image = _to_rgb(ImageOps.exif_transpose(file))
@@ -66,6 +69,13 @@ def decode_image(data: bytes | BinaryIO, name: str) -> Image.Image:
     if min(width, height) < MIN_SIDE:
         raise UsageError(f"image {name} is {width}x{height} px, at least {MIN_SIDE}x{MIN_SIDE} is needed")
     return image
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return the raster formats that this Pillow reads; its EPS reader starts Ghostscript."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -18,11 +18,12 @@ from lightspine.analysis.attention_maps import AttentionResult, ClassPathResult,
 from lightspine.analysis.class_activation import CamResult, cam
 from lightspine.analysis.figure_grid import Panel
 from lightspine.analysis.head_redundancy import RedundancyResult, redundancy
-from lightspine.analysis.image_input import ImageInput, expand_image_paths, read_image
+from lightspine.analysis.image_input import ImageInput, read_image
 from lightspine.analysis.mixer_maps import ContextResult, ImportanceResult, context, importance
 from lightspine.analysis.model_handle import ModelHandle, open_model
 from lightspine.analysis.receptive_field import ErfResult, ReceptiveField, erf
 from lightspine.analysis.results import ImageResult, draw_results, save_arrays, save_figure
+from lightspine.utils.image_files import expand_image_paths
 
 __all__ = [
     "AttentionResult",

@@ -1,7 +1,6 @@
 """Input images of an analysis: preprocessed for the model, and as 8-bit RGB for figures."""
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from torch import Tensor
 
 from lightspine.analysis.model_handle import ModelHandle
 from lightspine.data.transforms import create_eval_transform
-from lightspine.errors import UsageError
-from lightspine.utils.image_files import MIN_SIDE, list_image_files, open_image
+from lightspine.utils.image_files import MIN_SIDE, open_image
 
 MAX_PIXELS = 512 * 512
 """Maximum number of pixels of an image at its native size; larger images are reduced to bound memory."""
@@ -88,20 +86,3 @@ def bounded_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> tuple
     short = max(MIN_SIDE, int(min(height, width) * scale))
     long = min(int(max(height, width) * scale), max_pixels // short)
     return (short, long) if height <= width else (long, short)
-
-
-def expand_image_paths(paths: Iterable[str | Path]) -> list[Path]:
-    """List image files; a folder is replaced by the images in it, searched recursively and sorted.
-
-    Raises:
-        UsageError: the list is empty, or a folder contains no images.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        found = list_image_files(path) if path.is_dir() else [path]
-        if not found:
-            raise UsageError(f"expected images in {path}, found none")
-        files += found
-    if not files:
-        raise UsageError("expected at least one image or folder of images, got none")
-    return files

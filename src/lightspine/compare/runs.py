@@ -10,8 +10,9 @@ import timm
 
 from lightspine.compare import check_model_names
 from lightspine.data.digits import export_digits
-from lightspine.data.image_folder import VAL_SPLITS, scan_image_folder
+from lightspine.data.image_folder import scan_image_folder
 from lightspine.data.modules import DigitsDataModule, ImageDataModule, ImageFolderDataModule
+from lightspine.data.split_names import VAL_SPLITS, find_split_folder
 from lightspine.data.transforms import AugmentationName
 from lightspine.errors import LightspineError
 from lightspine.models import find_record
@@ -116,7 +117,7 @@ class CompareData:
 
 def data_of_settings(source: str | Path, settings: CompareSettings) -> CompareData:
     """Return the held-out images of `runs_of_models` with the same settings."""
-    has_split = source == DIGITS or any((Path(source) / name).is_dir() for name in VAL_SPLITS)
+    has_split = source == DIGITS or find_split_folder(source, VAL_SPLITS) is not None
     return CompareData(
         source=source,
         val_fraction=None if has_split else settings.val_fraction,

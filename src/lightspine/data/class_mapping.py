@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from lightspine.data.image_folder import find_class_folders
 from lightspine.errors import LightspineError, UsageError
-from lightspine.utils.image_files import list_image_files
+from lightspine.utils.image_files import ImageListing, list_image_files
 
 _NUMBER = re.compile(r"(\d+)$")
 
@@ -64,11 +64,14 @@ class ClassMapping:
             return [image for image in found if image.labels]
         names = find_class_folders(root)
         classes = self._folder_classes(root, names)
-        return [
+        listing = ImageListing(root)
+        images = [
             MappedImage(path, (label,))
             for name, label in zip(names, classes, strict=True)
-            for path in list_image_files(root / name)
+            for path in listing.list(root / name)
         ]
+        listing.report()
+        return images
 
     def _folder_classes(self, root: Path, names: list[str]) -> list[int]:
         if self.folder_order is not None:

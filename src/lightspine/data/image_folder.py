@@ -11,13 +11,20 @@ from torch import Tensor
 
 from lightspine.data.dataset import ImageDataset
 from lightspine.data.imagenet_classes import synset_description
+from lightspine.data.split_names import (
+    TRAIN_SPLITS,
+    VAL_SPLITS,
+    find_split,
+    find_split_folder,
+    looks_like_split,
+)
 from lightspine.errors import UsageError
-from lightspine.utils.image_files import list_image_files, open_image
+from lightspine.utils.image_files import ImageListing, list_folders, open_image
 from lightspine.utils.packed_strings import PackedStrings
 
-TRAIN_SPLIT = "train"
-VAL_SPLITS = ("val", "validation", "valid", "test")
-"""Names of the validation split, in order of preference."""
+_OTHER_LAYOUT = frozenset(
+    {"annotation", "annotations", "image", "images", "imgs", "jpegimages", "label", "labels", "mask", "masks"}
+)
 
 
 class Sample(NamedTuple):
@@ -41,8 +48,10 @@ def scan_image_folder(
 ) -> FolderSplits:
     """List the images of `root/train/CLASS` and `root/val/CLASS`, or split those of `root/CLASS`.
 
-    The validation folder may also be called "validation", "valid" or "test". Without one, a share of every
-    class in `root/train/CLASS` or `root/CLASS`, chosen by `seed`, becomes the validation split.
+    The split folders may be written in any case, and may also be called "training", and "validation",
+    "valid", "test" or "testing". Without a validation folder, a share of every class in `root/train/CLASS` or
+    `root/CLASS`, chosen by `seed`, becomes the validation split. Every image is listed once; what is left out
+    is logged, see `lightspine.utils.image_files.ImageListing`.
 
     Args:
         root: the folder.
@@ -51,37 +60,85 @@ def scan_image_folder(
         val_split: name of the validation folder, if `root` has several or its name is a different one.
 
     Raises:
-        UsageError: the folder is missing, has fewer than two class folders or lacks the requested split; a
-            class has no image, too few to be split, or exists only in the validation folder.
+        UsageError: the folder is missing, has fewer than two class folders, lacks the requested split, or has
+            the layout of another kind of dataset; a class has no image, too few to be split, or exists only
+            in the validation folder.
     """
     root = Path(root)
-    train_root = root / TRAIN_SPLIT if (root / TRAIN_SPLIT).is_dir() else root
-    folders = find_class_folders(train_root)
-    if train_root == root and set(folders) <= set(VAL_SPLITS):
-        raise UsageError(f"expected a folder train next to {' and '.join(folders)} in {root}")
-    names = VAL_SPLITS if val_split is None else (val_split,)
-    val_root = next((root / name for name in names if train_root != root and (root / name).is_dir()), None)
-    if val_split is not None and val_root is None:
+    folders = find_class_folders(root)
+    train_root = find_split_folder(root, TRAIN_SPLITS)
+    val_root = None
+    if val_split is not None or train_root is not None:
+        val_root = find_split_folder(root, VAL_SPLITS if val_split is None else (val_split,))
+    if val_split is not None and (val_root is None or train_root is None):
+        expected = val_split if val_root is None else "train"
+        raise UsageError(f"expected a folder {expected} in {root}, found {', '.join(folders)}")
+    if train_root is None:
+        _check_class_layout(root, folders)
+        train_root = root
+    elif val_root is None and (others := [name for name in folders if _may_be_val(name)]):
         raise UsageError(
-            f"expected a folder {val_split} in {root}, found {', '.join(find_class_folders(root))}"
+            f"expected a folder {' or '.join(VAL_SPLITS)} next to {train_root}, found "
+            f"{' and '.join(others)}: pass its name as val_split"
         )
-    class_names, train = list_images(train_root)
+    listing = ImageListing(train_root) if val_root is None else ImageListing(train_root, val_root)
+    class_names, train = list_images(train_root, listing=listing)
     if len(class_names) < 2:
         raise UsageError(f"expected at least two class folders in {train_root}, found only {class_names[0]}")
     if val_root is None:
-        return FolderSplits(class_names, *train_val_split(class_names, train, val_fraction, seed))
-    if unknown := sorted(set(find_class_folders(val_root)) - set(class_names)):
-        raise UsageError(f"class {unknown[0]} is in {val_root} but not in {train_root}")
-    return FolderSplits(class_names, train, list_images(val_root, class_names)[1])
+        splits = FolderSplits(class_names, *train_val_split(class_names, train, val_fraction, seed))
+    else:
+        if unknown := sorted(set(find_class_folders(val_root)) - set(class_names)):
+            raise UsageError(f"class {unknown[0]} is in {val_root} but not in {train_root}")
+        splits = FolderSplits(class_names, train, list_images(val_root, class_names, listing=listing)[1])
+    listing.report()
+    return splits
 
 
-def list_images(root: str | Path, class_names: Sequence[str] | None = None) -> tuple[list[str], list[Sample]]:
+def _may_be_val(name: str) -> bool:
+    return looks_like_split(name) and "train" not in name.lower()
+
+
+def _check_class_layout(root: Path, folders: Sequence[str]) -> None:
+    """Reject folders that are splits, or images and labels of another task, instead of classes.
+
+    Raises:
+        UsageError: the names or the sub-folders of the class folders show another layout.
+    """
+    if all(map(looks_like_split, folders)):
+        known = [name for name in folders if find_split([name], VAL_SPLITS, root)]
+        if len(known) == len(folders):
+            raise UsageError(f"expected a folder train next to {' and '.join(folders)} in {root}")
+        raise UsageError(
+            f"the folders {' and '.join(folders)} of {root} look like splits, not classes: rename them to "
+            "train and val"
+        )
+    if all(name.lower() in _OTHER_LAYOUT for name in folders):
+        raise UsageError(
+            f"the folders {' and '.join(folders)} of {root} look like a dataset for detection or "
+            "segmentation, but one sub-folder per class is expected"
+        )
+    for name in folders:
+        inside = list_folders(root / name)
+        train, val = (find_split(inside, names, root / name) for names in (TRAIN_SPLITS, VAL_SPLITS))
+        if train is not None and val is not None:
+            raise UsageError(
+                f"the class folder {root / name} contains the splits {train} and {val}, but they are "
+                f"expected above the classes: {root / train / name}"
+            )
+
+
+def list_images(
+    root: str | Path, class_names: Sequence[str] | None = None, *, listing: ImageListing | None = None
+) -> tuple[list[str], list[Sample]]:
     """List the images of a folder with one sub-folder per class.
 
     Args:
         root: the folder; images may lie at any depth below the class folders.
         class_names: names in the order of the class indices, in place of the sorted folder names. A folder
             named by a WordNet id also matches ImageNet's description of the id.
+        listing: listing of a dataset of several folders, whose caller reports what was left out; default: a
+            new one, whose omissions are logged.
 
     Returns:
         The class names, and the samples sorted by path.
@@ -94,15 +151,19 @@ def list_images(root: str | Path, class_names: Sequence[str] | None = None) -> t
     found = find_class_folders(root)
     names = list(class_names) if class_names is not None else found
     indices = {name: number for number, name in enumerate(names)}
+    own = ImageListing(root) if listing is None else listing
     samples = []
     for name in found:
         index = indices.get(name, indices.get(synset_description(name) or name))
         if index is None:
             raise UsageError(f"class {name} of {root} is not among the model's {len(names)} classes")
-        files = list_image_files(root / name)
+        files = own.list(root / name)
         if not files:
-            raise UsageError(f"class {name} of {root} has no image")
+            reason = f"; left out: {own.left_out}" if own.left_out else ""
+            raise UsageError(f"class {name} of {root} has no image{reason}")
         samples += [Sample(file, index) for file in files]
+    if listing is None:
+        own.report()
     return names, samples
 
 
@@ -116,9 +177,7 @@ def find_class_folders(root: Path) -> list[str]:
         raise UsageError(
             f"expected a folder of images, but {root} {'is a file' if root.exists() else 'is missing'}"
         )
-    found = sorted(
-        entry.name for entry in root.iterdir() if not entry.name.startswith(".") and entry.is_dir()
-    )
+    found = list_folders(root)
     if not found:
         raise UsageError(f"expected a folder with one sub-folder per class, but {root} has no sub-folder")
     return found

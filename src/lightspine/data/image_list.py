@@ -11,7 +11,8 @@ from lightspine.data.class_names import (
     infer_class_names,
     read_class_names,
 )
-from lightspine.data.image_folder import TRAIN_SPLIT, VAL_SPLITS, FolderSplits, Sample, train_val_split
+from lightspine.data.image_folder import FolderSplits, Sample, train_val_split
+from lightspine.data.split_names import TRAIN_SPLITS, VAL_SPLITS, find_split
 from lightspine.errors import LightspineError, UsageError
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -80,8 +81,8 @@ def split_image_list(
         class_names: file with one class name per line; default: see `infer_class_names`.
         val_fraction: share of every class for validation if the list has no splits.
         seed: seed of the split.
-        val_split: name of the validation split; default: the first of val, validation, valid and test that
-            the list has.
+        val_split: name of the validation split; default: the first of val, validation, valid, test and
+            testing that the list has. The names may be written in any case.
 
     Raises:
         UsageError: see `read_image_list`; a missing split, an unknown label, a class with too few images to
@@ -98,14 +99,16 @@ def split_image_list(
         if val_split is not None:
             raise UsageError(f"expected images of the split {val_split} in {file}, which has no split column")
         return FolderSplits(names, *train_val_split(names, samples, val_fraction, seed))
-    val_name = val_split or next((name for name in VAL_SPLITS if name in found), "val")
-    for name in (TRAIN_SPLIT, val_name):
-        if name not in found:
-            raise UsageError(f"expected images of the split {name} in {file}, which has {', '.join(found)}")
-    train, val = (
-        [sample for sample, image in zip(samples, images, strict=True) if image.split == name]
-        for name in (TRAIN_SPLIT, val_name)
-    )
+    chosen = []
+    for names_of_split in (TRAIN_SPLITS, VAL_SPLITS if val_split is None else (val_split,)):
+        name = find_split(found, names_of_split, file)
+        if name is None:
+            raise UsageError(
+                f"expected images of the split {names_of_split[0]} in {file}, which has {', '.join(found)}"
+            )
+        chosen.append([sample for sample, image in zip(samples, images, strict=True) if image.split == name])
+    train, val = chosen
+    check_class_count([names[number] for number in sorted({sample.label for sample in train})], str(file))
     return FolderSplits(names, train, val)
 
 

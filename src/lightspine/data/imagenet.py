@@ -13,7 +13,7 @@ from lightspine.data.image_folder import (
 )
 from lightspine.data.imagenet_classes import imagenet_synsets, is_synset, synset_descriptions
 from lightspine.errors import LightspineError, UsageError
-from lightspine.utils.image_files import list_image_files
+from lightspine.utils.image_files import list_folders, list_image_files
 
 VAL_LISTS = ("LOC_val_solution.csv", "val.txt", "imagenet_2012_validation_synset_labels.txt")
 """File names to search for the list of validation labels, in this order."""
@@ -66,7 +66,7 @@ def list_imagenet_val(
         LightspineError: the list cannot be read.
     """
     folder = Path(folder)
-    if any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
+    if list_folders(folder):
         return list_images(folder, synsets)[1]
     files = list_image_files(folder)
     if not files:

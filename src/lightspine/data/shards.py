@@ -132,7 +132,7 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
     for pattern in patterns:
         for path in map(Path, _expand_braces(str(pattern))):
             if path.is_dir():
-                inside = sorted(path.glob("*.tar"))
+                inside = sorted(file for file in path.glob("*.tar") if not file.name.startswith("."))
                 if not inside:
                     raise UsageError(f"expected .tar files in {path}, which has none")
                 paths += inside

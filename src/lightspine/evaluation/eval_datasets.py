@@ -13,7 +13,6 @@ from lightspine.data.class_names import encode_labels
 from lightspine.data.dataset import ImageDataset, collate_images
 from lightspine.data.digits import CLASS_NAMES, DigitsDataset
 from lightspine.data.image_folder import (
-    VAL_SPLITS,
     FileSource,
     Sample,
     find_class_folders,
@@ -23,11 +22,13 @@ from lightspine.data.image_folder import (
 from lightspine.data.imagenet import imagenet_class_mapping, list_imagenet_val
 from lightspine.data.imagenet_classes import imagenet_synsets, is_synset, synset_descriptions
 from lightspine.data.shards import ShardSource
+from lightspine.data.split_names import VAL_SPLITS, find_split_folder
 from lightspine.data.transforms import Preprocessing, create_eval_transform
 from lightspine.errors import UsageError
 from lightspine.evaluation.batch_inference.sources import is_shards
 from lightspine.evaluation.classifiers import class_names
 from lightspine.models.checkpoint import ModelMetadata
+from lightspine.utils.image_files import list_folders
 
 DIGITS = "digits"
 IMAGENET = "imagenet"
@@ -168,7 +169,7 @@ def _open_shards(
 def _find_samples(
     root: Path, metadata: ModelMetadata, num_classes: int, val_fraction: float | None, seed: int
 ) -> tuple[list[str], list[Sample], str]:
-    val_root = next((root / name for name in VAL_SPLITS if (root / name).is_dir()), None)
+    val_root = find_split_folder(root, VAL_SPLITS)
     if val_fraction is None:
         names, samples = _list_samples(val_root or root, metadata, num_classes)
         return names, samples, val_root.name if val_root else "all images"
@@ -186,7 +187,7 @@ def _list_samples(root: Path, metadata: ModelMetadata, num_classes: int) -> tupl
     if not _has_imagenet_classes(metadata, num_classes) or not root.is_dir():
         return list_images(root, metadata.class_names)
     names = class_names(metadata, num_classes)
-    if not any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir()):
+    if not list_folders(root):
         return names, list_imagenet_val(root, imagenet_synsets())
     folders = find_class_folders(root)
     # Sorted folder names do not give the class indices: "10" precedes "2", and ids may be a subset.

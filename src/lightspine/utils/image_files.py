@@ -4,24 +4,54 @@
 """
 
 import io
+import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.issues import Issues
 
 IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+    {
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".pgm",
+        ".png",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    }
 )
 """Suffixes, in lower case, of the files that count as images in folders and shards."""
 
 MIN_SIDE = 32
 """Smallest height and width of an image in pixels that the models accept."""
+
+# Values of the EXIF orientation that exchange height and width.
+_QUARTER_TURNS = (5, 6, 7, 8)
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_SYSTEM_FOLDERS = frozenset(
+    {"#recycle", "$recycle.bin", "@eadir", "__macosx", "lost+found", "system volume information"}
+)
+_SYSTEM_FILES = frozenset({"desktop.ini", "thumbs.db"})
+_LISTED_ALREADY = "link to a file or folder that is listed already"
+
+_log = logging.getLogger(__name__)
 
 
 def is_image_file(name: str) -> bool:
@@ -29,30 +59,183 @@ def is_image_file(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
-def walk_image_files(folder: str | Path) -> Iterator[str]:
-    """Yield the paths of the images in a folder and its sub-folders, relative to the folder.
+def is_visible_folder(name: str) -> bool:
+    """Return whether a folder name is neither hidden nor that of an operating system's folder."""
+    return not name.startswith(".") and name.lower() not in _SYSTEM_FOLDERS
 
-    The files of a folder come in sorted order before those of its sub-folders, which are visited in sorted
-    order, so only one folder's names are held in memory. Symbolic links are followed; hidden files and
-    folders are left out.
+
+def list_folders(folder: Path) -> list[str]:
+    """Return the sorted names of the visible sub-folders of a folder."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and is_visible_folder(entry.name))
+
+
+class ImageListing:
+    """Listing of the images in the folders of a dataset, each image once.
+
+    Symbolic links are followed, unless they lead to a file or folder that is listed already, which would put
+    an image into two classes or splits or walk in a circle. The following are left out and counted: hidden
+    files and folders, folders of operating systems (`__MACOSX`, `@eaDir`), files of other types, links to
+    missing files and folders that cannot be read.
+
+    Args:
+        *roots: folders that are or contain all folders to list.
+
+        repeat_links: list links to files even if these are listed already, such as one empty label map for
+            many images.
+
+    Attributes:
+        left_out: number and first example of what was left out, by kind.
     """
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = os.path.relpath(parent, folder)
-        for name in sorted(filter(is_image_file, names)):
-            yield name if inside == "." else f"{inside}/{name}"
+
+    def __init__(self, *roots: str | Path, repeat_links: bool = False) -> None:
+        self.roots = roots
+        self.repeat_links = repeat_links
+        self.left_out = Issues()
+        self._real_roots = [os.path.realpath(root) for root in roots]
+        self._folders: set[tuple[int, int]] = set()
+        self._linked_files: set[str] = set()
+
+    def walk(self, folder: str | Path) -> Iterator[str]:
+        """Yield the paths of the images in a folder and its sub-folders, relative to the folder.
+
+        The files of a folder come in sorted order before those of its sub-folders, which are visited in
+        sorted order, so only one folder's names are held in memory.
+        """
+        pending = [""]
+        while pending:
+            inside = pending.pop()
+            path = os.path.join(folder, inside) if inside else os.fspath(folder)
+            if not self._enter(path):
+                continue
+            try:
+                with os.scandir(path) as found:
+                    entries = sorted(found, key=lambda entry: entry.name)
+            except OSError:
+                self.left_out.add("folder that cannot be read", path)
+                continue
+            prefix = f"{inside}/" if inside else ""
+            folders = [entry for entry in entries if entry.is_dir()]
+            pending += [prefix + entry.name for entry in reversed(folders) if self._accepts_folder(entry)]
+            yield from (
+                prefix + entry.name for entry in entries if not entry.is_dir() and self._accepts_file(entry)
+            )
+
+    def list(self, folder: str | Path) -> list[Path]:
+        """Return the paths of the images in a folder and its sub-folders, sorted."""
+        return sorted(Path(folder, name) for name in self.walk(folder))
+
+    def report(self) -> None:
+        """Log a warning that names what was left out, if there is anything."""
+        if self.left_out:
+            _log.warning("left out of %s: %s", " and ".join(map(str, self.roots)), self.left_out)
+
+    def _enter(self, path: str) -> bool:
+        """Return whether a folder is visited for the first time."""
+        try:
+            state = os.stat(path)
+        except OSError:
+            self.left_out.add("folder that cannot be read", path)
+            return False
+        key = (state.st_dev, state.st_ino)
+        if key in self._folders:
+            self.left_out.add(_LISTED_ALREADY, path)
+            return False
+        self._folders.add(key)
+        return True
+
+    def _accepts_folder(self, entry: os.DirEntry[str]) -> bool:
+        if not is_visible_folder(entry.name):
+            kind = "hidden folder" if entry.name.startswith(".") else "folder of the operating system"
+            self.left_out.add(kind, entry.path)
+            return False
+        if entry.is_symlink():
+            real = os.path.realpath(entry.path)
+            contains_root = any(_path_below(root, real) is not None for root in self._real_roots)
+            if contains_root or self._is_listed(real):
+                self.left_out.add(_LISTED_ALREADY, entry.path)
+                return False
+        return True
+
+    def _accepts_file(self, entry: os.DirEntry[str]) -> bool:
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if suffix not in IMAGE_SUFFIXES:
+            if not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM_FILES:
+                self.left_out.add(
+                    f"file with the suffix {suffix}" if suffix else "file without a suffix", entry.path
+                )
+            return False
+        if entry.name.startswith("."):
+            self.left_out.add("hidden file", entry.path)
+            return False
+        if not entry.is_file():
+            self.left_out.add("link to a missing file" if entry.is_symlink() else "special file", entry.path)
+            return False
+        if entry.is_symlink() and not self.repeat_links:
+            real = os.path.realpath(entry.path)
+            listed = is_image_file(os.path.basename(real)) and self._is_listed(real)
+            if listed or real in self._linked_files:
+                self.left_out.add(_LISTED_ALREADY, entry.path)
+                return False
+            self._linked_files.add(real)
+        return True
+
+    def _is_listed(self, real: str) -> bool:
+        """Return whether a file or folder is listed without a link: it is below a root, and not hidden."""
+        for root in self._real_roots:
+            inside = _path_below(real, root)
+            if inside is not None and all(map(is_visible_folder, inside)):
+                return True
+        return False
 
 
 def list_image_files(folder: str | Path) -> list[Path]:
-    """Return the paths of the images in a folder and its sub-folders, sorted; see `walk_image_files`."""
-    return sorted(Path(folder, name) for name in walk_image_files(folder))
+    """Return the paths of the images in a folder and its sub-folders, sorted; see `ImageListing`.
+
+    What was left out is logged.
+    """
+    listing = ImageListing(folder)
+    files = listing.list(folder)
+    listing.report()
+    return files
+
+
+def expand_image_paths(paths: Iterable[str | Path]) -> list[Path]:
+    """List image files; a folder is replaced by the images in it and its sub-folders, sorted.
+
+    Every file is listed once, however often it is given. What was left out of folders is logged.
+
+    Raises:
+        UsageError: the list is empty, or a folder contains no images.
+    """
+    given = list(map(Path, paths))
+    listing = ImageListing(*(path for path in given if path.is_dir()))
+    files: dict[Path, None] = {}
+    for path in given:
+        repeated = listing.left_out.counts[_LISTED_ALREADY]
+        found = listing.list(path) if path.is_dir() else [path]
+        if not found and listing.left_out.counts[_LISTED_ALREADY] == repeated:
+            raise UsageError(f"expected images in the folder {path}, found none")
+        files |= dict.fromkeys(found)
+    listing.report()
+    if not files:
+        raise UsageError("expected at least one image or folder of images, got none")
+    return list(files)
+
+
+def _path_below(path: str, folder: str) -> list[str] | None:
+    """Return the parts of a real path below a real folder, [] for the folder itself, or None."""
+    if path == folder:
+        return []
+    prefix = folder.rstrip(os.sep) + os.sep
+    return path[len(prefix) :].split(os.sep) if path.startswith(prefix) else None
 
 
 def open_image(path: str | Path) -> Image.Image:
     """Read an image file as 8-bit RGB, upright; see `decode_image`.
 
     Args:
-        path: file of any format that Pillow reads.
+        path: file of a raster format that Pillow reads.
 
     Raises:
         UsageError: the file does not exist, or the image is smaller than 32 px on a side.
@@ -84,22 +267,64 @@ def decode_image(data: bytes | BinaryIO, name: str) -> Image.Image:
         UsageError: the image is smaller than 32 px on a side.
         LightspineError: it is not an image, is truncated, or has pixels of an unsupported type.
     """
-    try:
-        # Pillow warns about harmless damage, such as an invalid EXIF block.
-        with (
-            warnings.catch_warnings(action="ignore", category=UserWarning),
-            Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as file,
-        ):
-            # A conversion may drop the EXIF block that holds the orientation, so rotate first.
-            image = _convert_to_rgb(ImageOps.exif_transpose(file))
-    # Pillow's decoders raise many types on damaged data: OSError, SyntaxError, ValueError, struct.error, ...
-    except Exception as error:
-        reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise LightspineError(f"cannot read image {name}: {reason or type(error).__name__}") from error
+    with open_upright(data, f"image {name}") as upright:
+        image = _convert_to_rgb(upright)
     width, height = image.size
     if min(width, height) < MIN_SIDE:
         raise UsageError(f"image {name} is {width}x{height} px, at least {MIN_SIDE}x{MIN_SIDE} is needed")
     return image
+
+
+@contextmanager
+def open_upright(data: bytes | BinaryIO, name: str) -> Iterator[Image.Image]:
+    """Open an image of any mode and apply its EXIF orientation; label maps are turned like their images.
+
+    Args:
+        data: content of an image file, or the open file.
+        name: kind and name of the image in error messages.
+
+    Raises:
+        LightspineError: it is not an image or is truncated, or a ValueError is raised inside the block.
+    """
+    try:
+        # Pillow warns about harmless damage, such as an invalid EXIF block.
+        with (
+            warnings.catch_warnings(action="ignore", category=UserWarning),
+            Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats()) as file,
+        ):
+            # A conversion may drop the EXIF block that holds the orientation, so rotate first.
+            yield ImageOps.exif_transpose(file)
+    # Pillow's decoders raise many types on damaged data: OSError, SyntaxError, ValueError, struct.error, ...
+    except Exception as error:
+        reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise LightspineError(f"cannot read {name}: {reason or type(error).__name__}") from error
+
+
+def read_image_size(path: str | Path) -> tuple[int, int]:
+    """Return the height and width of an image file as `open_image` returns it, without decoding the pixels.
+
+    Raises:
+        LightspineError: the file is missing or not an image.
+    """
+    try:
+        with (
+            warnings.catch_warnings(action="ignore", category=UserWarning),
+            Image.open(path, formats=_formats()) as file,
+        ):
+            width, height = file.size
+            # Pillow reports the upright size of a TIFF.
+            orientation = None if file.format == "TIFF" else file.getexif().get(ExifTags.Base.Orientation)
+    except Exception as error:
+        reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise LightspineError(f"cannot read image {path}: {reason or type(error).__name__}") from error
+    return (width, height) if orientation in _QUARTER_TURNS else (height, width)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return the raster formats that this Pillow reads; its EPS reader starts Ghostscript."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:

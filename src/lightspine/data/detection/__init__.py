@@ -1,7 +1,6 @@
 """Object detection and instance segmentation datasets in the COCO format."""
 
 from lightspine.data.detection.annotations import (
-    AnnotationIssues,
     CocoAnnotations,
     select_for_training,
     select_images,
@@ -26,7 +25,6 @@ from lightspine.data.detection.transforms import (
 from lightspine.data.samplers import AspectRatioSampler
 
 __all__ = [
-    "AnnotationIssues",
     "AspectRatioSampler",
     "CocoAnnotations",
     "DetectionAugmentation",

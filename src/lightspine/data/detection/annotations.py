@@ -1,7 +1,6 @@
 """In-memory COCO annotations."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,35 +10,8 @@ import numpy as np
 
 from lightspine.data.detection.masks import Segmentation
 from lightspine.errors import UsageError
+from lightspine.utils.issues import Issues
 from lightspine.utils.packed_strings import PackedStrings
-
-
-class AnnotationIssues:
-    """Problems in an annotation file that were skipped or repaired.
-
-    Attributes:
-        counts: number of occurrences of each kind of problem.
-        examples: first occurrence of each kind.
-    """
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
-
-    def add(self, kind: str, where: str) -> None:
-        """Count a problem; `where` names the image or annotation."""
-        self.counts[kind] += 1
-        self.examples.setdefault(kind, where)
-
-    def sentences(self) -> list[str]:
-        """Return one line per kind, the most frequent first."""
-        return [f"{count} x {kind}, first {self.examples[kind]}" for kind, count in self.counts.most_common()]
-
-    def __bool__(self) -> bool:
-        return bool(self.counts)
-
-    def __str__(self) -> str:
-        return "; ".join(self.sentences())
 
 
 @dataclass(frozen=True)
@@ -77,7 +49,7 @@ class CocoAnnotations:
     areas: np.ndarray
     crowd: np.ndarray
     segmentations: PackedStrings | None
-    issues: AnnotationIssues = field(default_factory=AnnotationIssues)
+    issues: Issues = field(default_factory=Issues)
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightspine.data.detection.annotations import AnnotationIssues, CocoAnnotations
+from lightspine.data.detection.annotations import CocoAnnotations
 from lightspine.data.detection.masks import check_segmentation
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.issues import Issues
 from lightspine.utils.packed_strings import PackedStrings
 
 
@@ -59,7 +60,7 @@ def read_coco(
     content = _read_json(file)
     if not folder.is_dir():
         raise UsageError(f"expected a folder of images, but {folder} {_describe_path(folder)}")
-    issues = AnnotationIssues()
+    issues = Issues()
     names, labels = _read_categories(content["categories"], file, class_names)
     images = _read_images(content["images"], file, folder, issues)
     objects: dict[int, list[_Object]] = {number: [] for number in images}
@@ -134,7 +135,7 @@ def _number_classes(labels: dict[int, int], count: int) -> list[int]:
     return [of_label[label] if label in of_label else next(new) for label in range(count)]
 
 
-def _read_images(entries: list[Any], file: Path, folder: Path, issues: AnnotationIssues) -> dict[int, _Image]:
+def _read_images(entries: list[Any], file: Path, folder: Path, issues: Issues) -> dict[int, _Image]:
     images: dict[int, _Image] = {}
     seen: set[int] = set()
     for entry in entries:
@@ -177,7 +178,7 @@ def _read_object(
     labels: dict[int, int],
     masks: bool,
     where: str,
-    issues: AnnotationIssues,
+    issues: Issues,
 ) -> _Object:
     category, box, area = entry.get("category_id"), entry.get("bbox"), entry.get("area")
     if type(category) is not int or category not in labels:
@@ -211,7 +212,7 @@ def _pack_annotations(
     images: dict[int, _Image],
     objects: dict[int, list[_Object]],
     masks: bool,
-    issues: AnnotationIssues,
+    issues: Issues,
 ) -> CocoAnnotations:
     flat = [found for number in images for found in objects[number]]
     return CocoAnnotations(

@@ -16,11 +16,12 @@ from lightspine.data.class_names import (
 from lightspine.data.dataset import ImageDataset, ImageSource
 from lightspine.data.digits import CLASS_NAMES, DigitsDataset, digits_preprocessing
 from lightspine.data.hugging_face import HuggingFaceSource, load_hugging_face
-from lightspine.data.image_folder import TRAIN_SPLIT, VAL_SPLITS, FileSource, scan_image_folder
+from lightspine.data.image_folder import FileSource, scan_image_folder
 from lightspine.data.image_list import split_image_list
 from lightspine.data.imagenet import scan_imagenet
 from lightspine.data.modules.base import ImageDataModule
 from lightspine.data.shards import ShardSource
+from lightspine.data.split_names import TRAIN_SPLITS, VAL_SPLITS, find_split
 from lightspine.data.transforms import (
     Augmentation,
     AugmentationName,
@@ -266,8 +267,9 @@ class HuggingFaceDataModule(ClassificationDataModule):
 
     Args:
         path: the folder.
-        train_split: name of the training split.
-        val_split: name of the validation split; default: the first of val, validation, valid and test.
+        train_split: name of the training split; default: train or training, in any case.
+        val_split: name of the validation split; default: the first of val, validation, valid, test and
+            testing.
         image_column: column of type `datasets.Image`.
         label_column: column of class indices or names.
         seed: seed of the order and the augmentation of the images, together with the epoch.
@@ -282,7 +284,7 @@ class HuggingFaceDataModule(ClassificationDataModule):
         self,
         path: str | Path,
         *,
-        train_split: str = TRAIN_SPLIT,
+        train_split: str | None = None,
         val_split: str | None = None,
         image_column: str = "image",
         label_column: str = "label",
@@ -290,7 +292,8 @@ class HuggingFaceDataModule(ClassificationDataModule):
         **options: Any,
     ) -> None:
         splits = load_hugging_face(path)
-        val_split = val_split or next((name for name in VAL_SPLITS if name in splits), "val")
+        train_split = train_split or find_split(splits, TRAIN_SPLITS, path) or TRAIN_SPLITS[0]
+        val_split = val_split or find_split(splits, VAL_SPLITS, path) or VAL_SPLITS[0]
         for name in (train_split, val_split):
             if name not in splits:
                 raise UsageError(f"expected a split {name} in {path}, which has {', '.join(sorted(splits))}")

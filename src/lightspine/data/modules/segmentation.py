@@ -16,6 +16,7 @@ from lightspine.data.segmentation import (
     LabeledImage,
     LabelMapSource,
     SegmentationDataset,
+    check_label_values,
     collate_segmentation,
     collate_segmentation_lists,
     create_segmentation_eval_transform,
@@ -195,6 +196,7 @@ class CocoSemanticDataModule(SegmentationDataModule):
 
         annotations = read(train)
         train_labels = CocoSemanticLabels(annotations)
+        check_label_values(train_labels, train_labels.pairs())
         val_labels = CocoSemanticLabels(read(val, annotations.class_names))
         super().__init__(
             (train_labels.pairs(), train_labels),

@@ -11,6 +11,7 @@ from lightspine.data.segmentation.dataset import (
 from lightspine.data.segmentation.folders import (
     LabeledImage,
     SegmentationSplits,
+    check_label_values,
     pair_labels,
     read_ade20k_classes,
     scan_segmentation_folder,
@@ -39,6 +40,7 @@ __all__ = [
     "SegmentationItem",
     "SegmentationSplits",
     "SlidingWindowInference",
+    "check_label_values",
     "collate_segmentation",
     "collate_segmentation_lists",
     "create_segmentation_eval_transform",

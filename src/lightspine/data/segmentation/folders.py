@@ -1,7 +1,6 @@
 """Segmentation folder datasets: pairs of images and label maps, ADE20K included."""
 
-import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,18 +9,22 @@ import numpy as np
 
 from lightspine.data.class_names import read_class_names
 from lightspine.data.image_folder import draw_val_indices
-from lightspine.data.segmentation.label_maps import IGNORED, LabelReader
+from lightspine.data.segmentation.label_maps import IGNORED, LabelMapSource, LabelReader
+from lightspine.data.split_names import TRAIN_SPLITS, VAL_SPLITS, find_split_folder, looks_like_split
 from lightspine.errors import LightspineError, UsageError
-from lightspine.utils.image_files import list_image_files
+from lightspine.utils.image_files import IMAGE_SUFFIXES, ImageListing, list_folders
+from lightspine.utils.progress import progress_bar
 
-_IMAGE_FOLDERS = ("images", "image", "imgs")
-_LABEL_FOLDERS = ("annotations", "labels", "masks")
+IMAGE_FOLDERS = ("images", "image", "imgs")
+"""Names of the image folder, in order of preference."""
+
+LABEL_FOLDERS = ("annotations", "labels", "masks")
+"""Names of the folder of label maps, in order of preference."""
+
 _LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
-_TRAIN = ("train", "training")
-_VAL = ("val", "validation", "valid", "test")
 _CLASS_FILES = ("classes.txt", "class_names.txt", "labels.txt")
 _ADE20K_CLASSES = "objectInfo150.txt"
-_CHECKED_PAIRS = 16
+_SAMPLED_PAIRS = 64
 
 
 class LabeledImage(NamedTuple):
@@ -63,8 +66,9 @@ def scan_segmentation_folder(
     """List the pairs `root/images/train/*` and `root/annotations/train/*.png`, and the same for `val`.
 
     Label maps are in `annotations`, `labels` or `masks` and have the file name of their image. The split
-    folders may also be called "training", "validation", "valid" and "test". Without split folders, a share of
-    all images, chosen by `seed`, becomes the validation split.
+    folders may also be called "training", "validation", "valid", "test" and "testing", in any case. Without
+    split folders, a share of all images, chosen by `seed`, becomes the validation split. Every image is
+    listed once; what is left out is logged, see `lightspine.utils.image_files.ImageListing`.
 
     A folder with ADE20K's `objectInfo150.txt` is read as the MIT scene parsing benchmark: value 0 is ignored,
     1 to 150 are the classes 0 to 149.
@@ -79,8 +83,8 @@ def scan_segmentation_folder(
         seed: seed of the split.
 
     Raises:
-        UsageError: a folder, split or the class names are missing; no image has a label map; label maps of
-            two classes contain only one class and 255.
+        UsageError: a folder, split or the class names are missing; no image has a label map; the label maps
+            hold fewer than two classes.
         LightspineError: the class names cannot be read.
     """
     root = Path(root)
@@ -94,47 +98,74 @@ def scan_segmentation_folder(
     else:
         names = _find_class_names(root, class_names, num_classes)
     reader = LabelReader(len(names), ignored=ignored, remap=remap)
-    images, labels = _find_folder(root, _IMAGE_FOLDERS), _find_folder(root, _LABEL_FOLDERS)
-    if not any((images / name).is_dir() for name in _TRAIN):
-        pairs, unpaired = pair_labels(images, labels)
+    images, labels = find_dense_folder(root, IMAGE_FOLDERS), find_dense_folder(root, LABEL_FOLDERS)
+    train_images = find_split_folder(images, TRAIN_SPLITS)
+    if train_images is None:
+        _check_no_splits(images)
+        listing = ImageListing(images)
+        pairs, unpaired = pair_labels(images, labels, listing=listing)
         chosen = draw_val_indices(len(pairs), val_fraction, np.random.default_rng(seed), str(root))
         train = [pair for i, pair in enumerate(pairs) if i not in chosen]
         val = [pair for i, pair in enumerate(pairs) if i in chosen]
     else:
-        train, unpaired = pair_labels(_find_folder(images, _TRAIN), _find_folder(labels, _TRAIN))
-        val, more_unpaired = pair_labels(_find_folder(images, _VAL), _find_folder(labels, _VAL))
+        val_images = find_dense_folder(images, VAL_SPLITS)
+        listing = ImageListing(train_images, val_images)
+        train, unpaired = pair_labels(train_images, find_dense_folder(labels, TRAIN_SPLITS), listing=listing)
+        val, more_unpaired = pair_labels(val_images, find_dense_folder(labels, VAL_SPLITS), listing=listing)
         unpaired = unpaired + more_unpaired
-    _check_two_classes(reader, train)
+    listing.report()
+    check_label_values(reader, train)
     return SegmentationSplits(names, reader, train, val, unpaired)
 
 
-def pair_labels(images: Path, labels: Path) -> tuple[list[LabeledImage], list[Path]]:
+def pair_labels(
+    images: Path, labels: Path, *, listing: ImageListing | None = None
+) -> tuple[list[LabeledImage], list[Path]]:
     """Pair the images of a folder with the label maps of another folder by relative path without suffix.
+
+    Args:
+        images: folder of the images.
+        labels: folder of the label maps.
+        listing: listing of a dataset of several folders, whose caller reports what was left out; default: a
+            new one, whose omissions are logged.
 
     Returns:
         The pairs, sorted, and the images without a label map.
 
     Raises:
-        UsageError: there is no pair.
+        UsageError: there is no pair, or two images or two label maps have the same name apart from the
+            suffix.
     """
-    label_files = {
-        path.relative_to(labels).with_suffix(""): path
-        for path in list_image_files(labels)
-        if path.suffix.lower() in _LABEL_SUFFIXES
-    }
-    files = list_image_files(images)
-    stems = [path.relative_to(images).with_suffix("") for path in files]
+    own = ImageListing(images) if listing is None else listing
+    # The omissions of the label folder are those of the image folder, or label maps that are not lossless.
+    label_files = _index_stems(labels, ImageListing(labels, repeat_links=True).list(labels), _LABEL_SUFFIXES)
+    image_files = _index_stems(images, own.list(images), IMAGE_SUFFIXES)
     pairs = [
-        LabeledImage(path, label_files[stem])
-        for path, stem in zip(files, stems, strict=True)
-        if stem in label_files
+        LabeledImage(path, label_files[stem]) for stem, path in image_files.items() if stem in label_files
     ]
     if not pairs:
         raise UsageError(
-            f"none of the {len(files)} images of {images} has a label map of the same name in {labels}, "
-            f"which has {len(label_files)} label maps"
+            f"none of the {len(image_files)} images of {images} has a label map of the same name in "
+            f"{labels}, which has {len(label_files)} label maps ({', '.join(_LABEL_SUFFIXES)}); "
+            "`lightspine convert-data masks` reads names such as NAME_mask.png"
         )
-    return pairs, [path for path, stem in zip(files, stems, strict=True) if stem not in label_files]
+    if listing is None:
+        own.report()
+    return pairs, [path for stem, path in image_files.items() if stem not in label_files]
+
+
+def _index_stems(folder: Path, files: Sequence[Path], suffixes: Collection[str]) -> dict[Path, Path]:
+    """Return relative path without suffix -> file."""
+    found: dict[Path, Path] = {}
+    for path in files:
+        if path.suffix.lower() in suffixes:
+            stem = path.relative_to(folder).with_suffix("")
+            if stem in found:
+                raise UsageError(
+                    f"expected one file {stem} in {folder}, found {found[stem].name} and {path.name}"
+                )
+            found[stem] = path
+    return found
 
 
 def read_ade20k_classes(path: str | Path) -> list[str]:
@@ -158,19 +189,51 @@ def read_ade20k_classes(path: str | Path) -> list[str]:
     return [short if first.count(short) == 1 else name for short, name in zip(first, names, strict=True)]
 
 
-def _check_two_classes(reader: LabelReader, pairs: Sequence[LabeledImage]) -> None:
-    """Reject binary masks of 0 and 255, whose foreground would be ignored (255 is the ignore index)."""
-    if reader.num_classes != 2:
-        return
+def check_label_values(reader: LabelMapSource, pairs: Sequence[LabeledImage]) -> None:
+    """Check that the label maps hold at least two classes besides ignored pixels.
+
+    With fewer, the loss is 0 and every score perfect: in binary masks of 0 and 255, for example, the
+    foreground has the value of ignored pixels. Label maps are read until two classes are found, those of a
+    sample spread over the dataset first.
+
+    Raises:
+        UsageError: there are fewer than two classes, or none of the sampled label maps can be read.
+    """
+    count = min(_SAMPLED_PAIRS, len(pairs))
+    sample = [len(pairs) * number // count for number in range(count)]
+    rest = sorted(set(range(len(pairs))) - set(sample))
     found: set[int] = set()
-    for pair in pairs[:_CHECKED_PAIRS]:
-        # Damaged files are reported when training reads them.
-        with contextlib.suppress(LightspineError):
-            found.update(np.unique(reader.read(pair.labels)).tolist())
-    if IGNORED in found and len(found) == 2:
+    readable, reason = False, ""
+    for done, position in enumerate(progress_bar([*sample, *rest], "checking the label maps")):
+        try:
+            found.update(np.unique(reader.read(str(pairs[position].labels))).tolist())
+            readable = True
+        # Single damaged files are reported when training reads them.
+        except LightspineError as error:
+            reason = reason or str(error)
+        if len(found - {IGNORED}) > 1:
+            return
+        if done + 1 == count and not readable:
+            raise UsageError(f"none of {count} label maps can be read: {reason}")
+    classes = " and ".join(f"class {number}" for number in sorted(found - {IGNORED})) or "no class"
+    ignored = " and ignored pixels (255)" if IGNORED in found else ""
+    raise UsageError(
+        f"expected at least two classes in the {len(pairs)} label maps, such as {pairs[0].labels}, got "
+        f"{classes}{ignored} only: if the files mark a class with 255 or another value, pass "
+        "remap={0: 0, 255: 1}, or write label maps with `lightspine convert-data masks`"
+    )
+
+
+def _check_no_splits(images: Path) -> None:
+    """Reject folders below the images that look like splits of an unknown name.
+
+    Raises:
+        UsageError: all sub-folders look like splits.
+    """
+    folders = list_folders(images)
+    if folders and all(map(looks_like_split, folders)):
         raise UsageError(
-            f"expected two classes in the label maps, such as {pairs[0].labels}, got class {min(found)} and "
-            "ignored pixels (255) only: if 255 is a class, pass remap={0: 0, 255: 1}"
+            f"the folders {' and '.join(folders)} of {images} look like splits: rename them to train and val"
         )
 
 
@@ -190,8 +253,13 @@ def _find_class_names(root: Path, file: str | Path | None, num_classes: int | No
     return names
 
 
-def _find_folder(root: Path, names: Iterable[str]) -> Path:
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-    raise UsageError(f"expected a folder {' or '.join(names)} in {root}")
+def find_dense_folder(root: Path, names: Sequence[str]) -> Path:
+    """Return the first sub-folder of `root` with one of the names, in any case.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = find_split_folder(root, names)
+    if found is None:
+        raise UsageError(f"expected a folder {' or '.join(names)} in {root}")
+    return found

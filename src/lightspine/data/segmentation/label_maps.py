@@ -1,14 +1,13 @@
 """Label maps: image files whose pixel values are classes."""
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.image_files import open_upright
 
 IGNORED = 255
 """Ignore index: value of unlabeled pixels in the output of the readers and, by default, in files."""
@@ -64,19 +63,17 @@ class LabelReader:
             self._known[value], self._classes[value] = True, number
 
     def read(self, path: str | Path) -> np.ndarray:
-        """Read a label map, (height, width), uint8.
+        """Read a label map, (height, width), uint8, upright like its image (EXIF orientation).
 
         Raises:
             LightspineError: it cannot be read, is a color image, or has a value that is not a class.
         """
         try:
-            with Image.open(io.BytesIO(Path(path).read_bytes())) as file:
-                mode = file.mode
-                values = np.asarray(file)
-        # Pillow's decoders raise many types on damaged data.
-        except Exception as error:
-            reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-            raise LightspineError(f"cannot read labels {path}: {reason or type(error).__name__}") from error
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise LightspineError(f"cannot read labels {path}: {error.strerror or error}") from error
+        with open_upright(data, f"labels {path}") as image:
+            mode, values = image.mode, np.asarray(image)
         if mode not in _MODES:
             raise LightspineError(
                 f"expected one value per pixel in labels {path}, got an image of mode {mode}"

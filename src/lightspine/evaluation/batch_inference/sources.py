@@ -14,7 +14,7 @@ from lightspine.data.dataset import ImageDataset, Item, collate_images
 from lightspine.data.shards import ShardSource
 from lightspine.errors import UsageError
 from lightspine.utils.files import atomic_write
-from lightspine.utils.image_files import is_image_file, open_image, walk_image_files
+from lightspine.utils.image_files import ImageListing, is_image_file, is_visible_folder, open_image
 from lightspine.utils.packed_strings import PackedStrings
 
 _NAMES, _ENDS = "names.bin", "ends.bin"
@@ -53,9 +53,9 @@ ImageList = ListedFolder | ShardSource
 
 
 def write_listing(root: Path, listing: Path) -> None:
-    """Write the sorted paths of all images below a folder, hidden ones excluded.
+    """Write the sorted paths of all images below a folder; see `ImageListing`.
 
-    Only one folder's names are in memory at a time.
+    Only one folder's names are in memory at a time. What was left out is logged.
 
     Raises:
         UsageError: the folder is missing or has no image.
@@ -63,15 +63,16 @@ def write_listing(root: Path, listing: Path) -> None:
     """
     if not root.is_dir():
         raise UsageError(f"expected a folder of images or shards, but {root} is not a folder")
-    end = 0
+    end, found = 0, ImageListing(root)
     with atomic_write(listing / _NAMES) as names, atomic_write(listing / _ENDS) as ends:
-        for name in walk_image_files(root):
+        for name in found.walk(root):
             encoded = os.fsencode(name)
             end += len(encoded)
             names.write(encoded)
             ends.write(np.int64(end).tobytes())
         if end == 0:
             raise UsageError(f"expected a folder of images or shards, but {root} has none")
+    found.report()
 
 
 def open_images(data: str | Path, listing: Path) -> ImageList:
@@ -99,7 +100,7 @@ def is_shards(data: str | Path) -> bool:
     if not path.is_dir():
         return path.suffix == ".tar"
     with os.scandir(path) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
+        visible = [entry for entry in entries if is_visible_folder(entry.name)]
     has_tars = any(entry.name.endswith(".tar") for entry in visible)
     return has_tars and not any(entry.is_dir() or is_image_file(entry.name) for entry in visible)
 
