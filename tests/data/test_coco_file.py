@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightspine.data.detection import read_coco
+from lightspine.data.detection import decode_segmentation, read_coco
 from lightspine.errors import LightspineError, UsageError
-from support.coco import content, read_small, real_annotations, square, write_coco
+from support.coco import SQUARE, content, read_small, real_annotations, square, write_coco
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,18 @@ def test_read_coco_with_class_names_numbers_by_the_model(tmp_path: Path) -> None
 def test_read_coco_keeps_images_without_objects(tmp_path: Path) -> None:
     found = read_small(tmp_path, square(), images=3)
     assert [len(found.objects(i)) for i in range(3)] == [1, 0, 0]
+
+
+def _without(key: str) -> dict[str, Any]:
+    described = content(square())
+    del described[key]
+    return described
+
+
+def _with_image(**changes: Any) -> dict[str, Any]:
+    described = content(square())
+    described["images"][0] |= changes
+    return described
 
 
 @pytest.mark.parametrize(
@@ -112,18 +124,6 @@ def test_corners_of_a_box_that_crosses_the_border_are_cut(tmp_path: Path) -> Non
     assert found.corners(0).tolist() == [[0, 40, 15, 48]]
 
 
-def _without(key: str) -> dict[str, Any]:
-    described = content(square())
-    del described[key]
-    return described
-
-
-def _with_image(**changes: Any) -> dict[str, Any]:
-    described = content(square())
-    described["images"][0] |= changes
-    return described
-
-
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -133,12 +133,13 @@ def _with_image(**changes: Any) -> dict[str, Any]:
         pytest.param(
             json.dumps(_without("annotations")), "expected a list 'annotations'", id="no annotations"
         ),
-        pytest.param(json.dumps(_with_image(width=0)), "needs a height and a width", id="no width"),
-        pytest.param(json.dumps(_with_image(id="a")), "needs a whole number as id", id="id is a text"),
         pytest.param(
-            json.dumps(content() | {"images": content()["images"] * 2}),
-            "image id 1 appears twice",
-            id="same image",
+            json.dumps(
+                content()
+                | {"images": [*content()["images"], content()["images"][0] | {"file_name": "2.jpg"}]}
+            ),
+            "image id 1 of .* belongs to 1.jpg and 2.jpg",
+            id="one id of two images",
         ),
         pytest.param(
             json.dumps(content() | {"categories": content()["categories"][:1] * 2}),
@@ -158,6 +159,16 @@ def test_read_coco_of_a_file_that_is_no_coco_file_says_so(text: str, sentence: s
 @pytest.mark.parametrize(
     ("described", "sentence"),
     [
+        pytest.param(
+            _with_image(id="a"), "1 x image without a whole number as id, first image 0", id="id is a name"
+        ),
+        pytest.param(_with_image(id=2**64), "1 x image without a whole number as id", id="id of 65 bits"),
+        pytest.param(_with_image(file_name=7), "1 x image without a file_name", id="no file name"),
+        pytest.param(
+            content(square(bbox=[0.1, 0.2, 0.5, 0.5])),
+            "1 x box inside the first pixel, as if in fractions of the image",
+            id="fractions",
+        ),
         pytest.param(content() | {"images": []}, "found none of the 0 images", id="no image"),
         pytest.param(content() | {"categories": []}, "at least one category", id="no category"),
         pytest.param(
@@ -170,7 +181,8 @@ def test_read_coco_of_a_file_that_is_no_coco_file_says_so(text: str, sentence: s
 def test_read_coco_of_nothing_usable_is_refused(
     described: dict[str, Any], sentence: str, tmp_path: Path
 ) -> None:
-    file = write_coco(tmp_path, described)
+    file = write_coco(tmp_path)
+    file.write_text(json.dumps(described))
     with pytest.raises(UsageError, match=sentence):
         read_coco(file, tmp_path)
 
@@ -205,3 +217,152 @@ def test_read_coco_of_a_missing_path_is_refused(
 
 def test_aspect_ratios_are_width_over_height(tmp_path: Path) -> None:
     assert np.allclose(read_small(tmp_path, square()).aspect_ratios, [64 / 48])
+
+
+def _categories(*named: tuple[int, str]) -> dict[str, Any]:
+    return {"categories": [{"id": number, "name": name} for number, name in named]}
+
+
+ROBOFLOW = _categories((0, "fish"), (1, "fish"))
+
+
+def test_training_and_validation_give_roboflows_duplicate_category_one_label(tmp_path: Path) -> None:
+    file = write_coco(tmp_path, content(square(category_id=1)) | ROBOFLOW)
+    train = read_coco(file, tmp_path)
+    val = read_coco(file, tmp_path, class_names=train.class_names)
+    assert (train.class_names, train.category_ids) == (["fish"], [1])
+    assert train.labels.tolist() == val.labels.tolist() == [0]
+    assert "category without objects that has the name of another one, first id 0, 'fish'" in str(val.issues)
+
+
+def test_two_categories_of_one_name_with_objects_are_refused(tmp_path: Path) -> None:
+    file = write_coco(tmp_path, content(square(category_id=0), square(category_id=1)) | ROBOFLOW)
+    with pytest.raises(UsageError, match=r"the categories 0 and 1 of .* have the same name 'fish'"):
+        read_coco(file, tmp_path)
+
+
+@pytest.mark.parametrize("ids", [(3, 7), (7, 3), (40, 2)])
+def test_categories_are_matched_by_name_when_ids_differ(ids: tuple[int, int], tmp_path: Path) -> None:
+    described = content(square(category_id=ids[1])) | _categories((ids[0], "cat"), (ids[1], "dog"))
+    found = read_coco(write_coco(tmp_path, described), tmp_path, class_names=["cat", "dog"])
+    assert found.labels.tolist() == [1]
+    assert found.category_ids == list(ids)
+
+
+def test_category_name_that_differs_in_case_is_matched(tmp_path: Path) -> None:
+    described = content(square()) | _categories((7, "Dog "))
+    assert read_coco(write_coco(tmp_path, described), tmp_path, class_names=["cat", "dog"]).labels == [1]
+
+
+def test_unused_category_that_the_model_lacks_is_counted(tmp_path: Path) -> None:
+    found = read_small(tmp_path, square(), class_names=["dog"])
+    assert found.issues.sentences() == [
+        "1 x category without objects that is not among the model's classes, first 'cat'"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "crowd"),
+    [
+        *((value, False) for value in (0, "0", 0.0, False, None, "false")),
+        *((value, True) for value in (1, "1", 1.0, True, "true")),
+    ],
+)
+def test_iscrowd_is_read_by_value(value: Any, crowd: bool, tmp_path: Path) -> None:
+    assert read_small(tmp_path, square(iscrowd=value)).crowd.tolist() == [crowd]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"bbox": ["10", "10.0", 20, "20"]}, id="box as text"),
+        pytest.param({"image_id": "1"}, id="image id as text"),
+        pytest.param({"image_id": 1.0}, id="image id as float"),
+        pytest.param({"category_id": "7"}, id="category id as text"),
+        pytest.param({"segmentation": SQUARE[0]}, id="polygon without the outer list"),
+        pytest.param({"segmentation": [[10, 10], [30, 10], [30, 30], [10, 30]]}, id="points"),
+        pytest.param({"segmentation": [[[10, 10], [30, 10], [30, 30], [10, 30]]]}, id="list of points"),
+        pytest.param({"segmentation": [[str(side) for side in SQUARE[0]]]}, id="polygon as text"),
+    ],
+)
+def test_values_of_clear_meaning_are_converted(changes: dict[str, Any], tmp_path: Path) -> None:
+    found = read_small(tmp_path, square(**changes))
+    assert found.boxes.tolist() == [[10, 10, 20, 20]]
+    assert np.array_equal(decode_segmentation(found.segmentation(0), 48, 64)[9:31, 9:31].sum(), 400)
+    assert not found.issues
+
+
+@pytest.mark.parametrize("size", [(48.0, 64.0), ("48", "64")])
+def test_image_size_of_another_type_is_converted(size: tuple[Any, Any], tmp_path: Path) -> None:
+    file = write_coco(tmp_path, _with_image(height=size[0], width=size[1]))
+    found = read_coco(file, tmp_path)
+    assert (found.sizes.tolist(), bool(found.issues)) == ([[48, 64]], False)
+
+
+@pytest.mark.parametrize("size", [None, 0])
+def test_missing_image_size_is_read_from_the_file(size: Any, tmp_path: Path) -> None:
+    found = read_coco(write_coco(tmp_path, _with_image(height=size)), tmp_path)
+    assert found.sizes.tolist() == [[48, 64]]
+    assert "1 x image without a height and a width in pixels, read from the file" in str(found.issues)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [SQUARE, {"size": [48, 64], "counts": [10 * 48 + 10, *([20, 28] * 19), 20, 0]}],
+    ids=["polygon", "RLE"],
+)
+def test_missing_box_is_that_of_the_mask(segmentation: Any, tmp_path: Path) -> None:
+    if isinstance(segmentation, dict):
+        segmentation["counts"][-1] = 48 * 64 - sum(segmentation["counts"][:-1])
+    found = read_small(tmp_path, square(bbox=None, segmentation=segmentation))
+    assert found.boxes.tolist() == [[10, 10, 20, 20]]
+    assert str(found.issues) == "1 x box missing, replaced by that of the mask, first annotation 1"
+
+
+@pytest.mark.parametrize(
+    "name", ["sub\\1.jpg", "images/1.jpg", "/home/someone/data/1.jpg", "../1.jpg", "https://host/1.jpg"]
+)
+def test_image_is_found_under_the_last_part_of_its_name(name: str, tmp_path: Path) -> None:
+    file = write_coco(tmp_path)
+    file.write_text(json.dumps(_with_image(file_name=name)))
+    found = read_coco(file, tmp_path)
+    assert found.path(0) == tmp_path / "1.jpg"
+    assert f"found in the image folder, first {name}" in str(found.issues)
+
+
+def test_images_of_one_name_in_two_folders_are_not_confused(tmp_path: Path) -> None:
+    described = content(square(), square(image_id=2), square(image_id=3), images=3)
+    file = write_coco(tmp_path, described)
+    for image, name in zip(described["images"], ("a/1.jpg", "b/1.jpg", "3.jpg"), strict=True):
+        image["file_name"] = name
+    file.write_text(json.dumps(described))
+    found = read_coco(file, tmp_path)
+    assert (list(found.files), found.issues.counts["image file missing"]) == (["3.jpg"], 2)
+
+
+def test_image_outside_the_folder_is_not_read(tmp_path: Path) -> None:
+    file = write_coco(tmp_path / "in", content(square(), square(image_id=2), images=2))
+    (tmp_path / "in" / "2.jpg").rename(tmp_path / "2.jpg")
+    described = json.loads(file.read_text())
+    described["images"][1]["file_name"] = "../2.jpg"
+    file.write_text(json.dumps(described))
+    assert str(read_coco(file, tmp_path / "in").issues) == "1 x image file missing, first ../2.jpg"
+
+
+def test_objects_of_an_image_with_two_ids_are_joined(tmp_path: Path) -> None:
+    described = content(square(), square(id=2, image_id=2), images=2)
+    described["images"][1]["file_name"] = "1.jpg"
+    found = read_coco(write_coco(tmp_path, described), tmp_path)
+    assert (found.image_ids.tolist(), len(found.objects(0))) == ([1], 2)
+    assert str(found.issues) == "1 x image file with several ids, whose objects are joined, first 1.jpg"
+
+
+def test_box_beyond_the_image_is_counted(tmp_path: Path) -> None:
+    found = read_small(tmp_path, square(bbox=[30, 20, 60, 40]))
+    assert str(found.issues) == "1 x box that reaches beyond the image, clipped, first annotation 1"
+
+
+def test_numbers_of_hundreds_of_digits_are_counted(tmp_path: Path) -> None:
+    polygon = [10**400, 10, 30, 10, 30, 30]
+    flawed = square(id=2, bbox=[10**400, 1, 2, 3]), square(id=3, segmentation=[polygon])
+    assert len(read_small(tmp_path, square(), *flawed).labels) == 1

@@ -175,3 +175,22 @@ def test_seed_and_epoch_fix_the_augmentation(coco: Path) -> None:
 def test_loop_over_a_dataset_ends(tmp_path: Path) -> None:
     dataset = DetectionDataset(read_small(tmp_path, square(), images=3), replace_bad=True)
     assert len(list(dataset)) == 3
+
+
+def test_coco_splits_are_found_by_their_usual_names(tmp_path: Path) -> None:
+    for split in ("Train", "valid"):
+        write_coco(tmp_path / split).rename(tmp_path / f"{split}.json")
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / f"{split}.json").rename(tmp_path / "annotations" / f"instances_{split}.json")
+    data = CocoDataModule(tmp_path)
+    assert data.train_annotations.path(0) == tmp_path / "Train" / "1.jpg"
+    assert data.val_annotations.path(0) == tmp_path / "valid" / "1.jpg"
+
+
+def test_coco_masks_without_objects_are_refused(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        file = write_coco(tmp_path / split, content())
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        file.rename(tmp_path / "annotations" / f"instances_{split}.json")
+    with pytest.raises(UsageError, match="expected at least two classes in the 1 label maps"):
+        CocoSemanticDataModule(tmp_path)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lightspine.dense import load_network, save_network
 from lightspine.errors import LightspineError, UsageError
@@ -122,7 +123,7 @@ def test_class_that_differs_is_named(coco: Path) -> None:
     (coco / "val" / "2.jpg").rename(coco / "images" / "2.jpg")
     (coco / "annotations" / "instances_val.json").unlink()
     for number in (1, 2):
-        (coco / "annotations" / f"{number}.png").write_bytes(b"")
+        Image.fromarray(np.eye(48, 64, dtype=np.uint8)).save(coco / "annotations" / f"{number}.png")
     (coco / "classes.txt").write_text("background\ncat\nwolf\n")
     with pytest.raises(UsageError, match="class 2 is 'wolf' there and 'dog' in the checkpoint"):
         evaluate_segmenter(checkpoint, coco)

@@ -60,6 +60,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         part.rename(path)
 
 
+def path_from_text(name: str) -> str:
+    """Return a file name as Python's file functions expect it, given as text from a UTF-8 file.
+
+    They differ under a locale that is not UTF-8, where names on disk that are UTF-8 are decoded otherwise.
+
+    Raises:
+        UnicodeEncodeError: the text holds a surrogate.
+    """
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
+def text_from_path(path: str | Path) -> str:
+    """Return a path as text for a UTF-8 file; the inverse of `path_from_text`."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
 def check_writable(path: Path) -> None:
     """Check that a file can be written, before expensive work; creates the folder.
 

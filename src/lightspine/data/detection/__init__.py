@@ -6,7 +6,14 @@ from lightspine.data.detection.annotations import (
     select_images,
 )
 from lightspine.data.detection.coco_file import read_coco
-from lightspine.data.detection.coco_paths import coco_paths, find_coco, is_coco
+from lightspine.data.detection.coco_paths import (
+    TRAIN_COCO_SPLITS,
+    VAL_COCO_SPLITS,
+    coco_paths,
+    find_coco,
+    find_coco_split,
+    is_coco,
+)
 from lightspine.data.detection.dataset import (
     DetectionBatch,
     DetectionDataset,
@@ -25,6 +32,8 @@ from lightspine.data.detection.transforms import (
 from lightspine.data.samplers import AspectRatioSampler
 
 __all__ = [
+    "TRAIN_COCO_SPLITS",
+    "VAL_COCO_SPLITS",
     "AspectRatioSampler",
     "CocoAnnotations",
     "DetectionAugmentation",
@@ -41,6 +50,7 @@ __all__ = [
     "decode_segmentation",
     "encode_mask",
     "find_coco",
+    "find_coco_split",
     "is_coco",
     "read_coco",
     "select_for_training",

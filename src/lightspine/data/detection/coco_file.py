@@ -2,18 +2,26 @@
 
 import itertools
 import json
-import math
+import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lightspine.data.detection.annotations import CocoAnnotations
-from lightspine.data.detection.masks import check_segmentation
+from lightspine.data.detection.coco_values import to_box, to_flag, to_float, to_int
+from lightspine.data.detection.masks import (
+    bounding_box,
+    check_segmentation,
+    normalize_segmentation,
+)
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.files import path_from_text
+from lightspine.utils.image_files import read_image_size
 from lightspine.utils.issues import Issues
 from lightspine.utils.packed_strings import PackedStrings
+from lightspine.utils.progress import progress_bar
 
 
 class _Image(NamedTuple):
@@ -39,21 +47,28 @@ def read_coco(
 ) -> CocoAnnotations:
     """Read a COCO file of object annotations.
 
-    The following are skipped and recorded in `issues`: images whose file is missing; objects of unknown
-    images or categories; objects whose box is not four finite numbers, has no area or lies outside the image;
-    with `masks`, objects whose mask is missing, damaged, empty or of another size than the image. A missing
-    area is replaced by that of the box. Images without objects are kept.
+    Values whose meaning is clear are converted: numbers written as text, whole numbers written as floats,
+    polygons without the outer list or made of points, backslashes and other folders in file names. A missing
+    image size is read from the image file, a missing area is replaced by that of the box, and a missing box
+    by that of the mask. Entries of one image file are joined.
+
+    The following are skipped: images without an id or a file; objects of unknown images or categories;
+    objects whose box is not four finite numbers, has no area, lies outside the image or inside its first
+    pixel (as boxes in fractions of the image do); with `masks`, objects whose mask is missing, damaged, empty
+    or of another size than the image. Everything skipped or replaced is counted in `issues`. Images without
+    objects are kept.
 
     Args:
         file: the `.json` file.
         folder: folder of the image files.
         masks: read and check the masks.
-        class_names: classes of a model, in the order of its labels; default: the categories of the file, in
-            the order of their ids.
+        class_names: classes of a model, in the order of its labels, which categories are matched with by
+            name; default: the categories of the file, in the order of their ids. Of several categories with
+            one name, only one may have objects.
 
     Raises:
         UsageError: the file or folder does not exist; there is no image, no category or no usable object; a
-            category is not among `class_names`.
+            category with objects is not among `class_names`, or two of them have the same name.
         LightspineError: the file is not JSON or not a COCO file of objects.
     """
     file, folder = Path(file), Path(folder)
@@ -61,21 +76,24 @@ def read_coco(
     if not folder.is_dir():
         raise UsageError(f"expected a folder of images, but {folder} {_describe_path(folder)}")
     issues = Issues()
-    names, labels = _read_categories(content["categories"], file, class_names)
-    images = _read_images(content["images"], file, folder, issues)
+    annotations: list[Any] = content["annotations"]
+    used = {to_int(entry.get("category_id")) for entry in annotations if isinstance(entry, dict)}
+    names, labels = _read_categories(content["categories"], used, file, class_names, issues)
+    images, aliases = _read_images(content["images"], file, folder, issues)
     objects: dict[int, list[_Object]] = {number: [] for number in images}
-    known = {entry["id"] for entry in content["images"]}
-    for order, entry in enumerate(content["annotations"]):
+    known = {to_int(entry.get("id")) for entry in content["images"] if isinstance(entry, dict)} - {None}
+    for order, entry in enumerate(progress_bar(annotations, f"reading {file.name}")):
         where = f"annotation {entry.get('id', order) if isinstance(entry, dict) else order}"
         try:
             image_id = _find_image_id(entry, known)
+            image_id = aliases.get(image_id, image_id)
             # Objects of a missing image file are not reported one by one.
             if image_id in images:
                 objects[image_id].append(_read_object(entry, images[image_id], labels, masks, where, issues))
         except LightspineError as error:
             issues.add(str(error), where)
-    if content["annotations"] and not any(objects.values()):
-        raise UsageError(f"none of the {len(content['annotations'])} objects of {file} can be used: {issues}")
+    if annotations and not any(objects.values()):
+        raise UsageError(f"none of the {len(annotations)} objects of {file} can be used: {issues}")
     return _pack_annotations(
         folder, names, _number_classes(labels, len(names)), images, objects, masks, issues
     )
@@ -102,13 +120,19 @@ def _describe_path(path: Path) -> str:
 
 
 def _read_categories(
-    entries: list[Any], file: Path, class_names: Sequence[str] | None
+    entries: list[Any],
+    used: set[int | None],
+    file: Path,
+    class_names: Sequence[str] | None,
+    issues: Issues,
 ) -> tuple[list[str], dict[int, int]]:
     """Return the class names and category id -> label."""
     found: dict[int, str] = {}
     for entry in entries:
-        number, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, None)
-        if type(number) is not int or not isinstance(name, str):
+        number, name = (
+            (to_int(entry.get("id")), entry.get("name")) if isinstance(entry, dict) else (None, None)
+        )
+        if number is None or not isinstance(name, str):
             raise LightspineError(
                 f"a category of {file} needs a whole number as id and a name, got {entry!r}"
             )
@@ -117,15 +141,74 @@ def _read_categories(
         found[number] = name
     if not found:
         raise UsageError(f"expected at least one category in {file}")
-    ordered = sorted(found)
-    if class_names is None:
-        return [found[number] for number in ordered], {number: i for i, number in enumerate(ordered)}
-    for name in found.values():
-        if name not in class_names:
+    groups: dict[str, list[int]] = {}
+    for number in sorted(found):
+        groups.setdefault(found[number], []).append(number)
+    if class_names is not None:
+        return list(class_names), _match_categories(groups, used, file, class_names, issues)
+    chosen = sorted(_choose_category(name, ids, used, file, issues) for name, ids in groups.items())
+    return [found[number] for number in chosen], {number: label for label, number in enumerate(chosen)}
+
+
+def _choose_category(name: str, ids: list[int], used: set[int | None], file: Path, issues: Issues) -> int:
+    """Return the category with objects among those of one name; Roboflow also writes one without objects.
+
+    Raises:
+        UsageError: several have objects.
+    """
+    with_objects = [number for number in ids if number in used]
+    if len(with_objects) > 1:
+        raise UsageError(
+            f"the categories {' and '.join(map(str, with_objects))} of {file} have the same name {name!r}, "
+            "and each has objects: rename them, or give their objects one category"
+        )
+    chosen = (with_objects or ids)[0]
+    for number in ids:
+        if number != chosen:
+            issues.add("category without objects that has the name of another one", f"id {number}, {name!r}")
+    return chosen
+
+
+def _match_categories(
+    groups: dict[str, list[int]],
+    used: set[int | None],
+    file: Path,
+    class_names: Sequence[str],
+    issues: Issues,
+) -> dict[int, int]:
+    """Return category id -> label of the model's class of the same name."""
+    labels: dict[int, int] = {}
+    for name, ids in groups.items():
+        matches = _find_class(name, class_names)
+        if not matches:
+            if used.intersection(ids):
+                raise UsageError(
+                    f"category {name!r} of {file} is not among the model's {len(class_names)} classes"
+                )
+            issues.add("category without objects that is not among the model's classes", repr(name))
+        elif len(matches) == 1:
+            labels[_choose_category(name, ids, used, file, issues)] = matches[0]
+        elif len(matches) == len(ids):
+            # Older checkpoints may have several classes of one name, in the order of the category ids.
+            labels |= dict(zip(ids, matches, strict=True))
+        else:
             raise UsageError(
-                f"category {name!r} of {file} is not among the model's {len(class_names)} classes"
+                f"the model has {len(matches)} classes {name!r}, and {file} has {len(ids)} categories of "
+                "this name, so they cannot be matched"
             )
-    return list(class_names), {number: class_names.index(found[number]) for number in ordered}
+    if not labels:
+        raise UsageError(f"none of the categories of {file} is among the model's {len(class_names)} classes")
+    return labels
+
+
+def _find_class(name: str, class_names: Sequence[str]) -> list[int]:
+    """Return the classes of a name, or the only class whose name differs in case or outer spaces."""
+    exact = [label for label, other in enumerate(class_names) if other == name]
+    if exact:
+        return exact
+    folded = name.strip().casefold()
+    similar = [label for label, other in enumerate(class_names) if other.strip().casefold() == folded]
+    return similar if len(similar) == 1 else []
 
 
 def _number_classes(labels: dict[int, int], count: int) -> list[int]:
@@ -135,39 +218,107 @@ def _number_classes(labels: dict[int, int], count: int) -> list[int]:
     return [of_label[label] if label in of_label else next(new) for label in range(count)]
 
 
-def _read_images(entries: list[Any], file: Path, folder: Path, issues: Issues) -> dict[int, _Image]:
-    images: dict[int, _Image] = {}
-    seen: set[int] = set()
-    for entry in entries:
+def _read_images(
+    entries: list[Any], file: Path, folder: Path, issues: Issues
+) -> tuple[dict[int, _Image], dict[int, int]]:
+    """Return the images by id, and id -> id of the first entry with the same image file."""
+    listed: dict[int, dict[str, Any]] = {}
+    for order, entry in enumerate(entries):
         fields = entry if isinstance(entry, dict) else {}
-        number, name = fields.get("id"), fields.get("file_name")
-        height, width = fields.get("height"), fields.get("width")
-        if type(number) is not int or not isinstance(name, str):
+        number = to_int(fields.get("id"))
+        if number is None:
+            issues.add("image without a whole number as id", f"image {order}")
+        elif not isinstance(fields.get("file_name"), str):
+            issues.add("image without a file_name", f"image {number}")
+        elif number in listed and listed[number]["file_name"] != fields["file_name"]:
             raise LightspineError(
-                f"an image of {file} needs a whole number as id and a file_name, got {entry!r}"
+                f"image id {number} of {file} belongs to {listed[number]['file_name']} and "
+                f"{fields['file_name']}"
             )
-        if type(height) is not int or type(width) is not int or min(height, width) < 1:
-            raise LightspineError(
-                f"image {name} of {file} needs a height and a width in pixels, got {height!r} and {width!r}"
-            )
-        if number in seen:
-            raise LightspineError(f"image id {number} appears twice in {file}")
-        seen.add(number)
-        if (folder / name).is_file():
-            images[number] = _Image(name, height, width)
+        elif number in listed:
+            issues.add("image listed twice", fields["file_name"])
         else:
-            issues.add("image file missing", name)
+            listed[number] = fields
+    names = find_image_names([fields["file_name"] for fields in listed.values()], folder, issues)
+    images: dict[int, _Image] = {}
+    aliases: dict[int, int] = {}
+    first: dict[str, int] = {}
+    for (number, fields), name in zip(listed.items(), names, strict=True):
+        if name is None:
+            issues.add("image file missing", fields["file_name"])
+        elif name in first:
+            issues.add("image file with several ids, whose objects are joined", name)
+            aliases[number] = first[name]
+        elif (size := _read_size(fields, folder / name, issues)) is not None:
+            first[name] = number
+            images[number] = _Image(name, *size)
     if not images:
-        first = f", such as {issues.examples['image file missing']}" if issues else ""
-        raise UsageError(f"found none of the {len(seen)} images of {file} in {folder}{first}")
-    return images
+        missing = issues.examples.get("image file missing")
+        reason = f", such as {missing}" if missing else f": {issues}" if issues else ""
+        raise UsageError(f"found none of the {len(entries)} images of {file} in {folder}{reason}")
+    return images, aliases
 
 
-def _find_image_id(entry: Any, known: set[int]) -> int:
+def find_image_names(written: Sequence[str], folder: Path, issues: Issues) -> list[str | None]:
+    """Return the paths of image files below a folder, relative to it; `None` for a missing file.
+
+    Backslashes are read as slashes. A file that is not found, or is outside the folder, is searched by the
+    last parts of its path, as long as no other name leads to the same file.
+
+    Args:
+        written: file names as written in the annotations.
+        folder: folder of the image files.
+        issues: receives the number of names that were changed.
+    """
+    found = [_existing(name, folder) or _existing(name.replace("\\", "/"), folder) for name in written]
+    others: dict[str, list[int]] = {}
+    for position, name in enumerate(written):
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        ends = ("/".join(parts[start:]) for start in range(1, len(parts)))
+        if found[position] is None and (
+            end := next(filter(None, (_existing(e, folder) for e in ends)), None)
+        ):
+            others.setdefault(end, []).append(position)
+    taken = set(found)
+    for end, positions in others.items():
+        if end not in taken and len({written[position] for position in positions}) == 1:
+            for position in positions:
+                found[position] = end
+    for name, path in zip(written, found, strict=True):
+        if path is not None and path != path_from_text(name):
+            issues.add("file name with other folders or backslashes, found in the image folder", name)
+    return found
+
+
+def _existing(name: str, folder: Path) -> str | None:
+    """Return the path of a file below the folder, or `None`; names must not lead out of the folder."""
+    parts = PurePosixPath(name).parts
+    try:
+        path = path_from_text(name)
+    except UnicodeEncodeError:
+        return None
+    inside = parts and not os.path.isabs(name) and ".." not in parts
+    return path if inside and os.path.isfile(os.path.join(folder, path)) else None
+
+
+def _read_size(fields: dict[str, Any], path: Path, issues: Issues) -> tuple[int, int] | None:
+    height, width = to_int(fields.get("height")), to_int(fields.get("width"))
+    if height is not None and width is not None and min(height, width) >= 1:
+        return height, width
+    try:
+        size = read_image_size(path)
+    except LightspineError:
+        issues.add("image without a size that cannot be read", fields["file_name"])
+        return None
+    issues.add("image without a height and a width in pixels, read from the file", fields["file_name"])
+    return size
+
+
+def _find_image_id(entry: Any, known: set[int | None]) -> int:
     if not isinstance(entry, dict):
         raise LightspineError("annotation that is not a JSON object")
-    image_id = entry.get("image_id")
-    if type(image_id) is not int or image_id not in known:
+    image_id = to_int(entry.get("image_id"))
+    if image_id is None or image_id not in known:
         raise LightspineError("object of an unknown image")
     return image_id
 
@@ -180,29 +331,35 @@ def _read_object(
     where: str,
     issues: Issues,
 ) -> _Object:
-    category, box, area = entry.get("category_id"), entry.get("bbox"), entry.get("area")
-    if type(category) is not int or category not in labels:
+    category, area = to_int(entry.get("category_id")), to_float(entry.get("area"))
+    if category is None or category not in labels:
         raise LightspineError("object of an unknown category")
-    if not (isinstance(box, list) and len(box) == 4 and all(_is_number(side) for side in box)):
-        raise LightspineError("box that is not four finite numbers")
+    crowd = to_flag(entry.get("iscrowd"))
+    segmentation = entry.get("segmentation")
+    no_box = entry.get("bbox") is None
+    if masks or no_box:
+        if not segmentation and no_box:
+            raise LightspineError("object without a box and a mask")
+        segmentation = normalize_segmentation(segmentation)
+        check_segmentation(segmentation, image.height, image.width)
+    if no_box:
+        box = bounding_box(segmentation, image.height, image.width)
+        issues.add("box missing, replaced by that of the mask", where)
+    else:
+        box = to_box(entry["bbox"])
     left, top, width, height = box
     if width <= 0 or height <= 0:
         raise LightspineError("box without area")
     if left >= image.width or top >= image.height or left + width <= 0 or top + height <= 0:
         raise LightspineError("box outside the image")
-    segmentation = entry.get("segmentation")
-    if masks:
-        check_segmentation(segmentation, image.height, image.width)
-    if area is None or not _is_number(area) or area <= 0:
+    if min(left, top) >= 0 and max(left + width, top + height) <= 1 < max(image.width, image.height):
+        raise LightspineError("box inside the first pixel, as if in fractions of the image")
+    if left < -1 or top < -1 or left + width > image.width + 1 or top + height > image.height + 1:
+        issues.add("box that reaches beyond the image, clipped", where)
+    if area is None or area <= 0:
         issues.add("area missing, replaced by that of the box", where)
         area = width * height
-    return _Object(
-        box, labels[category], area, bool(entry.get("iscrowd")), json.dumps(segmentation) if masks else ""
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return _Object(box, labels[category], area, crowd, json.dumps(segmentation) if masks else "")
 
 
 def _pack_annotations(

@@ -1,11 +1,17 @@
 """Paths of COCO annotation files and their image folders."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from lightspine.data.split_names import TRAIN_SPLITS, VAL_SPLITS, find_split
 from lightspine.errors import UsageError
 
 _PREFIX = "instances_"
-_VAL_SPLITS = ("val2017", "val", "validation", "valid", "test")
+TRAIN_COCO_SPLITS = ("train2017", *TRAIN_SPLITS)
+"""Names of the training split, in order of preference."""
+
+VAL_COCO_SPLITS = ("val2017", *VAL_SPLITS)
+"""Names of the validation split, in order of preference."""
 
 
 def coco_paths(root: str | Path, split: str) -> tuple[Path, Path]:
@@ -27,7 +33,8 @@ def find_coco(
     Args:
         data: annotation file, or a folder with the layout of `coco_paths`.
         images: image folder, if it is elsewhere.
-        split: split of the folder; default: the first of val2017, val, validation, valid and test.
+        split: split of the folder; default: the first of val2017, val, validation, valid, test
+            and testing, in any case.
 
     Raises:
         UsageError: the folder has no such split, or the image folder is not found.
@@ -44,16 +51,26 @@ def find_coco(
                 f"expected the images of {path} in {folder}, which is not a folder: pass --images"
             )
         return path, folder
-    found = _list_splits(path)
-    if not found:
-        raise UsageError(f"expected a COCO file or a folder with annotations/{_PREFIX}SPLIT.json, got {path}")
-    chosen = split if split is not None else next((name for name in _VAL_SPLITS if name in found), None)
-    if chosen not in found:
-        expected = "one of " + ", ".join(_VAL_SPLITS) if chosen is None else repr(chosen)
-        raise UsageError(f"expected a split {expected} in {path}, found {', '.join(found)}")
-    file, folder = coco_paths(path, chosen)
+    file, folder = coco_paths(path, find_coco_split(path, VAL_COCO_SPLITS if split is None else (split,)))
     return file, Path(images or folder)
 
 
+def find_coco_split(root: str | Path, names: Sequence[str]) -> str:
+    """Return the first of `names` that is a split of a COCO folder, in any case.
+
+    Raises:
+        UsageError: the folder has no such split.
+    """
+    found = _list_splits(Path(root))
+    if not found:
+        raise UsageError(f"expected a COCO file or a folder with annotations/{_PREFIX}SPLIT.json, got {root}")
+    chosen = find_split(found, names, root)
+    if chosen is None:
+        expected = f"one of {', '.join(names)}" if len(names) > 1 else repr(names[0])
+        raise UsageError(f"expected a split {expected} in {root}, found {', '.join(found)}")
+    return chosen
+
+
 def _list_splits(folder: Path) -> list[str]:
-    return sorted(file.stem.removeprefix(_PREFIX) for file in folder.glob(f"annotations/{_PREFIX}*.json"))
+    files = folder.glob(f"annotations/{_PREFIX}*.json")
+    return sorted(file.stem.removeprefix(_PREFIX) for file in files)

@@ -1,12 +1,12 @@
 """COCO masks: polygons and run-length encodings (RLE), plain or compressed."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from faster_coco_eval import mask as mask_api
 
+from lightspine.data.detection.coco_values import to_float
 from lightspine.errors import LightspineError
 
 Segmentation = list[list[float]] | dict[str, Any]
@@ -34,6 +34,51 @@ def check_segmentation(segmentation: Any, height: int, width: int) -> None:
         _check_polygons(segmentation, height, width)
     else:
         raise LightspineError("no mask")
+
+
+def normalize_segmentation(segmentation: Any) -> Any:
+    """Convert polygons of other forms to lists of numbers: one polygon without the outer list, points.
+
+    `[x1, y1, ...]`, `[[x1, y1], ...]` and `[[[x1, y1], ...], ...]` become `[[x1, y1, ...], ...]`; numbers
+    written as text become numbers. Everything else is returned as it is.
+    """
+    if not isinstance(segmentation, list) or not segmentation:
+        return segmentation
+    if not any(isinstance(part, list) for part in segmentation) or (
+        len(segmentation) > 2 and all(map(_is_point, segmentation))
+    ):
+        segmentation = [segmentation]
+    return [_flatten_polygon(polygon) for polygon in segmentation]
+
+
+def bounding_box(segmentation: Segmentation, height: int, width: int) -> list[float]:
+    """Return the bounding box of a checked mask, left, top, width, height; that of polygons is exact.
+
+    Args:
+        segmentation: mask that `check_segmentation` accepts.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+    """
+    if isinstance(segmentation, dict):
+        rows, columns = np.nonzero(decode_segmentation(segmentation, height, width))
+        left, top = columns.min(), rows.min()
+        return [float(side) for side in (left, top, columns.max() + 1 - left, rows.max() + 1 - top)]
+    polygons = _check_polygons(segmentation, height, width)
+    x = [value for polygon in polygons for value in polygon[0::2]]
+    y = [value for polygon in polygons for value in polygon[1::2]]
+    return [float(min(x)), float(min(y)), float(max(x) - min(x)), float(max(y) - min(y))]
+
+
+def _is_point(part: Any) -> bool:
+    return isinstance(part, list) and len(part) == 2 and not any(isinstance(side, list) for side in part)
+
+
+def _flatten_polygon(polygon: Any) -> Any:
+    if not isinstance(polygon, list):
+        return polygon
+    if polygon and all(map(_is_point, polygon)):
+        polygon = [side for point in polygon for side in point]
+    return [to_float(value) if isinstance(value, str) else value for value in polygon]
 
 
 def decode_segmentation(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
@@ -82,6 +127,8 @@ def _check_polygons(segmentation: Sequence[Any], height: int, width: int) -> lis
             raise LightspineError("a polygon with an odd number of coordinates")
         if any(not -far <= value <= 2 * far for value in polygon):
             raise LightspineError("a polygon far outside the image")
+        if min(height, width) > 1 and all(0 <= value <= 1 for value in polygon):
+            raise LightspineError("a polygon inside the first pixel, as if in fractions of the image")
         if len(polygon) >= 6:
             polygons.append(polygon)
     if not polygons:
@@ -90,7 +137,8 @@ def _check_polygons(segmentation: Sequence[Any], height: int, width: int) -> lis
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    # A whole number of hundreds of digits is not finite as a float.
+    return type(value) in (int, float) and to_float(value) is not None
 
 
 def _run_lengths(segmentation: dict[str, Any], height: int, width: int) -> np.ndarray:

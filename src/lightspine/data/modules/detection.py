@@ -8,6 +8,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lightspine.data.detection import (
+    TRAIN_COCO_SPLITS,
+    VAL_COCO_SPLITS,
     AspectRatioSampler,
     CocoAnnotations,
     DetectionAugmentation,
@@ -15,6 +17,7 @@ from lightspine.data.detection import (
     coco_paths,
     collate_detection,
     create_detection_transform,
+    find_coco_split,
     read_coco,
     select_for_training,
 )
@@ -33,8 +36,9 @@ class CocoDataModule(ImageDataModule):
 
     Args:
         root: the folder.
-        train: name of the training split.
-        val: name of the validation split.
+        train: name of the training split; default: the first of train2017, train and training, in any case.
+        val: name of the validation split; default: the first of val2017, val, validation, valid, test and
+            testing.
         train_annotations: annotation file of the training split, if it is elsewhere.
         train_images: image folder of the training split, if it is elsewhere.
         val_annotations: annotation file of the validation split, if it is elsewhere.
@@ -63,8 +67,8 @@ class CocoDataModule(ImageDataModule):
         self,
         root: str | Path,
         *,
-        train: str = "train2017",
-        val: str = "val2017",
+        train: str | None = None,
+        val: str | None = None,
         train_annotations: str | Path | None = None,
         train_images: str | Path | None = None,
         val_annotations: str | Path | None = None,
@@ -83,6 +87,10 @@ class CocoDataModule(ImageDataModule):
             augmentation, shorter=shorter, longest=longest, size=size
         )
 
+        def choose(split: str | None, file: str | Path | None, names: Sequence[str]) -> str:
+            # With a file of its own, a split is only a name in messages.
+            return split or (names[0] if file is not None else find_coco_split(root, names))
+
         def read(split: str, file: str | Path | None, folder: str | Path | None, **options: Any) -> Any:
             default_file, default_folder = coco_paths(root, split)
             annotations = read_coco(file or default_file, folder or default_folder, masks=masks, **options)
@@ -90,11 +98,15 @@ class CocoDataModule(ImageDataModule):
             return annotations
 
         self.masks = masks
-        everything = read(train, train_annotations, train_images)
+        everything = read(
+            choose(train, train_annotations, TRAIN_COCO_SPLITS), train_annotations, train_images
+        )
         self._train_files = _image_paths(everything)
         self.train_annotations: CocoAnnotations = select_for_training(everything)
         names = self.train_annotations.class_names
-        self.val_annotations: CocoAnnotations = read(val, val_annotations, val_images, class_names=names)
+        self.val_annotations: CocoAnnotations = read(
+            choose(val, val_annotations, VAL_COCO_SPLITS), val_annotations, val_images, class_names=names
+        )
         # Detectors normalize their images themselves.
         super().__init__(names, Preprocessing(), batch_size, num_workers, seed, max_bad_share=max_bad_share)
 

@@ -7,7 +7,14 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightspine.data.detection import CocoAnnotations, coco_paths, read_coco
+from lightspine.data.detection import (
+    TRAIN_COCO_SPLITS,
+    VAL_COCO_SPLITS,
+    CocoAnnotations,
+    coco_paths,
+    find_coco_split,
+    read_coco,
+)
 from lightspine.data.modules.base import ImageDataModule
 from lightspine.data.modules.detection import log_issues
 from lightspine.data.segmentation import (
@@ -170,8 +177,9 @@ class CocoSemanticDataModule(SegmentationDataModule):
 
     Args:
         root: folder with `annotations/instances_SPLIT.json` and the images in `SPLIT/`.
-        train: name of the training split.
-        val: name of the validation split.
+        train: name of the training split; default: the first of train2017, train and training, in any case.
+        val: name of the validation split; default: the first of val2017, val, validation, valid, test and
+            testing.
         seed: seed of the order and the augmentation of the images.
         **options: see `SegmentationDataModule`.
 
@@ -184,8 +192,8 @@ class CocoSemanticDataModule(SegmentationDataModule):
         self,
         root: str | Path,
         *,
-        train: str = "train2017",
-        val: str = "val2017",
+        train: str | None = None,
+        val: str | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -194,6 +202,8 @@ class CocoSemanticDataModule(SegmentationDataModule):
             log_issues(split, annotations)
             return annotations
 
+        train = train or find_coco_split(root, TRAIN_COCO_SPLITS)
+        val = val or find_coco_split(root, VAL_COCO_SPLITS)
         annotations = read(train)
         train_labels = CocoSemanticLabels(annotations)
         check_label_values(train_labels, train_labels.pairs())
