@@ -21,7 +21,7 @@ def _imported_by(*arguments: str) -> set[str]:
     return set(run.stdout.split())
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("list", "--help"), ("demo", "--help")])
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("list", "--help"), ("train", "--help")])
 def test_help_imports_neither_torch_nor_the_library(arguments: tuple[str, ...]) -> None:
     assert not {"torch", "timm", "lightspine", "lightning", "numpy"} & _imported_by(*arguments)
 
@@ -32,10 +32,18 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name in COMMANDS if f"\n  {name} " not in shown] == []
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "train"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"usage: lightspine {command}" in capsys.readouterr().out
+
+
+def test_help_of_train_fits_a_screen_and_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 60
+    assert "lightspine train --config image_folder --data.root PHOTOS --epochs 20" in shown
+    assert all(flag in shown for flag in ("--epochs", "--lr", "--batch-size", "--size", "--help-all"))
 
 
 def test_version_is_that_of_the_library(capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,7 +158,8 @@ def test_what_a_checkpoint_gave_is_told_before_training(
     main([*flags, *start, "--folder", str(tmp_path / "b")])
     told = capsys.readouterr().err.splitlines()
     assert re.match(r"test_resnet starts from \d+ tensors of .*model\.safetensors", told[0])
-    assert told[1].startswith("epoch 1/1")
+    assert told[1].startswith("epoch")
+    assert told[2].split()[0] == "1/1"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
@@ -186,3 +187,44 @@ def test_missing_data_folder_is_named(tmp_path: Path) -> None:
     flags = ["--data=ImageFolderDataModule", f"--data.root={tmp_path / 'gone'}"]
     with pytest.raises(UsageError, match="gone is missing"):
         main([*QUICK, *flags, "--folder", str(tmp_path / "run")])
+
+
+def test_flags_before_the_recipe_override_it_too(tmp_path: Path) -> None:
+    flags = ["--model.lr=1e-4", "--config", "digits_shvit_s1", "--folder", str(tmp_path / "run"), *ONE_BATCH]
+    result = main([f"--model.model={SMALL_MODEL}", *flags, "--trainer.enable_progress_bar=false"])
+    record = yaml.safe_load((result.folder / "config.yaml").read_text())
+    assert (result.model, record["model"]["init_args"]["lr"]) == (SMALL_MODEL, 1e-4)
+
+
+def test_short_flags_set_the_length_the_rate_the_batch_and_the_size(tmp_path: Path) -> None:
+    short = ["--epochs", "1", "--lr=1e-4", "--batch-size", "8", "--size=64"]
+    limits = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
+    result = main([*short, "--config=digits_shvit_s1", *QUICK, *limits, "--folder", str(tmp_path / "run")])
+    record = yaml.safe_load((result.folder / "config.yaml").read_text())
+    data = record["data"]["init_args"]
+    assert record["trainer"]["max_epochs"] == len(result.history) == 1
+    assert record["model"]["init_args"]["lr"] == 1e-4
+    assert (data["batch_size"], data["image_size"]) == (8, 64)
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--learning-rate=1", "--lr"),
+        ("--epoch=3", "--epochs"),
+        ("--img-size=64", "--size"),
+        ("--workers=4", "--data.num_workers"),
+        ("--model.learning_rate=1", "--lr"),
+    ],
+)
+def test_unknown_flag_names_the_one_that_is_meant(flag: str, meant: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"did you mean {re.escape(meant)}\?"):
+        main(["--config", "digits_shvit_s1", "--folder", str(tmp_path / "run"), flag])
+
+
+def test_all_options_are_listed_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help-all"])
+    shown = capsys.readouterr().out
+    assert "--trainer.gradient_clip_val" in shown
+    assert "--effective-batch" in shown

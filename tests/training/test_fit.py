@@ -222,11 +222,26 @@ def test_run_stops_when_every_image_is_bad(tmp_path: Path, split: str) -> None:
         )
 
 
-def test_line_per_epoch_is_written_without_a_terminal(
+def test_table_of_the_epochs_is_printed_without_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tmp_path / "run", progress=True)
-    assert [line[:9] for line in capsys.readouterr().err.splitlines()] == ["epoch 1/2", "epoch 2/2"]
+    result = run(tmp_path / "run", progress=True)
+    header, *rows = capsys.readouterr().err.splitlines()
+    assert header.split() == [
+        "epoch",
+        "train_loss",
+        "val_loss",
+        "val_top1",
+        "%",
+        "val_top5",
+        "%",
+        "lr",
+        "time",
+    ]
+    assert [row.split()[0] for row in rows] == ["1/2", "2/2"]
+    shown = [float(row.split()[3]) for row in rows]
+    assert shown == pytest.approx([row["val_top1"] for row in result.history], abs=0.005)
+    assert all(len(row) < 120 for row in rows)
 
 
 def test_nothing_is_written_without_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,19 +1,18 @@
-"""Callbacks of every run: metrics log, progress bar, gradient accumulation and final validation."""
+"""Callbacks of every run: metrics log, gradient accumulation and final validation."""
 
 import csv
 import io
 import logging
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import RichProgressBar
 
 from lightspine.errors import UsageError
 from lightspine.training.base import LightspineTask
+from lightspine.training.progress import EpochTable, print_line
 from lightspine.utils.devices import peak_memory_mib
 from lightspine.utils.files import atomic_write_text
 
@@ -30,7 +29,7 @@ class RunLog(pl.Callback):
 
     Args:
         folder: folder of `metrics.csv` and `curves.png`.
-        announce: also write a line per epoch to standard error, for a run without progress bar.
+        announce: also print a table with a row per epoch to standard error.
 
     Attributes:
         rows: one dictionary per finished epoch: epoch, seconds, every metric that the task logs, `data_share`
@@ -42,6 +41,7 @@ class RunLog(pl.Callback):
         self.folder = folder
         self.announce = announce
         self.rows: list[dict[str, float]] = []
+        self._table: EpochTable | None = None
         self._started = 0.0
         self._validated = False
         self._data_timer = DataTimer()
@@ -106,9 +106,10 @@ class RunLog(pl.Callback):
         if trainer.is_global_zero:
             write_rows(self.folder / "metrics.csv", self.rows)
             if self.announce:
-                numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
-                sys.stderr.write(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {numbers}\n")
-                sys.stderr.flush()
+                names = [name for names in pl_module.curves for name in names]
+                self._table = self._table or EpochTable(names)
+                for line in self._table.lines(row, trainer.max_epochs):
+                    print_line(line)
 
     def _start_epoch(self) -> None:
         self._started = time.perf_counter()
@@ -233,19 +234,6 @@ class FinalValidation(pl.Callback):
         if 0 <= trainer.max_steps <= trainer.global_step:
             trainer.check_val_every_n_epoch = 1
             trainer.should_stop = True
-
-
-class RunProgressBar(RichProgressBar):
-    """Lightning's progress bar with epochs counted from 1 and three significant digits."""
-
-    def __init__(self) -> None:
-        super().__init__(leave=False)
-        self.theme.metrics_format = ".3g"
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        text = f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
-        # Padded to the length of "Validation", or the bar flickers.
-        return f"{text:{len(self.validation_description)}}"
 
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:

@@ -33,8 +33,10 @@ from lightspine.training.log_filters import filter_lightning_logs, has_terminal,
 from lightspine.training.lr_schedules import CosineSchedule, DecaySchedule, MilestoneSchedule
 from lightspine.training.resume import AUTO, prepare_folder
 from lightspine.training.segmentation import SegmentationTask
+from lightspine.training.short_flags import expand_short_flags, suggest_flag
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
+_UNKNOWN_FLAG = re.compile(r"(?:[Uu]nrecognized arguments:|Option) '?([\w.-]+)")
 _CLASS = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>")
 _ABSTRACT = ("ImageDataModule", "SegmentationDataModule", "ClassificationDataModule")
 _TASKS = (ClassificationTask, DetectionTask, SegmentationTask)
@@ -64,6 +66,9 @@ _BOILERPLATE = (
 def main(args: Sequence[str] | None = None) -> TrainResult:
     """Run `lightspine train` with `--config NAME_OR_PATH` and flags that override it.
 
+    `--epochs`, `--lr`, `--batch-size` and `--size` are short forms, see `expand_short_flags`; `--help-all`
+    shows all other options.
+
     Args:
         args: arguments after `lightspine train`; by default `sys.argv[1:]`.
 
@@ -73,14 +78,16 @@ def main(args: Sequence[str] | None = None) -> TrainResult:
     Raises:
         UsageError: a flag or the recipe is invalid.
         LightspineError: see `lightspine.training.fit.train`.
-        SystemExit: after `--help` or `--print_config`.
+        SystemExit: after `--help-all` or `--print_config`.
     """
-    arguments = _resolve_recipes(upgrade_flags(sys.argv[1:] if args is None else args))
+    given = upgrade_flags(sys.argv[1:] if args is None else args)
+    arguments = _resolve_recipes(expand_short_flags(given))
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     with filter_lightning_logs():
         try:
             cli = TrainCLI(arguments)
         except ArgumentError as error:
-            raise UsageError(_one_line(str(error))) from error
+            raise UsageError(_one_line(str(error)) + _suggestion(str(error))) from error
         except ValueError as error:
             # jsonargparse wraps errors from the constructors of the task and the data module.
             raise _find_lightspine_error(error) or error from None
@@ -268,14 +275,23 @@ def _find_class(class_path: str) -> Any:
 
 
 def _resolve_recipes(args: list[str]) -> list[str]:
-    """Replace the recipe name after `--config` by its path."""
-    resolved = list(args)
-    for i, arg in enumerate(args):
-        if arg in ("--config", "-c") and i + 1 < len(args):
-            resolved[i + 1] = str(find_recipe(args[i + 1]))
-        elif arg.startswith("--config="):
-            resolved[i] = f"--config={find_recipe(arg.removeprefix('--config='))}"
-    return resolved
+    """Replace recipe names after `--config` by their paths, and move them before all other flags.
+
+    jsonargparse applies arguments in their order: a recipe would override the flags before it.
+    """
+    recipes, others = [], []
+    position = 0
+    while position < len(args):
+        name, equals, value = args[position].partition("=")
+        position += 1
+        if name not in ("--config", "-c") or not (equals or position < len(args)):
+            others.append(args[position - 1])
+            continue
+        if not equals:
+            value = args[position]
+            position += 1
+        recipes.append(f"--config={find_recipe(value)}")
+    return recipes + others
 
 
 def _one_line(message: str) -> str:
@@ -293,6 +309,13 @@ def _one_line(message: str) -> str:
         return f"invalid argument {key}: expected the fields of one of {known}"
     text = _CLASS.sub(r"\1", "; ".join(kept[:2])).replace("typing.", "")
     return f"invalid argument {key}: {text}" if key else text
+
+
+def _suggestion(message: str) -> str:
+    """Return the flag that is probably meant by an unknown one, as an addition to jsonargparse's message."""
+    unknown = _UNKNOWN_FLAG.search(message)
+    flag = suggest_flag(unknown[1]) if unknown else None
+    return f"; did you mean {flag}? `lightspine train --help` lists the common options" if flag else ""
 
 
 def _field_names(kind: Any) -> list[str]:

@@ -20,12 +20,12 @@ from lightspine.training.callbacks import (
     FinalValidation,
     GradientAccumulation,
     RunLog,
-    RunProgressBar,
     plot_curves,
 )
 from lightspine.training.checkpoint import BEST, LAST, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lightspine.training.finetuning import describe_start
 from lightspine.training.log_filters import filter_lightning_logs, has_terminal
+from lightspine.training.progress import LineProgress, RunProgressBar
 from lightspine.training.rank_watchdog import RankWatchdog
 from lightspine.training.resume import (
     EpochState,
@@ -128,7 +128,8 @@ def train(
         gradient_clip: maximum norm of the gradient.
         accelerator: Lightning's accelerator: "cpu", "gpu", "mps" or "auto".
         precision: Lightning's precision, such as "bf16-mixed".
-        progress: show a progress bar in a terminal, else print a line per epoch to standard error.
+        progress: print a table with a row per epoch to standard error, and a progress bar in a terminal or
+            else a line every 30 seconds.
         **trainer_options: further arguments of Lightning's Trainer.
 
     Returns:
@@ -235,7 +236,7 @@ def run_callbacks(
     if effective_batch is not None:
         callbacks.append(GradientAccumulation(effective_batch))
     callbacks += [
-        RunLog(folder, announce=progress and not live),
+        RunLog(folder, announce=progress),
         EpochState(),
         FinalValidation(),
         # Two callbacks, because Lightning's save_last skips epochs that are not the best. LastCheckpoint
@@ -243,8 +244,8 @@ def run_callbacks(
         BestCheckpoint(folder, score),
         LastCheckpoint(folder, every_n_steps=save_every_steps),
     ]
-    if progress and live:
-        callbacks.append(RunProgressBar())
+    if progress:
+        callbacks.append(RunProgressBar() if live else LineProgress())
     return callbacks
 
 

@@ -1,0 +1,164 @@
+"""Output of a run on standard error: a progress bar or lines, and a table with a row per epoch."""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
+
+# Share of the step time spent waiting for images from which it is worth a note.
+_SLOW_DATA = 0.2
+_WIDTH = 12
+
+
+class EpochTable:
+    """Table of the metrics of a run, printed row by row; metrics.csv has further columns.
+
+    Args:
+        metrics: names of the metrics to show, if an epoch has them. Names that end in "loss" are losses, "lr"
+            is the learning rate, and all others are scores in percent.
+    """
+
+    def __init__(self, metrics: Sequence[str]) -> None:
+        self.metrics = metrics
+        self._header = ""
+
+    def lines(self, row: dict[str, float], epochs: int | None) -> list[str]:
+        """Return the line of an epoch, after a header if the columns have changed.
+
+        Args:
+            row: row of `RunLog`.
+            epochs: length of the run, or None if it is not known.
+        """
+        names = [name for name in self.metrics if name in row]
+        total = "" if epochs is None or epochs < 0 else f"/{epochs}"
+        width = 2 * len(total.lstrip("/")) + 1
+        width = max(width, len("epoch"))
+        header, line = "epoch".rjust(width), f"{int(row['epoch']) + 1}{total}".rjust(width)
+        for name in names:
+            title = name if _is_number(name) else f"{name} %"
+            column = max(_WIDTH, len(title) + 2)
+            header += title.rjust(column)
+            line += _format(name, row[name]).rjust(column)
+        header += "time".rjust(9)
+        line += format_seconds(row["seconds"]).rjust(9)
+        if row.get("data_share", 0.0) >= _SLOW_DATA:
+            line += f"  (waited for images {100 * row['data_share']:.0f} % of the time)"
+        changed, self._header = header != self._header, header
+        return [header, line] if changed else [line]
+
+
+class LineProgress(pl.Callback):
+    """Progress for log files: a line every few seconds, where a progress bar cannot be shown.
+
+    Args:
+        every_seconds: time between two lines.
+    """
+
+    def __init__(self, every_seconds: float = 30.0) -> None:
+        self.every_seconds = every_seconds
+        self._printed = 0.0
+        self._started = 0.0
+        self._first_batch = 0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Start the timers."""
+        self._printed = time.perf_counter()
+        self._started = 0.0
+
+    def on_train_batch_start(
+        self,
+        trainer: pl.Trainer,  # noqa: ARG002
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,
+    ) -> None:
+        """Start to measure the speed with the first batch, which may be in the middle of an epoch."""
+        if not self._started:
+            self._started, self._first_batch = time.perf_counter(), batch_idx
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        outputs: Any,
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,
+    ) -> None:
+        """Print the step, the loss of its batch, the speed and the remaining time of the epoch."""
+        if not self._is_due(trainer):
+            return
+        total = trainer.num_training_batches
+        speed = (batch_idx + 1 - self._first_batch) / (time.perf_counter() - self._started)
+        parts = [f"batch {batch_idx + 1}/{total}"]
+        if isinstance(outputs, dict) and "loss" in outputs:
+            # Lightning divides the loss of a batch by the number of accumulated batches.
+            parts.append(f"loss {float(outputs['loss']) * trainer.accumulate_grad_batches:.4g}")
+        parts.append(f"{speed:.3g} batches/s")
+        if math.isfinite(total):
+            parts.append(f"{format_seconds((total - batch_idx - 1) / speed)} left in the epoch")
+        self._print(trainer, ", ".join(parts))
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Print the position in the validation."""
+        if self._is_due(trainer):
+            total = trainer.num_val_batches[dataloader_idx]
+            self._print(trainer, f"validation, batch {batch_idx + 1}/{total}")
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        return trainer.is_global_zero and time.perf_counter() - self._printed >= self.every_seconds
+
+    def _print(self, trainer: pl.Trainer, text: str) -> None:
+        self._printed = time.perf_counter()
+        epochs = trainer.max_epochs
+        total = "" if epochs is None or epochs < 0 else f"/{epochs}"
+        print_line(f"epoch {trainer.current_epoch + 1}{total}: {text}")
+
+
+class RunProgressBar(RichProgressBar):
+    """Lightning's progress bar with epochs counted from 1 and three significant digits."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=False)
+        self.theme.metrics_format = ".3g"
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        text = f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
+        # Padded to the length of "Validation", or the bar flickers.
+        return f"{text:{len(self.validation_description)}}"
+
+
+def print_line(line: str) -> None:
+    """Print a line to standard error at once, also if it is a file."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as "1:23" or "2:01:23"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _is_number(name: str) -> bool:
+    return name == "lr" or name.endswith("loss")
+
+
+def _format(name: str, value: float) -> str:
+    if name == "lr":
+        return f"{value:.2e}"
+    if name.endswith("loss"):
+        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 else f"{value:.3e}"
+    return f"{value:.2f}"
