@@ -37,7 +37,7 @@ def test_header_is_printed_again_only_for_other_columns() -> None:
 
 def test_long_wait_for_images_is_noted() -> None:
     line = EpochTable(METRICS).lines(ROW | {"data_share": 0.4}, 30)[1]
-    assert line.endswith("(waited for images 40 % of the time)")
+    assert line.endswith("(data wait 40 %)")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3725, "1:02:05")])
