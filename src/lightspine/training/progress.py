@@ -46,7 +46,7 @@ class EpochTable:
         header += "time".rjust(9)
         line += format_seconds(row["seconds"]).rjust(9)
         if row.get("data_share", 0.0) >= _SLOW_DATA:
-            line += f"  (data wait {100 * row["data_share"]:.0f} %)"
+            line += f"  (data wait {100 * row['data_share']:.0f} %)"
         changed, self._header = header != self._header, header
         return [header, line] if changed else [line]
 
