@@ -9,7 +9,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -77,20 +77,19 @@ def run_definition(inputs: Inputs, order: str = "cross2d", **_: Any) -> Tensor:
 
 
 @contextmanager
-def short_chunks(numbers: int = 16 * 1024 * 1024) -> Iterator[None]:
-    """Cut maps into chunks of one tile, as large ones are cut on a device.
-
-    Args:
-        numbers: partial sums of the gradient of the weight; few make a program take several images.
-    """
-    names = "choose_chunks", "_PARTIAL_NUMBERS"
-    before = [getattr(cross_scan_launch, name) for name in names]
-    after = lambda length, *_: (16, -(-length // 16)), numbers
-    for name, value in zip(names, after, strict=True):
+def launch_limits(**limits: Any) -> Iterator[None]:
+    """Change limits of the launch, to split small inputs as large ones are split on a device."""
+    before = {name: getattr(cross_scan_launch, name) for name in limits}
+    for name, value in limits.items():
         setattr(cross_scan_launch, name, value)
     yield
-    for name, value in zip(names, before, strict=True):
+    for name, value in before.items():
         setattr(cross_scan_launch, name, value)
+
+
+def short_chunks(**limits: Any) -> AbstractContextManager[None]:
+    """Cut maps into chunks of one tile."""
+    return launch_limits(choose_chunks=lambda length, *_: (16, -(-length // 16)), **limits)
 
 
 def compare(inputs: Inputs, **options: Any) -> Report:
@@ -105,9 +104,16 @@ def compare(inputs: Inputs, **options: Any) -> Report:
     }
 
 
-def compare_cut(inputs: Inputs, numbers: int = 16 * 1024 * 1024, **options: Any) -> Report:
-    with short_chunks(numbers):
+def compare_cut(inputs: Inputs, limits: dict[str, int] | None = None, **options: Any) -> Report:
+    with short_chunks(**limits or {}):
         return compare(inputs, **options)
+
+
+def compare_slices(inputs: Inputs, images_per_slice: int, order: str = "cross2d", **limits: Any) -> Report:
+    """Let the backward process few images at a time."""
+    image = inputs.projected[0].numel() * -(-inputs.x.shape[3] // 32) * 8
+    with launch_limits(_SLICE_BYTES=images_per_slice * image, **limits):
+        return compare(inputs, order=order)
 
 
 def compare_strided() -> Report:
@@ -126,7 +132,7 @@ def compare_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Report:
 
 def repeat() -> Report:
     inputs = make_inputs(1, 3, 6, 2, dtype=F32)
-    with short_chunks(1):
+    with short_chunks(_PARTIAL_NUMBERS=1):
         return compare_bits(*(results_and_gradients(run_fused, inputs) for _ in range(2)))
 
 
@@ -202,9 +208,15 @@ FAST_CASES: dict[str, Callable[[], Report]] = {
     "L15, 40 channels": lambda: compare(make_inputs(1, 3, 5, 40, 6)),
     "L31, two images": lambda: compare(make_inputs(2, 1, 31, 1)),
     "L33, chunks": lambda: compare_cut(make_inputs(1, 3, 11, 1)),
-    "L33, chunks, two images a program": lambda: compare_cut(make_inputs(3, 1, 17, 1), numbers=40),
+    "L33, chunks, two images a program": lambda: compare_cut(
+        make_inputs(3, 1, 17, 1), {"_PARTIAL_NUMBERS": 40}
+    ),
+    "three images in slices of two": lambda: compare_slices(make_inputs(3, 1, 3, 1), 2),
+    "slices and two channel blocks": lambda: compare_slices(make_inputs(3, 1, 2, 33, groups=1), 2, "snake"),
+    "slices, two images a program": lambda: compare_slices(make_inputs(5, 1, 2, 1), 3, _PARTIAL_NUMBERS=4),
     "rank 16": lambda: compare(make_inputs(1, 3, 3, 2, 16)),
     "rank 17": lambda: compare(make_inputs(1, 3, 3, 2, 17)),
+    "rank 33, one direction": lambda: compare(make_inputs(2, 1, 2, 2, 33, groups=1), order="snake"),
     "unidirectional": lambda: compare_cut(make_inputs(1, 3, 6, 2), order="unidirectional"),
     "bidirectional": lambda: compare_cut(make_inputs(1, 3, 6, 2), order="bidirectional"),
     "a user's own order": lambda: compare_cut(make_inputs(1, 3, 6, 2, groups=1), order="snake"),

@@ -28,12 +28,14 @@ from lightspine.ops.triton.tile_language import (
     exp2,
     gl,
     halves,
+    hide,
     jit,
     linear_scan,
     mma,
     pair_sums,
     share,
     shared_line,
+    shared_stack,
     shared_tile,
     synchronize,
 )
@@ -411,7 +413,8 @@ def fused_cross_scan_bwd_kernel(
     grad_image,
     has_start,
     RP: tl.constexpr,
-    RW: tl.constexpr,
+    SLABS: tl.constexpr,
+    SLAB: tl.constexpr,
     VEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -423,7 +426,7 @@ def fused_cross_scan_bwd_kernel(
     What others than this program contribute to is left to the caller's sum: `p_grad_low`, (channel blocks,
     B, L, K (R + 2)),
     `p_grad_W`, (programs of the images and chunks, K, D, R), and `p_grad_parameters`, (the same, K, 3, D)
-    for A, D and the bias.
+    for A, D and the bias. The ranks are processed in SLABS slabs of SLAB (8 or 16) ranks.
     """
     STATE: tl.constexpr = p_A.dtype.element_ty
     LOW_TYPE: tl.constexpr = p_low.dtype.element_ty
@@ -438,7 +441,6 @@ def fused_cross_scan_bwd_kernel(
     K_WIDTH: tl.constexpr = 4 // (LOW_TYPE.primitive_bitwidth // 8)
     LEFT: tl.constexpr = gl.DotOperandLayout(0, MMA, K_WIDTH)
     RIGHT: tl.constexpr = gl.DotOperandLayout(1, MMA, K_WIDTH)
-    SLAB: tl.constexpr = 8 if RW == 8 else 16
     COPY_X: tl.constexpr = copy_layout(p_x.dtype.element_ty, VEC, WIDE)
     COPY_GRAD: tl.constexpr = copy_layout(p_grad_out.dtype.element_ty, VEC, WIDE)
     UNIT: tl.constexpr = 8 if WIDE else VEC
@@ -456,12 +458,10 @@ def fused_cross_scan_bwd_kernel(
     o_d = i_d * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, TILE))
     in_d = o_d < dim
     o_t = gl.arange(0, HALF, layout=gl.SliceLayout(1, TILE))
-    o_low_r = gl.arange(0, RW, layout=gl.SliceLayout(0, RIGHT))
+    o_low_r = gl.arange(0, SLAB, layout=gl.SliceLayout(0, RIGHT))
     o_out_r = gl.arange(0, SLAB, layout=gl.SliceLayout(0, MMA))
     o_out_t = gl.arange(0, T, layout=gl.SliceLayout(1, MMA))
     o_sum_t = gl.arange(0, T, layout=gl.SliceLayout(1, ROWS))
-    o_grad_r = gl.arange(0, RW, layout=gl.SliceLayout(0, MMA))
-    o_grad_d = i_d * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(1, MMA))
     width = directions * (rank + 2)
     start = i_j * chunk
     steps = gl.minimum(start + chunk, length) - start
@@ -469,8 +469,10 @@ def fused_cross_scan_bwd_kernel(
 
     for i in range(first, first + count):
         i_k, i_f, backwards = _direction(i, families, pairs)
+        # Computed again for every direction: as loop invariants they would need registers.
+        i_hidden = hide(i_d)
         weight = _share_weight(
-            p_W + i_k * weight_strides[0], weight_strides, dim, rank, i_d, LOW_TYPE, RP, BLOCK_D, TILE
+            p_W + i_k * weight_strides[0], weight_strides, dim, rank, i_hidden, LOW_TYPE, RP, BLOCK_D, TILE
         )
         b_A = gl.load(p_A + i_k * dim + o_d, mask=in_d, other=0.0)
         b_D = gl.load(p_D + i_k * dim + o_d, mask=in_d, other=0.0)
@@ -478,7 +480,10 @@ def fused_cross_scan_bwd_kernel(
         b_grad_A = gl.zeros([BLOCK_D], STATE, layout=gl.SliceLayout(0, TILE))
         b_grad_D = gl.zeros([BLOCK_D], STATE, layout=gl.SliceLayout(0, TILE))
         b_grad_bias = gl.zeros([BLOCK_D], STATE, layout=gl.SliceLayout(0, TILE))
-        b_grad_W = gl.zeros([BLOCK_D, RW], STATE, layout=MMA)
+        # The gradient of the weight: one slab in registers, more than one in shared memory.
+        b_grad_W = gl.zeros([BLOCK_D, SLAB], STATE, layout=MMA)
+        if SLABS > 1:
+            grad_W = shared_stack(b_grad_W, SLABS)
         # What another thread has written for the last direction may be added to.
         synchronize()
         for i_image in range(0, gl.minimum(images, batch - first_image)):
@@ -551,22 +556,33 @@ def fused_cross_scan_bwd_kernel(
                 gl.store(p_by_low + o_sum, gl.sum(by_B.load(ROWS), 1), mask=in_sum)
                 gl.store(p_by_low + o_sum + 1, gl.sum(by_C.load(ROWS), 1) * LN2, mask=in_sum)
                 o_out = gl.convert_layout(pixels, gl.SliceLayout(1, MMA)) * width
-                for r0 in tl.static_range(0, RW, SLAB):
+                o_low = gl.convert_layout(pixels, gl.SliceLayout(1, RIGHT)) * low_pixel
+                for r0 in tl.static_range(0, SLABS * SLAB, SLAB):
                     b_W = weight.slice(r0, SLAB).permute([1, 0]).load(RIGHT)
                     b_by_low = mma(by_v.load(LEFT), b_W, gl.zeros([T, SLAB], STATE, layout=MMA))
                     in_out = (t0 + o_out_t < steps)[:, None] & (r0 + o_out_r < rank)[None, :]
                     gl.store(
                         p_by_low + o_out[:, None] + (r0 + o_out_r)[None, :], b_by_low * LOG2E, mask=in_out
                     )
-                o_low = gl.convert_layout(pixels, gl.SliceLayout(1, RIGHT)) * low_pixel
-                b_low = gl.load(
-                    p_row + o_low[:, None] + o_low_r[None, :], mask=(o_low_r < rank)[None, :], other=0.0
-                )
-                b_grad_W = mma(by_v.permute([1, 0]).load(LEFT), b_low, b_grad_W)
+                    b_low = gl.load(
+                        p_row + o_low[:, None] + (r0 + o_low_r)[None, :],
+                        mask=(r0 + o_low_r < rank)[None, :],
+                        other=0.0,
+                    )
+                    if SLABS > 1:
+                        b_grad_W = grad_W.index(r0 // SLAB).load(MMA)
+                    b_grad_W = mma(by_v.permute([1, 0]).load(LEFT), b_low, b_grad_W)
+                    if SLABS > 1:
+                        grad_W.index(r0 // SLAB).store(b_grad_W)
         o_part = i_part * directions + i_k
-        in_grad = (o_grad_r < rank)[None, :] & (o_grad_d < dim)[:, None]
-        p_by_W = p_grad_W + (o_part * dim + o_grad_d)[:, None] * rank + o_grad_r[None, :]
-        gl.store(p_by_W, b_grad_W * LOG2E, mask=in_grad)
+        o_grad_d = i_hidden * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(1, MMA))
+        p_by_W = p_grad_W + (o_part * dim + o_grad_d)[:, None] * rank
+        for i_slab in tl.static_range(SLABS):
+            o_r = i_slab * SLAB + o_out_r
+            if SLABS > 1:
+                b_grad_W = grad_W.index(i_slab).load(MMA)
+            in_grad = (o_r < rank)[None, :] & (o_grad_d < dim)[:, None]
+            gl.store(p_by_W + o_r[None, :], b_grad_W * LOG2E, mask=in_grad)
         p_by = p_grad_parameters + o_part * 3 * dim + o_d
         gl.store(p_by, b_grad_A * LN2, mask=in_d)
         gl.store(p_by + dim, b_grad_D, mask=in_d)

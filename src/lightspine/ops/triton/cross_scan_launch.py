@@ -1,6 +1,7 @@
 """Launch of the fused cross scan: dt is projected inside the Triton kernels, one state per channel."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ _ENOUGH_PROGRAMS = 1056
 SHORTEST_CHUNK = 64
 # The sums over images of the gradient of the step weight are written apart: at most so many numbers.
 _PARTIAL_NUMBERS = 16 * 1024 * 1024
+# Bytes of the partial gradients of the low-rank rows; above it, the images are processed in slices.
+_SLICE_BYTES = 96 * 2**20
 
 
 class Walk(NamedTuple):
@@ -229,44 +232,60 @@ def cross_scan_backward(
     # One channel per thread: the backward needs three times the registers.
     backward_vector = 1
     blocks = -(-scan.dim // (32 * backward_vector))
-    rows = scan.directions * scan.rank * scan.dim
-    images = min(scan.batch, max(1, scan.batch * scan.chunks * rows // _PARTIAL_NUMBERS))
-    parts = -(-scan.batch // images) * scan.chunks
-    width = scan.rank + 2
+    weights = scan.directions * scan.rank * scan.dim
+    images = min(scan.batch, max(1, scan.batch * scan.chunks * weights // _PARTIAL_NUMBERS))
+    rows = (scan.length, scan.directions, scan.rank + 2)
+    per_image = blocks * math.prod(rows) * scan.dtype.itemsize
+    slice_size = max(1, -(-scan.batch // max(1, -(-scan.batch * per_image // _SLICE_BYTES))))
+    slices = range(0, scan.batch, slice_size)
+    parts_of_slice = -(-slice_size // images) * scan.chunks
     grad_x = scan.empty(*scan.x.shape)
-    grad_low = scan.empty(blocks, scan.batch, scan.length, scan.directions, width)
-    grad_W = scan.empty(parts, scan.directions, scan.dim, scan.rank)
-    parameters = scan.empty(parts, scan.directions, 3, scan.dim)
-    for first in scan.launches:
-        launch(
-            kernels.fused_cross_scan_bwd_kernel,
-            parts * blocks,
-            p_x=scan.x,
-            p_D=scan.D,
-            p_kept=states.tiles,
-            p_flow=scan.A if flows is None else flows,
-            p_grad_out=grad,
-            p_grad_x=grad_x,
-            p_grad_low=grad_low,
-            p_grad_W=grad_W,
-            p_grad_parameters=parameters,
-            first=first,
-            count=scan.per_launch,
-            batch=scan.batch,
-            images=images,
-            x_pixel=scan.x.stride(1),
-            x_image=scan.x.stride(0),
-            grad_pixel=grad.stride(1),
-            grad_image=grad.stride(0),
-            has_start=int(flows is not None),
-            RW=max(8, 1 << (scan.rank - 1).bit_length()),
-            VEC=backward_vector,
-            WIDE=wide,
-            **scan.arguments(),
-        )
+    by_projected = scan.empty(scan.batch, *rows)
+    # A channel block adds a part to the gradient of the low-rank rows; a single one writes the gradient.
+    grad_low = by_projected[None] if blocks == 1 else scan.empty(blocks, slice_size, *rows)
+    grad_W = scan.empty(len(slices) * parts_of_slice, scan.directions, scan.dim, scan.rank)
+    parameters = scan.empty(len(grad_W), scan.directions, 3, scan.dim)
+    used_parts = 0
+    for start in slices:
+        size = min(slice_size, scan.batch - start)
+        parts = -(-size // images) * scan.chunks
+        arguments = scan.arguments() | {"p_low": scan.low[start:]}
+        for first in scan.launches:
+            launch(
+                kernels.fused_cross_scan_bwd_kernel,
+                parts * blocks,
+                p_x=scan.x[start:],
+                p_D=scan.D,
+                p_kept=states.tiles[start:],
+                p_flow=scan.A if flows is None else flows[start:],
+                p_grad_out=grad[start:],
+                p_grad_x=grad_x[start:],
+                p_grad_low=grad_low[:, start:] if blocks == 1 else grad_low,
+                p_grad_W=grad_W[used_parts:],
+                p_grad_parameters=parameters[used_parts:],
+                first=first,
+                count=scan.per_launch,
+                batch=size,
+                images=images,
+                x_pixel=scan.x.stride(1),
+                x_image=scan.x.stride(0),
+                grad_pixel=grad.stride(1),
+                grad_image=grad.stride(0),
+                has_start=int(flows is not None),
+                SLABS=-(-scan.rank // 16),
+                SLAB=8 if scan.rank <= 8 else 16,
+                VEC=backward_vector,
+                WIDE=wide,
+                **arguments,
+            )
+        if blocks > 1:
+            sums = by_projected[start : start + size]
+            partial = grad_low.flatten()[: blocks * sums.numel()].view(blocks, *sums.shape)
+            torch.sum(partial, 0, out=sums)
+        used_parts += parts
+    grad_W, parameters = grad_W[:used_parts], parameters[:used_parts]
     # Three sums, because the results of an operator must not share memory.
     by_A, by_D, by_bias = (parameters[:, :, n].sum(0) for n in range(3))
-    by_projected = grad_low[0] if blocks == 1 else grad_low.sum(0)
     return grad_x, by_projected, grad_W.sum(0), by_A, by_D, by_bias
 
 

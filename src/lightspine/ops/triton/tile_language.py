@@ -160,6 +160,9 @@ if INTERPRETED:
     def shared_line(x):
         return halves(SharedTile(x.handle.data.copy(), x.dtype))
 
+    def shared_stack(x, COPIES):
+        return SharedTile(np.repeat(x.handle.data[None], COPIES, 0), x.dtype)
+
     def halves(x):
         return SharedTile(x.data.reshape(2, -1, *x.data.shape[1:]), x.dtype)
 
@@ -171,6 +174,9 @@ if INTERPRETED:
 
     def synchronize():
         pass
+
+    def hide(x):
+        return x
 
 else:
     from triton.experimental import gluon
@@ -312,6 +318,14 @@ else:
         return line._reinterpret(x.dtype, [2, x.shape[0] // 2], layout)
 
     @gluon.jit
+    def shared_stack(x, COPIES: gl.constexpr):
+        """Return COPIES copies of a tile in shared memory, for `.index`."""
+        stack = gl.allocate_shared_memory(x.dtype, [COPIES, x.shape[0], x.shape[1]], _swizzled(x.dtype))
+        for i in gl.static_range(COPIES):
+            stack.index(i).store(x)
+        return stack
+
+    @gluon.jit
     def halves(x):
         """Return a shared tile as its upper and its lower half, for `.index`."""
         return x._reinterpret(x.dtype, [2, x.shape[0] // 2, x.shape[1]], x.layout)
@@ -327,6 +341,13 @@ else:
     def shared_tile(DTYPE: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
         """Return a tile of shared memory that nothing has been written to; `.store(x)` does."""
         return gl.allocate_shared_memory(DTYPE, [ROWS, COLUMNS], _swizzled(DTYPE))
+
+    @gluon.jit
+    def hide(x):
+        """Return an integer unchanged; the compiler does not move out of a loop what depends on it."""
+        return gl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+        )
 
     @gluon.jit
     def synchronize():
