@@ -35,7 +35,7 @@ class ScanConfig(NamedTuple):
         chunk: steps of a program.
         chunks: programs that share a sequence, J.
         saves: states saved per sequence in the backward, one for every `SAVE_EVERY` steps.
-        images_per_slice: images that the backward processes at once.
+        images_per_slice: images that the backward processes at once; its chunks are those of a slice.
         fast_math: logarithms of the special-function unit; not for float64 and not in the interpreter.
     """
 
@@ -80,17 +80,27 @@ def choose_config(
     grad_block_d = _channels(_GRAD_BLOCK * 4 // itemsize, block_n)
     blocks = -(-dim // (grad_block_d if backward else block_d))
     saves = -(-length // SAVE_EVERY)
-    programs = max(1, batch * launched_groups * blocks)
-    chunks = 1
-    if programs < _ENOUGH_PROGRAMS:
+
+    def cut(images: int) -> tuple[int, int]:
+        programs = max(1, images * launched_groups * blocks)
         chunks = min(-(-_ENOUGH_PROGRAMS // programs), saves)
-    chunk = -(-saves // chunks) * SAVE_EVERY
-    chunks = -(-length // chunk)
-    # What an image adds to the temporary memory: scratch, partial gradients of B and C, states and adjoints.
-    scratch = launched_groups * blocks * chunks * SAVE_EVERY // TILE * block_n * grad_block_d
-    partial = 2 * groups * blocks * length * state_dim
-    states = groups * (saves + 2 * chunks) * state_dim * dim
-    images = max(1, _SLICE_BYTES // (itemsize * (scratch + partial + states)))
+        # Chunks are scanned twice: two passes over half the steps take as long as one pass over all.
+        chunk = (-(-saves // chunks) if chunks > 2 else saves) * SAVE_EVERY
+        return chunk, -(-length // chunk)
+
+    images = max(1, batch)
+    chunk, chunks = cut(images)
+    slices = 1
+    while backward and images > 1:
+        # What an image needs: scratch, partial gradients of B and C, states and adjoints.
+        scratch = launched_groups * blocks * chunks * SAVE_EVERY // TILE * block_n * grad_block_d
+        partial = 2 * groups * blocks * length * state_dim
+        states = groups * (saves + 2 * chunks) * state_dim * dim
+        if images * itemsize * (scratch + partial + states) <= _SLICE_BYTES:
+            break
+        slices += 1
+        images = -(-batch // slices)
+        chunk, chunks = cut(images)
     fast_math = itemsize == 4 and not triton_is_interpreted()
     return ScanConfig(block_n, block_d, grad_block_d, chunk, chunks, saves, images, fast_math)
 

@@ -117,6 +117,8 @@ def choose_chunks(length: int, dim: int, batch: int, block: int) -> tuple[int, i
     """
     programs = max(1, batch * -(-dim // block))
     chunks = min(-(-_ENOUGH_PROGRAMS // programs), max(1, length // SHORTEST_CHUNK))
+    # Chunks are scanned twice: two passes over half the steps take as long as one pass over all.
+    chunks = chunks if chunks > 2 else 1
     chunk = -(-length // chunks // TILE) * TILE
     return chunk, -(-length // chunk)
 
