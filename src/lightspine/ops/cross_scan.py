@@ -456,8 +456,7 @@ def _(
         return out, x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
     from lightspine.ops.triton.cross_scan_launch import saved_shapes
 
-    sizes = x.shape[0], x.shape[1] * x.shape[2], A.shape[0], x.shape[3], dt_weight.shape[1]
-    tiles, sums = saved_shapes(*sizes, projected.dtype)
+    tiles, sums = saved_shapes(x.shape[0], x.shape[1] * x.shape[2], A.shape[0], x.shape[3])
     return out, x.new_empty(tiles, dtype=dtype), x.new_empty(sums, dtype=dtype)
 
 

@@ -35,7 +35,6 @@ from lightspine.ops.triton.tile_language import (
     pair_sums,
     share,
     shared_line,
-    shared_stack,
     shared_tile,
     synchronize,
 )
@@ -92,24 +91,35 @@ def _share_weight(
     rank,
     i_d,
     DTYPE: tl.constexpr,
-    RP: tl.constexpr,
+    RANK_SLABS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Put the weight of dt of a direction into shared memory, (RP, BLOCK_D), zero beyond its rank.
+    """Put the weight of dt of a direction into shared memory, (RANK_SLABS, 16, BLOCK_D), padded with zeros.
 
-    Row `rank` is what turns a step into none; see `_project`.
+    Row `rank`, in the last slab, is what turns a step into none; see `_project`.
     """
-    o_r = gl.arange(0, RP, layout=gl.SliceLayout(1, TILE))
-    o_d = i_d * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, TILE))
-    inside = (o_r < rank)[:, None] & (o_d < dim)[None, :]
-    b_W = gl.load(p_W + o_d[None, :] * strides[2] + o_r[:, None] * strides[1], mask=inside, other=0.0)
-    no_step = gl.full([RP, BLOCK_D], _NO_STEP, DTYPE, layout=TILE)
-    return share(gl.where((o_r == rank)[:, None], no_step, b_W.to(DTYPE)), RP, BLOCK_D)
+    weight = shared_tile(DTYPE, 16, BLOCK_D, RANK_SLABS)
+    o_r = gl.arange(0, 16, layout=gl.SliceLayout(1, TILE))
+    # As loop invariants of the caller these offsets would need registers.
+    o_d = hide(i_d) * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, TILE))
+    for i_slab in tl.static_range(RANK_SLABS):
+        inside = (o_d < dim)[None, :]
+        if i_slab == RANK_SLABS - 1:
+            inside = (o_r < rank)[:, None] & inside
+        b_W = gl.load(p_W + o_d[None, :] * strides[2] + o_r[:, None] * strides[1], mask=inside, other=0.0)
+        b_W = b_W.to(DTYPE)
+        if i_slab == RANK_SLABS - 1:
+            b_W = gl.where((o_r == rank)[:, None], gl.full([16, BLOCK_D], _NO_STEP, DTYPE, layout=TILE), b_W)
+        weight.index(i_slab).store(b_W)
+        o_r += 16
+    return weight
 
 
 @device_function
-def _project(p_low, low_pixel, pixels, rank, t0, steps, weight, acc, RP: tl.constexpr, MMA: tl.constexpr):
+def _project(
+    p_low, low_pixel, pixels, rank, t0, steps, weight, acc, RANK_SLABS: tl.constexpr, MMA: tl.constexpr
+):
     """Return the product of T low-rank rows and the step weight plus `acc`, in slabs of 16 ranks.
 
     A step beyond the last one gets so low a number that softplus makes it exactly zero.
@@ -117,17 +127,18 @@ def _project(p_low, low_pixel, pixels, rank, t0, steps, weight, acc, RP: tl.cons
     T: tl.constexpr = acc.shape[0]
     K_WIDTH: tl.constexpr = 4 // (p_low.dtype.element_ty.primitive_bitwidth // 8)
     LOW: tl.constexpr = gl.DotOperandLayout(0, MMA, K_WIDTH)
+    RIGHT: tl.constexpr = gl.DotOperandLayout(1, MMA, K_WIDTH)
     o_t = t0 + gl.arange(0, T, layout=gl.SliceLayout(1, LOW))
-    o_pixel = gl.convert_layout(pixels, gl.SliceLayout(1, LOW)) * low_pixel
-    one = gl.full([T, 16], 1.0, p_low.dtype.element_ty, layout=LOW)
-    for r0 in tl.static_range(0, RP, 16):
-        o_r = r0 + gl.arange(0, 16, layout=gl.SliceLayout(0, LOW))
-        b_low = gl.load(p_low + o_pixel[:, None] + o_r[None, :], mask=(o_r < rank)[None, :], other=0.0)
-        none = (o_r == rank)[None, :] & (o_t >= steps)[:, None]
-        acc = mma(
-            gl.where(none, one, b_low), weight.slice(r0, 16).load(gl.DotOperandLayout(1, MMA, K_WIDTH)), acc
-        )
-    return acc
+    o_r = gl.arange(0, 16, layout=gl.SliceLayout(0, LOW))
+    o_low = gl.convert_layout(pixels, gl.SliceLayout(1, LOW)) * low_pixel
+    for i_slab in tl.static_range(RANK_SLABS - 1):
+        b_low = gl.load(p_low + o_low[:, None] + (i_slab * 16 + o_r)[None, :])
+        acc = mma(b_low, weight.index(i_slab).load(RIGHT), acc)
+    o_r += (RANK_SLABS - 1) * 16
+    b_low = gl.load(p_low + o_low[:, None] + o_r[None, :], mask=(o_r < rank)[None, :], other=0.0)
+    none = (o_r == rank)[None, :] & (o_t >= steps)[:, None]
+    b_low = gl.where(none, gl.full([T, 16], 1.0, p_low.dtype.element_ty, layout=LOW), b_low)
+    return mma(b_low, weight.index(RANK_SLABS - 1).load(RIGHT), acc)
 
 
 @device_function
@@ -168,7 +179,7 @@ def fused_cross_scan_fwd_kernel(
     low_image,
     has_start,
     keeps,
-    RP: tl.constexpr,
+    RANK_SLABS: tl.constexpr,
     VEC: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -208,7 +219,7 @@ def fused_cross_scan_fwd_kernel(
     for i in range(first, first + count):
         i_k, i_f, backwards = _direction(i, families, pairs)
         weight = _share_weight(
-            p_W + i_k * weight_strides[0], weight_strides, dim, rank, i_d, LOW_TYPE, RP, BLOCK_D, TILE
+            p_W + i_k * weight_strides[0], weight_strides, dim, rank, i_d, LOW_TYPE, RANK_SLABS, BLOCK_D, TILE
         )
         b_A = gl.load(p_A + i_k * dim + o_d, mask=in_d, other=0.0)
         b_D = gl.load(p_D + i_k * dim + o_d, mask=in_d, other=0.0)
@@ -232,7 +243,7 @@ def fused_cross_scan_fwd_kernel(
             gl.store(p_tile + t0 // 8 * dim, b_h, mask=in_d & (keeps > 0))
 
             b_raw = gl.zeros([T, BLOCK_D], STATE, layout=MMA)
-            b_raw = _project(p_row, low_pixel, pixels, rank, t0, stop - start, weight, b_raw, RP, MMA)
+            b_raw = _project(p_row, low_pixel, pixels, rank, t0, stop - start, weight, b_raw, RANK_SLABS, MMA)
             b_v = gl.convert_layout(b_raw, TILE) * LOG2E + b_bias[None, :]
             b_s = softplus2(b_v, ACCURATE)
             b_x = b_x.to(STATE)
@@ -271,7 +282,7 @@ def fused_chunk_state_kernel(
     low_pixel,
     low_image,
     ADJOINT: tl.constexpr,
-    RP: tl.constexpr,
+    RANK_SLABS: tl.constexpr,
     VEC: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -308,7 +319,7 @@ def fused_chunk_state_kernel(
     for i in range(first, first + count):
         i_k, i_f, backwards = _direction(i, families, pairs)
         weight = _share_weight(
-            p_W + i_k * weight_strides[0], weight_strides, dim, rank, i_d, LOW_TYPE, RP, BLOCK_D, TILE
+            p_W + i_k * weight_strides[0], weight_strides, dim, rank, i_d, LOW_TYPE, RANK_SLABS, BLOCK_D, TILE
         )
         b_A = gl.load(p_A + i_k * dim + o_d, mask=in_d, other=0.0)
         b_bias = gl.load(p_bias + i_k * dim + o_d, mask=in_d, other=0.0) * LOG2E
@@ -329,7 +340,7 @@ def fused_chunk_state_kernel(
             o_pixel = gl.convert_layout(pixels, STEPS)
             b_x = gl.load(p_x + (o_pixel * x_pixel)[:, None] + o_d[None, :], mask=in_d[None, :], other=0.0)
             b_raw = gl.zeros([T, BLOCK_D], STATE, layout=MMA)
-            b_raw = _project(p_row, low_pixel, pixels, rank, t0, stop - start, weight, b_raw, RP, MMA)
+            b_raw = _project(p_row, low_pixel, pixels, rank, t0, stop - start, weight, b_raw, RANK_SLABS, MMA)
             b_v = gl.convert_layout(b_raw, TILE) * LOG2E + b_bias[None, :]
             b_s = softplus2(b_v, ACCURATE)
             b_decay = exp2(b_s * b_A[None, :])
@@ -412,7 +423,7 @@ def fused_cross_scan_bwd_kernel(
     grad_pixel,
     grad_image,
     has_start,
-    RP: tl.constexpr,
+    RANK_SLABS: tl.constexpr,
     SLABS: tl.constexpr,
     SLAB: tl.constexpr,
     VEC: tl.constexpr,
@@ -469,10 +480,16 @@ def fused_cross_scan_bwd_kernel(
 
     for i in range(first, first + count):
         i_k, i_f, backwards = _direction(i, families, pairs)
-        # Computed again for every direction: as loop invariants they would need registers.
-        i_hidden = hide(i_d)
         weight = _share_weight(
-            p_W + i_k * weight_strides[0], weight_strides, dim, rank, i_hidden, LOW_TYPE, RP, BLOCK_D, TILE
+            p_W + i_k * weight_strides[0],
+            weight_strides,
+            dim,
+            rank,
+            i_d,
+            LOW_TYPE,
+            RANK_SLABS,
+            BLOCK_D,
+            TILE,
         )
         b_A = gl.load(p_A + i_k * dim + o_d, mask=in_d, other=0.0)
         b_D = gl.load(p_D + i_k * dim + o_d, mask=in_d, other=0.0)
@@ -483,7 +500,9 @@ def fused_cross_scan_bwd_kernel(
         # The gradient of the weight: one slab in registers, more than one in shared memory.
         b_grad_W = gl.zeros([BLOCK_D, SLAB], STATE, layout=MMA)
         if SLABS > 1:
-            grad_W = shared_stack(b_grad_W, SLABS)
+            grad_W = shared_tile(STATE, BLOCK_D, SLAB, SLABS)
+            for i_slab in tl.static_range(SLABS):
+                grad_W.index(i_slab).store(b_grad_W)
         # What another thread has written for the last direction may be added to.
         synchronize()
         for i_image in range(0, gl.minimum(images, batch - first_image)):
@@ -510,7 +529,7 @@ def fused_cross_scan_bwd_kernel(
                     _load_map(p_grad, pixels, grad_pixel, t0, steps, i_d, dim, COPY_GRAD, BLOCK_D), T, BLOCK_D
                 )
                 b_raw = gl.zeros([T, BLOCK_D], STATE, layout=MMA)
-                b_raw = _project(p_row, low_pixel, pixels, rank, t0, steps, weight, b_raw, RP, MMA)
+                b_raw = _project(p_row, low_pixel, pixels, rank, t0, steps, weight, b_raw, RANK_SLABS, MMA)
                 raw = share(b_raw, T, BLOCK_D)
                 by_v = shared_tile(LOW_TYPE, T, BLOCK_D)
                 by_B = shared_tile(STATE, T, 32)
@@ -558,7 +577,7 @@ def fused_cross_scan_bwd_kernel(
                 o_out = gl.convert_layout(pixels, gl.SliceLayout(1, MMA)) * width
                 o_low = gl.convert_layout(pixels, gl.SliceLayout(1, RIGHT)) * low_pixel
                 for r0 in tl.static_range(0, SLABS * SLAB, SLAB):
-                    b_W = weight.slice(r0, SLAB).permute([1, 0]).load(RIGHT)
+                    b_W = weight.index(r0 // 16).slice(0, SLAB).permute([1, 0]).load(RIGHT)
                     b_by_low = mma(by_v.load(LEFT), b_W, gl.zeros([T, SLAB], STATE, layout=MMA))
                     in_out = (t0 + o_out_t < steps)[:, None] & (r0 + o_out_r < rank)[None, :]
                     gl.store(
@@ -575,7 +594,7 @@ def fused_cross_scan_bwd_kernel(
                     if SLABS > 1:
                         grad_W.index(r0 // SLAB).store(b_grad_W)
         o_part = i_part * directions + i_k
-        o_grad_d = i_hidden * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(1, MMA))
+        o_grad_d = hide(i_d) * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(1, MMA))
         p_by_W = p_grad_W + (o_part * dim + o_grad_d)[:, None] * rank
         for i_slab in tl.static_range(SLABS):
             o_r = i_slab * SLAB + o_out_r

@@ -70,10 +70,10 @@ class SavedStates(NamedTuple):
 
 
 def saved_shapes(
-    batch: int, length: int, directions: int, dim: int, rank: int, dtype: torch.dtype
+    batch: int, length: int, directions: int, dim: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of `SavedStates`; `dtype` is that of the low-rank rows."""
-    _, chunks = choose_chunks(length, dim, batch, 32 * _channels_per_thread(dim, rank, dtype))
+    """Return the shapes of `SavedStates`."""
+    _, chunks = choose_chunks(length, dim, batch, 32 * _channels_per_thread(dim))
     sums = (batch, directions, chunks, dim) if chunks > 1 else (0,)
     return (batch, directions, 2 * ((length + TILE - 1) // TILE), dim), sums
 
@@ -138,8 +138,7 @@ class _Scan:
         none = self.A.new_zeros(self.directions, self.dim) if D is None or dt_bias is None else self.A
         self.D, self.dt_bias = (none if t is None else t.to(self.dtype).contiguous() for t in (D, dt_bias))
         self.walk = walk
-        self.rank_padded = max(16, 1 << self.rank.bit_length())
-        self.vector = _channels_per_thread(self.dim, self.rank, self.low.dtype)
+        self.vector = _channels_per_thread(self.dim)
         self.blocks = -(-self.dim // (32 * self.vector))
         self.chunk, self.chunks = choose_chunks(self.length, self.dim, self.batch, 32 * self.vector)
         # Chunks of a walk and of the walk back are the same pixels; the directions of all families are not.
@@ -168,7 +167,7 @@ class _Scan:
             "weight_strides": self.dt_weight.stride(),
             "low_pixel": self.low.stride(1),
             "low_image": self.low.stride(0),
-            "RP": self.rank_padded,
+            "RANK_SLABS": self.rank // 16 + 1,
         }
 
 
@@ -330,9 +329,9 @@ def _enter_chunks(scan: _Scan, x: Tensor, sums: Tensor | None) -> tuple[Tensor, 
     return states, sums
 
 
-def _channels_per_thread(dim: int, rank: int, dtype: torch.dtype) -> int:
+def _channels_per_thread(dim: int) -> int:
     """Return how many neighboring channels a thread of the forward has: as many as its registers hold."""
-    return 1 if dim % 2 or (rank > 31 and dtype.itemsize > 2) else 2
+    return 1 if dim % 2 else 2
 
 
 def _rows_adjacent(projected: Tensor) -> Tensor:

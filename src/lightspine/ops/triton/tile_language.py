@@ -160,17 +160,15 @@ if INTERPRETED:
     def shared_line(x):
         return halves(SharedTile(x.handle.data.copy(), x.dtype))
 
-    def shared_stack(x, COPIES):
-        return SharedTile(np.repeat(x.handle.data[None], COPIES, 0), x.dtype)
-
     def halves(x):
         return SharedTile(x.data.reshape(2, -1, *x.data.shape[1:]), x.dtype)
 
     def copy_layout(dtype, VEC, WIDE):
         return None
 
-    def shared_tile(dtype, ROWS, COLUMNS):
-        return SharedTile(tl.zeros([ROWS, COLUMNS], dtype).handle.data.copy(), dtype)
+    def shared_tile(dtype, ROWS, COLUMNS, COPIES=None):
+        tile = tl.zeros([ROWS, COLUMNS], dtype).handle.data
+        return SharedTile(tile.copy() if COPIES is None else np.repeat(tile[None], COPIES, 0), dtype)
 
     def synchronize():
         pass
@@ -318,14 +316,6 @@ else:
         return line._reinterpret(x.dtype, [2, x.shape[0] // 2], layout)
 
     @gluon.jit
-    def shared_stack(x, COPIES: gl.constexpr):
-        """Return COPIES copies of a tile in shared memory, for `.index`."""
-        stack = gl.allocate_shared_memory(x.dtype, [COPIES, x.shape[0], x.shape[1]], _swizzled(x.dtype))
-        for i in gl.static_range(COPIES):
-            stack.index(i).store(x)
-        return stack
-
-    @gluon.jit
     def halves(x):
         """Return a shared tile as its upper and its lower half, for `.index`."""
         return x._reinterpret(x.dtype, [2, x.shape[0] // 2, x.shape[1]], x.layout)
@@ -338,9 +328,15 @@ else:
         return gl.BlockedLayout([1, size], [32 // lanes, lanes], [1, 1], [1, 0])
 
     @gluon.jit
-    def shared_tile(DTYPE: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-        """Return a tile of shared memory that nothing has been written to; `.store(x)` does."""
-        return gl.allocate_shared_memory(DTYPE, [ROWS, COLUMNS], _swizzled(DTYPE))
+    def shared_tile(
+        DTYPE: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, COPIES: gl.constexpr = None
+    ):
+        """Return a tile of shared memory that nothing has been written to; `.store(x)` does.
+
+        COPIES such tiles if given, for `.index`.
+        """
+        SHAPE: gl.constexpr = [ROWS, COLUMNS] if COPIES is None else [COPIES, ROWS, COLUMNS]
+        return gl.allocate_shared_memory(DTYPE, SHAPE, _swizzled(DTYPE))
 
     @gluon.jit
     def hide(x):
