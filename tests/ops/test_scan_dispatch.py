@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightspine.errors import UsageError
+from lightspine.ops import dispatch
 from lightspine.ops.cross_scan import cross_scan
 from lightspine.ops.dispatch import BACKENDS, available_backends, choose_backend
 from lightspine.ops.selective_scan import selective_scan
@@ -17,9 +18,9 @@ F32 = torch.float32
 @pytest.fixture(autouse=True)
 def _empty_cache() -> Iterator[None]:
     # The tests change the available backends, which are cached per process.
-    choose_backend.cache_clear()
+    dispatch._choose_backend.cache_clear()
     yield
-    choose_backend.cache_clear()
+    dispatch._choose_backend.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ A program of its own, because Triton decides at the first import whether kernels
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,13 +65,13 @@ def cpu_tensors_on_triton() -> Iterator[None]:
     """Make "auto" select the Triton kernels for CPU tensors, as it does for CUDA tensors."""
     from lightspine.ops import dispatch
 
-    dispatch.choose_backend.cache_clear()
+    dispatch._choose_backend.cache_clear()
     dispatch._KERNELS_BY_DEVICE["cpu"] = "triton"
     try:
         yield
     finally:
         dispatch._KERNELS_BY_DEVICE["cpu"] = "cpu"
-        dispatch.choose_backend.cache_clear()
+        dispatch._choose_backend.cache_clear()
 
 
 def vim_mixer(*, optimized: bool = False, **options: Any) -> Report:
@@ -100,6 +101,36 @@ def hooked_mixer() -> Report:
     with cpu_tensors_on_triton():
         mixer(torch.zeros(1, 8, 1, 2, dtype=F64))
     return {"calls": (abs(len(calls) - 1), 0)}
+
+
+def check_operators() -> Report:
+    """Run PyTorch's checks of custom operators, with and without the optional inputs."""
+    both = [t.float().requires_grad_() for t in bidirectional_inputs(1, 3, 4, 2)]
+    bare = [*both[:5], None, None, None]
+    x, weight, bias = (t.float().requires_grad_() for t in conv_inputs(1, 3, 4))
+    with warnings.catch_warnings():
+        # The check itself reads the gradients of tensors that are no leaves.
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor")
+        torch.library.opcheck(torch.ops.lightspine.bidirectional_scan.default, (*both, True))
+        torch.library.opcheck(torch.ops.lightspine.bidirectional_scan.default, (*bare, False))
+        torch.library.opcheck(torch.ops.lightspine.causal_conv1d.default, (x, weight, bias, 0b10, True))
+        torch.library.opcheck(torch.ops.lightspine.causal_conv1d.default, (x, weight, None, 0b01, False))
+    return {"opcheck": (0.0, 0.0)}
+
+
+def compiled_mixer() -> Report:
+    """Compare Vim's mixer with itself under `torch.compile`, output and all gradients."""
+    torch.manual_seed(0)
+    mixer = VimMixer(4, state_dim=2)
+    x = torch.randn(1, 4, 1, 3, requires_grad=True)
+    results = []
+    with cpu_tensors_on_triton():
+        for run in (mixer, torch.compile(mixer, fullgraph=True, backend="aot_eager")):
+            out = run(x)
+            inputs = {"x": x, **dict(mixer.named_parameters())}
+            grads = torch.autograd.grad(out.square().sum(), tuple(inputs.values()))
+            results.append({"output": out, **dict(zip(inputs, grads, strict=True))})
+    return {name: (difference(t, results[0][name].double()), 1e-6) for name, t in results[1].items()}
 
 
 @contextmanager
@@ -243,6 +274,8 @@ FAST_CASES: dict[str, Callable[[], Report]] = {
     "mixer of Vim without recomputation": lambda: vim_mixer(recompute=False, divide_out=False),
     "mixer of Vim with a hook": hooked_mixer,
     "optimized mixer of Vim": lambda: vim_mixer(optimized=True, layer_scale=0.5),
+    "operators of Vim pass opcheck": check_operators,
+    "compiled mixer of Vim": compiled_mixer,
     "convolution": lambda: compare_conv(F64),
     "convolution of one position": lambda: compare_conv(F64, batch=1, length=1),
     "convolution over two tiles": lambda: compare_conv(F64, dim=65, length=33, width=3),
@@ -259,6 +292,13 @@ FAST_CASES: dict[str, Callable[[], Report]] = {
 SLOW_CASES: dict[str, Callable[[], Report]] = {
     "selective L63 N1": lambda: compare(run_scan, scan_inputs(1, 3, 63, 1, 1), F64, delta_softplus=True),
     "selective L35 N16": lambda: compare(run_scan, scan_inputs(1, 5, 35, 16, 1), F64, delta_softplus=True),
+    "selective L31 N33 D40": lambda: cut_scan(scan_inputs(1, 40, 31, 33, 1), F64),
+    "selective L33 N3 D96": lambda: compare(run_scan, scan_inputs(1, 96, 33, 3, 1), F64, delta_softplus=True),
+    "selective L33 N16 D100": lambda: compare(
+        run_scan, scan_inputs(1, 100, 33, 16, 1), F64, delta_softplus=True
+    ),
+    "selective L197 N3 D1": lambda: compare(run_scan, scan_inputs(1, 1, 197, 3, 1), F64, delta_softplus=True),
+    "both directions L197": lambda: compare(run_both, bidirectional_inputs(1, 2, 197, 2), F64),
     "selective K4": lambda: cut_scan(scan_inputs(2, 12, 9, 3, 4), F64),
     "selective is deterministic": lambda: repeated(scan_inputs(2, 40, 7, 2, 2)),
     "map N1, one chunk": lambda: cut_cross(F64, programs=1, height=3, width=5, dim=3, state_dim=1),
@@ -288,7 +328,8 @@ def main() -> None:
     torch.set_num_threads(1)
     register_scan_order("snake", snake)
     cases = {"fast": FAST_CASES, "slow": SLOW_CASES}[sys.argv[1]]
-    sys.stdout.write(json.dumps({name: run() for name, run in cases.items()}))
+    chosen = sys.argv[2:] or list(cases)
+    sys.stdout.write(json.dumps({name: cases[name]() for name in chosen}))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ _KERNELS_BY_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-# Cached: looking for installed packages takes tens of microseconds. What is installed, and whether Triton
-# interprets its kernels, does not change while a process runs.
-@functools.cache
+# torch.compile calls it while tracing, instead of tracing through the cache.
+@torch.compiler.assume_constant_result
 def choose_backend(
     device_type: str, dtype: torch.dtype, exporting: bool = False, requested: str = "auto"
 ) -> str:
@@ -33,6 +32,13 @@ def choose_backend(
     Raises:
         UsageError: an unsupported dtype, an unknown backend, or a backend that cannot run here.
     """
+    return _choose_backend(device_type, dtype, exporting, requested)
+
+
+# Cached: looking for installed packages takes tens of microseconds. What is installed, and whether Triton
+# interprets its kernels, does not change while a process runs.
+@functools.cache
+def _choose_backend(device_type: str, dtype: torch.dtype, exporting: bool, requested: str) -> str:
     if dtype not in _DTYPES:
         expected = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         raise UsageError(
