@@ -1,12 +1,15 @@
 """Profiling of modules and operators: how times add up, with a fake clock."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd import DeviceType
 
+from lightspine.benchmark import profiling
 from lightspine.benchmark.profiling import ModuleTime, measure_modules, measure_operators
 from lightspine.blocks import VSSBlock
 
@@ -110,3 +113,51 @@ def test_operators_without_what_they_call_add_up_to_less_than_the_run(block: Cal
 def test_run_without_scans_has_no_share_of_them() -> None:
     convolution, images = nn.Conv2d(3, 3, 1), torch.randn(1, 3, 8, 8)
     assert measure_operators(lambda: convolution(images), repeats=1, device="cpu").scan_share == 0
+
+
+def event(key: str, device_type: DeviceType, own_us: float, total_us: float = 0.0) -> SimpleNamespace:
+    return SimpleNamespace(
+        key=key,
+        device_type=device_type,
+        count=1,
+        self_device_time_total=own_us,
+        device_time_total=total_us or own_us,
+        cpu_time_total=100.0,
+        cpu_parent=None,
+    )
+
+
+class CudaProfiler:
+    """Fake profiler that returns the events of one run on a GPU: those of the host, then those of the GPU."""
+
+    def __init__(self, **_: object) -> None:
+        self.found = [
+            event("lightspine.run", DeviceType.CPU, 0.0, 60.0),
+            event("lightspine::cross_scan", DeviceType.CPU, 40.0),
+            event("aten::mm", DeviceType.CPU, 20.0),
+            event("lightspine.run", DeviceType.CUDA, 60.0),
+            event("cross_scan_kernel", DeviceType.CUDA, 40.0),
+            event("gemm_kernel", DeviceType.CUDA, 20.0),
+        ]
+
+    def __enter__(self) -> "CudaProfiler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def key_averages(self) -> list[SimpleNamespace]:
+        return self.found
+
+    def events(self) -> list[SimpleNamespace]:
+        return self.found
+
+
+def test_kernels_of_a_gpu_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "profile", CudaProfiler)
+    found = measure_operators(lambda: None, repeats=1, device="cuda")
+    assert [(operator.name, operator.own_ms) for operator in found.operators] == [
+        ("lightspine::cross_scan", 0.04),
+        ("aten::mm", 0.02),
+    ]
+    assert (found.run_ms, found.scan_ms) == (0.1, 0.04)

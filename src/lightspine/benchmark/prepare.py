@@ -138,14 +138,15 @@ def prepare_row(job: Job, onnx_file: Path | None, *, train: bool) -> PreparedRow
     if onnx_file is not None:
         return PreparedRow(forward=_onnx_forward(onnx_file, row, images), held_bytes=0)
     device, dtype = torch.device(row.device), getattr(torch, row.dtype)
-    model = _build_row_model(job)
+    # On the device first: `optimize` chooses its layers by the device of the weights.
+    model = _build_row_model(job).to(device)
     step = None
     if train and row.mode in TRAINABLE_MODES:
-        trained = copy.deepcopy(model).to(device)
+        trained = copy.deepcopy(model)
         step = TrainingStep(trained, _compile_if_requested(trained, row), images.to(device), dtype)
     if row.mode == "optimized":
         model, images = _optimize_for_inference(model, row, images)
-    model = model.to(device, dtype)
+    model = model.to(dtype)
     return PreparedRow(
         forward=partial(_forward, _compile_if_requested(model, row), images.to(device, dtype)),
         train_step=step,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn as nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lightspine.benchmark.model_specs import ModelSpec
@@ -337,7 +338,9 @@ def measure_operators(
         # The profiler opens the file by its name.
         with atomic_write(trace) as file:
             profiler.export_chrome_trace(file.name)
-    averages: list[Any] = list(profiler.key_averages())
+    # On CUDA the profiler also lists each kernel and label as an event of the device, whose time is already
+    # that of the operator that launched it.
+    averages: list[Any] = [e for e in profiler.key_averages() if e.device_type == DeviceType.CPU]
     [label] = [event for event in averages if event.key == _RUN_LABEL]
     ms_per_run = 1 / (1000 * repeats)
     own = "self_device_time_total" if on_cuda else "self_cpu_time_total"
