@@ -161,3 +161,22 @@ def test_observers_see_the_steps_on_a_device() -> None:
     with unfused_projection():
         assert not fuses_projection(x, 1)
     assert fuses_projection(x, 1)
+
+
+@pytest.mark.gpu
+@on_device
+def test_scan_and_its_backward_are_captured_in_a_cuda_graph() -> None:
+    inputs = make_inputs(1, 14, 14, 96, 6, dtype=torch.bfloat16)
+    leaves = type(inputs)(*(t.cuda().requires_grad_() for t in inputs))
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = projected_cross_scan(*leaves)
+        return out, *torch.autograd.grad(out.square().sum(), tuple(leaves))
+
+    # The first call compiles the kernels and copies the scan order; it cannot be captured.
+    expected = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))

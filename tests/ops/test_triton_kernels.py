@@ -12,11 +12,22 @@ from typing import Any
 import pytest
 import torch
 
+from lightspine.blocks import VimMixer
 from lightspine.errors import UsageError
+from lightspine.ops import bidirectional_scan, causal_conv1d
 from lightspine.ops.cross_scan import cross_scan
 from lightspine.ops.dispatch import load_backend
 from support.reference import relative_l2
-from support.scans import TOLERANCE, convert, cross_inputs, results_and_gradients, run_scan, scan_inputs
+from support.scans import (
+    TOLERANCE,
+    bidirectional_inputs,
+    conv_inputs,
+    convert,
+    cross_inputs,
+    results_and_gradients,
+    run_scan,
+    scan_inputs,
+)
 from support.triton_cases import FAST_CASES, SLOW_CASES
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -181,3 +192,50 @@ def test_scan_on_a_device_is_deterministic() -> None:
     inputs = to_device(convert(cross_inputs(2, 28, 28, 96, 1), torch.bfloat16))
     first, second = (results_and_gradients(lambda t: cross_scan(*t), inputs) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.gpu
+@on_device
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("batch", "dim", "length"), [(2, 384, 197), (1, 40, 1025), (3, 17, 33)])
+def test_bidirectional_scan_on_a_device_equals_the_definition(
+    dtype: torch.dtype, batch: int, dim: int, length: int
+) -> None:
+    inputs = bidirectional_inputs(batch, dim, length, 16)
+    check_on_device(
+        lambda t, **options: bidirectional_scan(*t, delta_softplus=True, **options), inputs, dtype
+    )
+
+
+@pytest.mark.gpu
+@on_device
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("batch", "dim", "length"), [(2, 384, 197), (1, 40, 1025), (3, 17, 1)])
+def test_causal_convolution_on_a_device_equals_pytorch(
+    dtype: torch.dtype, batch: int, dim: int, length: int
+) -> None:
+    inputs = to_device(convert(conv_inputs(batch, dim, length), dtype))
+    exact = type(inputs)(*(t.double() for t in inputs))
+    options = {"silu": True, "reverse": (False, True)}
+    actual = results_and_gradients(lambda t: causal_conv1d(*t, **options), inputs)
+    expected = results_and_gradients(lambda t: causal_conv1d(*t, backend="torch", **options), exact)
+    for name, tensor in actual.items():
+        assert relative_l2(tensor, expected[name]) <= max(TOLERANCE[tensor.dtype], TOLERANCE[dtype]), name
+
+
+@pytest.mark.gpu
+@on_device
+def test_mixer_of_vim_is_captured_in_a_cuda_graph() -> None:
+    mixer = VimMixer(64, recompute=False).cuda()
+    x = torch.randn(1, 64, 7, 7, device="cuda", requires_grad=True)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = mixer(x)
+        return out, *torch.autograd.grad(out.square().sum(), (x, *mixer.parameters()))
+
+    expected = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
