@@ -5,6 +5,7 @@ import shlex
 import sys
 from typing import Any
 
+from lightspine_cli._inference_options import preprocessing_arguments
 from lightspine_cli._output import print_json, print_pairs, print_table
 
 MAX_CLASS_ROWS = 50
@@ -16,7 +17,10 @@ def evaluate_dense(args: argparse.Namespace, task: str, checkpoint: Any) -> int:
     from lightspine.evaluation import evaluate_detector, evaluate_segmenter, write_dense_report
 
     shared = {
+        "weights": preprocessing_arguments(args)["weights"],
         "split": args.split,
+        "val_fraction": args.val_fraction,
+        "seed": args.seed,
         "num_workers": args.workers,
         "device": args.device,
         "progress": sys.stderr.isatty(),
@@ -36,8 +40,6 @@ def evaluate_dense(args: argparse.Namespace, task: str, checkpoint: Any) -> int:
         report = evaluate_segmenter(
             checkpoint,
             args.data,
-            val_fraction=0.2 if args.val_fraction is None else args.val_fraction,
-            seed=args.seed,
             **_segmenter_arguments(args),
             **shared,
         )
@@ -71,6 +73,7 @@ def predict_dense_files(args: argparse.Namespace, checkpoint: Any) -> int:
     found = predict_dense(
         checkpoint,
         files,
+        weights=preprocessing_arguments(args)["weights"],
         out=args.out,
         labels=args.labels,
         coco=args.coco,
@@ -137,9 +140,10 @@ def _print_classes(report: dict[str, Any]) -> None:
 
 def _print_scores(report: dict[str, Any]) -> None:
     speed = report["throughput"]
+    weights = f" ({report['weights']} weights)" if report["weights"] else ""
     pairs = [
-        ("network", f"{report['head']} over {report['model']}"),
-        ("images", f"{report['images']}, {len(report['skipped'])} skipped"),
+        ("network", f"{report['head']} over {report['model']}{weights}"),
+        ("images", f"{report['images']} ({report['split']}), {len(report['skipped'])} skipped"),
     ]
     for name, value in report["scores"].items():
         if isinstance(value, dict):

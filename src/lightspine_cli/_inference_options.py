@@ -6,9 +6,7 @@ from typing import Any
 
 # The library calls raw weights "model", their entry in official files.
 _WEIGHTS = {"auto": "auto", "raw": "model", "ema": "ema"}
-_CHECKPOINT_SUFFIXES = {".onnx", ".safetensors", ".pth", ".pt", ".ckpt"}
-# lightspine saves detectors and segmenters as safetensors only.
-_CLASSIFIER_SUFFIXES = _CHECKPOINT_SUFFIXES - {".safetensors"}
+_CHECKPOINT_SUFFIXES = {".onnx", ".pt2", ".safetensors", ".pth", ".pt", ".ckpt", ".bin"}
 
 _CLASSIFIER, _DETECTOR, _SEGMENTER = {"classifier"}, {"detector"}, {"segmenter"}
 _SHARED_TASKS = {
@@ -23,7 +21,6 @@ _SHARED_TASKS = {
     "flip": _SEGMENTER,
     "multi_scale": _SEGMENTER,
     "model": _CLASSIFIER,
-    "weights": _CLASSIFIER,
     "image_size": _CLASSIFIER,
     "crop_pct": _CLASSIFIER,
     "crop_mode": _CLASSIFIER,
@@ -32,8 +29,6 @@ EVALUATE_TASKS = _SHARED_TASKS | {
     "images": _DETECTOR,
     "split": _DETECTOR | _SEGMENTER,
     "class_mapping": _CLASSIFIER,
-    "val_fraction": _CLASSIFIER | _SEGMENTER,
-    "seed": _CLASSIFIER | _SEGMENTER,
     "batch_size": _CLASSIFIER | _DETECTOR,
 }
 """Option of `evaluate` -> tasks that it applies to; other options apply to all tasks."""
@@ -156,8 +151,8 @@ def _add_segmenter_options(parser: argparse.ArgumentParser) -> argparse._Argumen
         "--scale",
         type=int,
         nargs=2,
-        metavar=("LONG", "SHORT"),
-        help="maximum sides of the resized images in pixels",
+        metavar=("SHORT", "LONG"),
+        help="maximum shorter and longer side of the resized images in pixels",
     )
     group.add_argument("--own-size", action="store_true", help="do not resize the images")
     group.add_argument(
@@ -191,7 +186,8 @@ def take_checkpoint(args: argparse.Namespace, files: list[Path]) -> list[Path]:
     first = files[0] if files and files[0].suffix.lower() in _CHECKPOINT_SUFFIXES else None
     if first is None and args.checkpoint is None:
         raise UsageError(
-            "expected a checkpoint: an .onnx or .safetensors file as first argument, or --checkpoint"
+            "expected a checkpoint: a .safetensors, .ckpt, .pth or .onnx file as first argument, or "
+            "--checkpoint"
         )
     if first is None:
         return files
@@ -202,18 +198,26 @@ def take_checkpoint(args: argparse.Namespace, files: list[Path]) -> list[Path]:
 
 
 def detect_task(path: Path) -> tuple[str, Any]:
-    """Return "classifier", "detector" or "segmenter", and the opened checkpoint.
+    """Return "classifier", "detector" or "segmenter", and the opened checkpoint or the path of an .onnx file.
 
-    For files that can only hold a classifier, the path is returned and the file is not opened.
+    Raises:
+        UsageError: an exported file that is not evaluated, such as a detector's.
+        LightspineError: the file cannot be read.
     """
     from lightspine.dense.checkpoint import read_network_metadata
+    from lightspine.export.onnx_network import is_onnx_file, read_onnx_metadata
     from lightspine.models.checkpoint import read_checkpoint
 
     # A missing file is reported later, because the path may be a model name.
-    if path.suffix.lower() in _CLASSIFIER_SUFFIXES or not path.is_file():
+    if not path.is_file():
         return "classifier", path
-    checkpoint = read_checkpoint(path)
-    return read_network_metadata(checkpoint).kind if checkpoint.is_dense else "classifier", checkpoint
+    is_exported = is_onnx_file(path)
+    checkpoint = read_onnx_metadata(path) if is_exported else read_checkpoint(path)
+    task = read_network_metadata(checkpoint).kind if checkpoint.is_dense else "classifier"
+    # The pyramid of a detector is refused, with the reason, where classifiers are loaded.
+    if is_exported and task == "detector":
+        task = "classifier"
+    return task, path if is_exported else checkpoint
 
 
 def reject_inapplicable_options(args: argparse.Namespace, task: str, options: dict[str, set[str]]) -> None:

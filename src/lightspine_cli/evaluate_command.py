@@ -37,11 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="NAME", help="model name, for a file that does not store it")
     parser.add_argument(
-        "--val-fraction", type=float, help="evaluate only the fraction of each class held out in training"
+        "--val-fraction",
+        type=float,
+        help="evaluate only this fraction, held out as in training (default: the images that the training of "
+        "the checkpoint held out, if it was trained on this data, else all)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the held-out split (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, help="seed of the held-out split (default: that of the training)")
     parser.add_argument(
         "--class-mapping",
         metavar="FILE|imagenet",

@@ -111,20 +111,28 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if not file.is_file():
         raise UsageError(f"expected a checkpoint file, but {file} does not exist")
     source = {"file": file.name, "sha256": _hash(file)}
-    if read_checkpoint(file).is_dense:
+    opened = read_checkpoint(file)
+    if opened.is_dense:
         if args.features or args.checkpoint:
             raise UsageError(
                 f"{file} holds a detector or segmenter: expected it instead of NAME and without --features"
             )
-        network, about = load_dense(file)
-        preprocessing = about.preprocessing or None
-        return network, {"class_names": about.class_names, "preprocessing": preprocessing, "source": source}
-    model, saved = load_classifier(args.model, args.checkpoint, weights=args.weights)
-    known = {"preprocessing": saved.preprocessing, "source": source}
+        network, about = load_dense(opened, weights=args.weights)
+        return network, {
+            "class_names": about.class_names,
+            "preprocessing": about.preprocessing or None,
+            "source": source,
+            "checkpoint": opened.metadata,
+        }
+    if args.checkpoint:
+        model, saved = load_classifier(args.model, opened, weights=args.weights)
+    else:
+        model, saved = load_classifier(opened, weights=args.weights)
+    known = {"preprocessing": saved.preprocessing, "source": source, "checkpoint": opened.metadata}
     if args.features:
         name = args.model if args.checkpoint else saved.name
         options = saved.kwargs | {"features_only": True}
-        return create_model(name, checkpoint=file, weights=args.weights, **options).eval(), known
+        return create_model(name, checkpoint=opened, weights=args.weights, **options).eval(), known
     count = int(getattr(model, "num_classes", 0))
     return model, known | {"class_names": class_names(saved, count) if count else None}
 
@@ -133,11 +141,11 @@ def _write(args: argparse.Namespace, model: Any, known: dict[str, Any]) -> Any:
     if args.to == "pt2":
         from lightspine.export.pt2_file import export_pt2
 
-        return export_pt2(model, args.out, scan=args.scan, fixed_size=args.fixed_size)
+        return export_pt2(model, args.out, scan=args.scan, fixed_size=args.fixed_size, **known)
     if args.to == "coreml":
         from lightspine.export.coreml_file import export_coreml
 
-        return export_coreml(model, args.out, fixed_size=args.fixed_size)
+        return export_coreml(model, args.out, fixed_size=args.fixed_size, **known)
     from lightspine.export import export_onnx
 
     return export_onnx(

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the details of the model or file."""
     is_file = (
-        Path(args.target).suffix in {".pth", ".pt", ".ckpt", ".bin", ".safetensors"}
+        Path(args.target).suffix in {".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".onnx"}
         or Path(args.target).exists()
     )
     facts = _file_details(Path(args.target)) if is_file else _model_details(args.target, args.size)
@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     stages = facts.pop("stages", None)
     entries = facts.pop("entries", None)
+    # All settings of the training run: too long for a line.
+    facts.pop("run", None)
     print_pairs((name, _as_text(value)) for name, value in facts.items() if value not in (None, ""))
     if stages:
         print()
@@ -98,11 +100,11 @@ def _stages(model: Any) -> list[dict[str, Any]]:
 
 
 def _file_details(path: Path) -> dict[str, Any]:
-    from lightspine.models.checkpoint import read_checkpoint, read_model_metadata
+    from lightspine.export.onnx_network import is_onnx_file, read_onnx_metadata
+    from lightspine.models.checkpoint import read_checkpoint
     from lightspine.models.loading import identify_tensors
 
-    file = read_checkpoint(path)
-    saved = read_model_metadata(file)
+    file = read_onnx_metadata(path) if is_onnx_file(path) else read_checkpoint(path)
     entries = []
     for name, tensors in file.entries.items():
         guess = identify_tensors(tensors)
@@ -118,15 +120,39 @@ def _file_details(path: Path) -> dict[str, Any]:
             }
         )
     facts: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
-    if saved is not None:
-        facts |= {
-            "saved_as": saved.name,
-            "arguments": saved.kwargs,
-            "classes": saved.class_names,
-            "preprocessing": saved.preprocessing,
-            "metadata": saved.metadata,
+    return facts | _saved_details(file) | {"entries": entries}
+
+
+def _saved_details(file: Any) -> dict[str, Any]:
+    """Return what a file says about its model and its training run."""
+    from lightspine.dense.checkpoint import read_network_metadata
+    from lightspine.models.checkpoint import read_model_metadata
+
+    if file.is_dense:
+        about = read_network_metadata(file)
+        facts = {
+            "saved_as": f"{about.head} over {about.model}",
+            "task": about.kind,
+            "arguments": about.options,
+            "settings": about.settings,
         }
-    return facts | {"entries": entries}
+    else:
+        about = read_model_metadata(file)
+        if about is None:
+            return {}
+        facts = {"saved_as": about.name, "arguments": about.kwargs}
+    run = dict(about.run)
+    split = run.get("data") or {}
+    return facts | {
+        "classes": about.class_names,
+        "preprocessing": about.preprocessing,
+        "recipe": run.get("recipe"),
+        "held_out": None
+        if split.get("val_fraction") is None
+        else f"{split['val_fraction']:g} of the images with seed {split['seed']}",
+        "metadata": about.metadata,
+        "run": run,
+    }
 
 
 def _as_text(value: Any) -> str:

@@ -49,8 +49,17 @@ def run(args: argparse.Namespace) -> int:
     reject_inapplicable_options(args, task, PREDICT_TASKS)
     if task != "classifier":
         return predict_dense_files(args, checkpoint)
-    if bool(args.images) == bool(args.data) or (args.data is None) != (args.out is None):
-        raise UsageError("expected either image files, or --data and --out")
+    if args.images and args.data:
+        raise UsageError("expected either image files or --data, got both")
+    if not args.images and args.data is None:
+        raise UsageError("expected image files, or --data with a folder or shards, got neither")
+    if args.data is not None and args.out is None:
+        raise UsageError("expected --out with a folder for the predictions of --data, got none")
+    if args.images and args.out is not None:
+        raise UsageError(
+            f"--out is for --data or for a detector or segmenter, but {args.checkpoint} is a classifier: "
+            "leave it out, or pass the folder of the images as --data"
+        )
     return _run_batch_inference(args) if args.data else _predict_files(args, checkpoint)
 
 

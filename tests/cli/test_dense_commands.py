@@ -107,7 +107,6 @@ def test_checkpoint_is_opened_once(
         ("evaluate", "segmenter", ["--resize", "8", "9"], "--resize is for a detector, but"),
         ("evaluate", "classifier", ["--split", "val"], "--split is for a detector or segmenter, but"),
         ("evaluate", "segmenter", ["--batch-size", "4"], "--batch-size is for a classifier or detector, but"),
-        ("evaluate", "detector", ["--seed=0"], "--seed is for a classifier or segmenter, but"),
         ("evaluate", "segmenter", ["--size", "64"], "--image-size is for a classifier, but"),
         ("evaluate", "segmenter", ["--multi-scale", "--ratios", "1"], "either --multi-scale or --ratios"),
         ("predict", "detector", ["--topk", "3"], "--topk is for a classifier, but"),

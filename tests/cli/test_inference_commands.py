@@ -57,12 +57,12 @@ def test_resume_of_a_finished_run_says_what_it_did(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["predict", "--checkpoint", "m"], "expected either image files, or --data and --out"),
+        (["predict", "--checkpoint", "m"], "expected image files, or --data with a folder or shards"),
         (
             ["predict", "a.png", "--checkpoint", "m", "--data", "d", "--out", "o"],
-            "expected either image files",
+            "expected either image files or --data, got both",
         ),
-        (["predict", "--checkpoint", "m", "--data", "d"], "expected either image files, or --data and --out"),
+        (["predict", "--checkpoint", "m", "--data", "d"], "expected --out with a folder for the predictions"),
         (["embed", "m.safetensors", "--data", "d"], "expected --data with the images and --out"),
         (["embed", "gone.safetensors", "--data", "d", "--out", "o"], "gone.safetensors does not exist"),
         (["evaluate", "--checkpoint", "m", "--data", "d", "--out", "r.json"], "expected a folder for --out"),

@@ -13,6 +13,7 @@ from lightspine.data.modules import CocoDataModule, CocoSemanticDataModule, Segm
 from lightspine.data.segmentation import CocoSemanticLabels
 from lightspine.errors import UsageError
 from support.coco import content, read_small, real_annotations, square, unpack, write_coco
+from support.run_files import write_objects
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +195,41 @@ def test_coco_masks_without_objects_are_refused(tmp_path: Path) -> None:
         file.rename(tmp_path / "annotations" / f"instances_{split}.json")
     with pytest.raises(UsageError, match="expected at least two classes in the 1 label maps"):
         CocoSemanticDataModule(tmp_path)
+
+
+def test_one_size_serves_training_and_validation(semantic: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small = {"scale": (96, 256), "crop": (64, 64), "batch_size": 2, "num_workers": 0}
+    with caplog.at_level(logging.INFO, logger="lightspine"):
+        data = SegmentationFolderDataModule(semantic, **small)
+    assert data.val_scale == (96, 256)
+    assert not [message for message in caplog.messages if "resized" in message]
+    image = next(iter(data.val_dataloader())).images[0]
+    assert min(image.shape[1:]) == 96 or max(image.shape[1:]) == 256
+
+
+def test_another_validation_size_is_told(semantic: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="lightspine"):
+        SegmentationFolderDataModule(semantic, scale=(96, 256), val_scale=None)
+    expected = "images are resized to [96, 256] px in training (scale), but keep their size in validation"
+    assert expected in caplog.text
+
+
+def test_share_of_a_coco_file_is_held_out_without_a_validation_split(tmp_path: Path) -> None:
+    data = CocoDataModule(write_objects(tmp_path, "train", count=10), masks=False, val_fraction=0.3)
+    train, val = (set(data.train_annotations.files), set(data.val_annotations.files))
+    assert (len(train), len(val), train & val) == (7, 3, set())
+
+
+def test_annotations_next_to_the_images_are_found(tmp_path: Path) -> None:
+    write_objects(tmp_path, "train", "valid")
+    for split in ("train", "valid"):
+        file = tmp_path / "annotations" / f"instances_{split}.json"
+        file.rename(tmp_path / split / "_annotations.coco.json")
+    data = CocoDataModule(tmp_path, masks=False, num_workers=0, batch_size=2)
+    assert (len(data.train_annotations), len(data.val_annotations)) == (4, 5)
+    assert len(next(iter(data.val_dataloader())).images) == 2
+
+
+def test_folder_without_a_training_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected a COCO file or a folder with annotations/"):
+        CocoDataModule(tmp_path)

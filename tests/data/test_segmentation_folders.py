@@ -177,7 +177,6 @@ def test_label_map_is_turned_like_its_image(orientation: int, suffix: str, tmp_p
     ("harm", "options", "sentence"),
     [
         pytest.param("", {"num_classes": 4}, None, id="number of classes wins without names"),
-        pytest.param("classes.txt", {}, "expected class names", id="no names"),
         pytest.param(
             "", {"class_names": "classes.txt", "num_classes": 5}, "expected 5 class names", id="count"
         ),
@@ -211,3 +210,35 @@ def test_scan_with_a_fraction_out_of_range_is_refused(fraction: float, tmp_path:
 def test_scan_of_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="none is missing"):
         scan_segmentation_folder(tmp_path / "none")
+
+
+def test_classes_are_found_in_the_label_maps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = _write_data(tmp_path)
+    (root / "classes.txt").unlink()
+    with caplog.at_level("INFO", logger="lightspine"):
+        assert scan_segmentation_folder(root).class_names == ["0", "1", "2"]
+    assert "found 3 classes in the label maps" in caplog.text
+
+
+def test_names_of_a_checkpoint_are_used_if_the_folder_has_none(tmp_path: Path) -> None:
+    root = _write_data(tmp_path)
+    (root / "classes.txt").unlink()
+    names = ["sky", "road", "tree"]
+    assert scan_segmentation_folder(root, default_names=names).class_names == names
+
+
+def test_values_that_are_no_class_indices_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    root = _write_data(tmp_path)
+    (root / "classes.txt").unlink()
+    for path in (root / "annotations").rglob("*.png"):
+        Image.fromarray(np.asarray(Image.open(path)) // 2 * 200).save(path)
+    with pytest.raises(UsageError, match=r"got the values 0, 200: pass remap=\{0: 0, 200: 1\}"):
+        scan_segmentation_folder(root)
+
+
+def test_share_of_the_training_images_is_held_out_without_a_val_folder(tmp_path: Path) -> None:
+    root = _write_data(tmp_path)
+    for kind in ("images", "annotations"):
+        (root / kind / "val").rename(tmp_path / f"moved_{kind}")
+    found = scan_segmentation_folder(root, val_fraction=0.25)
+    assert (len(found.train), len(found.val)) == (3, 1)

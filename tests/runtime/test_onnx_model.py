@@ -18,7 +18,7 @@ from lightspine.data.transforms import create_eval_transform
 from lightspine.errors import UsageError
 from lightspine.evaluation import predict as predict_with_checkpoint
 from lightspine.export import export_onnx
-from lightspine.export.onnx_classifier import OnnxClassifier, load_onnx
+from lightspine.export.onnx_network import OnnxNetwork, load_onnx
 from lightspine_runtime import OnnxModel, predict
 from lightspine_runtime.preprocessing import normalize, resize_and_crop
 from support.checkpoints import save_small
@@ -134,6 +134,8 @@ def test_number_of_classes_to_tell_is_checked(place: Path) -> None:
 
 def test_network_of_maps_is_no_classifier(place: Path) -> None:
     model = OnnxModel(place / "model.onnx")
-    model.outputs = ["map0", "map1"]
-    with pytest.raises(UsageError, match=r"expected an exported classifier, but .* outputs map0, map1"):
-        OnnxClassifier(model)
+    model.outputs, model.kind = ["map0", "map1"], "features"
+    with pytest.raises(
+        UsageError, match=r"model\.onnx holds a backbone without a classifier; pass the check"
+    ):
+        OnnxNetwork(model)

@@ -64,7 +64,7 @@ def run(folder: Path, task: Any, data: Any, **options: Any) -> TrainResult:
     return train(
         task,
         data,
-        **{"folder": folder, "epochs": 2, "accelerator": "cpu", "progress": False}
+        **{"folder": folder, "epochs": 2, "accelerator": "cpu", "progress": False, "export": "last"}
         | {"limit_train_batches": 2, "limit_val_batches": 2}
         | options,
     )

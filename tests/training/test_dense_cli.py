@@ -65,8 +65,13 @@ def segmentation_flags(folder: Path) -> list[str]:
 
 
 def test_detector_is_trained_from_flags_alone(tmp_path: Path) -> None:
-    result = main([*detection_flags(tmp_path / "data"), "--folder", str(tmp_path / "run")])
-    assert load_network(result.weights)[1].class_names == ["cat", "dog"]
+    result = main([*detection_flags(tmp_path / "data"), "--seed=4", "--folder", str(tmp_path / "run")])
+    saved = load_network(result.weights)[1]
+    assert saved.class_names == ["cat", "dog"]
+    # All settings of the run are in the file.
+    config = saved.run["config"]
+    assert (saved.run["seed"], config["trainer"]["max_epochs"]) == (4, 1)
+    assert config["data"]["init_args"]["shorter"] == 64
 
 
 def test_segmenter_is_trained_from_flags_alone_with_the_models_preprocessing(tmp_path: Path) -> None:

@@ -172,6 +172,13 @@ def test_file_tells_how_the_detector_looks_at_images(coco: Path, tmp_path: Path)
     }
 
 
+def test_another_size_than_that_of_the_training_is_told(coco: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lightspine"):
+        detection_task(resize=None).prepare(detection_data(coco))
+    expected = "images are resized to [64, 96] px in training, but keep their size in validation"
+    assert expected in caplog.text
+
+
 def test_items_of_a_detector_batch_may_all_be_bad() -> None:
     assert collate_detection([]).images == []
     assert SMALL_MODEL in detection_task().model_name

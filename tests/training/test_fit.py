@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -155,20 +156,41 @@ def test_averaged_weights_are_validated_and_exported(tmp_path: Path) -> None:
     assert any(not torch.equal(live[key], averaged[key]) for key in averaged)
 
 
-def test_best_epoch_is_exported_when_asked_for(tmp_path: Path) -> None:
+def test_best_epoch_is_exported_unless_the_last_is_asked_for(tmp_path: Path) -> None:
     # The classifier is destroyed after the first epoch, so the first one is the best.
     def forget(task: Any) -> None:
         with torch.no_grad():
             task.model.get_classifier().weight.zero_()
         task.trainer.optimizers[0].param_groups[0]["lr"] = 0
 
-    result = run(tmp_path / "run", task=make_task(lr=5e-3), export="best", callbacks=[AtEpoch(1, forget)])
+    result = train(
+        make_task(lr=5e-3),
+        DigitsDataModule(batch_size=32),
+        folder=tmp_path / "run",
+        epochs=2,
+        accelerator="cpu",
+        progress=False,
+        callbacks=[AtEpoch(1, forget)],
+        limit_train_batches=6,
+        limit_val_batches=2,
+    )
     best = max(row["val_top1"] for row in result.history)
     assert result.score == result.best_score == best
     exported = load_model(result.weights)[0].state_dict()
     assert all(
         torch.equal(read_weights(result.best_checkpoint)[f"model.{k}"], v) for k, v in exported.items()
     )
+
+
+def test_last_epoch_is_exported_if_the_best_is_not_in_the_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = run(tmp_path / "first", epochs=1)
+    (tmp_path / "copy").mkdir()
+    shutil.copy(first.last_checkpoint, tmp_path / "copy")
+    result = run(tmp_path / "copy", resume="auto", epochs=1, export="best")
+    assert same_weights(result.weights, first.weights)
+    assert "best.ckpt is missing: the weights of the last epoch are exported" in caplog.text
 
 
 def test_resumed_run_with_workers_sees_the_images_of_its_epoch(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def record_split(
         val_fraction: share that was held out, if the data may have no splits.
         seed: seed of that split.
     """
-    is_one_folder = val_fraction is not None and _common_folder(train) == _common_folder(val)
+    is_one_folder = val_fraction is not None and are_of_one_folder(train, val)
     both = [*train, *val]
     return SplitRecord(
         train_sha256=hash_images(train),
@@ -101,6 +101,11 @@ def record_split(
         all_sha256=hash_images(both) if is_one_folder else None,
         folder_sha256=_hash_folder(both) if is_one_folder else None,
     )
+
+
+def are_of_one_folder(train: Sequence[str], val: Sequence[str]) -> bool:
+    """Return whether two splits were drawn from one folder, instead of having a folder each."""
+    return _common_folder(train) == _common_folder(val)
 
 
 def hash_images(images: Iterable[str]) -> str:

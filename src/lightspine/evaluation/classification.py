@@ -15,7 +15,12 @@ from lightspine.data.dataset import Batch
 from lightspine.data.transforms import create_eval_transform
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.classifiers import Weights, class_names, find_preprocessing, load_classifier
-from lightspine.evaluation.common import check_loader_options, describe_environment, hash_file
+from lightspine.evaluation.common import (
+    check_loader_options,
+    describe_environment,
+    describe_weights,
+    hash_file,
+)
 from lightspine.evaluation.eval_datasets import open_eval_dataset
 from lightspine.evaluation.metrics import ClassificationMetrics
 from lightspine.models.checkpoint import Checkpoint
@@ -34,7 +39,7 @@ def evaluate(
     checkpoint: str | Path | Checkpoint | None = None,
     weights: Weights = "auto",
     val_fraction: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     class_mapping: str | Path | None = None,
     image_size: int | None = None,
     crop_pct: float | None = None,
@@ -56,8 +61,9 @@ def evaluate(
         checkpoint: the weights for a model name.
         weights: "model" (as trained), "ema" (their average), or "auto" for the ones whose score is published.
         val_fraction: evaluate only the validation split of `CLASS/*`, as training splits it with the same
-            fraction and seed; default: all images.
-        seed: seed of the validation split.
+            fraction and seed; default: the images that the training held out, if the checkpoint was trained
+            on this folder, else all images.
+        seed: seed of the validation split; default: that of the training.
         class_mapping: file that maps folders or images to classes (`lightspine.data.load_class_mapping`), or
             "imagenet" for folders named by WordNet ids or class indices. If it covers a subset of the
             classes, only these may be predicted, as for ImageNet-A and -R.
@@ -127,7 +133,7 @@ def evaluate(
         "model": metadata.name,
         "checkpoint": file,
         "checkpoint_sha256": hash_file(file),
-        "weights": None if report is None or not report.entry else "ema" if report.is_ema else "raw",
+        "weights": describe_weights(network),
         # An exported network has constants instead of parameters.
         "parameters": sum(parameter.numel() for parameter in network.parameters()) or None,
         "data": str(data),

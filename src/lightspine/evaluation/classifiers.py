@@ -8,6 +8,7 @@ from torch import nn
 from lightspine.data.imagenet_classes import imagenet_synsets, synset_descriptions
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import UsageError
+from lightspine.export.onnx_network import is_onnx_file, load_onnx
 from lightspine.models.checkpoint import Checkpoint, ModelMetadata, Weights, default_preprocessing
 from lightspine.models.factory import create_model, load_model
 from lightspine.models.registry import find_record
@@ -37,10 +38,7 @@ def load_classifier(
         LightspineError: the checkpoint cannot be read.
     """
     source = model if checkpoint is None else checkpoint
-    if not isinstance(source, Checkpoint) and Path(source).suffix == ".onnx":
-        # Only ONNX files need lightspine_runtime, a separate distribution.
-        from lightspine.export.onnx_classifier import load_onnx
-
+    if not isinstance(source, Checkpoint) and is_onnx_file(source):
         if weights != "auto":
             raise UsageError(f"expected weights='auto' for the exported file {source}, got {weights!r}")
         return load_onnx(source)

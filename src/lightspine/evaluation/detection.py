@@ -1,28 +1,39 @@
 """Evaluate detectors on COCO annotations."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightspine.data.detection import DetectionDataset, collate_detection, find_coco, read_coco
+from lightspine.data.detection import (
+    CocoAnnotations,
+    DetectionDataset,
+    collate_detection,
+    find_coco,
+    hold_out,
+    read_coco,
+)
 from lightspine.dense import load_network
+from lightspine.dense.inference import detect_by_size
 from lightspine.dense.metrics import CocoMetrics
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.common import (
+    HeldOut,
     ThroughputTimer,
     check_finite_weights,
     check_loader_options,
     describe_environment,
+    describe_split,
+    describe_weights,
+    find_held_out,
+    find_part,
     hash_file,
     hash_names,
 )
-from lightspine.models.checkpoint import Checkpoint, read_checkpoint
+from lightspine.models.checkpoint import Checkpoint, Weights, read_checkpoint
 from lightspine.utils.devices import check_device
 from lightspine.utils.progress import progress_bar
 
@@ -31,8 +42,11 @@ def evaluate_detector(
     checkpoint: str | Path | Checkpoint,
     data: str | Path,
     *,
+    weights: Weights = "auto",
     images: str | Path | None = None,
     split: str | None = None,
+    val_fraction: float | None = None,
+    seed: int | None = None,
     resize: tuple[int, int] | None = None,
     score_threshold: float | None = None,
     detections_per_image: int | None = None,
@@ -45,11 +59,14 @@ def evaluate_detector(
     """Evaluate the boxes and masks of a detector with COCO's metrics.
 
     Args:
-        checkpoint: file of `lightspine.dense.save_network`, or an opened checkpoint.
-        data: COCO file, or a folder with `annotations/instances_SPLIT.json` and the images in `SPLIT/`.
-            Categories are matched with the checkpoint's classes by name.
+        checkpoint: `.safetensors` or `.ckpt` file of a detector, or an opened checkpoint.
+        data: COCO file or folder; see `lightspine.data.detection.list_coco_splits`. Categories are matched
+            with the checkpoint's classes by name.
+        weights: "model" (as trained), "ema" (their average), or "auto" for the ones that the run validated.
         images: image folder, if it is not next to `annotations`.
         split: split of the folder; default: the first of val2017, val, validation, valid and test.
+        val_fraction: for a folder with training images only; see `evaluate_segmenter`.
+        seed: see `evaluate_segmenter`.
         resize: shorter side and maximum longer side of the images; default: the checkpoint's.
         score_threshold: minimum score of a detection; default: the checkpoint's.
         detections_per_image: maximum number of detections per image; default: the checkpoint's. At least
@@ -62,10 +79,11 @@ def evaluate_detector(
         progress: show a progress bar on standard error.
 
     Returns:
-        The report, JSON-serializable: `kind`, `model`, `head`, `checkpoint` and its hash, `parameters`,
-        `data` and its hash, `listing_sha256`, `images`, `objects`, `scores` (kind -> 12 metrics in percent,
-        None if there is nothing to average), `classes` (name -> kind -> AP), `skipped` (path -> reason),
-        `problems` of the annotations, `options`, `throughput`, `device`, `threads`, `versions`.
+        The report, JSON-serializable: `kind`, `model`, `head`, `checkpoint` and its hash, `weights` ("ema" or
+        "raw"; None for a file with a single set of weights), `parameters`, `data` and its hash, `split`,
+        `listing_sha256`, `images`, `objects`, `scores` (kind -> 12 metrics in percent, None if there is
+        nothing to average), `classes` (name -> kind -> AP), `skipped` (path -> reason), `problems` of the
+        annotations, `options`, `throughput`, `device`, `threads`, `versions`.
 
     Raises:
         UsageError: not a detector, categories other than the checkpoint's, or a value out of range.
@@ -81,7 +99,7 @@ def evaluate_detector(
     overrides = {name: value for name, value in overrides.items() if value is not None}
     check_detection_options(overrides)
     checkpoint = read_checkpoint(checkpoint)
-    network, metadata = load_network(checkpoint, **overrides)
+    network, metadata = load_network(checkpoint, weights=weights, **overrides)
     if metadata.kind != "detector":
         raise UsageError(
             f"expected a detector in {checkpoint.label}, got {metadata.head} over {metadata.model}"
@@ -90,6 +108,9 @@ def evaluate_detector(
     file, folder = find_coco(data, images, split)
     annotations = read_coco(
         file, folder, masks=metadata.head != "retinanet", class_names=metadata.class_names
+    )
+    annotations, described = choose_images(
+        annotations, metadata.run, split or folder.name, find_held_out(metadata.run, val_fraction, seed)
     )
     if len(annotations.class_names) != metadata.num_classes:
         raise UsageError(
@@ -128,9 +149,11 @@ def evaluate_detector(
         "head": metadata.head,
         "checkpoint": checkpoint.label,
         "checkpoint_sha256": hash_file(checkpoint.label),
+        "weights": describe_weights(network),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "data": str(file),
         "data_sha256": hash_file(file),
+        "split": described,
         "listing_sha256": hash_names(annotations.files),
         "images": timer.images,
         "objects": int((~annotations.crowd).sum()),
@@ -142,6 +165,25 @@ def evaluate_detector(
         "throughput": timer.report(),
         **describe_environment(device),
     }
+
+
+def choose_images(
+    annotations: CocoAnnotations, run: dict[str, Any], name: str, held_out: HeldOut
+) -> tuple[CocoAnnotations, str]:
+    """Return the images of a COCO file to evaluate on, and the description of the split.
+
+    Args:
+        annotations: annotations of all images of the file.
+        run: `NetworkMetadata.run` of the checkpoint.
+        name: name of the split of the file.
+        held_out: how to split the file if the training held out a share of it.
+    """
+    images = [str(annotations.path(position)) for position in range(len(annotations))]
+    part, _ = find_part(run, images)
+    if not held_out.requested and part != "all":
+        return annotations, describe_split(part, name)
+    _, described = held_out.choose(run, images)
+    return hold_out(annotations, held_out.fraction, held_out.seed)[1], described
 
 
 def check_detection_options(options: dict[str, Any]) -> None:
@@ -171,22 +213,3 @@ def sort_by_size(sizes: np.ndarray) -> list[int]:
     keys = (sizes[:, 1], sizes[:, 0], sizes.prod(axis=1))
     order: list[int] = np.lexsort(keys)[::-1].tolist()
     return order
-
-
-def detect_by_size(detector: Any, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-    """Run a detector on groups of images of one size, so that batching adds no padding.
-
-    Padding smaller images to the largest of a batch would change their detections.
-
-    Args:
-        detector: in evaluation mode.
-        images: each (3, H, W), 0..1.
-    """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for position, image in enumerate(images):
-        groups.setdefault(tuple(image.shape), []).append(position)
-    found: dict[int, dict[str, Tensor]] = {}
-    for positions in groups.values():
-        results = detector([images[position] for position in positions])
-        found |= dict(zip(positions, results, strict=True))
-    return [found[position] for position in range(len(images))]

@@ -22,11 +22,12 @@ from lightspine.data.image_folder import (
 from lightspine.data.imagenet import imagenet_class_mapping, list_imagenet_val
 from lightspine.data.imagenet_classes import imagenet_synsets, is_synset, synset_descriptions
 from lightspine.data.shards import ShardSource
-from lightspine.data.split_names import VAL_SPLITS, find_split_folder
+from lightspine.data.split_names import TRAIN_SPLITS, VAL_SPLITS, find_split_folder
 from lightspine.data.transforms import Preprocessing, create_eval_transform
 from lightspine.errors import UsageError
 from lightspine.evaluation.batch_inference.sources import is_shards
 from lightspine.evaluation.classifiers import class_names
+from lightspine.evaluation.common import describe_split, find_held_out, find_part
 from lightspine.models.checkpoint import ModelMetadata
 from lightspine.utils.image_files import list_folders
 
@@ -67,7 +68,7 @@ def open_eval_dataset(
     num_classes: int,
     *,
     val_fraction: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     class_mapping: str | Path | None = None,
 ) -> EvalDataset:
     """Open a labeled dataset with the checkpoint's class indices; see `evaluate` for the arguments.
@@ -167,20 +168,37 @@ def _open_shards(
 
 
 def _find_samples(
-    root: Path, metadata: ModelMetadata, num_classes: int, val_fraction: float | None, seed: int
+    root: Path, metadata: ModelMetadata, num_classes: int, val_fraction: float | None, seed: int | None
 ) -> tuple[list[str], list[Sample], str]:
     val_root = find_split_folder(root, VAL_SPLITS)
-    if val_fraction is None:
-        names, samples = _list_samples(val_root or root, metadata, num_classes)
-        return names, samples, val_root.name if val_root else "all images"
     if val_root is not None:
-        raise UsageError(f"expected no val_fraction for {root}, which has a folder {val_root.name}")
+        if val_fraction is not None:
+            raise UsageError(f"expected no val_fraction for {root}, which has a folder {val_root.name}")
+        names, samples = _list_samples(val_root, metadata, num_classes)
+        part, _ = find_part(metadata.run, _paths(samples))
+        return names, samples, describe_split(part, val_root.name)
+    held_out = find_held_out(metadata.run, val_fraction, seed)
+    # Training holds out a share of a folder with training images only, too.
+    folder = find_split_folder(root, TRAIN_SPLITS) or root
+    names, samples = _list_samples(folder, metadata, num_classes)
+    only_held_out, described = held_out.choose(metadata.run, _paths(samples))
+    if only_held_out:
+        names, samples = _held_out_samples(root, metadata, held_out.fraction, held_out.seed)
+    return names, samples, described
+
+
+def _paths(samples: list[Sample]) -> list[str]:
+    return [str(path) for path, _ in samples]
+
+
+def _held_out_samples(
+    root: Path, metadata: ModelMetadata, val_fraction: float, seed: int
+) -> tuple[list[str], list[Sample]]:
     splits = scan_image_folder(root, val_fraction=val_fraction, seed=seed)
     names = metadata.class_names or splits.class_names
     if unknown := sorted(set(splits.class_names) - set(names)):
         raise UsageError(f"class {unknown[0]} of {root} is not among the model's {len(names)} classes")
-    samples = [Sample(path, names.index(splits.class_names[label])) for path, label in splits.val]
-    return names, samples, f"{val_fraction:g} held out with seed {seed}"
+    return names, [Sample(path, names.index(splits.class_names[label])) for path, label in splits.val]
 
 
 def _list_samples(root: Path, metadata: ModelMetadata, num_classes: int) -> tuple[list[str], list[Sample]]:

@@ -19,8 +19,9 @@ from lightspine.dense.checkpoint import read_network_metadata
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.common import FiniteLogits, check_finite_weights
 from lightspine.evaluation.detection import check_detection_options
-from lightspine.evaluation.segmentation import choose_settings, choose_test, create_transform
-from lightspine.models.checkpoint import Checkpoint, read_checkpoint
+from lightspine.evaluation.segmentation import choose_settings, choose_test, create_transform, open_segmenter
+from lightspine.export.onnx_network import is_onnx_file
+from lightspine.models.checkpoint import Checkpoint, Weights, read_checkpoint
 from lightspine.utils.devices import check_device
 from lightspine.utils.files import atomic_write, atomic_write_text
 from lightspine.utils.image_files import open_image
@@ -129,6 +130,7 @@ def predict_dense(
     checkpoint: str | Path | Checkpoint,
     images: Sequence[str | Path],
     *,
+    weights: Weights = "auto",
     out: str | Path | None = None,
     labels: bool = False,
     coco: str | Path | None = None,
@@ -148,8 +150,10 @@ def predict_dense(
     """Predict objects or segmentation maps of image files with a detector or segmenter.
 
     Args:
-        checkpoint: file of `lightspine.dense.save_network`, or an opened checkpoint.
+        checkpoint: `.safetensors` or `.ckpt` file, for a segmenter also an exported `.onnx` file, or an
+            opened checkpoint.
         images: image files.
+        weights: see `evaluate_detector`.
         out: folder for a drawing of each image, `NAME.png`; a repeated name gets a number.
         labels: segmenter: also write label maps, `NAME_labels.png`, whose pixel values are class indices.
         coco: detector: file for the objects in COCO's results format. Images are numbered from 1 in their
@@ -200,14 +204,20 @@ def predict_dense(
         "ratios": ratios,
         "flip": flip,
     }
-    checkpoint = read_checkpoint(checkpoint)
     predictor: DetectionPredictor | SegmentationPredictor
-    if read_network_metadata(checkpoint).kind == "detector":
-        _reject_options(checkpoint, "detector", segmenter_options | {"labels": labels})
-        predictor = _load_detection_predictor(checkpoint, detector_options, device)
+    opened: Path | Checkpoint
+    if not isinstance(checkpoint, Checkpoint) and is_onnx_file(checkpoint):
+        # Detectors are exported without their boxes.
+        opened, kind = Path(checkpoint), "segmenter"
     else:
-        _reject_options(checkpoint, "segmenter", detector_options | {"coco": coco})
-        predictor = _load_segmentation_predictor(checkpoint, segmenter_options, labels, device)
+        opened = read_checkpoint(checkpoint)
+        kind = read_network_metadata(opened).kind
+    if kind == "detector":
+        _reject_options(opened, "detector", segmenter_options | {"labels": labels})
+        predictor = _load_detection_predictor(opened, weights, detector_options, device)
+    else:
+        _reject_options(opened, "segmenter", detector_options | {"coco": coco})
+        predictor = _load_segmentation_predictor(opened, weights, segmenter_options, labels, device)
     pictures = _picture_paths(images, None if out is None else Path(out))
     predictions = []
     for path, picture in zip(progress_bar(images, "predicting", shown=progress), pictures, strict=True):
@@ -225,30 +235,31 @@ def predict_dense(
     return predictions
 
 
-def _reject_options(checkpoint: Checkpoint, kind: str, options: dict[str, Any]) -> None:
+def _reject_options(file: Path | Checkpoint, kind: str, options: dict[str, Any]) -> None:
     if given := [name for name, value in options.items() if value is not None and value is not False]:
-        raise UsageError(f"{given[0]} does not apply to the {kind} in {checkpoint.label}")
+        label = file.label if isinstance(file, Checkpoint) else file
+        raise UsageError(f"{given[0]} does not apply to the {kind} in {label}")
 
 
 def _load_detection_predictor(
-    checkpoint: Checkpoint, options: dict[str, Any], device: str
+    checkpoint: Path | Checkpoint, weights: Weights, options: dict[str, Any], device: str
 ) -> DetectionPredictor:
     given = {name: value for name, value in options.items() if value is not None}
     overrides = {"score_threshold": DEFAULT_SCORE_THRESHOLD} | given
     check_detection_options(overrides)
-    network, metadata = load_network(checkpoint, **overrides)
+    checkpoint = read_checkpoint(checkpoint)
+    network, metadata = load_network(checkpoint, weights=weights, **overrides)
     check_finite_weights(network, checkpoint.label)
     return DetectionPredictor(network=network.to(device), names=_class_names(metadata), device=device)
 
 
 def _load_segmentation_predictor(
-    checkpoint: Checkpoint, options: dict[str, Any], labels: bool, device: str
+    source: Path | Checkpoint, weights: Weights, options: dict[str, Any], labels: bool, device: str
 ) -> SegmentationPredictor:
-    network, metadata = load_network(checkpoint)
-    check_finite_weights(network, checkpoint.label)
+    network, metadata, label = open_segmenter(source, weights=weights)
     test_options = {name: value for name, value in options.items() if name not in ("scale", "own_size")}
     return SegmentationPredictor(
-        network=FiniteLogits(network.to(device), checkpoint.label),
+        network=FiniteLogits(network.to(device), label),
         names=_class_names(metadata),
         device=device,
         metadata=metadata,

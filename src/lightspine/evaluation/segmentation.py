@@ -20,20 +20,28 @@ from lightspine.data.segmentation import (
     create_segmentation_eval_transform,
     scan_segmentation_folder,
 )
+from lightspine.data.split_record import are_of_one_folder
 from lightspine.data.transforms import Preprocessing
 from lightspine.dense import NetworkMetadata, load_network
 from lightspine.dense.metrics import SegmentationMetrics
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.common import (
     FiniteLogits,
+    HeldOut,
     ThroughputTimer,
     check_finite_weights,
     check_loader_options,
     describe_environment,
+    describe_split,
+    describe_weights,
+    find_held_out,
+    find_part,
     hash_file,
     hash_names,
 )
-from lightspine.models.checkpoint import Checkpoint, read_checkpoint
+from lightspine.evaluation.detection import choose_images
+from lightspine.export.onnx_network import is_onnx_file, load_onnx_segmenter
+from lightspine.models.checkpoint import Checkpoint, Weights, read_checkpoint
 from lightspine.utils.devices import check_device
 from lightspine.utils.progress import progress_bar
 
@@ -45,9 +53,10 @@ def evaluate_segmenter(
     checkpoint: str | Path | Checkpoint,
     data: str | Path,
     *,
+    weights: Weights = "auto",
     split: str | None = None,
-    val_fraction: float = 0.2,
-    seed: int = 0,
+    val_fraction: float | None = None,
+    seed: int | None = None,
     scale: tuple[int, int] | None = None,
     own_size: bool = False,
     window: tuple[int, int] | None = None,
@@ -61,13 +70,16 @@ def evaluate_segmenter(
     """Evaluate a segmenter: mIoU, mAcc and aAcc.
 
     Args:
-        checkpoint: file of `lightspine.dense.save_network`, or an opened checkpoint.
+        checkpoint: `.safetensors`, `.ckpt` or exported `.onnx` file of a segmenter, or an opened checkpoint.
         data: folder of images and label maps (`lightspine.data.segmentation.scan_segmentation_folder`), or a
             COCO file or folder, whose masks are drawn into label maps. Its classes must be the checkpoint's.
+        weights: see `evaluate_detector`.
         split: "val" (the default) or "train"; for a COCO folder the name of the split.
-        val_fraction: fraction of the images held out by training, for a folder without splits.
-        seed: seed of the held-out split.
-        scale: longer and shorter side of the rectangle that images are resized to fit into; default: the
+        val_fraction: for data without splits: evaluate only this fraction, held out as by the training with
+            the same seed; default: the images that the training held out, if the checkpoint was trained on
+            this data, else all images.
+        seed: seed of the held-out split; default: that of the training.
+        scale: shorter and longer side of the rectangle that images are resized to fit into; default: the
             checkpoint's.
         own_size: do not resize the images, as in VMamba's published multi-scale test.
         window: height and width of a sliding window; default: the checkpoint's.
@@ -89,21 +101,15 @@ def evaluate_segmenter(
     """
     check_loader_options(1, num_workers)
     check_device(device)
-    checkpoint = read_checkpoint(checkpoint)
-    network, metadata = load_network(checkpoint)
-    if metadata.kind != "segmenter":
-        raise UsageError(
-            f"expected a segmenter in {checkpoint.label}, got {metadata.head} over {metadata.model}"
-        )
-    check_finite_weights(network, checkpoint.label)
+    network, metadata, label = open_segmenter(checkpoint, weights=weights)
     test = choose_test(metadata, window=window, stride=stride, ratios=ratios, flip=flip)
-    pairs, reader, names = _open_dataset(metadata, data, split, val_fraction, seed)
+    pairs, reader, names, described = _open_dataset(metadata, data, split, val_fraction, seed)
     settings = choose_settings(metadata, scale=scale, own_size=own_size)
     dataset = SegmentationDataset(pairs, reader, create_transform(metadata, settings))
     loader = DataLoader(dataset, 1, collate_fn=collate_segmentation_lists, num_workers=num_workers)
     metrics, timer = SegmentationMetrics(names), ThroughputTimer(device)
     skipped: dict[str, str] = {}
-    segmenter = FiniteLogits(network.to(device), checkpoint.label)
+    segmenter = FiniteLogits(network.to(device), label)
     with torch.inference_mode():
         for batch in timer.time_batches(progress_bar(loader, "evaluating", shown=progress)):
             skipped |= {bad.path: bad.reason for bad in batch.bad}
@@ -119,11 +125,13 @@ def evaluate_segmenter(
         "kind": metadata.kind,
         "model": metadata.model,
         "head": metadata.head,
-        "checkpoint": checkpoint.label,
-        "checkpoint_sha256": hash_file(checkpoint.label),
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "checkpoint": label,
+        "checkpoint_sha256": hash_file(label),
+        "weights": describe_weights(network),
+        # An exported network has constants instead of parameters.
+        "parameters": sum(parameter.numel() for parameter in network.parameters()) or None,
         "data": str(data),
-        "split": split or "val",
+        "split": described,
         "listing_sha256": hash_names(dataset.images),
         "images": timer.images,
         "scores": metrics.compute(),
@@ -135,6 +143,36 @@ def evaluate_segmenter(
         "throughput": timer.report(),
         **describe_environment(device),
     }
+
+
+def open_segmenter(
+    source: str | Path | Checkpoint, *, weights: Weights = "auto"
+) -> tuple[Any, NetworkMetadata, str]:
+    """Load a segmenter in evaluation mode.
+
+    Args:
+        source: `.safetensors`, `.ckpt` or exported `.onnx` file, or an opened checkpoint.
+        weights: see `lightspine.dense.load_network`.
+
+    Returns:
+        The network, its metadata, and the path of the file.
+
+    Raises:
+        UsageError: not a segmenter, or weights that the file does not have.
+        LightspineError: the file cannot be read, or holds weights that are not finite.
+    """
+    if not isinstance(source, Checkpoint) and is_onnx_file(source):
+        if weights != "auto":
+            raise UsageError(f"expected weights='auto' for the exported file {source}, got {weights!r}")
+        return *load_onnx_segmenter(source), str(source)
+    checkpoint = read_checkpoint(source)
+    network, metadata = load_network(checkpoint, weights=weights)
+    if metadata.kind != "segmenter":
+        raise UsageError(
+            f"expected a segmenter in {checkpoint.label}, got {metadata.head} over {metadata.model}"
+        )
+    check_finite_weights(network, checkpoint.label)
+    return network, metadata, checkpoint.label
 
 
 def choose_test(
@@ -193,30 +231,16 @@ def create_transform(metadata: NetworkMetadata, settings: dict[str, Any]) -> Any
 
 
 def _open_dataset(
-    metadata: NetworkMetadata, data: str | Path, split: str | None, val_fraction: float, seed: int
-) -> tuple[Sequence[LabeledImage], LabelMapSource, list[str]]:
-    """Return image and label pairs, the label reader and the class names."""
-    pairs: Sequence[LabeledImage]
-    reader: LabelMapSource
-    if is_coco(data):
-        expected = None if metadata.class_names is None else metadata.class_names[1:]
-        coco_labels = CocoSemanticLabels(read_coco(*find_coco(data, split=split), class_names=expected))
-        pairs, reader, names = coco_labels.pairs(), coco_labels, coco_labels.class_names
-    else:
-        if split not in (None, "train", "val"):
-            raise UsageError(f"expected the split train or val of {data}, got {split!r}")
-        unnamed = metadata.class_names == [str(number) for number in range(metadata.num_classes)]
-        # JSON turns integer keys into strings.
-        remap = {int(value): number for value, number in (metadata.settings.get("remap") or {}).items()}
-        splits = scan_segmentation_folder(
-            data,
-            num_classes=metadata.num_classes if unnamed else None,
-            ignored=metadata.settings.get("ignored", IGNORED),
-            remap=remap or None,
-            val_fraction=val_fraction,
-            seed=seed,
-        )
-        pairs, reader, names = getattr(splits, split or "val"), splits.reader, splits.class_names
+    metadata: NetworkMetadata,
+    data: str | Path,
+    split: str | None,
+    val_fraction: float | None,
+    seed: int | None,
+) -> tuple[Sequence[LabeledImage], LabelMapSource, list[str], str]:
+    """Return image and label pairs, the label reader, the class names and the description of the split."""
+    opened = _open_coco if is_coco(data) else _open_folder
+    held_out = find_held_out(metadata.run, val_fraction, seed)
+    pairs, reader, names, described = opened(metadata, data, split, held_out)
     if len(names) != metadata.num_classes:
         raise UsageError(
             f"expected the {metadata.num_classes} classes of the checkpoint in {data}, got {len(names)}"
@@ -227,4 +251,51 @@ def _open_dataset(
                 f"expected the classes of the checkpoint in {data}, but class {number} is {name!r} there and "
                 f"{known!r} in the checkpoint"
             )
-    return pairs, reader, names
+    return pairs, reader, names, described
+
+
+def _open_coco(
+    metadata: NetworkMetadata, data: str | Path, split: str | None, held_out: HeldOut
+) -> tuple[list[LabeledImage], LabelMapSource, list[str], str]:
+    expected = None if metadata.class_names is None else metadata.class_names[1:]
+    file, folder = find_coco(data, split=split)
+    annotations, described = choose_images(
+        read_coco(file, folder, class_names=expected), metadata.run, split or folder.name, held_out
+    )
+    labels = CocoSemanticLabels(annotations)
+    return labels.pairs(), labels, labels.class_names, described
+
+
+def _open_folder(
+    metadata: NetworkMetadata, data: str | Path, split: str | None, held_out: HeldOut
+) -> tuple[list[LabeledImage], LabelMapSource, list[str], str]:
+    if split not in (None, "train", "val"):
+        raise UsageError(f"expected the split train or val of {data}, got {split!r}")
+    unnamed = metadata.class_names == [str(number) for number in range(metadata.num_classes)]
+    # JSON turns integer keys into strings.
+    remap = {int(value): number for value, number in (metadata.settings.get("remap") or {}).items()}
+    splits = scan_segmentation_folder(
+        data,
+        num_classes=metadata.num_classes if unnamed else None,
+        ignored=metadata.settings.get("ignored", IGNORED),
+        remap=remap or None,
+        default_names=metadata.class_names,
+        val_fraction=held_out.fraction,
+        seed=held_out.seed,
+    )
+    has_splits = not are_of_one_folder(_images(splits.train), _images(splits.val))
+    if has_splits and held_out.requested:
+        raise UsageError(f"expected no val_fraction for {data}, which has the splits train and val")
+    everything = sorted([*splits.train, *splits.val])
+    pairs = splits.train if split == "train" else splits.val
+    if split is None and not has_splits:
+        only_held_out, described = held_out.choose(metadata.run, _images(everything))
+        pairs = splits.val if only_held_out else everything
+    else:
+        part, _ = find_part(metadata.run, _images(pairs))
+        described = describe_split(part, split or "val")
+    return pairs, splits.reader, splits.class_names, described
+
+
+def _images(pairs: Sequence[LabeledImage]) -> list[str]:
+    return [str(pair.image) for pair in pairs]

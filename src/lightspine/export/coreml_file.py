@@ -1,6 +1,7 @@
 """Export to Core ML, without a comparison with PyTorch, because Core ML runs on macOS only."""
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from lightspine.utils.files import atomic_folder
 
 
 def export_coreml(
-    model: nn.Module, path: str | Path, *, fixed_size: tuple[int, int] | None = None
+    model: nn.Module,
+    path: str | Path,
+    *,
+    fixed_size: tuple[int, int] | None = None,
+    class_names: Sequence[str] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    source: dict[str, str] | None = None,
+    checkpoint: Mapping[str, str] | None = None,
 ) -> ExportReport:
     """Export a model to a Core ML package for one image of a fixed size, with unrolled scans.
 
@@ -27,6 +35,10 @@ def export_coreml(
         model: see `lightspine.export.export_onnx`.
         path: the package to write; its name ends in .mlpackage.
         fixed_size: (height, width) of the images.
+        class_names: see `lightspine.export.export_onnx`.
+        preprocessing: see `lightspine.export.export_onnx`.
+        source: see `lightspine.export.export_onnx`.
+        checkpoint: see `lightspine.export.export_onnx`.
 
     Raises:
         UsageError: there is no fixed size, or the model is in training mode.
@@ -45,9 +57,15 @@ def export_coreml(
         )
     import coremltools
 
-    preprocessing = find_preprocessing(model, fixed_size=fixed_size)
+    preprocessing = find_preprocessing(model, preprocessing, fixed_size=fixed_size)
     metadata = ExportMetadata(
-        name=model_name(model), kind=target.kind, strides=target.strides, preprocessing=preprocessing
+        name=model_name(model),
+        kind=target.kind,
+        strides=target.strides,
+        class_names=None if class_names is None else list(class_names),
+        preprocessing=preprocessing,
+        source=source or {},
+        checkpoint=dict(checkpoint or {}),
     )
     images = example_input(count_channels(model, preprocessing), fixed_size, False)
     # coremltools cannot convert the unbind of a tensor with a dynamic axis: fix the batch size to one.

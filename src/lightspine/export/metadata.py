@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightspine._version import __version__
-from lightspine.models.checkpoint import default_preprocessing
+from lightspine.models.checkpoint import WEIGHTS_KEY, default_preprocessing
 
 METADATA_PREFIX = "lightspine."
 
@@ -29,6 +29,8 @@ class ExportMetadata:
         strides: strides of the output maps, if the outputs are maps.
         precision: "fp32", "fp16", "int8-dynamic" or "int8-static".
         source: where the weights come from.
+        checkpoint: metadata of the checkpoint (`lightspine.models.checkpoint.Checkpoint.metadata`), which the
+            exported file keeps: arguments of model and head, settings, training run.
     """
 
     name: str
@@ -39,6 +41,7 @@ class ExportMetadata:
     strides: tuple[int, ...] = ()
     precision: str = "fp32"
     source: dict[str, str] = field(default_factory=dict)
+    checkpoint: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the entries as one JSON object."""
@@ -59,7 +62,13 @@ class ExportMetadata:
         }
         if (commit := source_commit()) is not None:
             found["commit"] = commit
-        return {METADATA_PREFIX + key: value for key, value in found.items()}
+        # The exported file has a single set of weights.
+        kept = {
+            key: value
+            for key, value in self.checkpoint.items()
+            if key.startswith(METADATA_PREFIX) and key != WEIGHTS_KEY
+        }
+        return kept | {METADATA_PREFIX + key: value for key, value in found.items()}
 
 
 def find_preprocessing(

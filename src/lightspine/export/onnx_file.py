@@ -1,7 +1,7 @@
 """Export to ONNX."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -42,6 +42,7 @@ def export_onnx(
     class_names: Sequence[str] | None = None,
     preprocessing: dict[str, Any] | None = None,
     source: dict[str, str] | None = None,
+    checkpoint: Mapping[str, str] | None = None,
     shapes: Sequence[tuple[int, int, int]] | None = None,
 ) -> ExportReport:
     """Export a model to an ONNX file and compare it with PyTorch in ONNX Runtime.
@@ -65,6 +66,7 @@ def export_onnx(
         class_names: one name per class.
         preprocessing: see `lightspine.export.metadata.ExportMetadata`; by default the published one.
         source: origin of the weights, stored as metadata.
+        checkpoint: metadata of the checkpoint, which the file keeps; see `ExportMetadata`.
         shapes: (batch, height, width) to compare at, by default `DEFAULT_SHAPES`. With "int8-static" the
             calibration images are compared instead, at the size of the preprocessing.
 
@@ -107,6 +109,7 @@ def export_onnx(
         pixels=with_preprocessing,
         precision=precision,
         source=source or {},
+        checkpoint=dict(checkpoint or {}),
     )
     for key, value in metadata.entries().items():
         onnx_model.metadata_props.add(key=key, value=value)

@@ -1,7 +1,7 @@
 """Export to a `torch.export` program (.pt2)."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lightspine.errors import UsageError
+from lightspine.errors import LightspineError, UsageError
 from lightspine.export.metadata import ExportMetadata, count_channels, find_preprocessing, model_name
 from lightspine.export.program import check_fixed_size, example_input, find_target, trace
 from lightspine.export.verification import (
@@ -33,6 +33,10 @@ def export_pt2(
     *,
     scan: ScanForm | None = None,
     fixed_size: tuple[int, int] | None = None,
+    class_names: Sequence[str] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    source: dict[str, str] | None = None,
+    checkpoint: Mapping[str, str] | None = None,
     shapes: Sequence[tuple[int, int, int]] | None = None,
 ) -> ExportReport:
     """Export a model to a `torch.export` program (.pt2) and compare it with the model.
@@ -46,6 +50,10 @@ def export_pt2(
         scan: "unrolled" writes every step of the scans as an operator, which needs `fixed_size`; by default
             scans remain custom operators.
         fixed_size: (height, width) if the program shall take one size only.
+        class_names: see `lightspine.export.export_onnx`.
+        preprocessing: see `lightspine.export.export_onnx`.
+        source: see `lightspine.export.export_onnx`.
+        checkpoint: see `lightspine.export.export_onnx`.
         shapes: (batch, height, width) to compare at.
 
     Raises:
@@ -62,9 +70,15 @@ def export_pt2(
     check_fixed_size(fixed_size)
     check_writable(path)
     target = find_target(model)
-    preprocessing = find_preprocessing(model, fixed_size=fixed_size)
+    preprocessing = find_preprocessing(model, preprocessing, fixed_size=fixed_size)
     metadata = ExportMetadata(
-        name=model_name(model), kind=target.kind, strides=target.strides, preprocessing=preprocessing
+        name=model_name(model),
+        kind=target.kind,
+        strides=target.strides,
+        class_names=None if class_names is None else list(class_names),
+        preprocessing=preprocessing,
+        source=source or {},
+        checkpoint=dict(checkpoint or {}),
     )
     channels = count_channels(model, preprocessing)
     program = trace(
@@ -77,7 +91,14 @@ def export_pt2(
     run: Callable[[Tensor], Any] = torch.export.load(io.BytesIO(buffer.getvalue())).module()
     fixed_shapes = None if fixed_size is None else [(count, *fixed_size) for count in (1, 3)]
     batches = random_batches(channels, fixed_shapes or shapes or [(1, 224, 224), (3, 97, 161)])
-    differences = compare(target.network, run, batches)
+    try:
+        differences = compare(target.network, run, batches)
+    # PyTorch checks the sizes for which the program is valid with assertions.
+    except AssertionError as error:
+        raise LightspineError(
+            f"the program of {metadata.name} does not take images of all sizes ({error}): pass fixed_size "
+            "(--fixed-size HxW)"
+        ) from error
     check_differences(differences, TOLERANCES["fp32"], metadata.name)
     with atomic_write(path) as file:
         file.write(buffer.getvalue())

@@ -34,11 +34,16 @@ class DetectionTransform(GeneralizedRCNNTransform):
         num_classes: int,
         masks: bool,
     ):
-        shorter, longest = resize or (0, 0)
-        super().__init__(shorter, longest, list(image_mean), list(image_std), size_divisible=32)
-        self.resizes = resize is not None
+        super().__init__(0, 0, list(image_mean), list(image_std), size_divisible=32)
+        self.set_resize(resize)
         self.num_classes = num_classes
         self.masks = masks
+
+    def set_resize(self, resize: tuple[int, int] | None) -> None:
+        """Set the shorter side and maximum longer side of images in evaluation mode; `None`: their own."""
+        shorter, self.max_size = resize or (0, 0)
+        self.min_size = (shorter,)
+        self.resizes = resize is not None
 
     def check(self, images: list[Tensor], targets: list[Target] | None) -> None:
         """Check images and targets.

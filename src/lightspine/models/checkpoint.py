@@ -35,6 +35,8 @@ EMA_ENTRIES = ("model_ema", "state_dict_ema")
 # DDP, torch.compile and Lightning put these in front of every parameter name.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
 
+_EXPORTED_SUFFIXES = (".onnx", ".pt2", ".mlpackage")
+
 NETWORK_KEY = "lightspine.network"
 """Metadata key of a detector's or segmenter's file, which holds a backbone without classifier and a head."""
 
@@ -135,7 +137,7 @@ def read_checkpoint(source: CheckpointSource) -> Checkpoint:
         source: path, state dict, or an opened checkpoint, which is returned as it is.
 
     Raises:
-        UsageError: the file does not exist.
+        UsageError: the file does not exist, or is an exported `.onnx` or `.pt2` file.
         LightspineError: the file is empty, truncated, of another format, or would execute code.
     """
     if isinstance(source, Checkpoint):
@@ -143,6 +145,11 @@ def read_checkpoint(source: CheckpointSource) -> Checkpoint:
     if isinstance(source, dict):
         return Checkpoint(None, _find_entries(source, "the state dict"))
     path = Path(source)
+    if path.suffix.lower() in _EXPORTED_SUFFIXES:
+        raise UsageError(
+            f"expected a checkpoint, but {path} is an exported file: pass the checkpoint that it was "
+            "exported from"
+        )
     if not path.is_file():
         raise UsageError(f"no checkpoint file {path}: expected a .pth, .ckpt or .safetensors file")
     with path.open("rb") as file:

@@ -118,6 +118,13 @@ def find_recipe(name: str | Path) -> Path:
     return _FOLDER / f"{name}.yaml"
 
 
+def recipe_name(path: str | Path) -> str:
+    """Return the name of a shipped recipe, or the file name of another one, without suffix."""
+    path = Path(path).resolve()
+    inside = path.is_relative_to(_FOLDER.resolve())
+    return path.relative_to(_FOLDER.resolve()).with_suffix("").as_posix() if inside else path.stem
+
+
 def describe_recipe(name: str) -> str:
     """Return the first line of a recipe, which describes it in one sentence."""
     first = find_recipe(name).read_text().split("\n", 1)[0]

@@ -130,6 +130,9 @@ class LightspineTask(pl.LightningModule):
         """The model of lightspine or timm: the whole model of a classifier, or the backbone under a head."""
         return self.model
 
+    def prepare(self, data: ImageDataModule) -> None:
+        """Adopt the settings of the training data; called before the training starts."""
+
     @abstractmethod
     def model_metadata(self, data: ImageDataModule) -> dict[str, str]:
         """Return the metadata that rebuild the model: name, arguments, classes, preprocessing and settings.

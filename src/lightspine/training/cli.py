@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import json
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ from lightspine.data.modules import ClassificationDataModule, ImageDataModule, S
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import PREPROCESSING_KEYS, default_preprocessing
 from lightspine.models.registry import find_record
-from lightspine.recipes import find_recipe
+from lightspine.recipes import find_recipe, recipe_name
 from lightspine.recipes.deprecated import upgrade_flags, upgrade_recipe
 from lightspine.training.base import LightspineTask
 from lightspine.training.classification import ClassificationTask
@@ -176,7 +177,12 @@ class TrainCLI(LightningCLI):
             const=AUTO,
             help="path of the last.ckpt to resume from; auto or no value: the one in --folder, if any",
         )
-        parser.add_argument("--export", type=Export, default="last", help="epoch whose weights are exported")
+        parser.add_argument(
+            "--export",
+            type=Export,
+            default="best",
+            help="epoch whose weights are exported: the one with the best validation score, or the last",
+        )
         parser.add_argument(
             "--save-every-steps",
             "--save_every_steps",
@@ -241,6 +247,7 @@ class TrainCLI(LightningCLI):
     def train(self) -> TrainResult:
         """Run the training."""
         switches = {name: self.config[name] for name in _SWITCHES}
+        self.model.recipe = self._describe_recipe()
         with show_info_logs() if self.progress else contextlib.nullcontext():
             return run_training(
                 self.trainer,
@@ -250,6 +257,16 @@ class TrainCLI(LightningCLI):
                 export=self.config.export,
                 **switches,
             )
+
+    def _describe_recipe(self) -> dict[str, Any]:
+        """Return the name of the recipe and all settings of the run, except for its folder."""
+        config: dict[str, Any] = json.loads(self.parser.dump(self.config, format="json"))
+        files = self.config.get("config") or []
+        for key in ("config", "folder", "resume"):
+            config.pop(key, None)
+        config["trainer"].pop("default_root_dir", None)
+        names = [recipe_name(str(file)) for file in files]
+        return {"recipe": names[-1] if names else None, "config": config}
 
 
 def published_preprocessing(model: str) -> dict[str, Any]:

@@ -148,8 +148,16 @@ class DenseTask(LightspineTask):
             UsageError: it is not an instance of `kind`.
         """
         data = getattr(self.trainer, "datamodule", None)
+        self.check_data(data, kind)
+        return data
+
+    def check_data(self, data: Any, kind: type[ImageDataModule]) -> None:
+        """Check the type of the data module.
+
+        Raises:
+            UsageError: it is not an instance of `kind`.
+        """
         if not isinstance(data, kind):
             raise UsageError(
                 f"expected a {kind.__name__} to train {self.model_name}, got {type(data).__name__}"
             )
-        return data

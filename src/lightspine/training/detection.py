@@ -1,20 +1,24 @@
 """Object detection and instance segmentation task: detector losses and COCO metrics."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from lightspine.data.detection import DetectionBatch
-from lightspine.data.modules import CocoDataModule
+from lightspine.data.modules import CocoDataModule, ImageDataModule
 from lightspine.dense import create_detector
+from lightspine.dense.inference import detect_by_size
 from lightspine.dense.metrics import CocoMetrics
 from lightspine.errors import LightspineError, UsageError
 from lightspine.heads.detectors import DetectorName
 from lightspine.heads.features import MapNorm
 from lightspine.models.checkpoint import Weights
 from lightspine.training.dense import DenseTask
+
+_log = logging.getLogger(__name__)
 
 
 class DetectionTask(DenseTask):
@@ -32,8 +36,8 @@ class DetectionTask(DenseTask):
         norm: "layer" applies a LayerNorm to each feature map; see `lightspine.heads.FeatureBackbone`.
         freeze_batch_norm: keep the BatchNorm layers of the backbone in evaluation mode.
         channels: number of channels of the feature pyramid.
-        resize: (shorter side, maximum longer side) in pixels of the resized images in evaluation; `None`
-            keeps their size.
+        resize: shorter side and maximum longer side in pixels of the images in validation and later commands;
+            "data" (the default) is the size of the training images, `None` keeps their size.
         score_threshold: minimum score of a detection.
         detections_per_image: maximum number of detections per image, also in the metrics.
         anchor_scale: factor of the anchor sizes, which start at 32 px.
@@ -61,7 +65,7 @@ class DetectionTask(DenseTask):
         norm: MapNorm = "none",
         freeze_batch_norm: bool = False,
         channels: int = 256,
-        resize: tuple[int, int] | None = (800, 1333),
+        resize: tuple[int, int] | Literal["data"] | None = "data",
         score_threshold: float = 0.05,
         detections_per_image: int = 100,
         anchor_scale: float = 1.0,
@@ -81,7 +85,8 @@ class DetectionTask(DenseTask):
             freeze_batch_norm=freeze_batch_norm,
             head_args={
                 "channels": channels,
-                "resize": resize,
+                # The size of the data is set when the training starts.
+                "resize": None if resize == "data" else resize,
                 "score_threshold": score_threshold,
                 "detections_per_image": detections_per_image,
                 "anchor_scale": anchor_scale,
@@ -90,6 +95,7 @@ class DetectionTask(DenseTask):
             layer_decay_blocks=layer_decay_blocks,
             **options,
         )
+        self.resize = resize
         self.has_masks = head != "retinanet"
         self.detections_per_image = detections_per_image
         self._metrics: CocoMetrics | None = None
@@ -105,15 +111,30 @@ class DetectionTask(DenseTask):
         """
         return self.network(images, targets)
 
-    def on_fit_start(self) -> None:
-        """Check that the data has masks if and only if the head trains on them."""
-        super().on_fit_start()
-        masks = self.data_module(CocoDataModule).masks
+    def prepare(self, data: ImageDataModule) -> None:
+        """Set the image size to that of the data, and check that the data has masks as the head needs."""
+        self.check_data(data, CocoDataModule)
+        assert isinstance(data, CocoDataModule)
+        if self.resize == "data":
+            self.network.transform.set_resize(data.resize)
+            self.network.init_args["options"]["resize"] = data.resize
+        elif self.resize != data.resize:
+            _log.info(
+                "images are resized to %s px in training, but %s in validation and later commands (resize)",
+                list(data.resize),
+                "keep their size" if self.resize is None else f"to {list(self.resize)} px",
+            )
+        masks = data.masks
         if masks != self.has_masks:
             raise UsageError(
                 f"expected data with masks={str(self.has_masks).lower()} for {self.model_name}, got "
                 f"masks={str(masks).lower()}"
             )
+
+    def on_fit_start(self) -> None:
+        """Adopt the settings of the data, for a trainer of your own."""
+        super().on_fit_start()
+        self.prepare(self.data_module(CocoDataModule))
 
     def training_step(self, batch: DetectionBatch, batch_idx: int) -> Tensor:  # noqa: ARG002
         """Return the sum of the detector's losses."""
@@ -137,7 +158,7 @@ class DetectionTask(DenseTask):
         self.record_bad_images(batch.bad)
         if batch.images:
             numbers = [int(target["image_id"]) for target in batch.targets]
-            self._metrics.update(numbers, self.network(batch.images))
+            self._metrics.update(numbers, detect_by_size(self.network, batch.images))
 
     def on_validation_epoch_end(self) -> None:
         """Gather the detections of all ranks and log the 12 COCO metrics for boxes and masks."""

@@ -34,6 +34,7 @@ from lightspine.training.resume import (
     prepare_folder,
     report_last_checkpoint,
 )
+from lightspine.training.resume_check import check_resumed
 
 __all__ = ["Export", "TrainResult", "TrainingInterruptedError", "run_callbacks", "run_training", "train"]
 
@@ -97,7 +98,7 @@ def train(
     folder: str | Path,
     epochs: int = 10,
     resume: str | Path | None = None,
-    export: Export = "last",
+    export: Export = "best",
     save_every_steps: int | None = None,
     effective_batch: int | None = None,
     grad_checkpointing: bool = False,
@@ -119,7 +120,7 @@ def train(
         epochs: total number of epochs, including those before `resume`.
         resume: path of a `last.ckpt`; the run resumes in its folder. "auto" resumes from the one in
             `folder`, if any.
-        export: export the weights of the last epoch or of the epoch with the best validation score.
+        export: export the weights of the epoch with the best validation score, or of the last epoch.
         save_every_steps: also write `last.ckpt` every n steps, not only after every epoch.
         effective_batch: total batch size per optimizer step over all devices, by gradient accumulation.
         grad_checkpointing: recompute activations in the backward pass; slower, saves memory.
@@ -136,7 +137,8 @@ def train(
         The paths and metrics of the run.
 
     Raises:
-        UsageError: the numbers of classes differ, `resume` is not a file, or options are incompatible.
+        UsageError: the numbers of classes differ, `resume` is not a file or of another model, other classes
+            or another split, or options are incompatible.
         LightspineError: training diverged, no image can be read, a checkpoint is damaged or cannot be
             written, or another rank died.
         TrainingInterruptedError: training was interrupted by Ctrl-C or a signal.
@@ -184,7 +186,7 @@ def run_training(
     data: ImageDataModule,
     *,
     resume: str | Path | None = None,
-    export: Export = "last",
+    export: Export = "best",
     grad_checkpointing: bool = False,
     compile: bool = False,
     tensorboard: bool = False,
@@ -198,8 +200,11 @@ def run_training(
     # PyTorch's SyncBatchNorm has no CPU implementation.
     if getattr(trainer.strategy, "_layer_sync", None) and trainer.strategy.root_device.type == "cpu":
         raise UsageError("expected a GPU for sync_batchnorm, got the cpu")
+    task.prepare(data)
     log = _find_callback(trainer, RunLog)
     checkpoint = find_checkpoint(log.folder, resume, trainer.max_epochs)
+    if checkpoint is not None:
+        check_resumed(checkpoint, task, data)
     if grad_checkpointing:
         set_grad_checkpointing(task.backbone)
     if compile:
@@ -270,6 +275,10 @@ def export_run(
     """
     # Epochs before the last may have no validation.
     best = max((row for row in log.rows if task.score in row), key=lambda row: row[task.score])
+    if export == "best" and not (log.folder / BEST).is_file():
+        # The run was resumed from a last.ckpt that was copied to another folder.
+        _log.warning("%s is missing: the weights of the last epoch are exported", log.folder / BEST)
+        export = "last"
     chosen = best if export == "best" else log.rows[-1]
     # Read the file, because a run resumed after its last epoch does no training.
     path = log.folder / (BEST if export == "best" else LAST)

@@ -102,10 +102,14 @@ class SegmentationTask(DenseTask):
         sizes = {"scale": data.val_scale, "divisor": data.val_divisor}
         return sizes | data.reading | asdict(self.test)
 
-    def on_fit_start(self) -> None:
+    def prepare(self, data: ImageDataModule) -> None:
         """Check that the data has label maps."""
+        self.check_data(data, SegmentationDataModule)
+
+    def on_fit_start(self) -> None:
+        """Check the data, for a trainer of your own."""
         super().on_fit_start()
-        self.data_module(SegmentationDataModule)
+        self.prepare(self.data_module(SegmentationDataModule))
 
     def training_step(self, batch: SegmentationBatch, batch_idx: int) -> Tensor:  # noqa: ARG002
         """Return the loss, including the auxiliary loss."""

@@ -13,6 +13,7 @@ from lightspine.data.detection.coco_paths import (
     find_coco,
     find_coco_split,
     is_coco,
+    list_coco_splits,
 )
 from lightspine.data.detection.dataset import (
     DetectionBatch,
@@ -21,6 +22,7 @@ from lightspine.data.detection.dataset import (
     Target,
     collate_detection,
 )
+from lightspine.data.detection.hold_out import hold_out
 from lightspine.data.detection.masks import decode_segmentation, encode_mask
 from lightspine.data.detection.transforms import (
     DetectionAugmentation,
@@ -51,7 +53,9 @@ __all__ = [
     "encode_mask",
     "find_coco",
     "find_coco_split",
+    "hold_out",
     "is_coco",
+    "list_coco_splits",
     "read_coco",
     "select_for_training",
     "select_images",

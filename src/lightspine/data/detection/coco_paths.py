@@ -7,6 +7,10 @@ from lightspine.data.split_names import TRAIN_SPLITS, VAL_SPLITS, find_split
 from lightspine.errors import UsageError
 
 _PREFIX = "instances_"
+# The name of Roboflow's COCO export, in the image folder of each split.
+_BESIDE_IMAGES = "_annotations.coco.json"
+_LAYOUT = f"annotations/{_PREFIX}SPLIT.json or SPLIT/{_BESIDE_IMAGES}"
+
 TRAIN_COCO_SPLITS = ("train2017", *TRAIN_SPLITS)
 """Names of the training split, in order of preference."""
 
@@ -14,15 +18,33 @@ VAL_COCO_SPLITS = ("val2017", *VAL_SPLITS)
 """Names of the validation split, in order of preference."""
 
 
+def list_coco_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
+    """Return split -> (annotation file, image folder) of a COCO folder.
+
+    The layouts are `annotations/instances_SPLIT.json` with the images in `SPLIT/`, `images/SPLIT/` or
+    `images/`, and `SPLIT/_annotations.coco.json` next to the images.
+    """
+    root = Path(root)
+    found = {}
+    for file in sorted(root.glob(f"annotations/{_PREFIX}*.json")):
+        split = file.stem.removeprefix(_PREFIX)
+        folders = root / split, root / "images" / split, root / "images"
+        found[split] = file, next((folder for folder in folders if folder.is_dir()), folders[0])
+    for file in sorted(root.glob(f"*/{_BESIDE_IMAGES}")):
+        found.setdefault(file.parent.name, (file, file.parent))
+    return found
+
+
 def coco_paths(root: str | Path, split: str) -> tuple[Path, Path]:
-    """Return the paths `annotations/instances_SPLIT.json` (annotation file) and `SPLIT/` (image folder)."""
-    return Path(root, "annotations", f"{_PREFIX}{split}.json"), Path(root, split)
+    """Return the annotation file and the image folder of a split, which may be missing."""
+    default = Path(root, "annotations", f"{_PREFIX}{split}.json"), Path(root, split)
+    return list_coco_splits(root).get(split, default)
 
 
 def is_coco(data: str | Path) -> bool:
-    """Return whether a path is a COCO annotation file or a COCO folder; see `coco_paths`."""
+    """Return whether a path is a COCO annotation file or a COCO folder; see `list_coco_splits`."""
     path = Path(data)
-    return path.suffix == ".json" or bool(_list_splits(path))
+    return path.suffix == ".json" or bool(list_coco_splits(path))
 
 
 def find_coco(
@@ -31,10 +53,10 @@ def find_coco(
     """Find the annotation file and the image folder to evaluate on.
 
     Args:
-        data: annotation file, or a folder with the layout of `coco_paths`.
+        data: annotation file, or a folder with a layout of `list_coco_splits`.
         images: image folder, if it is elsewhere.
-        split: split of the folder; default: the first of val2017, val, validation, valid, test
-            and testing, in any case.
+        split: split of the folder; default: the first of val2017, val, validation, valid, test and testing,
+            in any case, or the only split.
 
     Raises:
         UsageError: the folder has no such split, or the image folder is not found.
@@ -45,13 +67,17 @@ def find_coco(
             raise UsageError(f"expected no split together with the file {path}, got {split!r}")
         if images is not None:
             return path, Path(images)
-        folder = path.parent.parent / path.stem.removeprefix(_PREFIX)
+        folder = _find_images(path)
         if not folder.is_dir():
             raise UsageError(
                 f"expected the images of {path} in {folder}, which is not a folder: pass --images"
             )
         return path, folder
-    file, folder = coco_paths(path, find_coco_split(path, VAL_COCO_SPLITS if split is None else (split,)))
+    found = list_coco_splits(path)
+    if split is None and len(found) == 1:
+        file, folder = next(iter(found.values()))
+    else:
+        file, folder = found[find_coco_split(path, VAL_COCO_SPLITS if split is None else (split,))]
     return file, Path(images or folder)
 
 
@@ -61,9 +87,9 @@ def find_coco_split(root: str | Path, names: Sequence[str]) -> str:
     Raises:
         UsageError: the folder has no such split.
     """
-    found = _list_splits(Path(root))
+    found = list_coco_splits(root)
     if not found:
-        raise UsageError(f"expected a COCO file or a folder with annotations/{_PREFIX}SPLIT.json, got {root}")
+        raise UsageError(f"expected a COCO file or a folder with {_LAYOUT}, got {root}")
     chosen = find_split(found, names, root)
     if chosen is None:
         expected = f"one of {', '.join(names)}" if len(names) > 1 else repr(names[0])
@@ -71,6 +97,9 @@ def find_coco_split(root: str | Path, names: Sequence[str]) -> str:
     return chosen
 
 
-def _list_splits(folder: Path) -> list[str]:
-    files = folder.glob(f"annotations/{_PREFIX}*.json")
-    return sorted(file.stem.removeprefix(_PREFIX) for file in files)
+def _find_images(file: Path) -> Path:
+    """Return the image folder of an annotation file."""
+    if file.name == _BESIDE_IMAGES:
+        return file.parent
+    root, split = file.parent.parent, file.stem.removeprefix(_PREFIX)
+    return next((folder for own, folder in list_coco_splits(root).values() if own == file), root / split)

@@ -18,27 +18,31 @@ from lightspine.data.detection import (
     collate_detection,
     create_detection_transform,
     find_coco_split,
+    hold_out,
+    list_coco_splits,
     read_coco,
     select_for_training,
 )
 from lightspine.data.modules.base import ImageDataModule
 from lightspine.data.samplers import EpochSampler
+from lightspine.data.split_names import find_split
 from lightspine.data.transforms import Preprocessing
 
 _log = logging.getLogger(__name__)
 
 
 class CocoDataModule(ImageDataModule):
-    """COCO dataset: `annotations/instances_SPLIT.json` with the images in `SPLIT/`.
+    """COCO dataset: `annotations/instances_SPLIT.json` with the images in `SPLIT/`, or Roboflow's layout.
 
     Trains on the images that have objects, without crowds, in batches of similar aspect ratio; validates on
     all images at their own size. Problems in an annotation file are repaired or skipped, counted and logged.
 
     Args:
-        root: the folder.
+        root: the folder; see `lightspine.data.detection.list_coco_splits`.
         train: name of the training split; default: the first of train2017, train and training, in any case.
         val: name of the validation split; default: the first of val2017, val, validation, valid, test and
             testing.
+        val_fraction: share of the training images for validation if there is no validation split.
         train_annotations: annotation file of the training split, if it is elsewhere.
         train_images: image folder of the training split, if it is elsewhere.
         val_annotations: annotation file of the validation split, if it is elsewhere.
@@ -48,7 +52,8 @@ class CocoDataModule(ImageDataModule):
             `lightspine.data.detection.create_detection_transform`.
         shorter: length in pixels of the shorter side of a training image.
         longest: largest length in pixels of the longer side.
-        size: side in pixels of the square that large-scale jitter produces.
+        size: side in pixels of the square that large-scale jitter produces. The size of the training images
+            is also that of the validation and of later commands, see `resize`.
         batch_size: images per step and device.
         num_workers: number of worker processes; 0 reads in the training process.
         seed: seed of the order and the augmentation of the images.
@@ -57,6 +62,7 @@ class CocoDataModule(ImageDataModule):
     Attributes:
         train_annotations: images and objects to train on.
         val_annotations: images and objects to validate on.
+        resize: shorter side and maximum longer side in pixels of the training images.
 
     Raises:
         UsageError: see `read_coco`; no image with objects; a value out of range.
@@ -69,6 +75,7 @@ class CocoDataModule(ImageDataModule):
         *,
         train: str | None = None,
         val: str | None = None,
+        val_fraction: float = 0.2,
         train_annotations: str | Path | None = None,
         train_images: str | Path | None = None,
         val_annotations: str | Path | None = None,
@@ -87,28 +94,31 @@ class CocoDataModule(ImageDataModule):
             augmentation, shorter=shorter, longest=longest, size=size
         )
 
-        def choose(split: str | None, file: str | Path | None, names: Sequence[str]) -> str:
-            # With a file of its own, a split is only a name in messages.
-            return split or (names[0] if file is not None else find_coco_split(root, names))
-
         def read(split: str, file: str | Path | None, folder: str | Path | None, **options: Any) -> Any:
             default_file, default_folder = coco_paths(root, split)
             annotations = read_coco(file or default_file, folder or default_folder, masks=masks, **options)
             log_issues(split, annotations)
             return annotations
 
+        # Split names are not needed for files that are elsewhere.
+        if train is None and train_annotations is None:
+            train = find_coco_split(root, TRAIN_COCO_SPLITS)
+        if val is None and val_annotations is None:
+            val = find_split(list_coco_splits(root), VAL_COCO_SPLITS, root)
         self.masks = masks
-        everything = read(
-            choose(train, train_annotations, TRAIN_COCO_SPLITS), train_annotations, train_images
-        )
+        everything = read(train or TRAIN_COCO_SPLITS[0], train_annotations, train_images)
+        names = everything.class_names
+        if val is None and val_annotations is None:
+            everything, held_out = hold_out(everything, val_fraction, seed)
+        else:
+            held_out = read(val or VAL_COCO_SPLITS[0], val_annotations, val_images, class_names=names)
         self._train_files = _image_paths(everything)
         self.train_annotations: CocoAnnotations = select_for_training(everything)
-        names = self.train_annotations.class_names
-        self.val_annotations: CocoAnnotations = read(
-            choose(val, val_annotations, VAL_COCO_SPLITS), val_annotations, val_images, class_names=names
-        )
+        self.val_annotations: CocoAnnotations = held_out
+        self.resize = (size, size) if augmentation == "large_scale_jitter" else (shorter, longest)
         # Detectors normalize their images themselves.
         super().__init__(names, Preprocessing(), batch_size, num_workers, seed, max_bad_share=max_bad_share)
+        self.val_fraction = val_fraction
 
     def _split_images(self) -> tuple[Sequence[str], Sequence[str]]:
         return self._train_files, _image_paths(self.val_annotations)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
@@ -13,6 +13,8 @@ from lightspine.data.detection import (
     CocoAnnotations,
     coco_paths,
     find_coco_split,
+    hold_out,
+    list_coco_splits,
     read_coco,
 )
 from lightspine.data.modules.base import ImageDataModule
@@ -30,6 +32,7 @@ from lightspine.data.segmentation import (
     create_segmentation_transform,
     scan_segmentation_folder,
 )
+from lightspine.data.split_names import find_split
 from lightspine.data.transforms import Preprocessing
 
 _log = logging.getLogger(__name__)
@@ -43,14 +46,14 @@ class SegmentationDataModule(ImageDataModule):
         val: validation pairs and the reader of their label maps.
         class_names: names in the order of the class indices.
         crop: height and width of the training images in pixels.
-        scale: longer and shorter side of the rectangle into which a training image is resized.
-        ratio: smallest and largest random factor of that rectangle.
+        scale: shorter and longer side of the rectangle into which images are resized.
+        ratio: smallest and largest random factor of that rectangle in training.
         largest_share: largest share of a crop's labeled pixels that one class may fill (mmseg's
             cat_max_ratio).
         hflip: probability of a horizontal flip.
         photometric: random photometric distortion: brightness, contrast, saturation and hue.
-        val_scale: longer and shorter side of the rectangle into which validation images are resized; `None`
-            keeps their size.
+        val_scale: shorter and longer side of the rectangle into which images are resized in validation and by
+            later commands; "scale" (the default) is that of the training, `None` keeps their size.
         val_divisor: sides of validation images are rounded up to multiples of it.
         batch_size: images per step and device.
         num_workers: number of worker processes; 0 reads in the training process.
@@ -69,12 +72,12 @@ class SegmentationDataModule(ImageDataModule):
         class_names: list[str],
         *,
         crop: tuple[int, int] = (512, 512),
-        scale: tuple[int, int] = (2048, 512),
+        scale: tuple[int, int] = (512, 2048),
         ratio: tuple[float, float] = (0.5, 2.0),
         largest_share: float = 0.75,
         hflip: float = 0.5,
         photometric: bool = True,
-        val_scale: tuple[int, int] | None = (2048, 512),
+        val_scale: tuple[int, int] | Literal["scale"] | None = "scale",
         val_divisor: int = 1,
         batch_size: int = 4,
         num_workers: int = 2,
@@ -84,7 +87,13 @@ class SegmentationDataModule(ImageDataModule):
     ) -> None:
         found = Preprocessing.from_config(preprocessing or {})
         super().__init__(class_names, found, batch_size, num_workers, seed, max_bad_share=max_bad_share)
-        self.val_scale = val_scale
+        self.val_scale = scale if val_scale == "scale" else val_scale
+        if self.val_scale is None or sorted(self.val_scale) != sorted(scale):
+            _log.info(
+                "images are resized to %s px in training (scale), but %s in validation and later commands",
+                list(scale),
+                "keep their size" if self.val_scale is None else f"to {list(self.val_scale)} px",
+            )
         self.val_divisor = val_divisor
         # Label map settings that an evaluation of the checkpoint needs, besides the class names.
         self.reading: dict[str, Any] = {}
@@ -103,7 +112,7 @@ class SegmentationDataModule(ImageDataModule):
             replace_bad=True,
         )
         self._val = SegmentationDataset(
-            *val, create_segmentation_eval_transform(found, scale=val_scale, divisor=val_divisor)
+            *val, create_segmentation_eval_transform(found, scale=self.val_scale, divisor=val_divisor)
         )
 
     def _split_images(self) -> tuple[Sequence[str], Sequence[str]]:
@@ -124,10 +133,10 @@ class SegmentationFolderDataModule(SegmentationDataModule):
     Args:
         root: the folder; see `lightspine.data.segmentation.scan_segmentation_folder`.
         class_names: file with one class name per line; default: `classes.txt` in the folder.
-        num_classes: number of classes if there is no file with their names.
+        num_classes: number of classes if there is no file with their names; default: found in the label maps.
         ignored: value of unlabeled pixels in the label maps (ignore index).
         remap: value in the label maps -> class index, or 255 to ignore it.
-        val_fraction: share of the images for validation if the folder has no splits.
+        val_fraction: share of the images for validation if the folder has no validation images.
         seed: seed of the split and of the order and the augmentation of the images.
         **options: see `SegmentationDataModule`.
 
@@ -176,10 +185,11 @@ class CocoSemanticDataModule(SegmentationDataModule):
     """Semantic segmentation on COCO masks: class 0 is the background, then the classes of the file.
 
     Args:
-        root: folder with `annotations/instances_SPLIT.json` and the images in `SPLIT/`.
+        root: the folder; see `lightspine.data.detection.list_coco_splits`.
         train: name of the training split; default: the first of train2017, train and training, in any case.
         val: name of the validation split; default: the first of val2017, val, validation, valid, test and
             testing.
+        val_fraction: share of the training images for validation if there is no validation split.
         seed: seed of the order and the augmentation of the images.
         **options: see `SegmentationDataModule`.
 
@@ -194,6 +204,7 @@ class CocoSemanticDataModule(SegmentationDataModule):
         *,
         train: str | None = None,
         val: str | None = None,
+        val_fraction: float = 0.2,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -203,11 +214,14 @@ class CocoSemanticDataModule(SegmentationDataModule):
             return annotations
 
         train = train or find_coco_split(root, TRAIN_COCO_SPLITS)
-        val = val or find_coco_split(root, VAL_COCO_SPLITS)
+        val = val or find_split(list_coco_splits(root), VAL_COCO_SPLITS, root)
         annotations = read(train)
-        train_labels = CocoSemanticLabels(annotations)
+        if val is None:
+            annotations, held_out = hold_out(annotations, val_fraction, seed)
+        else:
+            held_out = read(val, annotations.class_names)
+        train_labels, val_labels = CocoSemanticLabels(annotations), CocoSemanticLabels(held_out)
         check_label_values(train_labels, train_labels.pairs())
-        val_labels = CocoSemanticLabels(read(val, annotations.class_names))
         super().__init__(
             (train_labels.pairs(), train_labels),
             (val_labels.pairs(), val_labels),
@@ -215,3 +229,4 @@ class CocoSemanticDataModule(SegmentationDataModule):
             seed=seed,
             **options,
         )
+        self.val_fraction = val_fraction

@@ -1,5 +1,6 @@
 """Segmentation folder datasets: pairs of images and label maps, ADE20K included."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ import numpy as np
 
 from lightspine.data.class_names import read_class_names
 from lightspine.data.image_folder import draw_val_indices
-from lightspine.data.segmentation.label_maps import IGNORED, LabelMapSource, LabelReader
+from lightspine.data.segmentation.label_maps import IGNORED, MAX_CLASSES, LabelMapSource, LabelReader
 from lightspine.data.split_names import TRAIN_SPLITS, VAL_SPLITS, find_split_folder, looks_like_split
 from lightspine.errors import LightspineError, UsageError
 from lightspine.utils.image_files import IMAGE_SUFFIXES, ImageListing, list_folders
 from lightspine.utils.progress import progress_bar
+
+_log = logging.getLogger(__name__)
 
 IMAGE_FOLDERS = ("images", "image", "imgs")
 """Names of the image folder, in order of preference."""
@@ -62,12 +65,13 @@ def scan_segmentation_folder(
     remap: Mapping[int, int] | None = None,
     val_fraction: float = 0.2,
     seed: int = 0,
+    default_names: Sequence[str] | None = None,
 ) -> SegmentationSplits:
     """List the pairs `root/images/train/*` and `root/annotations/train/*.png`, and the same for `val`.
 
     Label maps are in `annotations`, `labels` or `masks` and have the file name of their image. The split
-    folders may also be called "training", "validation", "valid", "test" and "testing", in any case. Without
-    split folders, a share of all images, chosen by `seed`, becomes the validation split. Every image is
+    folders may also be called "training", "validation", "valid", "test" and "testing", in any case. Without a
+    validation folder, a share of the images, chosen by `seed`, becomes the validation split. Every image is
     listed once; what is left out is logged, see `lightspine.utils.image_files.ImageListing`.
 
     A folder with ADE20K's `objectInfo150.txt` is read as the MIT scene parsing benchmark: value 0 is ignored,
@@ -76,30 +80,40 @@ def scan_segmentation_folder(
     Args:
         root: the folder.
         class_names: file with one class name per line; default: `classes.txt` in the folder.
-        num_classes: number of classes if there is no file with their names.
+        num_classes: number of classes if there is no file with their names; default: one more than the
+            largest value in the label maps, which are all read.
         ignored: value of unlabeled pixels in the label maps (ignore index); `None` if there is none.
         remap: value in the label maps -> class index, or 255 to ignore it.
         val_fraction: share of the images, between 0 and 1, for validation if the folder has no splits.
         seed: seed of the split.
+        default_names: class names, such as a checkpoint's, if there is no file with them and no number.
 
     Raises:
-        UsageError: a folder, split or the class names are missing; no image has a label map; the label maps
-            hold fewer than two classes.
+        UsageError: a folder or split is missing; no image has a label map; the label maps hold fewer than two
+            classes, or their values are no class indices.
         LightspineError: the class names cannot be read.
     """
     root = Path(root)
     if not root.is_dir():
         state = "is a file" if root.exists() else "is missing"
         raise UsageError(f"expected a folder of images and labels, but {root} {state}")
+    names: list[str] | None
     if class_names is None and num_classes is None and remap is None and (root / _ADE20K_CLASSES).is_file():
         names = read_ade20k_classes(root / _ADE20K_CLASSES)
         remap = {0: IGNORED} | {number + 1: number for number in range(len(names))}
         ignored = None
     else:
-        names = _find_class_names(root, class_names, num_classes)
-    reader = LabelReader(len(names), ignored=ignored, remap=remap)
+        names = _find_class_names(root, class_names, num_classes, default_names)
     images, labels = find_dense_folder(root, IMAGE_FOLDERS), find_dense_folder(root, LABEL_FOLDERS)
     train_images = find_split_folder(images, TRAIN_SPLITS)
+    val_images = None if train_images is None else find_split_folder(images, VAL_SPLITS)
+    if (
+        train_images is not None
+        and val_images is None
+        and not any(looks_like_split(name) for name in list_folders(images) if name != train_images.name)
+    ):
+        images, labels = train_images, find_dense_folder(labels, TRAIN_SPLITS)
+        train_images = None
     if train_images is None:
         _check_no_splits(images)
         listing = ImageListing(images)
@@ -114,6 +128,10 @@ def scan_segmentation_folder(
         val, more_unpaired = pair_labels(val_images, find_dense_folder(labels, VAL_SPLITS), listing=listing)
         unpaired = unpaired + more_unpaired
     listing.report()
+    if names is None:
+        count = _count_classes([*train, *val], ignored, remap)
+        names = [str(number) for number in range(count)]
+    reader = LabelReader(len(names), ignored=ignored, remap=remap)
     check_label_values(reader, train)
     return SegmentationSplits(names, reader, train, val, unpaired)
 
@@ -237,15 +255,45 @@ def _check_no_splits(images: Path) -> None:
         )
 
 
-def _find_class_names(root: Path, file: str | Path | None, num_classes: int | None) -> list[str]:
+def _count_classes(
+    pairs: Sequence[LabeledImage], ignored: int | None, remap: Mapping[int, int] | None
+) -> int:
+    """Return one more than the largest class index in the label maps.
+
+    Raises:
+        UsageError: most of the indices up to the largest one are in no label map.
+    """
+    if remap is not None:
+        return max((number for number in remap.values() if number != IGNORED), default=0) + 1
+    reader, found = LabelReader(MAX_CLASSES, ignored=ignored), {0}
+    for pair in progress_bar(pairs, "finding the classes in the label maps"):
+        found.update(np.unique(reader.read(str(pair.labels))).tolist())
+    values = sorted(found - {IGNORED})
+    if values[-1] + 1 > 2 * len(values):
+        shown = ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
+        example = ", ".join(f"{value}: {number}" for number, value in enumerate(values[:3]))
+        raise UsageError(
+            f"expected class indices from 0 in the label maps, such as {pairs[0].labels}, got the values "
+            f"{shown}: pass remap={{{example}{', ...' if len(values) > 3 else ''}}}, the class of each "
+            f"value, or a file {_CLASS_FILES[0]} with the name of every index"
+        )
+    _log.info(
+        "found %d classes in the label maps, called by their values: %s in the folder would name them",
+        values[-1] + 1,
+        _CLASS_FILES[0],
+    )
+    return int(values[-1]) + 1
+
+
+def _find_class_names(
+    root: Path, file: str | Path | None, num_classes: int | None, default: Sequence[str] | None
+) -> list[str] | None:
+    """Return the class names, or `None` if they must be found in the label maps."""
     found = next((root / name for name in _CLASS_FILES if (root / name).is_file()), None)
     chosen = file if file is not None else found if num_classes is None else None
     if chosen is None:
         if num_classes is None:
-            raise UsageError(
-                f"expected class names: a file {_CLASS_FILES[0]} in {root}, a file of another name given as "
-                "class_names, or their number given as num_classes"
-            )
+            return None if default is None else list(default)
         return [str(number) for number in range(num_classes)]
     names = read_class_names(chosen)
     if num_classes is not None and num_classes != len(names):

@@ -19,14 +19,14 @@ class RandomRatioResize(v2.Transform):
     """Resize to fit into a rectangle scaled by a random factor; keeps the aspect ratio.
 
     Args:
-        scale: longer and shorter side of the rectangle in pixels.
+        scale: shorter and longer side of the rectangle in pixels.
         ratio: smallest and largest factor.
 
     Raises:
         UsageError: sides below 1, factors that are not above 0, or the larger factor first.
     """
 
-    def __init__(self, scale: tuple[int, int] = (2048, 512), ratio: tuple[float, float] = (0.5, 2.0)) -> None:
+    def __init__(self, scale: tuple[int, int] = (512, 2048), ratio: tuple[float, float] = (0.5, 2.0)) -> None:
         super().__init__()
         if min(scale) < 1 or not 0 < ratio[0] <= ratio[1]:
             raise UsageError(
@@ -162,7 +162,7 @@ class ResizeImageOnly(torch.nn.Module):
     """Resize the image to fit into a rectangle, but not its labels, to which predictions are resized.
 
     Args:
-        scale: longer and shorter side of the rectangle in pixels.
+        scale: shorter and longer side of the rectangle in pixels.
         divisor: sides are rounded up to multiples of it.
     """
 
@@ -182,7 +182,7 @@ def create_segmentation_transform(
     preprocessing: Preprocessing,
     *,
     crop: tuple[int, int] = (512, 512),
-    scale: tuple[int, int] = (2048, 512),
+    scale: tuple[int, int] = (512, 2048),
     ratio: tuple[float, float] = (0.5, 2.0),
     largest_share: float = 0.75,
     hflip: float = 0.5,
@@ -193,7 +193,7 @@ def create_segmentation_transform(
     Args:
         preprocessing: mean and standard deviation of the model's input.
         crop: height and width of the result in pixels.
-        scale: longer and shorter side of the rectangle into which the image is resized.
+        scale: shorter and longer side of the rectangle into which the image is resized.
         ratio: smallest and largest random factor of that rectangle.
         largest_share: largest share of a crop's labeled pixels that one class may fill.
         hflip: probability of a horizontal flip.
@@ -215,13 +215,13 @@ def create_segmentation_transform(
 
 
 def create_segmentation_eval_transform(
-    preprocessing: Preprocessing, *, scale: tuple[int, int] | None = (2048, 512), divisor: int = 1
+    preprocessing: Preprocessing, *, scale: tuple[int, int] | None = (512, 2048), divisor: int = 1
 ) -> v2.Transform:
     """Create the validation transform: the image is resized and normalized, the labels keep their size.
 
     Args:
         preprocessing: mean and standard deviation of the model's input.
-        scale: longer and shorter side in pixels of the rectangle into which images are resized; `None` keeps
+        scale: shorter and longer side in pixels of the rectangle into which images are resized; `None` keeps
             their size.
         divisor: sides are rounded up to multiples of it; 32 in the published Semantic FPN configurations.
 
@@ -235,7 +235,7 @@ def create_segmentation_eval_transform(
 
 
 def fit_size(height: int, width: int, scale: tuple[int, int]) -> list[int]:
-    """Return the largest size with the same aspect ratio that fits into `scale` (longer, shorter side)."""
+    """Return the largest size with the same aspect ratio that fits into `scale`, two sides in any order."""
     longest, shortest = max(scale), min(scale)
     factor = min(longest / max(height, width), shortest / min(height, width))
     return [max(int(side * factor + 0.5), 1) for side in (height, width)]

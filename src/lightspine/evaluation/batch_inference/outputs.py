@@ -73,9 +73,14 @@ class Features:
         """Return the function that computes the columns.
 
         Raises:
-            UsageError: an unknown stage, or maps without a stage.
+            UsageError: an exported file, an unknown stage, or maps without a stage.
         """
         model: Any = network
+        if not hasattr(model, "forward_features"):
+            raise UsageError(
+                f"expected a checkpoint with the features of {metadata.name}, but an exported file has only "
+                "its logits"
+            )
         pooled, indices = self._select_stages(len(getattr(model, "feature_info", ())), metadata.name)
         if self.maps and not indices:
             raise UsageError("expected a stage together with maps: the pooled features have no map")
