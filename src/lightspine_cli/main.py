@@ -6,6 +6,7 @@ This module imports neither torch nor `lightspine`, so that `--help` answers at 
 import argparse
 import difflib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -23,6 +24,8 @@ COMMANDS = {
     "train": "train a model from a recipe",
     "evaluate": "evaluate a checkpoint on annotated images",
     "compare": "train several models on the same images and compare them",
+    "convert-data": "convert VOC, YOLO or mask datasets to what train reads",
+    "show": "draw images with their ground truth as the trainer sees them",
     "convert": "convert an official checkpoint to safetensors",
     "export": "export a model to ONNX, torch.export or Core ML",
     "bench": "benchmark models (lightspine, timm) or scan operators: latency and memory",
@@ -63,12 +66,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 for success, 1 for a failure, 2 for a usage error, 130 for an interrupt.
     """
+    if argv is None:
+        _print_any_name()
     status = _run(list(sys.argv[1:] if argv is None else argv), own_process=argv is None)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         return _handle_broken_pipe()
     return status
+
+
+def _print_any_name() -> None:
+    """Print file and class names that the encoding of standard output lacks without an error.
+
+    Bytes of a file name that are not UTF-8 are written as they are; other encodings get escapes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
 def _run(arguments: list[str], own_process: bool) -> int:
@@ -119,7 +134,7 @@ def _dispatch(arguments: list[str], own_process: bool) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
         parser.error(_unknown_command(command))
-    module = importlib.import_module(f"lightspine_cli.{command}_command")
+    module = importlib.import_module(_module_name(command))
     # Reports store the arguments as given.
     parsed = argparse.Namespace(arguments=rest)
     if not getattr(module, "PASSES_ARGUMENTS_THROUGH", False):
@@ -132,13 +147,17 @@ def _dispatch(arguments: list[str], own_process: bool) -> int:
     return int(module.run(parsed))
 
 
+def _module_name(command: str) -> str:
+    return f"lightspine_cli.{command.replace('-', '_')}_command"
+
+
 def parser_of(command: str) -> SentenceParser:
     """Create the argument parser of a command.
 
     Args:
         command: one of `COMMANDS` that does not pass its arguments through.
     """
-    module = importlib.import_module(f"lightspine_cli.{command}_command")
+    module = importlib.import_module(_module_name(command))
     parser = SentenceParser(
         prog=f"lightspine {command}",
         description=module.__doc__,

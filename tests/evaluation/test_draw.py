@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from lightspine.errors import LightspineError, UsageError
+from lightspine.evaluation import draw
 from lightspine.evaluation.draw import draw_classes, draw_detections
 
 GREY = Image.new("RGB", (640, 480), (120, 120, 120))
@@ -47,8 +48,8 @@ def test_detections_without_masks_leave_the_inside_of_boxes(tmp_path: Path) -> N
     assert draw_detections(GREY, found, NAMES, tmp_path / "a.png") == 2
     picture = _read(tmp_path / "a.png")
     assert (picture[300:440, 360:590] == 120).all()
-    for border in (picture[250], picture[:, 350]):
-        assert (border == 255).all(axis=1).any()
+    for border in (picture[246:254, 400:600], picture[300:440, 346:354]):
+        assert (border == 255).all(axis=2).any()
 
 
 def test_detections_are_legible_without_colour(tmp_path: Path) -> None:
@@ -118,3 +119,36 @@ def test_picture_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LightspineError, match="cannot write"):
         draw_classes(GREY, _classes(), NAMES, tmp_path / "file" / "a.png")
+
+
+def _crowd(count: int) -> dict[str, Any]:
+    boxes = np.array([[100 + 4 * i, 100 + 4 * i, 300, 300] for i in range(count)])
+    return {"boxes": boxes, "labels": np.ones(count, int), "scores": np.linspace(0.9, 0.6, count)}
+
+
+def test_labels_of_overlapping_boxes_do_not_cover_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extents = []
+    save = draw._save
+
+    def keep(figure: Any, path: Path) -> None:
+        save(figure, path)
+        extents.extend(text.get_window_extent() for text in figure.axes[0].texts)
+
+    monkeypatch.setattr(draw, "_save", keep)
+    draw_detections(GREY, _crowd(8), NAMES, tmp_path / "a.png")
+    assert len(extents) == 8
+    for i, first in enumerate(extents):
+        assert not any(first.overlaps(other) for other in extents[i + 1 :])
+
+
+def test_number_of_drawn_detections_is_limited_by_score(tmp_path: Path) -> None:
+    found = _detections(scores=np.array([0.7, 0.9]))
+    del found["masks"]
+    assert draw_detections(GREY, found, NAMES, tmp_path / "a.png", max_drawn=1) == 1
+    picture = _read(tmp_path / "a.png")
+    assert (picture[100:200, 100:300] == 120).all()
+    assert (picture[465:, 560:] != 120).any(), "a note says how many are drawn"
+    with pytest.raises(UsageError, match="max_drawn of at least 1, got 0"):
+        draw_detections(GREY, found, NAMES, tmp_path / "a.png", max_drawn=0)

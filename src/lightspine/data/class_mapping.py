@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lightspine.data.image_folder import find_class_folders
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.files import text_from_path
 from lightspine.utils.image_files import ImageListing, list_image_files
 
 _NUMBER = re.compile(r"(\d+)$")
@@ -82,15 +83,17 @@ class ClassMapping:
                 )
             return list(self.folder_order)
         folders = self.folders or {}
-        if unknown := [name for name in names if name not in folders]:
+        written = [text_from_path(name) for name in names]
+        if unknown := [name for name in written if name not in folders]:
             raise UsageError(f"folder {unknown[0]} of {root} is not in the class mapping")
-        return [folders[name] for name in names]
+        return [folders[name] for name in written]
 
     def _image_labels(self, path: Path) -> tuple[int, ...]:
         if self.images is not None:
-            if path.name not in self.images:
+            name = text_from_path(path.name)
+            if name not in self.images:
                 raise UsageError(f"image {path} is not in the class mapping")
-            return self.images[path.name]
+            return self.images[name]
         order = self.image_order or ()
         number = _NUMBER.search(path.stem)
         if number is None or not 1 <= int(number[1]) <= len(order):

@@ -19,6 +19,7 @@ from lightspine.data.split_names import (
     looks_like_split,
 )
 from lightspine.errors import UsageError
+from lightspine.utils.files import text_from_path
 from lightspine.utils.image_files import ImageListing, list_folders, open_image
 from lightspine.utils.packed_strings import PackedStrings
 
@@ -88,7 +89,7 @@ def scan_image_folder(
     if val_root is None:
         splits = FolderSplits(class_names, *train_val_split(class_names, train, val_fraction, seed))
     else:
-        if unknown := sorted(set(find_class_folders(val_root)) - set(class_names)):
+        if unknown := sorted(set(map(text_from_path, find_class_folders(val_root))) - set(class_names)):
             raise UsageError(f"class {unknown[0]} is in {val_root} but not in {train_root}")
         splits = FolderSplits(class_names, train, list_images(val_root, class_names, listing=listing)[1])
     listing.report()
@@ -149,15 +150,17 @@ def list_images(
     """
     root = Path(root)
     found = find_class_folders(root)
-    names = list(class_names) if class_names is not None else found
+    # Class names are saved with the model, so they must not depend on the locale as file names do.
+    texts = [text_from_path(name) for name in found]
+    names = list(class_names) if class_names is not None else texts
     indices = {name: number for number, name in enumerate(names)}
     own = ImageListing(root) if listing is None else listing
     samples = []
-    for name in found:
+    for folder, name in zip(found, texts, strict=True):
         index = indices.get(name, indices.get(synset_description(name) or name))
         if index is None:
             raise UsageError(f"class {name} of {root} is not among the model's {len(names)} classes")
-        files = own.list(root / name)
+        files = own.list(root / folder)
         if not files:
             reason = f"; left out: {own.left_out}" if own.left_out else ""
             raise UsageError(f"class {name} of {root} has no image{reason}")

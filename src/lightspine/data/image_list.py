@@ -14,6 +14,7 @@ from lightspine.data.class_names import (
 from lightspine.data.image_folder import FolderSplits, Sample, train_val_split
 from lightspine.data.split_names import TRAIN_SPLITS, VAL_SPLITS, find_split
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.files import path_from_text
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _COLUMNS = ("path", "label", "split")
@@ -126,4 +127,4 @@ def _read_row(file: Path, base: Path, line: int, row: list[str], columns: Sequen
     cells = dict(zip(columns, (cell.strip() for cell in row), strict=True))
     if not cells["path"] or not cells["label"]:
         raise UsageError(f"expected a path and a label in line {line} of {file}, got {row}")
-    return ListedImage(base / cells["path"], cells["label"], cells.get("split") or None)
+    return ListedImage(base / path_from_text(cells["path"]), cells["label"], cells.get("split") or None)

@@ -31,10 +31,14 @@ _MAX_NAME_LENGTH = 26
 _BRIGHTNESS = (1.0, 0.55, 0.8)
 _SATURATION = (0.8, 0.5)
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
+_LABEL_BOX = {"facecolor": "white", "edgecolor": "black", "linewidth": 0.5, "pad": 1.2}
 _HATCHES = ("", "///", "...", "xxx", "---", "\\\\\\", "ooo", "|||")
 _MIN_SIDE = 640
 # Up to these numbers of classes a confusion matrix shows values and names.
 _MAX_VALUES, _MAX_NAMES = 25, 50
+
+_Extent = tuple[float, float, float, float]
+"""Left, top, right, bottom in image pixels."""
 
 
 def draw_detections(
@@ -44,8 +48,11 @@ def draw_detections(
     path: str | Path,
     *,
     min_score: float = 0.5,
+    max_drawn: int | None = None,
 ) -> int:
     """Draw detections: boxes with class and score and, if given, masks with outlines.
+
+    Labels are placed so that they do not cover each other, as far as there is room.
 
     Args:
         image: 8-bit RGB.
@@ -54,30 +61,44 @@ def draw_detections(
         class_names: one name per class.
         path: PNG file to write.
         min_score: minimum score of the drawn detections.
+        max_drawn: maximum number of drawn detections, those of the highest scores (of the largest boxes
+            without scores); a note in the picture then gives their share. `None`: all.
 
     Returns:
         Number of drawn detections.
 
     Raises:
-        UsageError: masks of another size than the image.
+        UsageError: masks of another size than the image, or max_drawn below 1.
         LightspineError: the file cannot be written.
     """
     boxes = np.asarray(detections["boxes"], dtype=np.float64).reshape(-1, 4)
     labels = np.asarray(detections["labels"], dtype=np.int64) - 1
     scores = None if "scores" not in detections else np.asarray(detections["scores"], dtype=np.float64)
     drawn = np.arange(len(boxes)) if scores is None else np.flatnonzero(scores >= min_score)
+    if max_drawn is not None and max_drawn < 1:
+        raise UsageError(f"expected max_drawn of at least 1, got {max_drawn}")
     # Largest first, so that small objects inside large ones stay visible.
-    drawn = drawn[np.argsort(-np.prod(boxes[drawn, 2:] - boxes[drawn, :2], axis=1), kind="stable")]
+    found, areas = len(drawn), np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+    importance = areas if scores is None else scores
+    drawn = drawn[np.argsort(-importance[drawn], kind="stable")][:max_drawn]
+    drawn = drawn[np.argsort(-areas[drawn], kind="stable")]
     figure, axes, scale = _canvas(image, legend=False)
     if "masks" in detections and len(drawn):
         _draw_masks(axes, image, _squeeze_masks(detections["masks"])[drawn], labels[drawn], scale)
     crowded = len(drawn) > 30
     for number in drawn:
         _draw_box(axes, boxes[number], _class_color(labels[number]), scale)
-        # Hundreds of tags would cover the objects; a single class needs none.
-        if not (crowded and len(class_names) == 1):
+    # Hundreds of labels would cover the objects; a single class needs none.
+    if not (crowded and len(class_names) == 1):
+        placed: list[_Extent] = []
+        for number in drawn[np.argsort(-importance[drawn], kind="stable")]:
             text = class_names[labels[number]] + ("" if scores is None else f" {scores[number]:.2f}")
-            _draw_tag(axes, boxes[number], text, small=crowded)
+            _draw_label(axes, boxes[number], text, scale, image.size, placed, small=crowded)
+    if len(drawn) < found:
+        note = f"{len(drawn)} of {found} drawn"
+        axes.text(
+            0.99, 0.01, note, transform=axes.transAxes, fontsize=8, ha="right", va="bottom", bbox=_LABEL_BOX
+        )
     _save(figure, path)
     return len(drawn)
 
@@ -139,6 +160,30 @@ def draw_classes(
         labelspacing=0.35,
         borderaxespad=0.6,
     )
+    _save(figure, path)
+
+
+def draw_image_grid(images: Sequence[Image.Image], titles: Sequence[str], path: str | Path) -> None:
+    """Draw images in rows of up to six, each with a title.
+
+    Args:
+        images: 8-bit RGB images of any size, at least one.
+        titles: one title per image.
+        path: PNG file to write.
+
+    Raises:
+        LightspineError: the file cannot be written.
+    """
+    columns = min(len(images), 6)
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(2.0 * columns, 2.3 * rows), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, image, title in zip(grid, images, titles, strict=False):
+        axes.imshow(image)
+        axes.set_title(_truncate(title, 24), fontsize=9)
     _save(figure, path)
 
 
@@ -266,18 +311,43 @@ def _draw_box(axes: Axes, box: np.ndarray, color: tuple[float, ...], scale: floa
     )
 
 
-def _draw_tag(axes: Axes, box: np.ndarray, text: str, *, small: bool) -> None:
-    left, top = max(box[0], 0), max(box[1], 0)
-    axes.text(
-        left,
-        top,
-        text,
-        fontsize=5 if small else 8,
-        color="black",
-        va="top",
-        ha="left",
-        bbox={"facecolor": "white", "edgecolor": "black", "linewidth": 0.5, "pad": 1.2},
-        clip_on=True,
+def _draw_label(
+    axes: Axes,
+    box: np.ndarray,
+    text: str,
+    scale: float,
+    size: tuple[int, int],
+    placed: list[_Extent],
+    *,
+    small: bool,
+) -> None:
+    """Write the label of a box where it covers as little as possible of the labels placed so far."""
+    label = axes.text(
+        0, 0, text, fontsize=5 if small else 8, color="black", va="top", ha="left", bbox=_LABEL_BOX
+    )
+    label.set_clip_on(True)
+    extent = label.get_window_extent()
+    # From pixels of the picture to those of the image, with the border around the text.
+    width, height = (extent.width + 6) / scale, (extent.height + 6) / scale
+    left, top, right, bottom = box
+    best = min(
+        (
+            (min(max(x, 0), max(size[0] - width, 0)), min(max(y, 0), max(size[1] - height, 0)))
+            for y in (top, top - height, bottom - height, bottom, (top + bottom - height) / 2)
+            for x in (left, right - width)
+        ),
+        key=lambda place: _overlap((*place, place[0] + width, place[1] + height), placed),
+    )
+    placed.append((*best, best[0] + width, best[1] + height))
+    label.set_position((best[0] + 2 / scale, best[1] + 2 / scale))
+
+
+def _overlap(extent: _Extent, others: Sequence[_Extent]) -> float:
+    """Return the area that an extent shares with others."""
+    return sum(
+        max(min(extent[2], other[2]) - max(extent[0], other[0]), 0)
+        * max(min(extent[3], other[3]) - max(extent[1], other[1]), 0)
+        for other in others
     )
 
 

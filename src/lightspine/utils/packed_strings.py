@@ -13,7 +13,7 @@ class PackedStrings(Sequence[str]):
     list of strings: about 300 MB per worker for the file names of ImageNet.
 
     Args:
-        data: UTF-8 bytes of all strings, concatenated; (bytes,), uint8.
+        data: bytes of `encode_string` of all strings, concatenated; (bytes,), uint8.
         ends: end position of each string in `data`; (strings,), int64.
     """
 
@@ -23,8 +23,8 @@ class PackedStrings(Sequence[str]):
 
     @classmethod
     def pack(cls, strings: Iterable[str]) -> Self:
-        """Pack strings; surrogate escapes (undecodable bytes of file names) are preserved."""
-        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
+        """Pack strings; every string is returned unchanged."""
+        encoded = [encode_string(string) for string in strings]
         ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
 
@@ -43,4 +43,13 @@ class PackedStrings(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]
         start = int(self.ends[position - 1]) if position else 0
-        return self.data[start : int(self.ends[position])].tobytes().decode("utf-8", "surrogateescape")
+        return self.data[start : int(self.ends[position])].tobytes().decode("utf-8", "surrogatepass")
+
+
+def encode_string(string: str) -> bytes:
+    """Encode a string as UTF-8, and each surrogate by itself.
+
+    Surrogates stand for the bytes of a file name that the locale cannot decode. Several of them may form a
+    valid UTF-8 character, which the error handler "surrogateescape" would return as that character.
+    """
+    return string.encode("utf-8", "surrogatepass")

@@ -15,7 +15,7 @@ from lightspine.data.shards import ShardSource
 from lightspine.errors import UsageError
 from lightspine.utils.files import atomic_write
 from lightspine.utils.image_files import ImageListing, is_image_file, is_visible_folder, open_image
-from lightspine.utils.packed_strings import PackedStrings
+from lightspine.utils.packed_strings import PackedStrings, encode_string
 
 _NAMES, _ENDS = "names.bin", "ends.bin"
 
@@ -66,7 +66,7 @@ def write_listing(root: Path, listing: Path) -> None:
     end, found = 0, ImageListing(root)
     with atomic_write(listing / _NAMES) as names, atomic_write(listing / _ENDS) as ends:
         for name in found.walk(root):
-            encoded = os.fsencode(name)
+            encoded = encode_string(name)
             end += len(encoded)
             names.write(encoded)
             ends.write(np.int64(end).tobytes())
