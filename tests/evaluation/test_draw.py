@@ -49,7 +49,7 @@ def test_detections_without_masks_leave_the_inside_of_boxes(tmp_path: Path) -> N
     picture = _read(tmp_path / "a.png")
     assert (picture[300:440, 360:590] == 120).all()
     for border in (picture[246:254, 400:600], picture[300:440, 346:354]):
-        assert (border == 255).all(axis=2).any()
+        assert (border > 180).all(axis=2).any()
 
 
 def test_detections_are_legible_without_colour(tmp_path: Path) -> None:
