@@ -38,7 +38,9 @@ $(STAMP): pyproject.toml runtime/pyproject.toml
 		uv pip install --python $(BIN)/python -e ./runtime -e '.[dev]'; \
 	else \
 		test -d $(VENV) || $(PYTHON) -m venv $(VENV); \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ./runtime -e '.[dev]'; \
+		echo "installing lightspine and its dependencies into $(VENV); PyTorch is a large download"; \
+		$(BIN)/python tools/install.py $(VENV)/install.log \
+			$(BIN)/python -m pip install --disable-pip-version-check -e ./runtime -e '.[dev]'; \
 	fi
 	@touch $@
 

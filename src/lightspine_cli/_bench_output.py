@@ -75,8 +75,6 @@ _CUDA_NOTES = (
     ("special %", "time of the exponentials, logarithms and reciprocals, divided by the measured time"),
     ("MiB", "peak of PyTorch's allocator above the inputs"),
 )
-# A higher load average means that other processes used a core half of the time.
-_BUSY_LOAD = 0.5
 
 
 def print_models(result: Any) -> None:
@@ -87,6 +85,7 @@ def print_models(result: Any) -> None:
         [
             ("processor", f"{system['processor']}, threads: {result.settings['threads']}"),
             ("torch, timm", f"{system['versions']['torch']}, {system['versions']['timm']}, {system['date']}"),
+            ("load before", _load_text(system.get("load_average"))),
             ("matrix product", rates),
         ]
     )
@@ -123,12 +122,11 @@ def print_presets(presets: list[Any]) -> None:
 def print_ops(report: Any) -> None:
     """Print a `lightspine.benchmark.ops.OpsReport`."""
     system, load = report.system, report.load_before
-    busy = "" if load is None or load <= _BUSY_LOAD else " (the machine was busy, times are unreliable)"
     print_pairs(
         [
             ("processor", f"{system['processor']}, threads: {report.threads}"),
             ("torch", f"{system['versions']['torch']}, {system['date']}"),
-            ("load before", "unknown" if load is None else f"{load:.2f}{busy}"),
+            ("load before", _load_text(load)),
         ]
     )
     if timed := [_time_cells(row) for row in report.rows if row.times]:
@@ -264,3 +262,7 @@ def _memory_cells(row: Any) -> tuple[str, ...]:
         f"{memory.forward / memory.outputs:.3f}",
         f"{memory.backward / memory.inputs:.2f}",
     )
+
+
+def _load_text(load: float | None) -> str:
+    return "unknown" if load is None else f"{load:.2f}"

@@ -1,6 +1,7 @@
 """Output of the commands: aligned tables, or JSON."""
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,6 +9,12 @@ from typing import Any
 def print_json(value: Any) -> None:
     """Print a value as indented JSON."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def warn(message: str | None) -> None:
+    """Print a warning to standard error; None prints nothing."""
+    if message is not None:
+        print(f"lightspine: warning: {message}", file=sys.stderr)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._output import print_json
+from lightspine_cli._output import print_json, warn
 
 PARTS = ("time", "memory", "models")
 _EXPORT_MODELS = (
@@ -116,7 +116,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", type=_parse_names, metavar="A,B", help="float32, bfloat16, float16 (default: float32)"
     )
     parser.add_argument("--device", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--threads", type=int, help="threads of torch and ONNX Runtime (default: 2)")
+    parser.add_argument(
+        "--threads", type=int, help="threads of torch and ONNX Runtime (default: OMP_NUM_THREADS, or 2)"
+    )
     parser.add_argument("--train", action="store_true", default=None, help="also measure a training step")
     parser.add_argument("--repeats", type=int, help="timed calls of each row (default: 15)")
     parser.add_argument("--warmup", type=int, help="untimed calls of each row (default: 2)")
@@ -154,7 +156,7 @@ def _add_ops_options(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="on cuda: float32, bfloat16, float16 (default: bfloat16); on cpu float32 only",
     )
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: OMP_NUM_THREADS, or 2)")
     parser.add_argument(
         "--repeats", type=int, default=15, help="timed calls of each function (default: %(default)s)"
     )
@@ -170,7 +172,7 @@ def _add_ops_options(parser: argparse.ArgumentParser) -> None:
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", type=_parse_names, metavar="A,B")
     parser.add_argument("--batch", default="1,8", metavar="1,8")
-    parser.add_argument("--threads", default="2")
+    parser.add_argument("--threads")
     parser.add_argument("--repeats", default="15")
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     parser.add_argument("--json", action="store_true")
@@ -180,7 +182,9 @@ def _run_export(args: argparse.Namespace) -> int:
     """Run the model benchmark in place of the deprecated `bench export`."""
     models = args.models or _EXPORT_MODELS
     arguments = [*models, "--mode", "eager,optimized,onnx", "--batch", args.batch]
-    arguments += ["--threads", args.threads, "--repeats", args.repeats]
+    arguments += ["--repeats", args.repeats]
+    if args.threads is not None:
+        arguments += ["--threads", args.threads]
     if args.out is not None:
         # The option used to take a file.
         arguments += ["--out", str(args.out.with_suffix(""))]
@@ -212,8 +216,10 @@ def _run_models(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _measure_models(args: argparse.Namespace, arguments: list[str]) -> Any:
+    from lightspine.benchmark.noise import describe_busy_machine, describe_spread
     from lightspine.benchmark.runner import Destination, bench_models
     from lightspine.benchmark.settings import BenchSettings
+    from lightspine.benchmark.system import load_average
 
     specs, preset_settings = _select_models(args)
     given = {
@@ -238,14 +244,28 @@ def _measure_models(args: argparse.Namespace, arguments: list[str]) -> Any:
         command=("lightspine", "bench", *(word for word in arguments if word != "--resume")),
         preset=args.preset,
     )
+
+    def start(steps: int) -> None:
+        # Called when all arguments are checked.
+        warn(describe_busy_machine(load_average(), settings.threads))
+        progress.update(task, total=steps)
+
     with _progress() as (progress, task):
-        return bench_models(
+        result = bench_models(
             specs,
             settings,
             destination,
-            on_plan=lambda total: progress.update(task, total=total),
+            on_plan=start,
             on_step=lambda text, steps: progress.update(task, advance=steps, description=text),
         )
+    timings = {
+        f"{row.model} ({part.replace('_', ' ')}, {row.mode}, batch {row.batch})": timing
+        for row in result.rows
+        for part in ("forward", "train_step")
+        if (timing := getattr(row, part)) is not None
+    }
+    warn(describe_spread(timings))
+    return result
 
 
 def _select_models(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
@@ -266,6 +286,7 @@ def _select_models(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]
 
 
 def _run_ops(args: argparse.Namespace) -> int:
+    from lightspine.benchmark.noise import default_threads, describe_busy_machine, describe_spread
     from lightspine.benchmark.ops import count_steps, measure_ops
     from lightspine.benchmark.ops_cases import CASES, find_cases
     from lightspine.errors import UsageError
@@ -276,16 +297,24 @@ def _run_ops(args: argparse.Namespace) -> int:
     if args.dtype not in (None, ("float32",)):
         raise UsageError(f"expected dtype float32 on cpu, got {', '.join(args.dtype)}")
     batches, parts = args.batch or (1, 8), args.parts or PARTS
+    threads = default_threads() if args.threads is None else args.threads
     with _progress() as (progress, task):
         progress.update(task, total=count_steps(cases, batches, parts))
         report = measure_ops(
             cases,
             batches,
-            threads=args.threads,
+            threads=threads,
             repeats=args.repeats,
             parts=parts,
             on_step=lambda text: progress.update(task, advance=1, description=text),
         )
+    timings = {
+        f"{row.case.name} ({name}, batch {row.batch})": timing
+        for row in report.rows
+        for name, timing in row.times.items()
+    }
+    warn(describe_busy_machine(report.load_before, threads))
+    warn(describe_spread(timings))
     if args.json:
         print_json(report.as_dict())
         return 0

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._output import print_json, print_pairs, print_table
+from lightspine_cli._output import print_json, print_pairs, print_table, warn
 from lightspine_cli.bench_command import parse_size
 
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--train", action="store_true", help="profile a training step")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: OMP_NUM_THREADS, or 2)")
     parser.add_argument("--repeats", type=int, default=5, help="runs per measurement (default: %(default)s)")
     parser.add_argument("--top", type=int, default=15, help="rows of each table (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write profile.json and trace.json here")
@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
     """Profile the model and print the tables."""
     from rich.console import Console
 
+    from lightspine.benchmark import Timing
     from lightspine.benchmark.model_specs import parse_model
+    from lightspine.benchmark.noise import default_threads, describe_busy_machine, describe_spread
     from lightspine.benchmark.profiling import ProfileSettings, profile_model
     from lightspine.errors import UsageError
 
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         mode=args.mode,
         dtype=args.dtype,
         device=args.device,
-        threads=args.threads,
+        threads=default_threads() if args.threads is None else args.threads,
         train=args.train,
         repeats=args.repeats,
     )
@@ -64,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
             profile = profile_model(spec, settings, args.out, on_step=lambda text: status.update(text))
     else:
         profile = profile_model(spec, settings, args.out)
+    timing = Timing(median_ms=profile.run_ms, p90_ms=profile.run_p90_ms, repeats=settings.repeats)
+    warn(describe_busy_machine(profile.system["load_average"], settings.threads))
+    warn(describe_spread({profile.model: timing}))
     if args.json:
         print_json(profile.as_dict())
     else:

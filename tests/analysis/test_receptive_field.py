@@ -9,7 +9,12 @@ from torch import nn
 
 import lightspine
 from lightspine.analysis import erf, open_model
-from lightspine.analysis.receptive_field import compute_field, contribution_curve
+from lightspine.analysis.receptive_field import (
+    ErfResult,
+    ReceptiveField,
+    compute_field,
+    contribution_curve,
+)
 from lightspine.analysis.stages import Stage
 from lightspine.errors import UsageError
 from lightspine.models.checkpoint import save_checkpoint
@@ -53,7 +58,7 @@ def test_curve_of_linear_convolutions_is_that_of_their_kernel() -> None:
 def test_strided_map_is_centred_on_the_patch_of_its_central_position() -> None:
     patches = nn.Sequential(nn.Conv2d(1, 1, 4, 4, bias=False))
     nn.init.ones_(patches[0].weight)
-    field = compute_field(patches, Stage(0, "0", 1), [torch.rand(1, 1, 16, 8)])
+    field = compute_field(patches, Stage(0, "0", 1), [torch.rand(1, 1, 16, 12)])
     assert field.center == (10, 6)
     assert field.side_of(0.99) == 4
 
@@ -95,3 +100,22 @@ def test_images_of_different_native_sizes_are_refused(tmp_path: Path) -> None:
     images = [write_image(tmp_path / f"{side}.png", (9, 99, 200), size=(side, 40)) for side in (40, 50)]
     with pytest.raises(UsageError, match="images of one size to average over, got 40x40, 40x50"):
         erf(open_model("shvit_s1", size="native"), images)
+
+
+def test_map_without_a_center_is_refused(tmp_path: Path) -> None:
+    image = write_image(tmp_path / "a.png", (9, 99, 200), size=(96, 96))
+    message = "expected a map of at least 3 x 3 positions, got 2 x 2 of .* for images of 96 x 96 px"
+    with pytest.raises(UsageError, match=message):
+        erf(open_model("shvit_s1", size=96), [image])
+
+
+def test_square_is_drawn_inside_the_image() -> None:
+    # All of the contribution is in a corner, and the center is off the middle, as with an even map.
+    contribution = np.zeros((64, 64))
+    contribution[0, 0] = 1.0
+    center = (40.0, 40.0)
+    field = ReceptiveField("trained", contribution, center, *contribution_curve(contribution, center))
+    axes = ErfResult("model", "stages.3", 1, [field]).figure().axes[0]
+    [square] = axes.patches
+    assert (square.get_x(), square.get_y()) == (0, 0)
+    assert (square.get_width(), square.get_height()) == (64, 64)

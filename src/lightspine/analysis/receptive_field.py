@@ -21,6 +21,9 @@ _DECADES = 4
 _HALF = 0.5
 _LINES = {"untrained": ("0.55", "--"), "trained": ("black", "-")}
 
+MIN_MAP = 3
+"""Smallest side of a map with a central position: one of a 2 x 2 map covers a quarter of the image."""
+
 SHARES = (0.2, 0.3, 0.5, 0.99)
 """Shares of the contribution for which the side of the square is reported, as in the literature."""
 
@@ -96,12 +99,13 @@ def erf(
         handle: see `lightspine.analysis.open_model`.
         images: files or open images of one size after preprocessing; about 10 give a smooth map, papers use
             50.
-        stage: index of a stage in the model's `feature_info`; the last one by default.
+        stage: index of a stage in the model's `feature_info`; the last one by default. Its map needs 3 x 3
+            positions or more.
         compare_untrained: also compute the field of the untrained architecture, if the model is trained.
 
     Raises:
-        UsageError: there is no image, the images have different sizes, the stage does not exist, or no pixel
-            contributes to it.
+        UsageError: there is no image, the images have different sizes, the stage does not exist, its map is
+            too small, or no pixel contributes to it.
         LightspineError: an image cannot be read.
     """
     stages = list_stages(handle.network)
@@ -129,7 +133,7 @@ def compute_field(
         state: `state` of the result.
 
     Raises:
-        UsageError: no pixel contributes.
+        UsageError: the map is too small, or no pixel contributes.
     """
     size = int(inputs[0].shape[2]), int(inputs[0].shape[3])
     total = np.zeros(size)
@@ -138,6 +142,7 @@ def compute_field(
         with torch.enable_grad(), record_outputs(network, [stage.module]) as outputs:
             network(pixels)
             features = as_map(network, outputs[stage.module], stage.channels, size)
+            _check_map(stage, features, size)
             cell = features.shape[2] // 2, features.shape[3] // 2
             center = features[:, :, cell[0], cell[1]].relu().sum()
             (gradient,) = torch.autograd.grad(center, pixels)
@@ -153,6 +158,15 @@ def compute_field(
     )
     sides, shares = contribution_curve(contribution, middle)
     return ReceptiveField(state, contribution, middle, sides, shares)
+
+
+def _check_map(stage: Stage, features: Tensor, size: tuple[int, int]) -> None:
+    height, width = features.shape[2:]
+    if min(height, width) < MIN_MAP:
+        raise UsageError(
+            f"expected a map of at least {MIN_MAP} x {MIN_MAP} positions, got {height} x {width} of "
+            f"{stage.module} for images of {size[0]} x {size[1]} px: use larger images or an earlier stage"
+        )
 
 
 def contribution_curve(
@@ -198,8 +212,12 @@ def _draw_erf(result: ErfResult) -> "Figure":
             interpolation="nearest",
         )
         side, (y, x) = field.side_of(_HALF), field.center
+        height, width = relative.shape
+        # The center of a map with an even side is half a position off that of the image.
+        left, right = max(x - side / 2, 0.0), min(x + side / 2, float(width))
+        top, bottom = max(y - side / 2, 0.0), min(y + side / 2, float(height))
         axis.add_patch(
-            Rectangle((x - side / 2, y - side / 2), side, side, fill=False, edgecolor="white", linewidth=1.1)
+            Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="white", linewidth=1.1)
         )
         axis.set_title(f"{field.state}: half within {side} px", fontsize=9)
         axis.set_xticks([0, relative.shape[1]])

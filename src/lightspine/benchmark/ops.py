@@ -1,7 +1,6 @@
 """Benchmark of the scan operators on a CPU: time, peak memory, share of a model's forward pass."""
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from lightspine.benchmark.peak_rss import (
 )
 from lightspine.benchmark.profiling import measure_operators
 from lightspine.benchmark.saved_activations import count_saved_bytes
-from lightspine.benchmark.system import describe_system
+from lightspine.benchmark.system import describe_system, load_average
 from lightspine.blocks import VimBlock, VSSBlock
 from lightspine.errors import LightspineError, UsageError
 from lightspine.utils.devices import torch_threads
@@ -165,7 +164,7 @@ def measure_ops(
     numbers = [*batches, repeats, *([] if threads is None else [threads])]
     if min(numbers) < 1:
         raise UsageError(f"batches, repeats and threads must be at least 1, got {min(numbers)}")
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load = load_average()
     rows = {(case.name, batch): OpsRow(case=case, batch=batch) for batch in batches for case in cases}
     shares: dict[str, ScanShare] = {}
     saved: list[SavedActivations] = []

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,9 @@ import torch.nn as nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from lightspine.benchmark.interleaved_timing import summarize
 from lightspine.benchmark.model_specs import ModelSpec
+from lightspine.benchmark.noise import default_threads
 from lightspine.benchmark.prepare import prepare_row
 from lightspine.benchmark.settings import BenchSettings, plan_groups
 from lightspine.benchmark.system import describe_system
@@ -42,7 +44,7 @@ class ProfileSettings:
         mode: "eager" or "optimized".
         dtype: "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda".
-        threads: torch threads.
+        threads: torch threads; by default `OMP_NUM_THREADS`, or 2.
         train: profile a training step; module times are still those of its forward pass.
         repeats: runs per measurement, after two warm-up runs.
     """
@@ -52,7 +54,7 @@ class ProfileSettings:
     mode: ProfileMode = "eager"
     dtype: str = "float32"
     device: str = "cpu"
-    threads: int = 2
+    threads: int = field(default_factory=default_threads)
     train: bool = False
     repeats: int = 5
 
@@ -121,6 +123,7 @@ class ModelProfile:
         settings: the settings, with the height and width of the images.
         system: see `describe_system`.
         run_ms: median of a run without hooks and profiler.
+        run_p90_ms: 90th percentile (nearest rank) of these runs.
         modules: slowest first.
         operators: slowest first, and the share of the scans.
     """
@@ -130,6 +133,7 @@ class ModelProfile:
     settings: dict[str, Any]
     system: dict[str, Any]
     run_ms: float
+    run_p90_ms: float
     modules: list[ModuleTime]
     operators: OperatorTimes
 
@@ -181,6 +185,8 @@ def profile_model(
     [[job]] = plan_groups([spec], bench_settings)
     device = torch.device(settings.device)
     with torch_threads(settings.threads):
+        # Before the measurement, which raises the load average.
+        system = describe_system()
         on_step("building the model")
         prepared = prepare_row(job, None, train=settings.train)
         model: nn.Module
@@ -198,7 +204,7 @@ def profile_model(
         on_step("timing runs")
         for _ in range(2):
             run()
-        run_ms = 1000 * statistics.median(_time_call(run) for _ in range(settings.repeats))
+        timing = summarize([_time_call(run) for _ in range(settings.repeats)])
         on_step("timing modules")
         modules = measure_modules(model, run, repeats=settings.repeats, wait=lambda: synchronize(device))
         on_step("timing operators")
@@ -208,13 +214,13 @@ def profile_model(
             device=settings.device,
             trace=None if folder is None else folder / TRACE_NAME,
         )
-        system = describe_system()
     result = ModelProfile(
         model=spec.name,
         source=spec.source,
         settings=asdict(settings) | {"size": [job.row.height, job.row.width]},
         system=system,
-        run_ms=run_ms,
+        run_ms=timing.median_ms,
+        run_p90_ms=timing.p90_ms,
         modules=modules,
         operators=operators,
     )

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from lightspine.benchmark.model_specs import ModelSpec, check_image_size, evaluation_size
+from lightspine.benchmark.noise import default_threads
 from lightspine.benchmark.results import Mode, Row
 from lightspine.errors import UsageError
 
@@ -23,7 +24,7 @@ class BenchSettings:
         modes: any of "eager", "optimized", "compile", "onnx".
         dtypes: any of "float32", "bfloat16", "float16".
         device: "cpu" or "cuda".
-        threads: threads of torch and of ONNX Runtime.
+        threads: threads of torch and of ONNX Runtime; by default `OMP_NUM_THREADS`, or 2.
         train: also measure a training step, in the modes eager and compile.
         repeats: timed calls of each row.
         warmup: untimed calls of each row at the start.
@@ -39,7 +40,7 @@ class BenchSettings:
     modes: tuple[Mode, ...] = ("eager",)
     dtypes: tuple[str, ...] = ("float32",)
     device: str = "cpu"
-    threads: int = 2
+    threads: int = field(default_factory=default_threads)
     train: bool = False
     repeats: int = 15
     warmup: int = 2

@@ -36,13 +36,14 @@ def describe_system() -> dict[str, Any]:
     """Return date, processor, threads, devices and package versions as plain values for JSON.
 
     Versions come from the installed metadata, so no package is imported. A package that is not installed has
-    the version `None`.
+    the version `None`. The load average is that of the last minute, `None` where the system has none.
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "platform": platform.platform(),
         "processor": _processor_name(),
-        "processors_usable": _usable_processors(),
+        "processors_usable": usable_processors(),
+        "load_average": load_average(),
         "torch_threads": torch.get_num_threads(),
         "freed_memory": "kept" if keeps_freed_memory() else "handed back",
         "devices": _devices(),
@@ -67,7 +68,13 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _usable_processors() -> int:
+def load_average() -> float | None:
+    """Return the load average of the last minute, or None where the system has none."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def usable_processors() -> int:
+    """Return the number of processors that this process may use."""
     # A container or taskset may grant fewer processors than the machine has.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
