@@ -6,7 +6,7 @@ Examples:
   lightspine train --config digits_vim_tiny --folder runs/digits --resume
 
 `lightspine recipes` lists the recipes. The folder of the run gets model.safetensors (for `evaluate`,
-`predict` and `export`), metrics.csv, curves.png, config.yaml and the checkpoints best.ckpt and last.ckpt.
+`predict` and `export`), metrics.csv, curves.png, config.yaml, and the checkpoints best.ckpt and last.ckpt.
 """
 
 import argparse
@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="resume from a last.ckpt, by default from the one in --folder",
     )
-    run.add_argument("--export", choices=("last", "best"), help="epoch whose weights are exported")
+    run.add_argument(
+        "--export", choices=("last", "best"), help="epoch whose weights are exported (default: best)"
+    )
     run.add_argument("--save-every-steps", metavar="N", type=int, help="also write last.ckpt every N steps")
     run.add_argument(
         "--effective-batch", metavar="N", type=int, help="images per optimizer step, by gradient accumulation"

@@ -22,9 +22,7 @@ def install(folder: Path, program: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_warnings_go_to_the_log_alone(tmp_path: Path) -> None:
-    program = (
-        "import sys; print('Collecting timm'); print('WARNING: no matter', file=sys.stderr)"
-    )
+    program = "import sys; print('Collecting timm'); print('WARNING: no matter', file=sys.stderr)"
     run = install(tmp_path, program)
     assert (run.returncode, run.stderr) == (0, "")
     assert re.fullmatch(r"installed in \d:\d\d; all messages are in .*install\.log\n", run.stdout)

@@ -27,7 +27,7 @@ def test_short_flags_are_replaced_wherever_they_are() -> None:
         (["--model", "DetectionTask"], ["shorter=96", "longest=160"]),
         (
             ["--config=finetune_segmentation_folder"],
-            ["crop=[96, 96]", "scale=[384, 96]", "val_scale=[384, 96]"],
+            ["crop=[96, 96]", "scale=[96, 384]"],
         ),
         (["--config=finetune_coco", "--model=ClassificationTask"], ["image_size=96"]),
     ],

@@ -56,9 +56,9 @@ _KNOWN_ELSEWHERE = {
 def expand_short_flags(args: Sequence[str]) -> list[str]:
     """Replace `--epochs`, `--lr`, `--batch-size` and `--size` by the options that they stand for.
 
-    `--size N` is the height and width of images for a classifier, the crop for a segmenter (in images whose
-    shorter side is N on average) and the shorter side of images for a detector (the longer side is at most
-    5/3 N, the ratio of COCO's usual 800 and 1333).
+    `--size N` is the height and width of images for a classifier, the shorter side of images for a detector
+    (the longer side is at most 5/3 N, the ratio of COCO's usual 800 and 1333) and for a segmenter (at most
+    4 N, as in ADE20K's recipes), which trains on crops of N x N.
 
     Args:
         args: arguments of `lightspine train`.
@@ -112,11 +112,7 @@ def _size_flags(size: int, args: Sequence[str]) -> list[str]:
     if task == "DetectionTask":
         values = {"shorter": str(size), "longest": str(round(size * 5 / 3))}
     elif task == "SegmentationTask":
-        values = {
-            "crop": f"[{size}, {size}]",
-            "scale": f"[{4 * size}, {size}]",
-            "val_scale": f"[{4 * size}, {size}]",
-        }
+        values = {"crop": f"[{size}, {size}]", "scale": f"[{size}, {4 * size}]"}
     else:
         values = {"image_size": str(size)}
     return [f"--data.init_args.{key}={value}" for key, value in values.items()]
