@@ -77,6 +77,7 @@ def predict_dense_files(args: argparse.Namespace, checkpoint: Any) -> int:
         out=args.out,
         labels=args.labels,
         coco=args.coco,
+        max_drawn=args.max_drawn,
         **_detector_arguments(args),
         **_segmenter_arguments(args),
         skipped=skipped,
@@ -124,11 +125,20 @@ def _print_classes(report: dict[str, Any]) -> None:
     classes = report["classes"]
     if isinstance(classes, dict):
         kinds = list(report["scores"])
-        rows = [(name, *(_percent(entry[kind]) for kind in kinds)) for name, entry in classes.items()]
-        columns: tuple[str, ...] = ("class", *(f">{kind} AP %" for kind in kinds))
+        best = {name: report["best_f1"][name]["box"] for name in classes}
+        rows = [
+            (name, *(_percent(entry[kind]) for kind in kinds), *_best_f1(best[name]))
+            for name, entry in classes.items()
+        ]
+        columns: tuple[str, ...] = (
+            "class",
+            *(f">{kind} AP %" for kind in kinds),
+            *(">precision %", ">recall %", ">best F1 %", ">at score"),
+        )
     else:
-        rows = [(row["name"], _percent(row["IoU"]), _percent(row["accuracy"])) for row in classes]
-        columns = ("class", ">IoU %", ">accuracy %")
+        kinds = ["IoU", "accuracy", "precision", "F1"]
+        rows = [(row["name"], *(_percent(row[kind]) for kind in kinds)) for row in classes]
+        columns = ("class", *(f">{kind} %" for kind in kinds))
     seen = [row for row in rows if any(value != "-" for value in row[1:])]
     title = None
     if len(seen) > MAX_CLASS_ROWS:
@@ -151,6 +161,9 @@ def _print_scores(report: dict[str, Any]) -> None:
             pairs.append((f"{name} %", numbers))
         else:
             pairs.append((name, f"{value:.2f} %"))
+    if baseline := report.get("majority_baseline"):
+        scores = f"mIoU {baseline['mIoU']:.2f} %, aAcc {baseline['aAcc']:.2f} %"
+        pairs.append(("baseline", f"{scores} by always predicting {baseline['class']}"))
     memory = "" if speed["peak_mib"] is None else f", {speed['peak_mib']:.0f} MiB peak memory"
     pairs.append(
         (
@@ -160,6 +173,13 @@ def _print_scores(report: dict[str, Any]) -> None:
         )
     )
     print_pairs(pairs)
+
+
+def _best_f1(point: dict[str, float] | None) -> tuple[str, ...]:
+    """Format the box precision, recall and F1 at the score threshold of the highest F1."""
+    if point is None:
+        return ("-", "-", "-", "-")
+    return (*(_percent(point[name]) for name in ("precision", "recall", "F1")), f"{point['score']:.2f}")
 
 
 def _percent(value: float | None) -> str:

@@ -35,6 +35,7 @@ EVALUATE_TASKS = _SHARED_TASKS | {
 
 PREDICT_TASKS = _SHARED_TASKS | {
     "coco": _DETECTOR,
+    "max_drawn": _DETECTOR,
     "labels": _SEGMENTER,
     "topk": _CLASSIFIER,
     "data": _CLASSIFIER,
@@ -121,6 +122,12 @@ def add_dense_prediction_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `predict` for detectors and segmenters."""
     detectors = parser.add_argument_group("detectors (--out: folder for the drawings)")
     _add_detector_options(detectors, "0.5")
+    detectors.add_argument(
+        "--max-drawn",
+        type=int,
+        metavar="N",
+        help="maximum number of objects drawn into an image (default: 100)",
+    )
     detectors.add_argument("--coco", type=Path, metavar="FILE", help="write the objects as COCO results")
     segmenters = _add_segmenter_options(parser)
     segmenters.add_argument("--labels", action="store_true", help="also write label maps to --out")

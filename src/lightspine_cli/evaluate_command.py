@@ -117,14 +117,14 @@ def _print_classes(classes: dict[str, dict[str, Any]] | None) -> None:
     title = None
     if len(rows) > MAX_CLASS_ROWS:
         rows = sorted(rows, key=lambda row: row[1]["top1"])[:10]
-        title = f"10 of {len(classes)} classes with the lowest accuracy (--out writes all)"
+        title = f"10 of {len(classes)} classes with the lowest recall (--out writes all)"
     print_table(
-        ("class", ">images", ">top-1 %", "most confused with"),
+        ("class", ">images", ">recall %", ">precision %", ">F1 %", "most confused with"),
         [
             (
                 name,
                 str(entry["images"]),
-                "-" if entry["top1"] is None else f"{entry['top1']:.1f}",
+                *("-" if entry[key] is None else f"{entry[key]:.1f}" for key in ("top1", "precision", "f1")),
                 _confusion(entry),
             )
             for name, entry in rows
@@ -145,6 +145,14 @@ def _print_scores(report: dict[str, Any]) -> None:
     optional = [
         ("top-5", report["top5"], "{:.2f} %"),
         ("loss", report["loss"], "{:.4f}"),
+        ("macro recall", report["macro_recall"], "{:.2f} %"),
+        ("macro precision", report["macro_precision"], "{:.2f} %"),
+        ("macro F1", report["macro_f1"], "{:.2f} %"),
+        (
+            "baseline",
+            report["majority_baseline"],
+            "{:.2f} % top-1 by always predicting the most frequent class",
+        ),
     ]
     print_pairs(
         [

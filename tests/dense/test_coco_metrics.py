@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,22 @@ def test_add_of_values_that_are_not_finite_fails(part: str, tmp_path: Path) -> N
 def test_fewer_than_10_detections_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least 10, got 5"):
         CocoMetrics(read_small(tmp_path, square()), max_detections=5)
+
+
+def test_best_f1_is_at_the_score_that_separates_right_from_wrong(tmp_path: Path) -> None:
+    annotations = read_small(
+        tmp_path,
+        square(),
+        square(id=2, bbox=[40, 10, 20, 20]),
+        square(id=3, category_id=3, bbox=[0, 30, 9, 9]),
+    )
+    found = {
+        "boxes": torch.tensor([[10.0, 10, 30, 30], [40, 10, 60, 30], [0, 0, 9, 9], [30, 30, 50, 45]]),
+        "labels": torch.tensor([2, 2, 2, 2]),
+        "scores": torch.tensor([0.9, 0.6, 0.5, 0.1]),
+    }
+    metrics = CocoMetrics(replace(annotations, segmentations=None))
+    metrics.update([1], [found])
+    best = metrics.best_f1()
+    assert best["dog"]["box"] == pytest.approx({"precision": 100, "recall": 100, "F1": 100, "score": 0.6})
+    assert best["cat"]["box"] is None

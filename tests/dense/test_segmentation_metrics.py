@@ -112,3 +112,21 @@ def test_scores_without_a_labelled_pixel_fail() -> None:
 def test_scores_without_classes_are_refused() -> None:
     with pytest.raises(UsageError, match="at least one class"):
         SegmentationMetrics([])
+
+
+def test_precision_and_f1_of_a_class_are_those_of_its_pixels() -> None:
+    labels = torch.tensor([[[0, 0, 0, 1], [1, 255, 2, 2]]])
+    predictions = torch.tensor([[[0, 0, 1, 1], [0, 0, 2, 0]]])
+    sky, road, tree, car = _scored(predictions, labels).per_class()
+    # sky: 3 labeled, 4 predicted, 2 of them right (the ignored pixel does not count).
+    assert (sky["precision"], sky["accuracy"], sky["F1"]) == pytest.approx((50, 200 / 3, 400 / 7))
+    assert (road["precision"], road["F1"]) == (50, 50)
+    assert (tree["precision"], tree["F1"]) == pytest.approx((100, 200 / 3))
+    assert (car["precision"], car["F1"]) == (None, None)
+
+
+def test_majority_baseline_is_the_score_of_the_largest_class() -> None:
+    labels = torch.tensor([[[0, 0, 0, 1], [1, 255, 2, 2]]])
+    baseline = _scored(torch.full_like(labels, 3), labels).majority_baseline()
+    constant = _scored(torch.zeros_like(labels), labels).compute()
+    assert baseline == {"class": "sky"} | constant

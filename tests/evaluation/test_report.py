@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import precision_recall_fscore_support
 
 import lightspine
 from lightspine.errors import LightspineError, UsageError
@@ -167,3 +168,34 @@ def test_top5_counts_the_five_best() -> None:
     metrics = ClassificationMetrics(7)
     metrics.update(torch.arange(7.0).repeat(2, 1), torch.tensor([2, 1]))
     assert (metrics.compute()["top1"], metrics.compute()["top5"]) == (0, 50)
+
+
+def test_precision_recall_and_f1_are_those_of_scikit_learn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (200,), generator=generator)
+    logits = torch.randn(200, 6, generator=generator)
+    logits[:, 5] = -9  # neither labeled nor predicted
+    metrics = ClassificationMetrics(6)
+    metrics.update(logits, labels)
+    predicted = logits.argmax(1)
+    scores = precision_recall_fscore_support(labels, predicted, zero_division=0)
+    found = metrics.per_class(list("abcdef"))
+    assert found is not None
+    for key, values in zip(("precision", "top1", "f1"), scores[:3], strict=True):
+        assert [found[name][key] or 0 for name in "abcde"] == pytest.approx((100 * values).tolist())
+    assert found["e"]["top1"] is None
+    assert found["f"] | {"confused_with": None} == found["f"]
+    assert found["f"]["precision"] is None
+    assert found["f"]["f1"] is None
+    averages = precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
+    computed = metrics.compute()
+    names = ("macro_precision", "macro_recall", "macro_f1")
+    assert [computed[name] for name in names] == pytest.approx([100 * value for value in averages[:3]])
+    assert computed["majority_baseline"] == pytest.approx(100 * labels.bincount().max().item() / 200)
+
+
+def test_averages_are_missing_with_several_correct_classes() -> None:
+    metrics = ClassificationMetrics(3, right_classes=[(0, 1), (2,)])
+    metrics.update(torch.eye(3)[:2], torch.tensor([0, 1]))
+    found = metrics.compute()
+    assert [found[name] for name in ("macro_recall", "macro_f1", "majority_baseline")] == [None] * 3

@@ -145,6 +145,24 @@ class CocoMetrics:
             for label, name in enumerate(self.annotations.class_names)
         }
 
+    def best_f1(self) -> dict[str, dict[str, dict[str, float] | None]]:
+        """Return class name -> kind -> the point of the precision-recall curve with the highest F1.
+
+        `precision`, `recall` and `F1` in percent at IoU 0.5, from COCO's curve at 101 recalls, and `score`,
+        the score threshold of that point; `None` for a class without objects or correct detections.
+        """
+        order = np.argsort(np.argsort(self.annotations.category_ids)).tolist()
+        points = {}
+        for kind in self.kinds:
+            evaluation = self._evaluate(kind)
+            curves = (evaluation.eval[name][0, :, :, 0, -1].T for name in ("precision", "scores"))
+            recall = np.asarray(evaluation.params.recThrs)
+            points[kind] = [_highest_f1(*curve, recall) for curve in zip(*curves, strict=True)]
+        return {
+            name: {kind: points[kind][order[label]] for kind in self.kinds}
+            for label, name in enumerate(self.annotations.class_names)
+        }
+
     def _to_results(self, image_id: int, found: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         boxes, scores = found["boxes"].detach().cpu().double(), found["scores"].detach().cpu().double()
         labels = found["labels"].cpu()
@@ -205,6 +223,16 @@ class CocoMetrics:
         evaluation.summarize()
         self._evaluations[kind] = evaluation
         return evaluation
+
+
+def _highest_f1(precision: np.ndarray, scores: np.ndarray, recall: np.ndarray) -> dict[str, float] | None:
+    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(np.float64).eps)
+    best = int(f1.argmax())
+    # -1 marks classes without objects; 0 everywhere is a class without a correct detection.
+    if precision[best] <= 0:
+        return None
+    point = {"precision": precision[best], "recall": recall[best], "F1": f1[best]}
+    return {name: 100 * float(value) for name, value in point.items()} | {"score": float(scores[best])}
 
 
 def _percent(value: float) -> float | None:
@@ -288,7 +316,9 @@ class SegmentationMetrics:
         Raises:
             LightspineError: no labeled pixel was added.
         """
-        confusion = self.confusion()
+        return self._scores(self.confusion())
+
+    def _scores(self, confusion: np.ndarray) -> dict[str, float]:
         if not confusion.any():
             raise LightspineError(f"no labeled pixel in {self.num_images} images")
         iou, accuracy = _iou_and_accuracy(confusion)
@@ -298,21 +328,40 @@ class SegmentationMetrics:
             "aAcc": 100 * float(np.trace(confusion) / confusion.sum()),
         }
 
-    def per_class(self) -> list[dict[str, Any]]:
-        """Return one row per class: index, name, IoU and accuracy in percent, labeled and predicted pixels.
+    def majority_baseline(self) -> dict[str, Any]:
+        """Return the scores in percent of always predicting the class with the most labeled pixels.
 
-        IoU is None for a class that is neither labeled nor predicted, accuracy for one that is not labeled.
+        `class` is its name; the others are those of `compute`.
+
+        Raises:
+            LightspineError: no labeled pixel was added.
+        """
+        confusion = self.confusion()
+        largest = int(confusion.sum(axis=1).argmax())
+        constant = np.zeros_like(confusion)
+        constant[:, largest] = confusion.sum(axis=1)
+        return {"class": self.class_names[largest]} | self._scores(constant)
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """Return one row per class: index, name, percentages, labeled and predicted pixels.
+
+        `IoU`, `accuracy` (recall), `precision` and `F1` (Dice) are None where the denominator is 0: IoU and
+        F1 for a class that is neither labeled nor predicted, accuracy for one that is not labeled, precision
+        for one that is not predicted.
         """
         confusion = self.confusion()
         iou, accuracy = _iou_and_accuracy(confusion)
+        hits, true, found = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
         return [
             {
                 "class": number,
                 "name": name,
                 "IoU": None if np.isnan(iou[number]) else float(iou[number]),
                 "accuracy": None if np.isnan(accuracy[number]) else float(accuracy[number]),
-                "pixels": int(confusion[number].sum()),
-                "predicted": int(confusion[:, number].sum()),
+                "precision": 100 * float(hits[number] / found[number]) if found[number] else None,
+                "F1": 200 * float(hits[number] / both) if (both := true[number] + found[number]) else None,
+                "pixels": int(true[number]),
+                "predicted": int(found[number]),
             }
             for number, name in enumerate(self.class_names)
         ]

@@ -79,9 +79,10 @@ def evaluate(
         The report, JSON-serializable: `model`, `checkpoint`, `checkpoint_sha256`, `weights` ("ema" or "raw";
         None for a file with a single set of weights), `parameters`, `data`, `split`, `listing_sha256` (of
         image names and classes), `images`;
-        `top1` and `top5` in percent (`top5` is None with five classes or fewer), `loss`;
-        `classes` (`images`, `top1`, `top5`, `predicted`, `confused_with` per class; None, like the loss, if
-        images may have several correct classes);
+        `top1` and `top5` in percent (`top5` is None with five classes or fewer), `loss`, `macro_recall`,
+        `macro_precision`, `macro_f1` and `majority_baseline`, see `ClassificationMetrics`;
+        `classes` (`images`, `top1`, `top5`, `precision`, `f1`, `predicted`, `confused_with` per
+        class; None, like the loss, if images may have several correct classes);
         `confusion` (rows: true class, columns: predicted class; None above 200 classes);
         `candidates` (number of classes that may be predicted); `skipped` (path -> reason); `preprocessing`;
         `loaded` (load report of the checkpoint);

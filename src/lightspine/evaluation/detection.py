@@ -82,7 +82,8 @@ def evaluate_detector(
         The report, JSON-serializable: `kind`, `model`, `head`, `checkpoint` and its hash, `weights` ("ema" or
         "raw"; None for a file with a single set of weights), `parameters`, `data` and its hash, `split`,
         `listing_sha256`, `images`, `objects`, `scores` (kind -> 12 metrics in percent, None if there is
-        nothing to average), `classes` (name -> kind -> AP), `skipped` (path -> reason), `problems` of the
+        nothing to average), `classes` (name -> kind -> AP), `best_f1` (name -> kind -> precision, recall, F1
+        and score threshold where F1 at IoU 0.5 is highest), `skipped` (path -> reason), `problems` of the
         annotations, `options`, `throughput`, `device`, `threads`, `versions`.
 
     Raises:
@@ -159,6 +160,7 @@ def evaluate_detector(
         "objects": int((~annotations.crowd).sum()),
         "scores": scores,
         "classes": classes,
+        "best_f1": metrics.best_f1(),
         "skipped": skipped,
         "problems": annotations.issues.sentences(),
         "options": metadata.options | {"max_detections": max_detections, "batch_size": batch_size},

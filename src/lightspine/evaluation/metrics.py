@@ -1,4 +1,4 @@
-"""Classification metrics: top-1, top-5, loss, per-class counts and the confusion matrix.
+"""Classification metrics: top-1, top-5, loss, recall, precision, F1 and the confusion matrix.
 
 torchmetrics takes seconds to import and does not support several correct classes per image.
 """
@@ -14,6 +14,8 @@ from lightspine.errors import LightspineError
 
 MAX_CONFUSION_CLASSES = 2000
 """Largest number of classes with a confusion matrix; larger ones would take gigabytes."""
+
+_MACRO = ("macro_recall", "macro_precision", "macro_f1", "majority_baseline")
 
 
 class ClassificationMetrics:
@@ -87,20 +89,38 @@ class ClassificationMetrics:
             self.confusion += torch.bincount(labels * size + predicted, minlength=size**2).view(size, size)
 
     def compute(self) -> dict[str, float | None]:
-        """Return `top1` and `top5` in percent and the mean `loss`.
+        """Return `top1`, `top5`, the macro averages and the baseline in percent, and the mean `loss`.
 
-        `top5` is None with five candidate classes or fewer, `loss` if images have several correct classes.
+        `macro_recall` (balanced accuracy), `macro_precision` and `macro_f1` are means over the classes that
+        have images or are predicted; an undefined value counts as 0, as in scikit-learn.
+        `majority_baseline` is the top-1 accuracy of always predicting the most frequent class. `top5` is None
+        with five candidate classes or fewer, the others if images have several correct classes.
         """
+        single = self.right_classes is None
         return {
             "top1": 100 * self.top1_hits / self.num_images,
             "top5": 100 * self.top5_hits / self.num_images if self.num_candidates > 5 else None,
-            "loss": self.loss / self.num_images if self.right_classes is None else None,
-        }
+            "loss": self.loss / self.num_images if single else None,
+        } | (self._macro_averages() if single else dict.fromkeys(_MACRO))
+
+    def _macro_averages(self) -> dict[str, float | None]:
+        images, hits, _, predicted = self.class_counts.double()
+        present = (images + predicted) > 0
+        images, hits, predicted = images[present], hits[present], predicted[present]
+        values = (
+            # A class without images has no hit, so that the denominator does not matter.
+            (hits / images.clamp(min=1)).mean(),
+            (hits / predicted.clamp(min=1)).mean(),
+            (2 * hits / (images + predicted)).mean(),
+            images.max() / self.num_images,
+        )
+        return {name: 100 * float(value) for name, value in zip(_MACRO, values, strict=True)}
 
     def per_class(self, names: Sequence[str]) -> dict[str, dict[str, Any]] | None:
         """Return the metrics of every class, or None if images have several correct classes.
 
-        `images`; `top1` and `top5` in percent; `predicted`: number of images predicted as the class;
+        `images`; `top1` (recall) and `top5` in percent; `precision` and `f1` in percent, None if undefined;
+        `predicted`: number of images predicted as the class;
         `confused_with` and `confused_images`: its most frequent wrong prediction.
         """
         if self.right_classes is not None:
@@ -111,6 +131,8 @@ class ClassificationMetrics:
                 "images": images,
                 "top1": _percent(top1, images),
                 "top5": _percent(top5, images) if self.num_candidates > 5 else None,
+                "precision": _percent(top1, predicted),
+                "f1": _percent(2 * top1, images + predicted),
                 "predicted": predicted,
             }
             | self._most_confused(index, names)

@@ -27,6 +27,9 @@ from lightspine.utils.files import atomic_write, atomic_write_text
 from lightspine.utils.image_files import open_image
 from lightspine.utils.progress import progress_bar
 
+DEFAULT_MAX_DRAWN = 100
+"""Maximum number of objects drawn into an image; more would cover it."""
+
 DEFAULT_SCORE_THRESHOLD = 0.5
 """Minimum score of predicted objects; checkpoints have a lower threshold for evaluation."""
 
@@ -57,11 +60,13 @@ class DetectionPredictor:
         network: the detector, in evaluation mode on its device.
         names: class names.
         device: PyTorch device.
+        max_drawn: maximum number of objects drawn into an image.
     """
 
     network: Any
     names: Sequence[str]
     device: str
+    max_drawn: int = DEFAULT_MAX_DRAWN
 
     def predict(self, image: Image.Image, path: Path, picture: Path | None) -> DensePrediction:
         """Predict the objects of an image and, unless `picture` is `None`, draw them to that file."""
@@ -78,7 +83,7 @@ class DetectionPredictor:
         if picture is not None:
             from lightspine.evaluation.draw import draw_detections
 
-            draw_detections(image, found, self.names, picture, min_score=0.0)
+            draw_detections(image, found, self.names, picture, min_score=0.0, max_drawn=self.max_drawn)
         return DensePrediction(path=path, objects=objects, picture=picture)
 
 
@@ -137,6 +142,7 @@ def predict_dense(
     score_threshold: float | None = None,
     resize: tuple[int, int] | None = None,
     detections_per_image: int | None = None,
+    max_drawn: int | None = None,
     scale: tuple[int, int] | None = None,
     own_size: bool = False,
     window: tuple[int, int] | None = None,
@@ -161,6 +167,8 @@ def predict_dense(
         score_threshold: detector: minimum score of the objects; default: `DEFAULT_SCORE_THRESHOLD`.
         resize: detector: see `evaluate_detector`.
         detections_per_image: detector: maximum number of objects per image; default: the checkpoint's.
+        max_drawn: detector: maximum number of objects drawn into an image, those of the highest scores;
+            default: `DEFAULT_MAX_DRAWN`. The results contain all objects.
         scale: segmenter: see `evaluate_segmenter`.
         own_size: segmenter: see `evaluate_segmenter`.
         window: segmenter: see `evaluate_segmenter`.
@@ -214,9 +222,11 @@ def predict_dense(
         kind = read_network_metadata(opened).kind
     if kind == "detector":
         _reject_options(opened, "detector", segmenter_options | {"labels": labels})
-        predictor = _load_detection_predictor(opened, weights, detector_options, device)
+        predictor = _load_detection_predictor(
+            opened, weights, detector_options, DEFAULT_MAX_DRAWN if max_drawn is None else max_drawn, device
+        )
     else:
-        _reject_options(opened, "segmenter", detector_options | {"coco": coco})
+        _reject_options(opened, "segmenter", detector_options | {"coco": coco, "max_drawn": max_drawn})
         predictor = _load_segmentation_predictor(opened, weights, segmenter_options, labels, device)
     pictures = _picture_paths(images, None if out is None else Path(out))
     predictions = []
@@ -242,15 +252,19 @@ def _reject_options(file: Path | Checkpoint, kind: str, options: dict[str, Any])
 
 
 def _load_detection_predictor(
-    checkpoint: Path | Checkpoint, weights: Weights, options: dict[str, Any], device: str
+    checkpoint: Path | Checkpoint, weights: Weights, options: dict[str, Any], max_drawn: int, device: str
 ) -> DetectionPredictor:
     given = {name: value for name, value in options.items() if value is not None}
+    if max_drawn < 1:
+        raise UsageError(f"expected max_drawn of at least 1, got {max_drawn}")
     overrides = {"score_threshold": DEFAULT_SCORE_THRESHOLD} | given
     check_detection_options(overrides)
     checkpoint = read_checkpoint(checkpoint)
     network, metadata = load_network(checkpoint, weights=weights, **overrides)
     check_finite_weights(network, checkpoint.label)
-    return DetectionPredictor(network=network.to(device), names=_class_names(metadata), device=device)
+    return DetectionPredictor(
+        network=network.to(device), names=_class_names(metadata), device=device, max_drawn=max_drawn
+    )
 
 
 def _load_segmentation_predictor(

@@ -92,7 +92,8 @@ def evaluate_segmenter(
 
     Returns:
         The report, JSON-serializable, as from `evaluate_detector`, but `scores` are mIoU, mAcc and aAcc in
-        percent, `classes` is a list of rows, and `confusion` the confusion matrix in pixels (rows: true
+        percent, `majority_baseline` those of always predicting the largest class, `classes` is a list of
+        rows, and `confusion` the confusion matrix in pixels (rows: true
         class).
 
     Raises:
@@ -135,6 +136,7 @@ def evaluate_segmenter(
         "listing_sha256": hash_names(dataset.images),
         "images": timer.images,
         "scores": metrics.compute(),
+        "majority_baseline": metrics.majority_baseline(),
         "classes": metrics.per_class(),
         "confusion": metrics.confusion().tolist(),
         "skipped": skipped,

@@ -335,7 +335,7 @@ def _read_object(
     if category is None or category not in labels:
         raise LightspineError("object of an unknown category")
     crowd = to_flag(entry.get("iscrowd"))
-    segmentation = entry.get("segmentation")
+    segmentation: Any = entry.get("segmentation")
     no_box = entry.get("bbox") is None
     if masks or no_box:
         if not segmentation and no_box:
