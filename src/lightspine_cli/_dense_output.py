@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import sys
 from typing import Any
 
 from lightspine_cli._inference_options import preprocessing_arguments
@@ -23,7 +22,7 @@ def evaluate_dense(args: argparse.Namespace, task: str, checkpoint: Any) -> int:
         "seed": args.seed,
         "num_workers": args.workers,
         "device": args.device,
-        "progress": sys.stderr.isatty(),
+        "progress": True,
     }
     if task == "detector":
         report = evaluate_detector(
@@ -82,7 +81,7 @@ def predict_dense_files(args: argparse.Namespace, checkpoint: Any) -> int:
         **_segmenter_arguments(args),
         skipped=skipped,
         device=args.device,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     if args.json:
         print_json([_as_object(prediction) for prediction in found])

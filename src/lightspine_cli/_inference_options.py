@@ -257,8 +257,6 @@ def preprocessing_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def inference_options(args: argparse.Namespace, checkpoint: Path | None) -> Any:
     """Return the `InferenceOptions` of a command line."""
-    import sys
-
     from lightspine.evaluation import InferenceOptions
 
     return InferenceOptions(
@@ -269,7 +267,7 @@ def inference_options(args: argparse.Namespace, checkpoint: Path | None) -> Any:
         device=args.device,
         devices=args.devices,
         resume=args.resume,
-        progress=sys.stderr.isatty(),
+        progress=True,
         **preprocessing_arguments(args),
     )
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -248,15 +248,15 @@ def _measure_models(args: argparse.Namespace, arguments: list[str]) -> Any:
     def start(steps: int) -> None:
         # Called when all arguments are checked.
         warn(describe_busy_machine(load_average(), settings.threads))
-        progress.update(task, total=steps)
+        set_total(steps)
 
-    with _progress() as (progress, task):
+    with _progress() as (set_total, advance):
         result = bench_models(
             specs,
             settings,
             destination,
             on_plan=start,
-            on_step=lambda text, steps: progress.update(task, advance=steps, description=text),
+            on_step=advance,
         )
     timings = {
         f"{row.model} ({part.replace('_', ' ')}, {row.mode}, batch {row.batch})": timing
@@ -298,15 +298,15 @@ def _run_ops(args: argparse.Namespace) -> int:
         raise UsageError(f"expected dtype float32 on cpu, got {', '.join(args.dtype)}")
     batches, parts = args.batch or (1, 8), args.parts or PARTS
     threads = default_threads() if args.threads is None else args.threads
-    with _progress() as (progress, task):
-        progress.update(task, total=count_steps(cases, batches, parts))
+    with _progress() as (set_total, advance):
+        set_total(count_steps(cases, batches, parts))
         report = measure_ops(
             cases,
             batches,
             threads=threads,
             repeats=args.repeats,
             parts=parts,
-            on_step=lambda text: progress.update(task, advance=1, description=text),
+            on_step=advance,
         )
     timings = {
         f"{row.case.name} ({name}, batch {row.batch})": timing
@@ -330,14 +330,14 @@ def _run_cuda_ops(args: argparse.Namespace, cases: list[Any]) -> int:
 
     rows = ops_cuda.plan_rows(cases, args.batch, args.dtype or ("bfloat16",))
     device = ops_cuda.CudaDevice()
-    with _progress() as (progress, task):
-        progress.update(task, total=len(rows))
+    with _progress() as (set_total, advance):
+        set_total(len(rows))
         report = ops_cuda.measure_cuda_ops(
             rows,
             device,
             repeats=args.repeats,
             parts=args.parts or ops_cuda.PARTS,
-            on_step=lambda text: progress.update(task, advance=1, description=text),
+            on_step=advance,
         )
     if args.json:
         print_json(report.as_dict())
@@ -349,17 +349,32 @@ def _run_cuda_ops(args: argparse.Namespace, cases: list[Any]) -> int:
 
 
 @contextmanager
-def _progress() -> Iterator[tuple[Any, Any]]:
-    """Yield a progress bar and its task; it is shown if standard error is a terminal."""
+def _progress() -> Iterator[tuple[Callable[[int], None], Callable[..., None]]]:
+    """Show progress on standard error, with a bar in a terminal or else with a line every 30 seconds.
+
+    Yields:
+        A function that sets the number of steps, and one that shows a text after a number of steps (1).
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from lightspine.utils.progress import LineTimer, print_line
+
+    timer, terminal = LineTimer(), sys.stderr.isatty()
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-        disable=not sys.stderr.isatty(),
+        disable=not terminal,
     ) as progress:
-        yield progress, progress.add_task("starting", total=None)
+        task = progress.add_task("starting", total=None)
+
+        def advance(text: str, steps: int = 1) -> None:
+            progress.update(task, advance=steps, description=text)
+            if not terminal and timer.is_due():
+                done, total = progress.tasks[0].completed, progress.tasks[0].total
+                print_line(f"benchmark, step {done:.0f}/{total:.0f}: {text}")
+
+        yield lambda total: progress.update(task, total=total), advance

@@ -67,8 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the metrics and, with --out, write the report."""
-    import sys
-
     from lightspine.errors import UsageError
     from lightspine.evaluation import evaluate, write_report
 
@@ -90,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=64 if args.batch_size is None else args.batch_size,
         num_workers=args.workers,
         device=args.device,
-        progress=sys.stderr.isatty(),
+        progress=True,
         **preprocessing_arguments(args),
     )
     report["command"] = shlex.join(["lightspine", "evaluate", *args.arguments])

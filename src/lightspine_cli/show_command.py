@@ -36,8 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw the images, and print what they show."""
-    import sys
-
     from lightspine.errors import UsageError
     from lightspine.evaluation.ground_truth import draw_ground_truth
 
@@ -52,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         recipe=args.config,
         boxes_only=args.boxes,
         seed=args.seed,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     if args.json:
         print_json([{"image": s.image, "content": s.content, "picture": str(s.picture)} for s in drawn])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightspine.training.progress import EpochTable, LineProgress, format_seconds
+from lightspine.training.progress import EpochTable, LineProgress
 from support.training import run
 
 METRICS = ("train_loss", "val_loss", "val_top1", "lr")
@@ -38,11 +38,6 @@ def test_header_is_printed_again_only_for_other_columns() -> None:
 def test_long_wait_for_images_is_noted() -> None:
     line = EpochTable(METRICS).lines(ROW | {"data_share": 0.4}, 30)[1]
     assert line.endswith("(data wait 40 %)")
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3725, "1:02:05")])
-def test_duration(seconds: float, text: str) -> None:
-    assert format_seconds(seconds) == text
 
 
 def test_lines_tell_the_position_the_loss_and_the_remaining_time(

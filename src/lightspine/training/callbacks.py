@@ -12,9 +12,10 @@ import lightning.pytorch as pl
 
 from lightspine.errors import UsageError
 from lightspine.training.base import LightspineTask
-from lightspine.training.progress import EpochTable, print_line
+from lightspine.training.progress import EpochTable
 from lightspine.utils.devices import peak_memory_mib
 from lightspine.utils.files import atomic_write_text
+from lightspine.utils.progress import print_line
 
 _log = logging.getLogger(__name__)
 

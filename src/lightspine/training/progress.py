@@ -1,13 +1,14 @@
 """Output of a run on standard error: a progress bar or lines, and a table with a row per epoch."""
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
+
+from lightspine.utils.progress import LINE_SECONDS, LineTimer, format_seconds, print_line
 
 # Share of the step time spent waiting for images from which it is worth a note.
 _SLOW_DATA = 0.2
@@ -58,15 +59,14 @@ class LineProgress(pl.Callback):
         every_seconds: time between two lines.
     """
 
-    def __init__(self, every_seconds: float = 30.0) -> None:
-        self.every_seconds = every_seconds
-        self._printed = 0.0
+    def __init__(self, every_seconds: float = LINE_SECONDS) -> None:
+        self._timer = LineTimer(every_seconds)
         self._started = 0.0
         self._first_batch = 0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Start the timers."""
-        self._printed = time.perf_counter()
+        self._timer.restart()
         self._started = 0.0
 
     def on_train_batch_start(
@@ -89,7 +89,7 @@ class LineProgress(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Print the step, the loss of its batch, the speed and the remaining time of the epoch."""
-        if not self._is_due(trainer):
+        if not trainer.is_global_zero or not self._timer.is_due():
             return
         total = trainer.num_training_batches
         speed = (batch_idx + 1 - self._first_batch) / (time.perf_counter() - self._started)
@@ -112,15 +112,11 @@ class LineProgress(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Print the position in the validation."""
-        if self._is_due(trainer):
+        if trainer.is_global_zero and self._timer.is_due():
             total = trainer.num_val_batches[dataloader_idx]
             self._print(trainer, f"validation, batch {batch_idx + 1}/{total}")
 
-    def _is_due(self, trainer: pl.Trainer) -> bool:
-        return trainer.is_global_zero and time.perf_counter() - self._printed >= self.every_seconds
-
     def _print(self, trainer: pl.Trainer, text: str) -> None:
-        self._printed = time.perf_counter()
         epochs = trainer.max_epochs
         total = "" if epochs is None or epochs < 0 else f"/{epochs}"
         print_line(f"epoch {trainer.current_epoch + 1}{total}: {text}")
@@ -137,19 +133,6 @@ class RunProgressBar(RichProgressBar):
         text = f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
         # Padded to the length of "Validation", or the bar flickers.
         return f"{text:{len(self.validation_description)}}"
-
-
-def print_line(line: str) -> None:
-    """Print a line to standard error at once, also if it is a file."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration as "1:23" or "2:01:23"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _is_number(name: str) -> bool:

@@ -1,7 +1,8 @@
-"""Progress bar on standard error."""
+"""Progress on standard error: a bar in a terminal, otherwise a line every 30 seconds."""
 
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -9,15 +10,70 @@ from rich.progress import track
 
 Item = TypeVar("Item")
 
+LINE_SECONDS = 30.0
+"""Time between two lines of progress in a log file."""
 
-def progress_bar(items: Iterable[Item], description: str, *, shown: bool = True) -> Iterable[Item]:
-    """Iterate with a progress bar that disappears at the end.
+
+def progress_bar(
+    items: Iterable[Item], description: str, *, shown: bool = True, every_seconds: float = LINE_SECONDS
+) -> Iterable[Item]:
+    """Iterate with a progress bar that disappears at the end, or with lines if there is no terminal.
 
     Args:
         items: the iterable; its `len()` is the total.
-        description: the text before the bar.
-        shown: `False` disables the bar, which is also disabled if standard error is not a terminal.
+        description: the text before the bar or at the start of a line.
+        shown: `False` shows nothing.
+        every_seconds: time between two lines.
     """
-    if not (shown and sys.stderr.isatty()):
+    if not shown:
         return items
+    if not sys.stderr.isatty():
+        return _with_lines(items, description, every_seconds)
     return track(items, description, transient=True, console=Console(file=sys.stderr))
+
+
+class LineTimer:
+    """Limits lines of progress to one every few seconds.
+
+    Args:
+        every_seconds: time between two lines.
+    """
+
+    def __init__(self, every_seconds: float = LINE_SECONDS) -> None:
+        self.every_seconds = every_seconds
+        self.restart()
+
+    def restart(self) -> None:
+        """Let the full time pass before the next line."""
+        self._last = time.perf_counter()
+
+    def is_due(self) -> bool:
+        """Return whether it is time for a line; if so, the time starts again."""
+        if time.perf_counter() - self._last < self.every_seconds:
+            return False
+        self.restart()
+        return True
+
+
+def print_line(line: str) -> None:
+    """Print a line to standard error at once, also if it is a file."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as "1:23" or "2:01:23"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _with_lines(items: Iterable[Item], description: str, every_seconds: float) -> Iterator[Item]:
+    total = len(items) if isinstance(items, Sized) else None
+    started, timer = time.perf_counter(), LineTimer(every_seconds)
+    for done, item in enumerate(items):
+        if done and timer.is_due():
+            passed = time.perf_counter() - started
+            left = "" if total is None else f", {format_seconds((total - done) * passed / done)} left"
+            print_line(f"{description}: {done}{'' if total is None else f'/{total}'}{left}")
+        yield item
