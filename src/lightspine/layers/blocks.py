@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
-from timm.models import checkpoint_seq
 from torch import Tensor
+
+from lightspine.layers.checkpointing import checkpoint_module
 
 
 class ConvNorm(nn.Sequential):
@@ -60,7 +61,9 @@ class Stage(nn.Module):
         """Map (B, C, H, W) to the output of the last block."""
         x = self.downsample(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return checkpoint_seq(self.blocks, x)
+            for block in self.blocks:
+                x = checkpoint_module(block, x)
+            return x
         return self.blocks(x)
 
 

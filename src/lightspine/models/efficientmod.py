@@ -26,8 +26,12 @@ from torch import Tensor
 
 from lightspine.errors import UsageError
 from lightspine.layers.arguments import check_choice, check_global_pool, check_stem_stride
+from lightspine.layers.attention import attention
 from lightspine.layers.blocks import Stage
+from lightspine.layers.plain import is_plain
 from lightspine.models.registry import Published, StateDict, build_model, register_model
+from lightspine.ops.derivatives import in_transform
+from lightspine.ops.memory_format import channels_last
 
 __all__ = ["EfficientMod", "EfficientModAttentionBlock", "EfficientModBlock"]
 
@@ -73,12 +77,28 @@ class ModulationMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, H, W, C)."""
-        # (B, H, W, r, C): the context is broadcast to the r groups of hidden channels. The operation is
-        # in-place, because allocating memory takes time on large maps.
+        # (B, H, W, r, C): the context is broadcast to the r groups of hidden channels.
         context = self.context(x).unsqueeze(3)
         value = self.act(self.fc1(x).unflatten(3, (self.expand_ratio, -1)))
-        fused = value.add_(context) if self.sums else value.mul_(context)
+        if self._overwrites_hidden():
+            fused = value.add_(context) if self.sums else value.mul_(context)
+        else:
+            fused = value + context if self.sums else value * context
         return self.fc2(fused.flatten(3))
+
+    def _overwrites_hidden(self) -> bool:
+        """Return whether the hidden features may be overwritten: allocating memory takes time on large maps.
+
+        Not if a hook may have kept them, and not under transforms, where only some tensors may be batched.
+        """
+        # TorchScript skips a branch only if its condition stands alone.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return True
+        return (
+            not in_transform()
+            and is_plain(self.fc1, nn.Linear)
+            and (is_plain(self.act, nn.GELU) or is_plain(self.act, nn.Identity))
+        )
 
 
 class EfficientModBlock(nn.Module):
@@ -154,7 +174,7 @@ class Attention(nn.Module):
         """Map (B, H, W, C) to (B, H, W, C)."""
         B, H, W, _ = x.shape
         qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        out = attention(qkv[0], qkv[1], qkv[2])
         return self.proj(out.transpose(1, 2).reshape(B, H, W, self.num_heads * self.head_dim))
 
 
@@ -222,7 +242,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C', ceil(H / stride), ceil(W / stride)) in channels-last format."""
-        x = self.conv(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv(channels_last(x))
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

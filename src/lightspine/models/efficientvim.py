@@ -25,14 +25,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, SqueezeExcite, trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from lightspine.errors import UsageError
 from lightspine.layers.arguments import check_choice, stem_strides
 from lightspine.layers.blocks import ConvNorm
+from lightspine.layers.checkpointing import checkpoint_module
 from lightspine.models.registry import Published, StateDict, build_model, register_model
+from lightspine.ops.memory_format import channels_last
 
 __all__ = ["EfficientViM"]
 
@@ -172,6 +174,20 @@ class NCSSD(_StateMixer):
         return self.forward_with_state(x)[0]
 
 
+class StatefulHSMSSD(HSMSSD):
+    """`HSMSSD` that returns its hidden state too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.forward_with_state(x)
+
+
+class StatefulNCSSD(NCSSD):
+    """`NCSSD` that returns its hidden state too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.forward_with_state(x)
+
+
 class FFN(nn.Sequential):
     """Two pointwise convolutions, each with BatchNorm, and a ReLU between them."""
 
@@ -219,17 +235,18 @@ class EfficientViMBlock(nn.Module):
             raise UsageError(f"mixer must be 'hsm-ssd' or 'nc-ssd', got {mixer!r}")
         self.dwconv1 = ConvNorm(dim, dim, 3, groups=dim)
         self.norm = ChannelNorm(dim)
-        mixer_cls = HSMSSD if mixer == "hsm-ssd" else NCSSD
-        self.mixer: HSMSSD | NCSSD = mixer_cls(dim, state_dim, expand)
+        mixer_cls = StatefulHSMSSD if mixer == "hsm-ssd" else StatefulNCSSD
+        self.mixer: StatefulHSMSSD | StatefulNCSSD = mixer_cls(dim, state_dim, expand)
         self.dwconv2 = ConvNorm(dim, dim, 3, groups=dim)
         self.ffn = FFN(dim, int(dim * mlp_ratio))
         self.alpha = nn.Parameter(torch.full((4, dim), 1e-4))
-        self.drop_path = DropPath(drop_path)
+        self.drops_paths = drop_path > 0
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def _blend(self, x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
         # Under autocast the branches are in half precision; as published, the gate's precision is used here.
         x, update = x.to(gate.dtype), update.to(gate.dtype)
-        if self.training and self.drop_path.drop_prob > 0.0:
+        if self.training and self.drops_paths:
             return x + self.drop_path(gate * (update - x))
         return torch.lerp(x, update, gate)
 
@@ -237,13 +254,20 @@ class EfficientViMBlock(nn.Module):
         """Return the map (B, C, H, W) and the mixer's hidden state (B, C, N)."""
         gate = self.alpha.sigmoid()[:, :, None, None]
         x = self._blend(x, self.dwconv1(x), gate[0])
-        update, state = self.mixer.forward_with_state(self.norm(x))
+        update, state = self.mixer(self.norm(x))
         x = self._blend(x, update, gate[1])
         x = self._blend(x, self.dwconv2(x), gate[2])
         return self._blend(x, self.ffn(x), gate[3]), state
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_with_state(x)[0]
+
+
+class StatefulEfficientViMBlock(EfficientViMBlock):
+    """`EfficientViMBlock` that returns the mixer's hidden state too; the blocks of the models."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.forward_with_state(x)
 
 
 class Stem(nn.Sequential):
@@ -284,7 +308,7 @@ class PatchMerging(nn.Module):
 class Stage(nn.Module):
     """Stage: optional downsampling, then blocks; returns the map and the hidden state of the last block."""
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[EfficientViMBlock]) -> None:
+    def __init__(self, downsample: nn.Module, blocks: Sequence[StatefulEfficientViMBlock]) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = downsample
@@ -295,9 +319,9 @@ class Stage(nn.Module):
         state = x
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-                x, state = checkpoint(block.forward_with_state, x)
+                x, state = checkpoint_module(block, x)
             else:
-                x, state = block.forward_with_state(x)  # type: ignore[operator]
+                x, state = block(x)
         return x, state
 
 
@@ -389,7 +413,7 @@ class EfficientViM(nn.Module):
         self.head_widths = []
         for i, (dim, depth, state_dim) in enumerate(zip(dims, depths, state_dims, strict=True)):
             blocks = [
-                EfficientViMBlock(dim, state_dim, mlp_ratio, expand, mixer, next(drop_paths))
+                StatefulEfficientViMBlock(dim, state_dim, mlp_ratio, expand, mixer, next(drop_paths))
                 for _ in range(depth)
             ]
             self.head_widths.append(blocks[-1].mixer.state_channels)
@@ -483,7 +507,7 @@ class EfficientViM(nn.Module):
         channels are the normalized final map; the others are the normalized, pooled hidden states.
         """
         # In channels-last format, convolutions and LayerNorm need no copy.
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(channels_last(x))
         states: list[Tensor] = []
         for stage, norm in zip(self.stages, self.norm):  # noqa: B905 (one norm more: that of the map)
             x, state = stage(x)
@@ -537,7 +561,7 @@ class EfficientViM(nn.Module):
         check_choice("output_fmt", output_fmt, ("NCHW",))
         take, last = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: last + 1] if stop_early or intermediates_only else self.stages
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(channels_last(x))
         maps: list[Tensor] = []
         states: list[Tensor] = []
         for i, stage in enumerate(stages):

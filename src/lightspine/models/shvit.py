@@ -23,8 +23,10 @@ from torch import Tensor
 
 from lightspine.errors import UsageError
 from lightspine.layers.arguments import check_choice, check_global_pool, stem_strides
+from lightspine.layers.attention import attention
 from lightspine.layers.blocks import ConvNorm, Stage
 from lightspine.models.registry import Published, StateDict, build_model, register_model
+from lightspine.ops.memory_format import channels_last
 
 __all__ = ["SHSA", "SHViT", "SHViTBlock"]
 
@@ -88,9 +90,11 @@ class SHSA(nn.Module):
         """Map (B, C, H, W) to (B, C, H, W)."""
         B, _, H, W = x.shape
         x1, x2 = torch.split(x, [self.partial_dim, self.dim - self.partial_dim], dim=1)
-        tokens = self.qkv(self.norm(x1)).flatten(2).transpose(1, 2)  # (B, N, 2 qk_dim + partial_dim)
+        # Not flatten(2).transpose(1, 2): for one image, its backward gives strides with which PyTorch's
+        # BatchNorm computes wrong gradients on a CPU.
+        tokens = self.qkv(self.norm(x1)).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, 2 qk_dim + partial_dim)
         q, k, v = torch.split(tokens, [self.qk_dim, self.qk_dim, self.partial_dim], dim=2)
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = attention(q, k, v)
         attended = attended.transpose(1, 2).reshape(B, self.partial_dim, H, W)
         return self.proj(self.act(torch.cat([attended, x2], dim=1)))
 
@@ -191,7 +195,7 @@ class Downsample(nn.Module):
 @torch.fx.wrap
 def _channels_last_on_cpu(x: Tensor) -> Tensor:
     """Convert to `torch.channels_last` on a CPU, where convolutions are faster in that format."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    return channels_last(x) if x.device.type == "cpu" else x
 
 
 class Classifier(nn.Module):

@@ -24,16 +24,17 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.layers.arguments import check_choice
 from lightspine.layers.blocks import init_dt_bias
-from lightspine.layers.checkpointing import checkpoint_scan
+from lightspine.layers.checkpointing import checkpoint_module, checkpoint_scan
+from lightspine.layers.plain import is_plain
 from lightspine.models.registry import Published, StateDict, build_model, register_model
 from lightspine.ops.bidirectional_scan import bidirectional_scan
 from lightspine.ops.causal_conv1d import causal_conv1d
 from lightspine.ops.dispatch import runs_on_triton
+from lightspine.ops.memory_format import channels_last
 from lightspine.ops.selective_scan import scan
 
 __all__ = ["Vim", "VimBlock", "VimLayerPair", "VimMixer", "checkpoint_filter_fn", "resize_pos_embed"]
@@ -139,7 +140,6 @@ def square_grid(rows: int, class_token: str) -> tuple[int, int]:
 MIXER_DIRECTIONS = ("v2", "v1", "one-way")
 DIRECTIONS = (*MIXER_DIRECTIONS, "layer-pairs")
 LAYOUTS = ("NCHW", "NLC")
-NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
 # torch.fx cannot trace a branch on the dtype, so it records the call.
@@ -147,6 +147,48 @@ NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 def at_least_float32(x: Tensor) -> Tensor:
     """Convert half-precision tensors to float32 and return others unchanged."""
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm that computes in the dtype of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C) to (..., C)."""
+        return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that computes in the dtype of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C) to (..., C)."""
+        x = x.to(self.weight.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+class CausalConv1d(nn.Conv1d):
+    """Depthwise `nn.Conv1d` with W - 1 positions of padding; the first L outputs are the causal ones.
+
+    On a CPU it is much faster than `nn.Conv1d`: a 2d convolution of a channels-last image of height 1, which
+    needs no transpose of tokens.
+    """
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size - 1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, D, L) to (B, D, L + W - 1)."""
+        return convolve_depthwise(x, self.weight, self.bias)
+
+
+def convolve_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve (B, D, L) with filters (D, 1, W) and W - 1 positions of padding; returns (B, D, L + W - 1)."""
+    image = channels_last(x.unsqueeze(2))
+    padding = (0, weight.shape[2] - 1)
+    return F.conv2d(image, weight.unsqueeze(2), bias, padding=padding, groups=weight.shape[0]).squeeze(2)
 
 
 class ScanDirection(nn.Module):
@@ -178,7 +220,7 @@ class ScanDirection(nn.Module):
         self.recompute = recompute
         self.dt_rank = dt_rank
         self.state_dim = state_dim
-        self.conv1d = nn.Conv1d(dim, dim, conv_kernel, groups=dim)
+        self.conv1d = CausalConv1d(dim, conv_kernel)
         self.x_proj = nn.Linear(dim, dt_rank + 2 * state_dim, bias=False)
         self.dt_proj = nn.Linear(dt_rank, dim)
         self.A_log = nn.Parameter(torch.log(torch.arange(1, state_dim + 1).float()).repeat(dim, 1))
@@ -196,40 +238,64 @@ class ScanDirection(nn.Module):
         else:
             init_dt_bias(self.dt_proj.bias)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Map tokens x (B, L, D) to the scan's u and delta, (B, D, L), and B and C, (B, 1, N, L)."""
-        length = x.shape[1]
-        # A 2d convolution of a channels-last image of height 1: it needs no transpose and is much faster than
-        # conv1d on a CPU.
-        image = x.transpose(1, 2).unsqueeze(2).contiguous(memory_format=torch.channels_last)
-        weight = self.conv1d.weight.flip(2) if self.reverse else self.conv1d.weight
-        reach = weight.shape[2] - 1
-        u = F.conv2d(image, weight.unsqueeze(2), self.conv1d.bias, padding=(0, reach), groups=self.D.shape[0])
-        first = reach if self.reverse else 0
-        u = F.silu(u.squeeze(2)[:, :, first : first + length])
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Map tokens x (B, L, D) to arguments of the scan.
+
+        Returns:
+            u and delta, (B, D, L), B and C, (B, 1, N, L), and a bias that is still to be added to delta.
+        """
+        u = F.silu(self._convolve(x))
         projected = self.x_proj(u.transpose(1, 2))
         step, B, C = projected.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
-        # The scan adds the bias in float32.
-        delta = F.linear(step, self.dt_proj.weight).transpose(1, 2)
-        return u, delta, B.transpose(1, 2).unsqueeze(1), C.transpose(1, 2).unsqueeze(1)
+        delta, bias = self._project_dt(step)
+        return u, delta.transpose(1, 2), B.transpose(1, 2).unsqueeze(1), C.transpose(1, 2).unsqueeze(1), bias
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """Scan tokens x and multiply by SiLU(z); all (B, L, D)."""
+    def _convolve(self, x: Tensor) -> Tensor:
+        """Map tokens (B, L, D) to (B, D, L)."""
+        length = x.shape[1]
+        x = x.transpose(1, 2)
+        if not self.reverse:
+            return self.conv1d(x)[:, :, :length]
+        # TorchScript skips a branch only if its condition stands alone; do not join the two with `and`.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            pass
+        elif is_plain(self.conv1d, CausalConv1d):
+            # The mirrored filters need no copy of the tokens.
+            weight = self.conv1d.weight
+            reach = weight.shape[2] - 1
+            return convolve_depthwise(x, weight.flip(2), self.conv1d.bias)[:, :, reach : reach + length]
+        return self.conv1d(x.flip(2))[:, :, :length].flip(2)
+
+    def _project_dt(self, step: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return delta (B, L, D) and a bias that is still to be added to it."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            pass
+        elif is_plain(self.dt_proj, nn.Linear):
+            # The scan adds the bias in float32.
+            return F.linear(step, self.dt_proj.weight), self.dt_proj.bias
+        return self.dt_proj(step), None
+
+    def forward(self, x: Tensor, z: Tensor, A_log_back: Tensor | None = None) -> Tensor:
+        """Scan tokens x and multiply by SiLU(z); all (B, L, D).
+
+        Args:
+            x: tokens.
+            z: gate.
+            A_log_back: add a scan of the same projections in the opposite direction, with this A.
+        """
         if self.recompute and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return checkpoint_scan(self._mix, x, z)
-        return self._mix(x, z)
+            return checkpoint_scan(self._mix, x, z, A_log_back)
+        return self._mix(x, z, A_log_back)
 
-    def _mix(self, x: Tensor, z: Tensor) -> Tensor:
-        u, delta, B, C = self.project(x)
+    def _mix(self, x: Tensor, z: Tensor, A_log_back: Tensor | None) -> Tensor:
+        u, delta, B, C, bias = self.project(x)
+        D, z, keep = self.D, z.transpose(1, 2), not self.recompute
         A = -torch.exp(at_least_float32(self.A_log))
-        D, bias, z = self.D, self.dt_proj.bias, z.transpose(1, 2)
-        y = scan(u, delta, A, B, C, D, z, bias, True, self.reverse, save_states=not self.recompute)
+        y = scan(u, delta, A, B, C, D, z, bias, True, self.reverse, save_states=keep)
+        if A_log_back is not None:
+            A_back = -torch.exp(at_least_float32(A_log_back))
+            y = y + scan(u, delta, A_back, B, C, D, z, bias, True, not self.reverse, save_states=keep)
         return y.transpose(1, 2)
-
-
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Return whether a module has forward hooks, so that it must be called as a module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def mix_bidirectionally(
@@ -344,7 +410,7 @@ class VimMixer(nn.Module):
         """Mix tokens (B, L, C)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         if self.A_log_back is not None:
-            y = self._scan_shared(x, z, self.A_log_back)
+            y = self.ahead(x, z, self.A_log_back)
         else:
             y = self._scan_directions(x, z)
             if self.divide_out:
@@ -363,8 +429,13 @@ class VimMixer(nn.Module):
 
     @torch.jit.unused
     def _scans_both_at_once(self, x: Tensor) -> bool:
-        directions = [d for d in (self.ahead, self.back) if d is not None]
-        return runs_on_triton(x) and not any(has_forward_hooks(direction) for direction in directions)
+        return runs_on_triton(x) and all(
+            is_plain(direction, ScanDirection)
+            and is_plain(direction.conv1d, CausalConv1d)
+            and is_plain(direction.dt_proj, nn.Linear)
+            for direction in (self.ahead, self.back)
+            if direction is not None
+        )
 
     @torch.jit.unused
     def _mix_both(self, x: Tensor, z: Tensor) -> Tensor:
@@ -381,21 +452,6 @@ class VimMixer(nn.Module):
             torch.cat([d.D for d in directions]),
             torch.cat([d.dt_proj.bias for d in directions]),
         )
-
-    def _scan_shared(self, x: Tensor, z: Tensor, A_log_back: Tensor) -> Tensor:
-        """Scan the same projections forward and in reverse, each with its own A."""
-        if self.recompute and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return checkpoint_scan(self._mix_shared, x, z, A_log_back)
-        return self._mix_shared(x, z, A_log_back)
-
-    def _mix_shared(self, x: Tensor, z: Tensor, A_log_back: Tensor) -> Tensor:
-        u, delta, B, C = self.ahead.project(x)
-        D, bias, z = self.ahead.D, self.ahead.dt_proj.bias, z.transpose(1, 2)
-        A, A_back = -torch.exp(at_least_float32(self.ahead.A_log)), -torch.exp(at_least_float32(A_log_back))
-        keep = not self.recompute
-        y = scan(u, delta, A, B, C, D, z, bias, True, False, save_states=keep)
-        y = y + scan(u, delta, A_back, B, C, D, z, bias, True, True, save_states=keep)
-        return y.transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, C, H, W), or tokens (B, L, C) with `layout="NLC"`."""
@@ -473,7 +529,7 @@ class VimBlock(nn.Module):
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """Run on tokens (B, L, C)."""
-        return x + self.drop_path(self.mixer(self.norm(x.to(self.norm.weight.dtype))))
+        return x + self.drop_path(self.mixer(self.norm(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Run on a map (B, C, H, W), or on tokens (B, L, C) with `layout="NLC"`."""
@@ -732,7 +788,7 @@ class Vim(nn.Module):
             self.global_pool = self._checked_pool(global_pool)
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.to(self.stem.weight).train(self.training)
+        self.head.to(next(self.parameters())).train(self.training)
         self._init_head()
 
     def _grid(self, size: int) -> int:
@@ -756,18 +812,15 @@ class Vim(nn.Module):
             x = x + resize_pos_embed(self.pos_embed, self.grid_size, (height, width), self.class_token)
         return self.pos_drop(x), height, width
 
-    def _apply_norm(self, x: Tensor) -> Tensor:
-        return self.norm(x.to(self.stem.weight.dtype))
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to normalized tokens (B, N, C), including the class tokens."""
         x = self._embed(x)[0]
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint_module(block, x)
             else:
                 x = block(x)
-        return self._apply_norm(x)
+        return self.norm(x)
 
     def forward_intermediates(
         self,
@@ -801,13 +854,13 @@ class Vim(nn.Module):
         for i, block in enumerate(self.blocks):
             if stop_early and i > last:
                 break
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+            x = checkpoint_module(block, x) if self.grad_checkpointing else block(x)
             if i in taken:
-                tokens = patches_of(self._apply_norm(x) if norm else x, self.class_token)
+                tokens = patches_of(self.norm(x) if norm else x, self.class_token)
                 if output_fmt == "NCHW":
                     tokens = tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
                 maps.append(tokens)
-        return maps if intermediates_only else (self._apply_norm(x), maps)
+        return maps if intermediates_only else (self.norm(x), maps)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -34,6 +34,7 @@ from lightspine.layers.blocks import Stage, init_dt_bias
 from lightspine.layers.checkpointing import checkpoint_scan
 from lightspine.models.registry import Published, StateDict, build_model, register_model
 from lightspine.ops.cross_scan import cross_scan, fuses_projection, projected_cross_scan
+from lightspine.ops.memory_format import channels_last
 from lightspine.ops.scan_orders import scan_order as pixel_order
 
 __all__ = ["SS2D", "VMamba", "VSSBlock", "options_from_official"]
@@ -60,15 +61,20 @@ def make_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Li
     return linear
 
 
-class DepthwiseConv(nn.Conv2d):
-    """Depthwise convolution of a (B, H, W, C) map with padding that keeps its size."""
+def make_depthwise_conv(dim: int, kernel_size: int, bias: bool) -> nn.Conv2d:
+    """Return a depthwise convolution with padding that keeps the size of a (B, C, H, W) map."""
+    return nn.Conv2d(dim, dim, kernel_size, padding=(kernel_size - 1) // 2, groups=dim, bias=bias)
 
-    def __init__(self, dim: int, kernel_size: int, bias: bool):
-        super().__init__(dim, dim, kernel_size, padding=(kernel_size - 1) // 2, groups=dim, bias=bias)
+
+class NormAndConv(nn.Sequential):
+    """LayerNorm and depthwise 3x3 convolution of a (B, H, W, C) map."""
+
+    def __init__(self, dim: int):
+        super().__init__(nn.LayerNorm(dim, eps=EPS), make_depthwise_conv(dim, 3, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, H, W, C)."""
-        return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
+        return self[1](self[0](x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class SpatialSoftmax(nn.Module):
@@ -83,9 +89,9 @@ def _make_out_norm(kind: str, dim: int) -> nn.Module:
     if kind == "layer":
         return nn.LayerNorm(dim, eps=EPS)
     if kind == "dwconv":
-        return DepthwiseConv(dim, 3, bias=False)
+        return make_depthwise_conv(dim, 3, bias=False)
     if kind == "layer_dwconv":
-        return nn.Sequential(nn.LayerNorm(dim, eps=EPS), DepthwiseConv(dim, 3, bias=False))
+        return NormAndConv(dim)
     if kind == "softmax":
         return SpatialSoftmax()
     return nn.Sigmoid() if kind == "sigmoid" else nn.Identity()
@@ -170,7 +176,7 @@ class SS2D(nn.Module):
         self.in_proj = make_linear(dim, inner, bias=False)
         self.gate_proj = nn.Identity() if gate == "none" else make_linear(dim, inner, bias=False)
         self.gate_act = nn.SiLU() if gate == "silu" else nn.Identity()
-        self.conv = DepthwiseConv(inner, conv_size, conv_bias) if conv_size else nn.Identity()
+        self.conv = make_depthwise_conv(inner, conv_size, conv_bias) if conv_size else nn.Identity()
         self.act = ACTIVATIONS[act]()
         # Output channels of each direction: dt_rank of dt, state_dim of B, state_dim of C. As published, it
         # keeps PyTorch's default initialization.
@@ -181,6 +187,7 @@ class SS2D(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.directions, inner, state_dim))
         self.D = nn.Parameter(torch.empty(self.directions * inner))
         self.out_norm = _make_out_norm(out_norm, inner)
+        self.out_norm_takes_nchw = out_norm == "dwconv"
         self.out_act = nn.GELU() if out_act else nn.Identity()
         self.out_proj = make_linear(inner, dim, bias=False)
         self.drop = nn.Dropout(drop_rate)
@@ -210,14 +217,18 @@ class SS2D(nn.Module):
             y = checkpoint_scan(self._scan, inner)
         else:
             y = self._scan(inner)
-        y = self.out_act(self.out_norm(y))
+        if self.out_norm_takes_nchw:
+            y = self.out_norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        else:
+            y = self.out_norm(y)
+        y = self.out_act(y)
         if self.gate != "none":
             y = y * self.gate_act(self.gate_proj(x))
         return self.drop(self.out_proj(y)).permute(0, 3, 1, 2)
 
     def _scan(self, x: Tensor) -> Tensor:
         """Convolve and activate a (B, H, W, D) map, scan it in all directions and sum the outputs."""
-        u = self.act(self.conv(x))
+        u = self.act(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         batch, height, width, _ = u.shape
         # The projections are pointwise: one product in pixel order computes those of every direction.
         projected = self.x_proj(u).view(batch, height, width, self.directions, -1)
@@ -233,12 +244,12 @@ class SS2D(nn.Module):
             y = projected_cross_scan(
                 u, projected, weight, A, D, self.dt_bias, self.scan_order, save_states=keep
             )
-            return y.to(self.out_proj.weight.dtype)
+            return y.to(self.dt_weight.dtype)
         dt, B, C = projected.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
         delta = torch.einsum("bhwkr,kdr->bhwkd", dt, self.dt_weight)
         y = cross_scan(u, delta, A, B, C, D, self.dt_bias, True, self.scan_order, save_states=keep)
         # The sum is float32 under autocast; a model cast to half precision gets its own precision back.
-        return y.to(self.out_proj.weight.dtype)
+        return y.to(self.dt_weight.dtype)
 
 
 class VSSBlock(nn.Module):
@@ -671,7 +682,7 @@ class VMamba(nn.Module):
 
     def _embed(self, x: Tensor) -> Tensor:
         # The only change of memory format: all following maps stay in channels-last format.
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(channels_last(x))
         if self.pos_embed is not None:
             x = x + resize_pos_embed(self.pos_embed, x.shape[2], x.shape[3])
         return x

@@ -3,6 +3,7 @@
 # PyTorch prescribes the signatures of fake kernels and FLOP formulas.
 # ruff: noqa: ARG001
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lightspine.errors import UsageError
+from lightspine.ops.derivatives import differentiable_gradients, in_transform, refuse_forward_mode
 from lightspine.ops.dispatch import choose_backend, load_backend
 from lightspine.ops.flops import counted_backward, counted_forward, scan_flops
 from lightspine.ops.inputs import SelectiveScanInputs, check_selective_scan, check_tensor
@@ -55,11 +57,16 @@ def bidirectional_scan(
             here.
     """
     inputs = SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)
-    if choose_backend(u.device.type, u.dtype, torch.compiler.is_exporting(), backend) == "triton":
+    name = choose_backend(u.device.type, u.dtype, torch.compiler.is_exporting(), backend)
+    if name == "triton" and not in_transform():
         out: Tensor = torch.ops.lightspine.bidirectional_scan(*inputs, delta_softplus)
         return out
     _check(inputs)
-    forward, backward = _split_directions(inputs)
+    return _scan_one_after_the_other(*inputs, delta_softplus=delta_softplus, backend=backend)
+
+
+def _scan_one_after_the_other(*tensors: Any, delta_softplus: bool, backend: str) -> Tensor:
+    forward, backward = _split_directions(SelectiveScanInputs(*tensors))
     out = scan(*forward, delta_softplus, False, backend, save_states=False)
     return out + scan(*backward, delta_softplus, True, backend, save_states=False)
 
@@ -114,6 +121,7 @@ def bidirectional_scan_op(
     delta_softplus: bool,
 ) -> Tensor:
     """Return `bidirectional_scan` by the Triton kernels."""
+    refuse_forward_mode("bidirectional_scan")
     inputs = SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)
     _check(inputs)
     out: Tensor = load_backend("triton").bidirectional_scan(inputs, delta_softplus)
@@ -134,6 +142,7 @@ def bidirectional_scan_backward_op(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of u to delta_bias; an empty tensor for an input that was not given."""
+    refuse_forward_mode("bidirectional_scan_backward")
     inputs = SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)
     grads = load_backend("triton").bidirectional_scan_backward(grad_out, inputs, delta_softplus)
     return or_empty(grads, u)
@@ -179,6 +188,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradients are to be differentiated (create_graph=True)
+        # The selective scan on the same backend has second derivatives.
+        scans = functools.partial(
+            _scan_one_after_the_other, delta_softplus=ctx.delta_softplus, backend="triton"
+        )
+        return *differentiable_gradients(scans, tensors, (grad_out,)), None
     grads = torch.ops.lightspine.bidirectional_scan_backward(grad_out, *tensors, ctx.delta_softplus)
     return *(None if t is None else grad for t, grad in zip(tensors, grads, strict=True)), None
 

@@ -3,6 +3,7 @@
 # PyTorch prescribes the signatures of fake kernels.
 # ruff: noqa: ARG001
 
+import functools
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lightspine.errors import UsageError
+from lightspine.ops.derivatives import differentiable_gradients, in_transform, refuse_forward_mode
 from lightspine.ops.dispatch import choose_backend
 from lightspine.ops.inputs import check_tensor
+from lightspine.ops.memory_format import channels_last
 
 
 def causal_conv1d(
@@ -62,10 +65,17 @@ def causal_conv1d(
     if bias is not None:
         check_tensor("causal_conv1d", "bias", bias, weight.shape[:2], x.device)
     name = choose_backend(x.device.type, x.dtype, torch.compiler.is_exporting(), backend)
-    if name == "triton":
+    if name == "triton" and not in_transform():
         reversed_groups = sum(1 << group for group, backward in enumerate(reverse) if backward)
         out: Tensor = torch.ops.lightspine.causal_conv1d(x, weight, bias, reversed_groups, silu)
         return out
+    return _convolve_groups(x, weight, bias, silu, reverse)
+
+
+def _convolve_groups(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: tuple[bool, ...]
+) -> Tensor:
+    """Convolve all groups in standard operations."""
     return torch.cat(
         [
             _convolve(x, weight[k], None if bias is None else bias[k], silu, backward)
@@ -79,7 +89,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, revers
     """Convolve one group in standard operations."""
     reach = weight.shape[1] - 1
     # As a channels-last image of height 1: tokens keep their layout; on a CPU far faster than conv1d.
-    image = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+    image = channels_last(x.unsqueeze(2))
     kernel = (weight.flip(1) if reverse else weight)[:, None, None]
     out = F.conv2d(image, kernel, bias, padding=(0, reach), groups=x.shape[1]).squeeze(2)
     first = reach if reverse else 0
@@ -92,6 +102,7 @@ def causal_conv1d_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, reversed_groups: int, silu: bool
 ) -> Tensor:
     """Return `causal_conv1d` by the Triton kernels; bit k of `reversed_groups` reverses group k."""
+    refuse_forward_mode("causal_conv1d")
     from lightspine.ops.triton import conv_launch
 
     out = conv_launch.causal_conv1d(
@@ -105,6 +116,7 @@ def causal_conv1d_backward_op(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reversed_groups: int, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias, the last one empty without a bias."""
+    refuse_forward_mode("causal_conv1d_backward")
     from lightspine.ops.triton import conv_launch
 
     grad_x, grad_weight, grad_bias = conv_launch.causal_conv1d_backward(
@@ -144,6 +156,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradients are to be differentiated (create_graph=True)
+        reversed_groups, silu = ctx.options
+        reverse = tuple(bool(reversed_groups >> group & 1) for group in range(weight.shape[0]))
+        plain = functools.partial(_convolve_groups, silu=silu, reverse=reverse)
+        return *differentiable_gradients(plain, (x, weight, bias), (grad_out,)), None, None
     grad_x, grad_weight, grad_bias = torch.ops.lightspine.causal_conv1d_backward(
         grad_out, x, weight, bias, *ctx.options
     )

@@ -9,6 +9,7 @@ a CPU for inference (`lightspine::projected_cross_scan`), by the Triton kernels 
 # PyTorch prescribes the signatures of fake kernels and FLOP formulas.
 # ruff: noqa: ARG001
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lightspine.ops import scan_orders, torch_scan
 from lightspine.ops.cpu.config import saved_states_shape
+from lightspine.ops.derivatives import differentiable_gradients, in_transform, refuse_forward_mode
 from lightspine.ops.dispatch import choose_backend, load_backend, saves_states
 from lightspine.ops.flops import counted_backward, counted_forward, scan_flops
 from lightspine.ops.inputs import (
@@ -97,7 +99,7 @@ def cross_scan(
     # TorchScript skips a branch only if its condition stands alone; do not join the two with `and`.
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         pass
-    elif backend == "reference" or torch.onnx.is_in_onnx_export():
+    elif backend == "reference" or in_transform() or torch.onnx.is_in_onnx_export():
         inputs = CrossScanInputs(x, delta, A, B, C, D, delta_bias)
         return _without_operator(inputs, delta_softplus, order, backend)
     save_states = save_states and torch.is_grad_enabled()
@@ -154,12 +156,12 @@ def projected_cross_scan(
     # The proxy of a tracer has no device: the order of the conditions matters.
     seen: Any = x
     tracing = isinstance(seen, torch.fx.Proxy) or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    recorded = tracing or torch.compiler.is_compiling()
+    recorded = tracing or torch.compiler.is_compiling() or in_transform()
     compiled = backend in ("auto", "cpu") and not recorded and x.device.type == "cpu"
-    if compiled and not (torch.is_grad_enabled() and x.requires_grad):
+    tensors = (x, projected, dt_weight, A, D, delta_bias)
+    if compiled and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return projected_cross_scan_op(x, projected, dt_weight, A, D, delta_bias, order)
-    dt, B, C = _split_projected(projected, dt_weight.shape[1], A.shape[2])
-    delta = torch.einsum("bhwkr,krd->bhwkd", dt, dt_weight)
+    delta, B, C = _project_dt(projected, dt_weight, A.shape[2])
     return cross_scan(x, delta, A, B, C, D, delta_bias, True, order, backend, save_states)
 
 
@@ -185,7 +187,7 @@ def fuses_projection(x: Tensor, state_dim: int, backend: str = "auto") -> bool:
     an NVIDIA device of compute capability 8.0 or higher. Tracers and exporters get standard operators.
     """
     seen: Any = x
-    if state_dim != 1 or _observers or isinstance(seen, torch.fx.Proxy):
+    if state_dim != 1 or _observers or isinstance(seen, torch.fx.Proxy) or in_transform():
         return False
     if x.device.type != "cuda" and backend != "triton":
         return False
@@ -205,7 +207,7 @@ def _has_fused_kernels(device: torch.device, dtype: torch.dtype, backend: str) -
 
 
 def _without_operator(inputs: CrossScanInputs, delta_softplus: bool, order: str, backend: str) -> Tensor:
-    """Run the reference, or standard operations that `torch.onnx.export` can write."""
+    """Run the reference, or standard operations that can be differentiated or written by an exporter."""
     check_cross_scan(inputs)
     exporting = torch.onnx.is_in_onnx_export()
     if choose_backend(inputs.x.device.type, inputs.x.dtype, exporting, backend) == "reference":
@@ -213,12 +215,19 @@ def _without_operator(inputs: CrossScanInputs, delta_softplus: bool, order: str,
             inputs.A.shape[0], scan_orders.scan_order(order, *inputs.x.shape[1:3]).shape[0], order
         )
         return cross_scan_reference(*inputs, delta_softplus, order)
-    return torch_scan.run_cross_scan(torch_scan.exported_scan, inputs, delta_softplus, order)
+    form = torch_scan.exported_scan if exporting else torch_scan.unrolled_scan
+    return torch_scan.run_cross_scan(form, inputs, delta_softplus, order)
 
 
 def _split_projected(projected: Tensor, rank: int, states: int) -> tuple[Tensor, Tensor, Tensor]:
     dt, B, C = projected.split([rank, states, states], dim=-1)
     return dt, B, C
+
+
+def _project_dt(projected: Tensor, dt_weight: Tensor, states: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return delta, (B, H, W, K, D), and B and C, (B, H, W, K, N)."""
+    dt, B, C = _split_projected(projected, dt_weight.shape[1], states)
+    return torch.einsum("bhwkr,krd->bhwkd", dt, dt_weight), B, C
 
 
 @torch.library.custom_op("lightspine::cross_scan", mutates_args=())
@@ -240,6 +249,7 @@ def cross_scan_op(
     The arguments are those of `cross_scan`. Which states are saved for the backward, if any, is up to the
     backend.
     """
+    refuse_forward_mode("cross_scan")
     inputs = CrossScanInputs(x, delta, A, B, C, D, delta_bias)
     check_cross_scan(inputs)
     name = choose_backend(x.device.type, x.dtype, False, backend)
@@ -266,6 +276,7 @@ def cross_scan_backward_op(
 
     The inputs are those of a forward, which has checked them. `saved_states` may be empty.
     """
+    refuse_forward_mode("cross_scan_backward")
     inputs = CrossScanInputs(x, delta, A, B, C, D, delta_bias)
     name = choose_backend(x.device.type, x.dtype, False, backend)
     grads = load_backend(name).cross_scan_backward(grad_out, inputs, saved_states, delta_softplus, order)
@@ -331,9 +342,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, saved_states = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradients are to be differentiated (create_graph=True)
+        delta_softplus, order, _ = ctx.options
+        plain = functools.partial(_run_plain, delta_softplus=delta_softplus, order=order)
+        return *differentiable_gradients(plain, tensors, (grad_out,)), None, None, None, None
     grads = torch.ops.lightspine.cross_scan_backward(grad_out, *tensors, saved_states, *ctx.options)
     given = (None if t is None else grad for t, grad in zip(tensors, grads, strict=True))
     return *given, None, None, None, None
+
+
+def _run_plain(*tensors: Any, delta_softplus: bool, order: str) -> Tensor:
+    return torch_scan.run_cross_scan(
+        torch_scan.unrolled_scan, CrossScanInputs(*tensors), delta_softplus, order
+    )
 
 
 cross_scan_op.register_autograd(_backward, setup_context=_setup_context)
@@ -350,6 +371,7 @@ def projected_cross_scan_op(
     order: str,
 ) -> Tensor:
     """Return the sum over the directions; the arguments are those of `projected_cross_scan`."""
+    refuse_forward_mode("projected_cross_scan")
     rank = dt_weight.shape[1]
     check_tensor("cross_scan", "dt_weight", dt_weight, (A.shape[0], rank, x.shape[-1]), x.device)
     dt, B, C = _split_projected(projected, rank, A.shape[2])
@@ -387,6 +409,7 @@ def fused_cross_scan_op(
 
     The arguments are those of `projected_cross_scan`, with one state per channel.
     """
+    refuse_forward_mode("fused_cross_scan")
     _check_fused(x, projected, dt_weight, A, D, delta_bias)
     from lightspine.ops.triton import cross_scan_launch as launch
 
@@ -418,6 +441,7 @@ def fused_cross_scan_backward_op(
 
     The inputs are those of a forward, which has checked them. The saved states may be empty.
     """
+    refuse_forward_mode("fused_cross_scan_backward")
     from lightspine.ops.triton import cross_scan_launch as launch
 
     walk = launch.find_walk(order, x.shape[1], x.shape[2], x.device)
@@ -496,9 +520,25 @@ def _setup_fused_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 def _fused_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, tiles, sums = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradients are to be differentiated (create_graph=True)
+        plain = functools.partial(_project_and_scan, order=ctx.order)
+        return *differentiable_gradients(plain, tensors, (grad_out,)), None, None
     grads = torch.ops.lightspine.fused_cross_scan_backward(grad_out, *tensors, tiles, sums, ctx.order)
     given = (None if t is None else grad for t, grad in zip(tensors, grads, strict=True))
     return *given, None, None
+
+
+def _project_and_scan(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    order: str,
+) -> Tensor:
+    delta, B, C = _project_dt(projected, dt_weight, A.shape[2])
+    return _run_plain(x, delta, A, B, C, D, delta_bias, delta_softplus=True, order=order)
 
 
 fused_cross_scan_op.register_autograd(_fused_backward, setup_context=_setup_fused_context)

@@ -9,6 +9,7 @@ import torch
 import torch.fx
 
 from lightspine.errors import UsageError
+from lightspine.ops.derivatives import in_transform
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 # Devices without kernels of their own run standard PyTorch operations.
@@ -72,8 +73,13 @@ def _choose_backend(device_type: str, dtype: torch.dtype, exporting: bool, reque
 
 
 def runs_on_triton(x: Any) -> bool:
-    """Return whether a scan of a tensor runs on the Triton kernels by default; `False` while exporting."""
+    """Return whether a scan of a tensor runs on the Triton kernels by default.
+
+    `False` while exporting and under transforms (`lightspine.ops.derivatives.in_transform`).
+    """
     if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return False
+    if in_transform():
         return False
     return _KERNELS_BY_DEVICE.get(x.device.type) == "triton"
 

@@ -7,6 +7,7 @@ what compilers, exporters, tracers and FLOP counters see. README.md in this fold
 # PyTorch prescribes the signatures of fake kernels and FLOP formulas.
 # ruff: noqa: ARG001
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from lightspine.errors import UsageError
 from lightspine.ops import torch_scan
 from lightspine.ops.cpu.config import saved_states_shape
+from lightspine.ops.derivatives import differentiable_gradients, in_transform, refuse_forward_mode
 from lightspine.ops.dispatch import choose_backend, load_backend, saves_states
 from lightspine.ops.flops import counted_backward, counted_forward, scan_flops
 from lightspine.ops.inputs import SelectiveScanInputs, check_selective_scan, state_dtype
@@ -74,7 +76,7 @@ def selective_scan(
         torch.Size([2, 8, 50])
     """
     B, C = _grouped_projections(u, A, B, C)
-    if backend == "reference" or torch.onnx.is_in_onnx_export():
+    if backend == "reference" or in_transform() or torch.onnx.is_in_onnx_export():
         inputs = SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)
         out, state = _without_operator(inputs, delta_softplus, reverse, backend)
     else:
@@ -107,7 +109,7 @@ def scan(
     # TorchScript skips a branch only if its condition stands alone; do not join the two with `and`.
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         pass
-    elif backend == "reference" or torch.onnx.is_in_onnx_export():
+    elif backend == "reference" or in_transform() or torch.onnx.is_in_onnx_export():
         inputs = SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)
         return _without_operator(inputs, delta_softplus, reverse, backend)[0]
     save_states = save_states and torch.is_grad_enabled()
@@ -120,12 +122,13 @@ def scan(
 def _without_operator(
     inputs: SelectiveScanInputs, delta_softplus: bool, reverse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Run the reference, or standard operations that `torch.onnx.export` can write."""
+    """Run the reference, or standard operations that can be differentiated or written by an exporter."""
     check_selective_scan(inputs)
     exporting = torch.onnx.is_in_onnx_export()
     if choose_backend(inputs.u.device.type, inputs.u.dtype, exporting, backend) == "reference":
         return selective_scan_reference(*inputs, delta_softplus, reverse)
-    return torch_scan.run_selective_scan(torch_scan.exported_scan, inputs, delta_softplus, reverse)
+    form = torch_scan.exported_scan if exporting else torch_scan.unrolled_scan
+    return torch_scan.run_selective_scan(form, inputs, delta_softplus, reverse)
 
 
 def _grouped_projections(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,6 +177,7 @@ def selective_scan_op(
     channels innermost, on every backend, so that the strides which a compiler is told hold. Which states are
     saved for the backward, if any, is up to the backend.
     """
+    refuse_forward_mode("selective_scan")
     inputs = SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)
     check_selective_scan(inputs)
     name = choose_backend(u.device.type, u.dtype, False, backend)
@@ -204,6 +208,7 @@ def selective_scan_backward_op(
 
     The inputs are those of a forward, which has checked them. `saved_states` may be empty.
     """
+    refuse_forward_mode("selective_scan_backward")
     inputs = SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)
     name = choose_backend(u.device.type, u.dtype, False, backend)
     grads = load_backend(name).selective_scan_backward(
@@ -265,11 +270,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, saved_states = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradients are to be differentiated (create_graph=True)
+        delta_softplus, reverse, _ = ctx.options
+        plain = functools.partial(_run_plain, delta_softplus=delta_softplus, reverse=reverse)
+        given = differentiable_gradients(plain, tensors, (grad_out, grad_state))
+        return *given, None, None, None, None
     grads = torch.ops.lightspine.selective_scan_backward(
         grad_out, grad_state, *tensors, saved_states, *ctx.options
     )
-    given = (None if t is None else grad for t, grad in zip(tensors, grads, strict=True))
+    given = [None if t is None else grad for t, grad in zip(tensors, grads, strict=True)]
     return *given, None, None, None, None
+
+
+def _run_plain(*tensors: Any, delta_softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+    inputs = SelectiveScanInputs(*tensors)
+    return torch_scan.run_selective_scan(torch_scan.unrolled_scan, inputs, delta_softplus, reverse)
 
 
 selective_scan_op.register_autograd(_backward, setup_context=_setup_context)

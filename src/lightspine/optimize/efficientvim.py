@@ -15,6 +15,7 @@ from lightspine.models.efficientvim import (
     EfficientViMBlock,
     FusionHead,
     PatchMerging,
+    StatefulEfficientViMBlock,
     Stem,
 )
 from lightspine.optimize.folding import add_identity, merge_distillation_heads, scale_output
@@ -117,6 +118,15 @@ class FoldedEfficientViMBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, H, W)."""
         return self.forward_with_state(x)[0]
+
+
+@register_inference_form(StatefulEfficientViMBlock)
+class FoldedStatefulBlock(FoldedEfficientViMBlock):
+    """`FoldedEfficientViMBlock` that returns the mixer's hidden state too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return the map (B, C, H, W) and the mixer's hidden state (B, C, N)."""
+        return self.forward_with_state(x)
 
 
 def _blend_in(conv: nn.Conv2d, gate: Tensor) -> PackedConv2d:

@@ -7,9 +7,9 @@ are those that `torch.compile` uses for a frozen model. They are not part of PyT
 `packing_available` checks for them.
 
 Each layer falls back to the plain one, with the same weights, on another device or dtype, under autocast,
-while gradients are recorded, and in a trace or an export. It therefore keeps both forms of its weights in
-memory. The packed form follows `to`, `load_state_dict`, copies and pickles, but no in-place change of
-`weight`.
+while gradients are recorded, under `torch.func` transforms, and in a trace or an export. It therefore keeps
+both forms of its weights in memory. The packed form follows `to`, `load_state_dict`, copies and pickles, but
+no in-place change of `weight`.
 """
 
 from collections import OrderedDict
@@ -24,6 +24,7 @@ from timm.layers import Sigmoid as TimmSigmoid
 from torch import Tensor
 
 from lightspine.errors import UsageError
+from lightspine.ops.derivatives import in_transform
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -107,6 +108,7 @@ class _PackedLayer(nn.Module):
             self.can_pack
             and not tracing
             and not torch.compiler.is_compiling()
+            and not in_transform()
             and x.is_cpu
             and x.dtype == self._dtype
             and not (torch.is_grad_enabled() and x.requires_grad)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightspine.models.vim import ScanDirection, Vim, VimMixer, at_least_float32, mix_bidirectionally
 from lightspine.ops.dispatch import runs_on_triton
+from lightspine.ops.memory_format import channels_last
 from lightspine.ops.selective_scan import scan
 from lightspine.optimize.folding import scale_output, set_weights
 from lightspine.optimize.general import register_inference_form
@@ -40,9 +41,9 @@ class FoldedScanDirection(nn.Module):
     A: Tensor
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return u, delta, B and C as `ScanDirection.project` does."""
+        """Map tokens x (B, L, D) to the scan's u and delta, (B, D, L), and B and C, (B, 1, N, L)."""
         length = x.shape[1]
-        image = x.transpose(1, 2).unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        image = channels_last(x.transpose(1, 2).unsqueeze(2))
         first = self.reach if self.reverse else 0
         u = self.conv(image).squeeze(2)[:, :, first : first + length]
         step, B, C = self.x_proj(u.transpose(1, 2)).split(self.sizes, dim=2)
