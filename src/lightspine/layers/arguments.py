@@ -1,6 +1,12 @@
 """Validation of constructor arguments that several model families share."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightspine.errors import UsageError
 
@@ -57,3 +63,48 @@ def check_stem_stride(stem_stride: int, choices: list[int]) -> None:
         *first, last = map(str, choices)
         allowed = f"{', '.join(first)} or {last}" if first else last
         raise UsageError(f"stem_stride must be {allowed}, got {stem_stride}")
+
+
+def check_images(images: Tensor) -> None:
+    """Check that a model receives a batch of images in a floating dtype.
+
+    Raises:
+        UsageError: another number of axes, or whole numbers.
+    """
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return
+    _check_images(images)
+
+
+@torch.jit.unused
+def _check_images(images: Any) -> None:
+    if isinstance(images, torch.fx.Proxy):
+        return
+    if images.dim() != 4:
+        hint = ": add a batch axis with images[None]" if images.dim() == 3 else ""
+        raise UsageError(f"expected images of shape (B, C, H, W), received {tuple(images.shape)}{hint}")
+    if not images.dtype.is_floating_point:
+        raise UsageError(
+            "expected images of a floating dtype, scaled and normalized as "
+            f"timm.data.create_transform does, received {images.dtype}"
+        )
+
+
+def check_batch_statistics(model: Any, images: Any) -> None:
+    """Check that BatchNorm in training can compute statistics of the last map of a model; not for scripts.
+
+    Raises:
+        UsageError: a single image whose last map has a single pixel.
+    """
+    traced = isinstance(images, torch.fx.Proxy) or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if traced or torch.compiler.is_compiling() or not model.training or images.shape[0] != 1:
+        return
+    height, width = images.shape[2:]
+    stride = model.feature_info[-1]["reduction"]
+    if max(height, width) <= stride and any(
+        isinstance(m, _BatchNorm) and m.training for m in model.modules()
+    ):
+        raise UsageError(
+            f"training with BatchNorm needs more than one value per channel: expected at least two images or "
+            f"more than {stride} pixels, or a smaller stem_stride, received one image of {width} x {height}"
+        )

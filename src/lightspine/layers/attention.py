@@ -29,6 +29,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pass
     elif in_transform():
         return _attend(q, k, v)
+    elif torch.compiler.is_exporting() and q.dim() == 3:
+        # PyTorch's ONNX exporter knows only attention with an axis for heads.
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
     out = F.scaled_dot_product_attention(q, k, v)
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return out

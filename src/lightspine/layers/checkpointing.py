@@ -49,8 +49,8 @@ def checkpoint_scan(function: Callable[..., Tensor], *tensors: Tensor | None) ->
 
     Only the tensors are saved (Vision Mamba, arXiv:2401.09417, section on efficiency). Output
     and gradients equal those of the plain call, on a CPU bit for bit, also with the weights of
-    `torch.func.functional_call`. Without gradients, under `torch.fx`, in
-    an export and under `torch.func` transforms it is the plain call.
+    `torch.func.functional_call`. Without gradients, in a
+    trace or an export and under `torch.func` transforms it is the plain call.
 
     Args:
         function: computes the inputs of one or more scans and ends with these scans, called with
@@ -58,7 +58,11 @@ def checkpoint_scan(function: Callable[..., Tensor], *tensors: Tensor | None) ->
             views and sums. It draws no random numbers.
         *tensors: arguments of the function; `None` is passed on.
     """
-    traced = torch.compiler.is_exporting() or any(isinstance(t, torch.fx.Proxy) for t in tensors)
+    traced = (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or any(isinstance(t, torch.fx.Proxy) for t in tensors)
+    )
     # torch.func has no hooks for saved tensors, so it cannot recompute.
     if traced or not torch.is_grad_enabled() or in_transform():
         return function(*tensors)

@@ -28,5 +28,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         or module_globals._global_backward_hooks
         or module_globals._global_backward_pre_hooks
     )
+    if hooks:
+        return False
+    weight = module._parameters.get("weight")
     # Some quantizers replace only the weight, by a tensor subclass that not every operation knows.
-    return not hooks and not is_traceable_wrapper_subclass(module._parameters.get("weight"))
+    return type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight)

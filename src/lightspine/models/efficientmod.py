@@ -25,7 +25,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.layers.arguments import check_choice, check_global_pool, check_stem_stride
+from lightspine.layers.arguments import check_choice, check_global_pool, check_images, check_stem_stride
 from lightspine.layers.attention import attention
 from lightspine.layers.blocks import Stage
 from lightspine.layers.plain import is_plain
@@ -436,6 +436,7 @@ class EfficientMod(nn.Module):
         """
         check_choice("output_fmt", output_fmt, ("NCHW",))
         take_indices, last = feature_take_indices(len(self.stages), indices)
+        check_images(x)
         x = self.stem(x)
         intermediates = []
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
@@ -450,6 +451,7 @@ class EfficientMod(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to the normalized last map, of stride 32 as published."""
+        check_images(x)
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)

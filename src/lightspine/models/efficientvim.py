@@ -30,7 +30,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.layers.arguments import check_choice, stem_strides
+from lightspine.layers.arguments import check_batch_statistics, check_choice, check_images, stem_strides
 from lightspine.layers.blocks import ConvNorm
 from lightspine.layers.checkpointing import checkpoint_module
 from lightspine.models.registry import Published, StateDict, build_model, register_model
@@ -494,6 +494,13 @@ class EfficientViM(nn.Module):
         head = FusionHead(self.head_widths, self.num_classes).to(device=like.device, dtype=like.dtype)
         return head.train(self.training)
 
+    def _embed(self, x: Tensor) -> Tensor:
+        check_images(x)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            check_batch_statistics(self, x)
+        # In channels-last format, convolutions and LayerNorm need no copy.
+        return self.stem(channels_last(x))
+
     def _fuse(self, states: list[Tensor], x: Tensor) -> Tensor:
         """Concatenate pooled states (B, C_i), repeated at every position, and the final map (B, C, H, W)."""
         x = self.norm[-1](x)
@@ -506,8 +513,7 @@ class EfficientViM(nn.Module):
         The stride S is four times the stem's, 64 as published. The last `feature_info[-1]["num_chs"]`
         channels are the normalized final map; the others are the normalized, pooled hidden states.
         """
-        # In channels-last format, convolutions and LayerNorm need no copy.
-        x = self.stem(channels_last(x))
+        x = self._embed(x)
         states: list[Tensor] = []
         for stage, norm in zip(self.stages, self.norm):  # noqa: B905 (one norm more: that of the map)
             x, state = stage(x)
@@ -561,7 +567,7 @@ class EfficientViM(nn.Module):
         check_choice("output_fmt", output_fmt, ("NCHW",))
         take, last = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: last + 1] if stop_early or intermediates_only else self.stages
-        x = self.stem(channels_last(x))
+        x = self._embed(x)
         maps: list[Tensor] = []
         states: list[Tensor] = []
         for i, stage in enumerate(stages):

@@ -22,7 +22,13 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.layers.arguments import check_choice, check_global_pool, stem_strides
+from lightspine.layers.arguments import (
+    check_batch_statistics,
+    check_choice,
+    check_global_pool,
+    check_images,
+    stem_strides,
+)
 from lightspine.layers.attention import attention
 from lightspine.layers.blocks import ConvNorm, Stage
 from lightspine.models.registry import Published, StateDict, build_model, register_model
@@ -376,7 +382,7 @@ class SHViT(nn.Module):
         check_choice("output_fmt", output_fmt, ("NCHW",))
         del norm
         take_indices, last = feature_take_indices(len(self.stages), indices)
-        x = self.stem(_channels_last_on_cpu(x))
+        x = self._embed(x)
         intermediates = []
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
@@ -384,12 +390,18 @@ class SHViT(nn.Module):
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
 
+    def _embed(self, x: Tensor) -> Tensor:
+        check_images(x)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            check_batch_statistics(self, x)
+        return self.stem(_channels_last_on_cpu(x))
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to the last map (B, num_features, ceil(H / S), ceil(W / S)).
 
         The stride S is `feature_info[-1]["reduction"]`, 64 as published.
         """
-        x = self.stem(_channels_last_on_cpu(x))
+        x = self._embed(x)
         for stage in self.stages:
             x = stage(x)
         return x

@@ -26,7 +26,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.layers.arguments import check_choice
+from lightspine.layers.arguments import check_choice, check_images
 from lightspine.layers.blocks import init_dt_bias
 from lightspine.layers.checkpointing import checkpoint_module, checkpoint_scan
 from lightspine.layers.plain import is_plain
@@ -799,6 +799,7 @@ class Vim(nn.Module):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, int, int]:
         """Return the input (B, N, C) of the first block and the grid of patches."""
+        check_images(x)
         if self.dynamic_img_pad:
             right = (self.patch_size - x.shape[3]) % self.stride
             bottom = (self.patch_size - x.shape[2]) % self.stride
@@ -858,7 +859,7 @@ class Vim(nn.Module):
             if i in taken:
                 tokens = patches_of(self.norm(x) if norm else x, self.class_token)
                 if output_fmt == "NCHW":
-                    tokens = tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
+                    tokens = tokens.transpose(1, 2).unflatten(2, (height, width))
                 maps.append(tokens)
         return maps if intermediates_only else (self.norm(x), maps)
 

@@ -29,7 +29,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.layers.arguments import check_choice, check_global_pool, stem_strides
+from lightspine.layers.arguments import check_choice, check_global_pool, check_images, stem_strides
 from lightspine.layers.blocks import Stage, init_dt_bias
 from lightspine.layers.checkpointing import checkpoint_scan
 from lightspine.models.registry import Published, StateDict, build_model, register_model
@@ -231,7 +231,8 @@ class SS2D(nn.Module):
         u = self.act(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         batch, height, width, _ = u.shape
         # The projections are pointwise: one product in pixel order computes those of every direction.
-        projected = self.x_proj(u).view(batch, height, width, self.directions, -1)
+        rows = self.dt_rank + 2 * self.state_dim
+        projected = self.x_proj(u).view(batch, height, width, self.directions, rows)
         # At least float32, because exp(delta * A) amplifies the rounding of A.
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         D = self.D.view(self.directions, -1)
@@ -682,6 +683,7 @@ class VMamba(nn.Module):
 
     def _embed(self, x: Tensor) -> Tensor:
         # The only change of memory format: all following maps stay in channels-last format.
+        check_images(x)
         x = self.stem(channels_last(x))
         if self.pos_embed is not None:
             x = x + resize_pos_embed(self.pos_embed, x.shape[2], x.shape[3])

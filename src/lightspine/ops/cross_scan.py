@@ -102,6 +102,8 @@ def cross_scan(
     elif backend == "reference" or in_transform() or torch.onnx.is_in_onnx_export():
         inputs = CrossScanInputs(x, delta, A, B, C, D, delta_bias)
         return _without_operator(inputs, delta_softplus, order, backend)
+    elif torch.jit.is_tracing():  # type: ignore[attr-defined]
+        save_states = False  # a trace may be run with and without gradients
     save_states = save_states and torch.is_grad_enabled()
     out, _ = torch.ops.lightspine.cross_scan(
         x, delta, A, B, C, D, delta_bias, delta_softplus, order, save_states, backend

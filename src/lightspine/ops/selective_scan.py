@@ -80,7 +80,8 @@ def selective_scan(
         inputs = SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)
         out, state = _without_operator(inputs, delta_softplus, reverse, backend)
     else:
-        save_states = torch.is_grad_enabled()
+        # A trace may be run with and without gradients.
+        save_states = torch.is_grad_enabled() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         out, state, _ = torch.ops.lightspine.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states, backend
         )
@@ -112,6 +113,8 @@ def scan(
     elif backend == "reference" or in_transform() or torch.onnx.is_in_onnx_export():
         inputs = SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)
         return _without_operator(inputs, delta_softplus, reverse, backend)[0]
+    elif torch.jit.is_tracing():  # type: ignore[attr-defined]
+        save_states = False  # a trace may be run with and without gradients
     save_states = save_states and torch.is_grad_enabled()
     out, _, _ = torch.ops.lightspine.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states, backend
