@@ -130,7 +130,7 @@ def test_images_without_labels_are_counted(tmp_path: Path, caplog: pytest.LogCap
             Image.linear_gradient("L").point(lambda value: value > 99).save(tmp_path / folder / f"{name}.png")
     with caplog.at_level(logging.WARNING):
         SegmentationFolderDataModule(tmp_path, num_classes=2, val_fraction=0.5)
-    assert "left out 1 images without a label map, first " in caplog.text
+    assert "1 x image without a label map, first " in caplog.text
 
 
 def test_painted_labels_are_the_union_of_the_masks(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -252,3 +252,20 @@ def test_root_with_validation_folders_only_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, count=1, splits=("val", "test"))
     with pytest.raises(UsageError, match=r"a folder train next to test and val in"):
         ImageFolderDataModule(tmp_path)
+
+
+def test_validation_images_that_are_training_images_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(tmp_path, count=2)
+    rows = [
+        (f"{name}/{i}.jpg", name, split)
+        for name in ("red", "blue")
+        for i, split in ((0, "train"), (1, "val"))
+    ]
+    rows.append(("./red/0.jpg", "red", "val"))
+    text = "\n".join(",".join(row) for row in [("path", "label", "split"), *rows])
+    (tmp_path / "list.csv").write_text(text)
+    ImageListDataModule(tmp_path / "list.csv", num_workers=0).split_record()
+    shared = tmp_path / "red" / "0.jpg"
+    assert f"1 of 3 validation images are training images too, first {shared}" in caplog.text

@@ -155,9 +155,13 @@ class CocoMetrics:
         points = {}
         for kind in self.kinds:
             evaluation = self._evaluate(kind)
-            curves = (evaluation.eval[name][0, :, :, 0, -1].T for name in ("precision", "scores"))
+            # (recalls, classes) at the first IoU threshold, 0.5, for all object sizes.
+            precision, scores = (evaluation.eval[name][0, :, :, 0, -1] for name in ("precision", "scores"))
             recall = np.asarray(evaluation.params.recThrs)
-            points[kind] = [_highest_f1(*curve, recall) for curve in zip(*curves, strict=True)]
+            points[kind] = [
+                _highest_f1(curve, thresholds, recall)
+                for curve, thresholds in zip(precision.T, scores.T, strict=True)
+            ]
         return {
             name: {kind: points[kind][order[label]] for kind in self.kinds}
             for label, name in enumerate(self.annotations.class_names)

@@ -205,7 +205,7 @@ def _read_values(path: Path) -> np.ndarray:
     return _color(red, green, blue)
 
 
-def _color(red: np.ndarray | int, green: np.ndarray | int, blue: np.ndarray | int) -> np.ndarray | int:
+def _color(red: np.ndarray | int, green: np.ndarray | int, blue: np.ndarray | int) -> np.ndarray:
     # Gray is a value of its own, so that black is 0 in gray and colored masks alike.
     value = np.asarray((1 << 24) + (red << 16) + (green << 8) + blue)
     gray = (np.asarray(red) == green) & (np.asarray(red) == blue)

@@ -207,7 +207,7 @@ def _check_names(images: Sequence[ConvertedImage]) -> None:
 
 def _to_coco(images: Sequence[ConvertedImage], class_names: Sequence[str]) -> dict[str, Any]:
     numbers = {name: number for number, name in enumerate(class_names, 1)}
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image_id, image in enumerate(images, 1):
         for item in image.objects:
             left, top, right, bottom = item.box

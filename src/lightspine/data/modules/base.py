@@ -1,5 +1,7 @@
 """Base LightningDataModule: data loaders, samplers and the log of unreadable images."""
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,8 @@ from lightspine.data.samplers import EpochSampler
 from lightspine.data.split_record import SplitRecord, record_split
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import UsageError
+
+_log = logging.getLogger(__name__)
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -74,6 +78,7 @@ class ImageDataModule(pl.LightningDataModule):
         """Return the record of the training and validation images, or `None` for data without names."""
         images = self._split_images()
         if self._split_record is None and images is not None:
+            _warn_of_shared_images(*images)
             self._split_record = record_split(*images, val_fraction=self.val_fraction, seed=self.seed)
         return self._split_record
 
@@ -132,4 +137,14 @@ class ImageDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             **options,
+        )
+
+
+def _warn_of_shared_images(train: Sequence[str], val: Sequence[str]) -> None:
+    """Log a warning if images to validate on are training images too, whose scores would be too good."""
+    held_out = set(map(os.path.normpath, val))
+    shared = sorted(held_out.intersection(map(os.path.normpath, train)))
+    if shared:
+        _log.warning(
+            "%d of %d validation images are training images too, first %s", len(shared), len(val), shared[0]
         )

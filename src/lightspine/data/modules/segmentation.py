@@ -166,10 +166,6 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             val_fraction=val_fraction,
             seed=seed,
         )
-        if splits.unpaired:
-            _log.warning(
-                "left out %d images without a label map, first %s", len(splits.unpaired), splits.unpaired[0]
-            )
         super().__init__(
             (splits.train, splits.reader),
             (splits.val, splits.reader),

@@ -127,6 +127,8 @@ def scan_segmentation_folder(
         train, unpaired = pair_labels(train_images, find_dense_folder(labels, TRAIN_SPLITS), listing=listing)
         val, more_unpaired = pair_labels(val_images, find_dense_folder(labels, VAL_SPLITS), listing=listing)
         unpaired = unpaired + more_unpaired
+    for path in unpaired:
+        listing.left_out.add("image without a label map", str(path))
     listing.report()
     if names is None:
         count = _count_classes([*train, *val], ignored, remap)
