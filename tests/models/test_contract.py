@@ -308,11 +308,6 @@ def test_saved_weights_load_strictly(name, model):
     assert torch.equal(other(x), model(x))
 
 
-def test_pretrained_without_a_file_is_an_error(name):
-    with pytest.raises(UsageError, match="no weights are hosted"):
-        lightspine.create_model(name, pretrained=True)
-
-
 def test_timm_creates_a_model_that_only_lightspine_has():
     model = timm.create_model("vmamba_tiny", num_classes=5)
     assert type(model).__module__ == "lightspine.models.vmamba"

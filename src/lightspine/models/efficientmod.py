@@ -469,7 +469,7 @@ class EfficientMod(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _cfg() -> PretrainedCfg:
+def _cfg(drive_folder: str) -> PretrainedCfg:
     return PretrainedCfg(
         input_size=(3, 224, 224),
         min_input_size=(3, 32, 32),
@@ -484,12 +484,18 @@ def _cfg() -> PretrainedCfg:
         license="apache-2.0",
         paper_ids="arXiv:2403.19963",
         paper_name="Efficient Modulation for Vision Networks",
-        origin_url="https://github.com/ma-xu/EfficientMod",
+        # Programs cannot download from it.
+        origin_url=f"https://drive.google.com/drive/folders/{drive_folder}",
     )
 
 
 default_cfgs = generate_default_cfgs(
-    {f"efficientmod_{size}": _cfg() for size in ("xxs", "xs", "s", "s_conv")}
+    {
+        "efficientmod_xxs": _cfg("1c0dlnN7w1bHlAsKcJFhGVA2mIhoA6ZHz"),
+        "efficientmod_xs": _cfg("1PPQFO891WfJRUiH58NlWOgHDEzDnwC0_"),
+        "efficientmod_s": _cfg("1rJs8LcWmdTFmj-IJ0cmlVp_MxGfZFsFk"),
+        "efficientmod_s_conv": _cfg("1EY637XRiDPL4AwrVGESJWsK-ZP2GhnaI"),
+    }
 )
 
 # No pattern matches a name of this module, so lightspine files pass unchanged.

@@ -655,10 +655,13 @@ def checkpoint_filter_fn(state_dict: StateDict, model: EfficientViM) -> StateDic
     return out
 
 
-def _cfg(distilled: bool, size: int) -> dict[str, Any]:
+def _cfg(name: str, tag: str) -> dict[str, Any]:
+    distilled, size = name.endswith("_dist"), 256 if name.startswith("m4") else 224
     heads = ("head", "head_dist") if distilled else ("head",)
     return {
-        "url": "",
+        # The authors' files lie in a Google Drive folder; these are timm's conversions of them.
+        "hf_hub_id": f"timm/efficientvim_{name}.{tag}",
+        "hf_hub_filename": "model.safetensors",
         "num_classes": 1000,
         "input_size": (3, size, size),
         "min_input_size": (3, 32, 32),
@@ -675,11 +678,13 @@ def _cfg(distilled: bool, size: int) -> dict[str, Any]:
     }
 
 
+_TAGS = {"": ("e300_in1k", "e450_in1k"), "_dist": ("in1k",)}
 default_cfgs = generate_default_cfgs(
     {
-        f"efficientvim_{size}{suffix}": _cfg(distilled=bool(suffix), size=256 if size == "m4" else 224)
+        f"efficientvim_{size}{suffix}.{tag}": _cfg(f"{size}{suffix}", tag)
         for size in ("m1", "m2", "m3", "m4")
-        for suffix in ("", "_dist")
+        for suffix, tags in _TAGS.items()
+        for tag in tags
     }
 )
 

@@ -5,9 +5,10 @@ from typing import Any, cast
 
 import timm
 import torch.nn as nn
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import Tensor
 
-from lightspine.errors import LightspineError
+from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import (
     Checkpoint,
     CheckpointSource,
@@ -18,15 +19,25 @@ from lightspine.models.checkpoint import (
     read_model_metadata,
     save_checkpoint,
 )
-from lightspine.models.loading import build_on_meta, identify_tensors, load_checkpoint, shapes_of
+from lightspine.models.loading import (
+    FEATURE_OPTIONS,
+    build_on_meta,
+    copy_tensors,
+    identify_tensors,
+    load_checkpoint,
+    shapes_of,
+)
 from lightspine.models.registry import find_record, get_record, unknown_model
+from lightspine.models.weights import hub_errors
 
-_FEATURE_OPTIONS = ("features_only", "out_indices", "feature_cls")
+# Arguments that name the initial weights, not the model.
+_WEIGHTS_OPTIONS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 def create_model(
     name: str,
     *,
+    pretrained: bool = False,
     checkpoint: CheckpointSource | None = None,
     weights: Weights = "auto",
     **kwargs: Any,
@@ -36,19 +47,25 @@ def create_model(
     Names of this library take precedence; any other name is created by timm, with timm's arguments.
 
     Args:
-        name: such as `vmamba_tiny`; see `lightspine.list_models()`.
+        name: such as `vmamba_tiny`, or `vmamba_tiny.in1k` with the tag of its weights; see
+            `lightspine.list_models()`. `hf-hub:ORG/NAME` and `local-dir:PATH` stand for a model in timm's
+            layout (`timm.models.push_to_hf_hub` and `save_for_hf`).
+        pretrained: load the published weights, downloaded at the first call (`lightspine weights --all` lists
+            them); not with `checkpoint`.
         checkpoint: official, timm or lightspine checkpoint, loaded strictly (`lightspine.load_checkpoint`).
             With `num_classes`, a head of another size in the file is dropped; with `in_chans`, the first
             convolution is adapted as in timm.
         weights: entry of the file: "model", "ema", or "auto" for the one with the published score.
-        **kwargs: arguments of the model (`num_classes`, `in_chans`, `drop_path_rate`, `features_only`...).
+        **kwargs: arguments of the model (`num_classes`, `in_chans`, `drop_path_rate`, `features_only`...) and
+            timm's `pretrained_cfg`, `pretrained_cfg_overlay` and `cache_dir`.
 
     Returns:
         The model, in training mode. `model.load_report` describes what was loaded.
 
     Raises:
-        UsageError: unknown name (the message suggests similar ones), file or entry.
-        LightspineError: the checkpoint cannot be read or belongs to another family or variant.
+        UsageError: unknown name (the message suggests similar ones), tag, file or entry; or `pretrained` for
+            a model whose authors offer no file that a program can download.
+        LightspineError: the checkpoint cannot be downloaded or read, or belongs to another family or variant.
 
     Examples:
         >>> import lightspine, torch
@@ -56,18 +73,52 @@ def create_model(
         >>> model(torch.zeros(1, 3, 97, 161)).shape
         torch.Size([1, 10])
     """
+    if pretrained and checkpoint is not None:
+        raise UsageError("expected pretrained=True or a checkpoint, received both")
+    name, kwargs = _resolve_name(name, kwargs)
     if find_record(name) is None and not timm.is_model(name):
         raise unknown_model(name)
     if checkpoint is not None and kwargs.get("features_only"):
         model = _create_feature_extractor(name, checkpoint, weights, kwargs)
     else:
-        model = _build(name, kwargs)
+        model = _build(name, {"pretrained": True, **kwargs} if pretrained else kwargs)
         if checkpoint is not None:
             drop_head = True if "num_classes" in kwargs else None
             model.load_report = load_checkpoint(model, checkpoint, weights=weights, drop_head=drop_head)
     # Saved by `save_checkpoint`, so that the file alone is enough to rebuild the model.
-    model.init_args = {"name": name, "kwargs": kwargs}
+    kept = {key: value for key, value in kwargs.items() if key not in _WEIGHTS_OPTIONS}
+    model.init_args = {"name": name, "kwargs": kept, "pretrained": pretrained}
     return cast(nn.Module, model)
+
+
+def _resolve_name(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the registered name and the arguments that a name with a tag or a saved model stands for."""
+    scheme, _, place = name.partition(":")
+    if place:
+        if scheme not in ("hf-hub", "hf_hub", "local-dir"):
+            raise UsageError(f"expected a model name, hf-hub:ORG/NAME or local-dir:PATH, received {name!r}")
+        cfg, name, arguments = _read_timm_config(scheme, place, kwargs.get("cache_dir"))
+        return name, {**arguments, "pretrained_cfg": cfg, **kwargs}
+    base, _, tag = name.partition(".")
+    if tag and find_record(base):
+        return base, {"pretrained_cfg": tag, **kwargs}
+    return name, kwargs
+
+
+def _read_timm_config(
+    scheme: str, place: str, cache_dir: str | Path | None
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Return the pretrained configuration, the model name and its arguments of a model in timm's layout."""
+    try:
+        if scheme == "local-dir":
+            cfg, name, arguments = load_model_config_from_path(place)
+        else:
+            with hub_errors(f"{place}/config.json"):
+                cfg, name, arguments = load_model_config_from_hf(place, cache_dir=cache_dir)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise LightspineError(f"{scheme}:{place} holds no model in timm's layout: {error}") from error
+    # The tag of the configuration is that of other weights.
+    return dict(cfg) | {"tag": None}, name, dict(arguments)
 
 
 def _build(name: str, kwargs: dict[str, Any]) -> Any:
@@ -80,13 +131,12 @@ def _create_feature_extractor(
 ) -> Any:
     """Load the whole model first, because a `features_only` wrapper has only a part of the tensors."""
     file = read_checkpoint(checkpoint)
-    whole = _build(name, {key: value for key, value in kwargs.items() if key not in _FEATURE_OPTIONS})
+    whole = _build(name, {key: value for key, value in kwargs.items() if key not in FEATURE_OPTIONS})
     report = load_checkpoint(whole, file, weights=weights, drop_head=True)
     wrapper = _build(name, kwargs)
     inner = getattr(wrapper, "model", None)
     if isinstance(inner, nn.Module):
-        tensors = whole.state_dict()
-        inner.load_state_dict({key: tensors[key] for key in inner.state_dict()})
+        copy_tensors(whole, inner)
     else:
         # timm's other wrappers rename the modules, so let timm load the state dict.
         overlay = {"state_dict": dict(file.entries[report.entry])}

@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
-from timm.models import adapt_input_conv
+from timm.models import PretrainedCfg, adapt_input_conv
 from torch import Tensor
 
-from lightspine.errors import LightspineError
+from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import EMA_ENTRIES, CheckpointSource, Weights, read_checkpoint
 from lightspine.models.registry import find_record, get_record, list_models
+from lightspine.models.weights import TIMM_FILES, fetch_weights
 
 FilterFn = Callable[[dict[str, Any], nn.Module], dict[str, Any]]
 
@@ -32,6 +34,8 @@ class LoadReport:
         missing: names in the model that kept their initial value.
         unexpected: names in the file that the model does not have (empty after a successful load).
         mismatched: name -> (shape in the file, shape in the model) (empty after a successful load).
+        url: address that a published file was downloaded from, or "".
+        sha256: SHA-256 of that file, or "".
     """
 
     source: str
@@ -44,6 +48,8 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    url: str = ""
+    sha256: str = ""
 
     @property
     def complete(self) -> bool:
@@ -54,6 +60,8 @@ class LoadReport:
         """Return the report as plain values, for JSON."""
         return {
             "source": self.source,
+            "url": self.url,
+            "sha256": self.sha256,
             "entry": self.entry,
             "is_ema": self.is_ema,
             "loaded": len(self.loaded),
@@ -70,6 +78,8 @@ class LoadReport:
         parts = [
             f"loaded {len(self.loaded)} tensors{' (EMA)' if self.is_ema else ''}{entry} of {self.source}"
         ]
+        if self.url:
+            parts[0] += f" from {self.url} (SHA-256 {self.sha256})"
         for word, names in (
             ("converted", list(self.converted)),
             ("dropped", self.dropped),
@@ -140,6 +150,70 @@ def load_checkpoint(
     model.load_state_dict(fitted, strict=False)
     report.loaded = [key for key in model.state_dict() if key in fitted]
     return report
+
+
+FEATURE_OPTIONS = ("features_only", "out_indices", "feature_cls")
+"""Arguments of timm's feature extractors, which belong to the wrapper and not to the model."""
+
+
+def load_published(
+    name: str, cfg: PretrainedCfg, build: Callable[[dict[str, Any]], Any], kwargs: dict[str, Any]
+) -> nn.Module:
+    """Build a model with the weights that timm's pretrained configuration names.
+
+    Args:
+        name: registered name.
+        cfg: the configuration: an address, a repository of the hub, or a local file or folder.
+        build: builds the model without weights from its arguments.
+        kwargs: arguments of the model and of timm's builder.
+
+    Returns:
+        The model; `model.load_report` describes what was loaded.
+
+    Raises:
+        UsageError: no weights can be downloaded, or a file does not exist.
+        LightspineError: the download failed, or the file does not fit the model.
+    """
+    published = get_record(name).published
+    if cfg.file:
+        path, url, sha256 = _local_file(Path(cfg.file)), "", ""
+    else:
+        score = "" if published.top1 is None else f"{published.top1} % top-1"
+        file = fetch_weights(
+            name,
+            cfg,
+            kwargs.get("cache_dir"),
+            fits=lambda candidate: _belongs_to(name, candidate),
+            published_score=score,
+        )
+        path, url, sha256 = file.path, file.source, file.sha256
+    whole = build({key: value for key, value in kwargs.items() if key not in FEATURE_OPTIONS})
+    report = load_checkpoint(whole, path, drop_head=True if "num_classes" in kwargs else None)
+    report.url, report.sha256 = url, sha256
+    model = build(kwargs) if kwargs.get("features_only") else whole
+    if model is not whole:
+        copy_tensors(whole, model.model)
+    model.load_report = report
+    return cast(nn.Module, model)
+
+
+def copy_tensors(source: nn.Module, target: nn.Module) -> None:
+    """Load the tensors of a model into a part of the same model, such as that of a feature extractor."""
+    tensors = source.state_dict()
+    target.load_state_dict({key: tensors[key] for key in target.state_dict()})
+
+
+def _local_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = [path / name for name in TIMM_FILES if (path / name).is_file()]
+    if not found:
+        raise UsageError(f"no weights in the folder {path}: expected {' or '.join(TIMM_FILES)}")
+    return found[0]
+
+
+def _belongs_to(name: str, path: Path) -> bool:
+    return any(_compare(name, shapes_of(t)).exact for t in read_checkpoint(path).entries.values())
 
 
 def _keep_layout(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:

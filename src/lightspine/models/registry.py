@@ -125,40 +125,83 @@ def build_model(
         default_indices: default `out_indices` of `features_only`, indices into the model's `feature_info`.
         **kwargs: arguments of timm's builder and of the model.
 
+    With `pretrained`, the published checkpoint is downloaded at the first call, read safely and loaded
+    strictly, like any checkpoint file. Sources that the caller passes by `pretrained_cfg_overlay` (`file`,
+    `state_dict`) are loaded by timm.
+
     Raises:
-        UsageError: `pretrained` without a source of weights; no weights are hosted for these models.
+        UsageError: `pretrained` for a variant whose authors offer no file that a program can download, or an
+            unknown tag.
+        LightspineError: the download failed, or the file does not fit the model.
     """
     module = sys.modules[model_cls.__module__]
-    # Passed explicitly, because timm's registry has its own cfg for the names that it also defines.
-    cfg = kwargs.pop("pretrained_cfg", None) or module.default_cfgs[variant].default
-    if isinstance(cfg, str):
-        raise UsageError(f"{variant} has no weights with the tag {cfg!r}: pass a checkpoint file")
-    if isinstance(cfg, dict):
-        cfg = PretrainedCfg(**cfg)
+    cfg = _resolve_cfg(variant, kwargs.pop("pretrained_cfg", None), module.default_cfgs[variant])
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    if pretrained and not (
-        any(overlay.get(k) for k in ("file", "url", "state_dict", "hf_hub_id")) or cfg.has_weights
-    ):
-        raise UsageError(
-            f"no weights are hosted for {variant}: pass a checkpoint file, "
-            f"lightspine.create_model({variant!r}, checkpoint=PATH)"
+
+    def build(with_weights: bool, options: dict[str, Any]) -> nn.Module:
+        return build_model_with_cfg(
+            model_cls,
+            variant,
+            with_weights,
+            pretrained_cfg=cfg,
+            pretrained_filter_fn=module.checkpoint_filter_fn,
+            # timm's getter calls forward_intermediates; the hook-based wrappers would skip position tables
+            # and padding, which belong to no submodule.
+            feature_cfg={"out_indices": default_indices, "feature_cls": "getter"},
+            **options,
         )
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_cfg=dataclasses.replace(cfg, architecture=variant),
-        pretrained_filter_fn=module.checkpoint_filter_fn,
-        # timm's getter calls forward_intermediates; the hook-based wrappers would skip position tables and
-        # padding, which belong to no submodule.
-        feature_cfg={"out_indices": default_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+
+    if not pretrained or any(overlay.get(key) for key in ("file", "state_dict")):
+        return build(pretrained, kwargs)
+    from lightspine.models.loading import load_published
+
+    cfg = dataclasses.replace(cfg, **overlay)
+    return load_published(variant, cfg, lambda options: build(False, options), kwargs)
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Return the names of the models of this library that match a shell pattern, grouped by family."""
-    return [name for name in _RECORDS if fnmatch.fnmatch(name, pattern)]
+def _resolve_cfg(variant: str, cfg: Any, published: DefaultCfg) -> PretrainedCfg:
+    """Return the configuration that `pretrained_cfg` stands for: a tag, the values, or the default."""
+    # Passed explicitly to timm, because its registry has its own cfg for the names that it also defines.
+    if isinstance(cfg, str):
+        if cfg not in published.cfgs:
+            tags = ", ".join(tag for tag in published.cfgs if tag) or "no tag"
+            raise UsageError(f"{variant} has no weights with the tag {cfg!r}: expected {tags}")
+        cfg = dataclasses.replace(published.cfgs[cfg], tag=cfg)
+    elif isinstance(cfg, dict):
+        cfg = PretrainedCfg(**cfg)
+    elif cfg is None:
+        tag = next(iter(published.tags))
+        cfg = dataclasses.replace(published.default, tag=tag)
+    return dataclasses.replace(cfg, architecture=variant)
+
+
+def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+    """Return the names of the models of this library that match a shell pattern, grouped by family.
+
+    Args:
+        pattern: shell pattern, such as `vim_*`.
+        pretrained: return only models whose published weights can be downloaded, with the tag of each set of
+            weights, such as `vmamba_tiny.in1k`; the first one of a model is its default.
+
+    Examples:
+        >>> import lightspine
+        >>> lightspine.list_models("efficientvim_m1", pretrained=True)
+        ['efficientvim_m1.e300_in1k', 'efficientvim_m1.e450_in1k']
+    """
+    names = [name for name in _RECORDS if fnmatch.fnmatch(name, pattern)]
+    if not pretrained:
+        return names
+    return [full_name for name in names for full_name in published_cfgs(name)]
+
+
+def published_cfgs(name: str) -> dict[str, PretrainedCfg]:
+    """Return timm's configuration of each set of published weights of a model, by name with tag."""
+    published: DefaultCfg = sys.modules[get_record(name).create.__module__].default_cfgs[name]
+    return {
+        f"{name}.{tag}": dataclasses.replace(published.cfgs[tag], tag=tag)
+        for tag in published.tags
+        if published.cfgs[tag].has_weights
+    }
 
 
 def find_record(name: str) -> ModelRecord | None:

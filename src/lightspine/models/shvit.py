@@ -428,10 +428,14 @@ class SHViT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _cfg(size: int, distilled: bool) -> PretrainedCfg:
+_REPOSITORY = "https://github.com/ysj9909/SHViT"
+
+
+def _cfg(size: int, *, file: str = "", distilled: bool = False) -> PretrainedCfg:
     # timm declares one name here, and takes several.
     classifier: Any = ("head.fc", "head_dist.fc") if distilled else "head.fc"
     return PretrainedCfg(
+        url=f"{_REPOSITORY}/releases/download/v1.0/{file}" if file else None,
         input_size=(3, size, size),
         min_input_size=(3, 32, 32),
         pool_size=(4, 4),
@@ -445,16 +449,14 @@ def _cfg(size: int, distilled: bool) -> PretrainedCfg:
         license="mit",
         paper_ids="arXiv:2401.16456",
         paper_name="SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design",
-        origin_url="https://github.com/ysj9909/SHViT",
+        origin_url=f"{_REPOSITORY}/releases",
     )
 
 
+_SIZES = {"s1": 224, "s2": 224, "s3": 224, "s4": 256}
 default_cfgs = generate_default_cfgs(
-    {
-        f"shvit_{size}{suffix}": _cfg(256 if size == "s4" else 224, distilled=bool(suffix))
-        for size in ("s1", "s2", "s3", "s4")
-        for suffix in ("", "_dist")
-    }
+    {f"shvit_{name}.in1k": _cfg(size, file=f"shvit_{name}.pth") for name, size in _SIZES.items()}
+    | {f"shvit_{name}_dist": _cfg(size, distilled=True) for name, size in _SIZES.items()}
 )
 
 _MERGING_PARTS = ("pre.0", "pre.1", "merge", "post.0", "post.1")

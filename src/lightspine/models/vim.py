@@ -937,8 +937,17 @@ def _cfg(**overrides: Any) -> dict[str, Any]:
     }
 
 
+# Each repository has the files of the models of one size.
 default_cfgs = generate_default_cfgs(
-    {name: _cfg() for name in ("vim_tiny", "vim_tiny_plus", "vim_small", "vim_small_plus", "vim_base")}
+    {
+        f"vim_{model}.in1k": _cfg(hf_hub_id=f"hustvl/Vim-{size}-midclstok")
+        for size, models in {
+            "tiny": ("tiny", "tiny_plus"),
+            "small": ("small", "small_plus"),
+            "base": ("base",),
+        }.items()
+        for model in models
+    }
 )
 
 _RENAMES = tuple(

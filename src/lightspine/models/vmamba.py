@@ -922,8 +922,12 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     return converted
 
 
-def _cfg() -> dict[str, Any]:
+_RELEASES = "https://github.com/MzeroMiko/VMamba/releases"
+
+
+def _cfg(file: str = "") -> dict[str, Any]:
     return {
+        "url": f"{_RELEASES}/download/%23v2cls/{file}" if file else "",
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "min_input_size": (3, 32, 32),
@@ -937,24 +941,21 @@ def _cfg() -> dict[str, Any]:
         "license": "mit",
         "paper_ids": "arXiv:2401.10166",
         "paper_name": "VMamba: Visual State Space Model",
-        "origin_url": "https://github.com/MzeroMiko/VMamba",
+        "origin_url": _RELEASES,
     }
 
 
 default_cfgs = generate_default_cfgs(
     {
-        name: _cfg()
-        for name in (
-            "vmamba_tiny",
-            "vmamba_small",
-            "vmamba_base",
-            "vmamba_tiny_s2l5",
-            "vmamba_small_s1l20",
-            "vmamba_base_s1l20",
-            "vmamba_tiny_v0",
-            "vmamba_small_v0",
-            "vmamba_base_v0",
-        )
+        "vmamba_tiny.in1k": _cfg("vssm1_tiny_0230s_ckpt_epoch_264.pth"),
+        "vmamba_small.in1k": _cfg("vssm_small_0229_ckpt_epoch_222.pth"),
+        "vmamba_base.in1k": _cfg("vssm_base_0229_ckpt_epoch_237.pth"),
+        "vmamba_tiny_s2l5": _cfg(),
+        "vmamba_small_s1l20": _cfg(),
+        "vmamba_base_s1l20": _cfg(),
+        "vmamba_tiny_v0": _cfg(),
+        "vmamba_small_v0": _cfg(),
+        "vmamba_base_v0": _cfg(),
     }
 )
 

@@ -105,7 +105,7 @@ def describe_start(model: nn.Module) -> str:
 
 def _check_pretrained(model: nn.Module) -> None:
     init_args: dict[str, Any] | None = getattr(model, "init_args", None)
-    if init_args is None or hasattr(model, "load_report") or init_args["kwargs"].get("pretrained"):
+    if init_args is None or hasattr(model, "load_report") or init_args.get("pretrained"):
         return
     raise UsageError(f"frozen stages of {init_args['name']} would keep random weights: give a checkpoint")
 

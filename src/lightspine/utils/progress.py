@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn, track
 
 Item = TypeVar("Item")
 
@@ -30,6 +30,30 @@ def progress_bar(
     if not sys.stderr.isatty():
         return _with_lines(items, description, every_seconds)
     return track(items, description, transient=True, console=Console(file=sys.stderr))
+
+
+def byte_progress(
+    blocks: Iterable[bytes], description: str, total: int | None, completed: int = 0
+) -> Iterator[bytes]:
+    """Iterate over blocks of bytes with a bar that shows amount and rate, or with lines.
+
+    Args:
+        blocks: the blocks.
+        description: the text before the bar.
+        total: bytes of all blocks, `None` if not known.
+        completed: bytes that were there before.
+    """
+    shown, timer = sys.stderr.isatty(), LineTimer()
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not shown) as progress:
+        task = progress.add_task(description, total=total, completed=completed)
+        for block in blocks:
+            yield block
+            completed += len(block)
+            progress.update(task, completed=completed)
+            if not shown and timer.is_due():
+                of = "" if total is None else f" of {total / 2**20:.0f}"
+                print_line(f"{description}: {completed / 2**20:.0f}{of} MiB")
 
 
 class LineTimer:
