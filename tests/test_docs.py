@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from support.docs_tables import model_table, written_table
-from support.pages import blocks, broken_promises, run_block
-from support.reference import fill_checkpoint, read_figure, write_official_file
+from support.pages import blocks, broken_promises, fill_cache, run_block
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -16,10 +15,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 def test_readme_code_prints_what_its_comments_say(tmp_path, monkeypatch):
     """All blocks share one session."""
     monkeypatch.chdir(tmp_path)
-    figure = read_figure("vmamba/vmambav2v_tiny")
-    write_official_file(
-        tmp_path / "vssm1_tiny_0230s_ckpt_epoch_264.pth", fill_checkpoint(figure["checkpoint"])
-    )
+    fill_cache(tmp_path, monkeypatch)
+    cached = tmp_path / "hub" / "checkpoints" / "vssm1_tiny_0230s_ckpt_epoch_264.pth"
+    (tmp_path / cached.name).symlink_to(cached)
     namespace: dict[str, object] = {}
     pairs = [
         pair

@@ -17,6 +17,7 @@ from typing import NoReturn
 COMMANDS = {
     "list": "list models with parameters, multiply-adds, resolution and published accuracy",
     "info": "show details of a model or a checkpoint file",
+    "weights": "list published weights, cached and available; check the cached files",
     "doctor": "show versions, devices and scan backends; check the kernels on this machine",
     "predict": "predict classes, objects or segmentation maps of images",
     "embed": "compute features of images",

@@ -8,7 +8,7 @@ from PIL import Image
 import lightspine
 from lightspine.data import export_digits
 from lightspine.export import export_onnx
-from support.pages import PAGES, ROOT, blocks, broken_promises, page_name, run_block
+from support.pages import PAGES, ROOT, blocks, broken_promises, fill_cache, page_name, run_block
 
 # README.md has its own test, which also compares the printed output.
 # The page on exports writes and compares files of several precisions: some 16 s.
@@ -26,6 +26,8 @@ def test_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
         pytest.skip(
             "its family would stay registered here: test_adding_a_family.py runs it in a process of its own"
         )
+    if page.name in ("index.md", "weights.md"):
+        fill_cache(tmp_path, monkeypatch)
     if page.name == "export.md":
         # Variables and files that the page assumes.
         export_onnx(lightspine.create_model("shvit_s1", num_classes=3).eval(), tmp_path / "model.onnx")

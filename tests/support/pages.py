@@ -7,6 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from support.reference import fill_checkpoint, read_figure, write_official_file
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -62,3 +66,12 @@ def broken_promises(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
         for printed, promise in pairs
         if promise != printed and not promise.startswith(f"{printed}: ")
     ]
+
+
+def fill_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the published file of vmamba_tiny, with filled tensors, into a cache of its own: no download."""
+    monkeypatch.setenv("TORCH_HOME", str(folder))
+    name = "vssm1_tiny_0230s_ckpt_epoch_264.pth"
+    (folder / "hub" / "checkpoints").mkdir(parents=True)
+    layout = read_figure("vmamba/vmambav2v_tiny")["checkpoint"]
+    write_official_file(folder / "hub" / "checkpoints" / name, fill_checkpoint(layout))

@@ -134,7 +134,8 @@ def read_checkpoint(source: CheckpointSource) -> Checkpoint:
     and a stand-in for yacs' `CfgNode` are unpickled, which some official files contain.
 
     Args:
-        source: path, state dict, or an opened checkpoint, which is returned as it is.
+        source: path, name of published weights such as `vmamba_tiny.in1k`, which are downloaded at the first
+            use, state dict, or an opened checkpoint, which is returned as it is.
 
     Raises:
         UsageError: the file does not exist, or is an exported `.onnx` or `.pt2` file.
@@ -151,7 +152,14 @@ def read_checkpoint(source: CheckpointSource) -> Checkpoint:
             "exported from"
         )
     if not path.is_file():
-        raise UsageError(f"no checkpoint file {path}: expected a .pth, .ckpt or .safetensors file")
+        from lightspine.models.loading import fetch_published, is_published
+
+        if not is_published(str(source)):
+            raise UsageError(
+                f"no checkpoint file {path}: expected a .pth, .ckpt or .safetensors file, or the name of "
+                "published weights such as vmamba_tiny.in1k (`lightspine weights --all` lists them)"
+            )
+        path = fetch_published(str(source)).path
     with path.open("rb") as file:
         head = file.read(9)
     if not head:

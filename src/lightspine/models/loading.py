@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import EMA_ENTRIES, CheckpointSource, Weights, read_checkpoint
-from lightspine.models.registry import find_record, get_record, list_models
-from lightspine.models.weights import TIMM_FILES, fetch_weights
+from lightspine.models.registry import find_record, get_record, list_models, published_cfgs
+from lightspine.models.weights import TIMM_FILES, WeightsFile, fetch_weights
 
 FilterFn = Callable[[dict[str, Any], nn.Module], dict[str, Any]]
 
@@ -174,18 +174,10 @@ def load_published(
         UsageError: no weights can be downloaded, or a file does not exist.
         LightspineError: the download failed, or the file does not fit the model.
     """
-    published = get_record(name).published
     if cfg.file:
         path, url, sha256 = _local_file(Path(cfg.file)), "", ""
     else:
-        score = "" if published.top1 is None else f"{published.top1} % top-1"
-        file = fetch_weights(
-            name,
-            cfg,
-            kwargs.get("cache_dir"),
-            fits=lambda candidate: _belongs_to(name, candidate),
-            published_score=score,
-        )
+        file = _fetch(name, cfg, kwargs.get("cache_dir"))
         path, url, sha256 = file.path, file.source, file.sha256
     whole = build({key: value for key, value in kwargs.items() if key not in FEATURE_OPTIONS})
     report = load_checkpoint(whole, path, drop_head=True if "num_classes" in kwargs else None)
@@ -195,6 +187,33 @@ def load_published(
         copy_tensors(whole, model.model)
     model.load_report = report
     return cast(nn.Module, model)
+
+
+def is_published(name: str) -> bool:
+    """Return whether a name with a tag, such as `vmamba_tiny.in1k`, stands for published weights."""
+    return find_record(name.partition(".")[0]) is not None and name in published_cfgs(name.partition(".")[0])
+
+
+def fetch_published(name: str, cache_dir: str | Path | None = None) -> WeightsFile:
+    """Return the file of published weights by name and tag; downloads it at the first call.
+
+    Raises:
+        UsageError: the process is offline.
+        LightspineError: the download failed.
+    """
+    model = name.partition(".")[0]
+    return _fetch(model, published_cfgs(model)[name], cache_dir)
+
+
+def _fetch(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> WeightsFile:
+    top1 = get_record(name).published.top1
+    return fetch_weights(
+        name,
+        cfg,
+        cache_dir,
+        fits=lambda path: _belongs_to(name, path),
+        published_score="" if top1 is None else f"{top1} % top-1",
+    )
 
 
 def copy_tensors(source: nn.Module, target: nn.Module) -> None:

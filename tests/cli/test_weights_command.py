@@ -1,0 +1,68 @@
+"""`lightspine weights`: lists published and cached weights, and checks the cached files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import lightspine
+from lightspine.models.weights import fetch_weights
+from lightspine_cli.main import main
+from support.file_server import file_server
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with one downloaded file."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    [cfg] = lightspine.models.registry.published_cfgs("shvit_s1").values()
+    with file_server() as server:
+        cfg.url = server.add("/shvit_s1.pth", b"PK and so on")
+        fetch_weights("shvit_s1", cfg, tmp_path)
+    return tmp_path
+
+
+def test_all_published_weights_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["weights", "--all", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == lightspine.list_models(pretrained=True)
+    assert {"name": "vmamba_tiny.in1k", "top1": 82.6, "license": "mit"}.items() <= rows[-3].items()
+    assert rows[-3]["source"].startswith("https://github.com/MzeroMiko/VMamba/releases/download/")
+
+
+def test_cached_weights_are_listed(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["weights", "--cache-dir", str(cache)]) == 0
+    out = capsys.readouterr().out
+    assert "shvit_s1.in1k" in out
+    assert "SHA-256" in out
+
+
+def test_intact_file_passes_the_check(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["weights", "--verify", "--cache-dir", str(cache)]) == 0
+    assert "verified" in capsys.readouterr().out
+
+
+def test_changed_file_fails_the_check(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cache / "shvit_s1.pth").write_bytes(b"PK and something else")
+    assert main(["weights", "--verify", "--json", "--cache-dir", str(cache)]) == 1
+    [row] = json.loads(capsys.readouterr().out)
+    assert row["problem"].startswith("its SHA-256 is")
+
+
+def test_empty_cache_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["weights", "--cache-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("no downloaded weights in")
+
+
+def test_published_name_stands_for_its_file(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A file that was put into the cache of torch.hub by hand.
+    monkeypatch.setenv("TORCH_HOME", str(cache))
+    folder = cache / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    model = lightspine.create_model("shvit_s1")
+    lightspine.save_checkpoint(model, cache / "model.safetensors")
+    (cache / "model.safetensors").rename(folder / "shvit_s1.pth")
+    assert main(["info", "shvit_s1.in1k", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "shvit_s1"
