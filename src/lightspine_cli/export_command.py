@@ -101,17 +101,17 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from lightspine.errors import UsageError
     from lightspine.evaluation.classifiers import class_names, load_classifier
     from lightspine.models.checkpoint import read_checkpoint
+    from lightspine.models.loading import is_checkpoint
 
-    file = args.checkpoint or (Path(args.model) if Path(args.model).is_file() else None)
+    file = args.checkpoint or (Path(args.model) if is_checkpoint(args.model) else None)
     if file is None:
         logging.getLogger("lightspine").warning(
             "%s is exported with random weights: pass a checkpoint for trained weights", args.model
         )
         return create_model(args.model, features_only=args.features).eval(), {}
-    if not file.is_file():
-        raise UsageError(f"expected a checkpoint file, but {file} does not exist")
-    source = {"file": file.name, "sha256": _hash(file)}
     opened = read_checkpoint(file)
+    assert opened.path is not None
+    source = {"file": opened.path.name, "sha256": _hash(opened.path)}
     if opened.is_dense:
         if args.features or args.checkpoint:
             raise UsageError(

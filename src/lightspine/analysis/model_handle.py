@@ -12,6 +12,7 @@ from lightspine.data.transforms import Preprocessing
 from lightspine.errors import UsageError
 from lightspine.models.checkpoint import ModelMetadata, default_preprocessing
 from lightspine.models.factory import create_model, load_model
+from lightspine.models.loading import is_checkpoint
 from lightspine.models.registry import find_record
 from lightspine.utils.devices import check_device
 from lightspine.utils.image_files import MIN_SIDE
@@ -129,13 +130,13 @@ def open_model(
 def _load_network(model: str | Path, checkpoint: str | Path | None) -> tuple[nn.Module, ModelMetadata, bool]:
     name = str(model)
     if checkpoint is not None:
-        if Path(model).is_file():
+        if is_checkpoint(model):
             raise UsageError(f"expected a name besides the checkpoint {checkpoint}, got the file {model}")
         if find_record(name) is not None:
             return *load_model(checkpoint, name=name), True
         network = create_model(name, checkpoint=checkpoint).eval()
         return network, ModelMetadata(name, preprocessing=default_preprocessing(network)), True
-    if Path(model).is_file():
+    if is_checkpoint(model):
         return *load_model(model), True
     if Path(name).suffix or "/" in name:
         raise UsageError(f"expected a checkpoint file, but {name} does not exist")

@@ -11,6 +11,7 @@ from lightspine.errors import UsageError
 from lightspine.export.onnx_network import is_onnx_file, load_onnx
 from lightspine.models.checkpoint import Checkpoint, ModelMetadata, Weights, default_preprocessing
 from lightspine.models.factory import create_model, load_model
+from lightspine.models.loading import is_checkpoint
 from lightspine.models.registry import find_record
 from lightspine.utils.image_files import MIN_SIDE
 
@@ -42,7 +43,7 @@ def load_classifier(
         if weights != "auto":
             raise UsageError(f"expected weights='auto' for the exported file {source}, got {weights!r}")
         return load_onnx(source)
-    if isinstance(model, Checkpoint) or Path(model).is_file():
+    if isinstance(model, Checkpoint) or is_checkpoint(model):
         if checkpoint is not None:
             raise UsageError(f"expected a model name with the checkpoint {checkpoint}, got the file {model}")
         return load_model(model, weights=weights)

@@ -157,7 +157,7 @@ def read_checkpoint(source: CheckpointSource) -> Checkpoint:
         if not is_published(str(source)):
             raise UsageError(
                 f"no checkpoint file {path}: expected a .pth, .ckpt or .safetensors file, or the name of "
-                "published weights such as vmamba_tiny.in1k (`lightspine weights --all` lists them)"
+                "published weights (`lightspine weights --all`)"
             )
         path = fetch_published(str(source)).path
     with path.open("rb") as file:

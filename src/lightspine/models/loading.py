@@ -191,7 +191,13 @@ def load_published(
 
 def is_published(name: str) -> bool:
     """Return whether a name with a tag, such as `vmamba_tiny.in1k`, stands for published weights."""
-    return find_record(name.partition(".")[0]) is not None and name in published_cfgs(name.partition(".")[0])
+    model, _, tag = name.partition(".")
+    return bool(tag) and find_record(model) is not None and name in published_cfgs(model)
+
+
+def is_checkpoint(name: str | Path) -> bool:
+    """Return whether a text is the path of a file or the name of published weights, not of a model."""
+    return Path(name).is_file() or is_published(str(name))
 
 
 def fetch_published(name: str, cache_dir: str | Path | None = None) -> WeightsFile:
