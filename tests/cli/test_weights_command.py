@@ -64,4 +64,4 @@ def test_published_name_stands_for_its_file(
     lightspine.save_checkpoint(lightspine.create_model("shvit_s1"), folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder / "shvit_s1.pth")
     assert main(["convert", "shvit_s1.in1k", str(tmp_path / "out.safetensors")]) == 0
-    assert "loaded 363 tensors" in capsys.readouterr().out
+    assert "shvit_s1, loaded 471 tensors" in capsys.readouterr().out
