@@ -57,6 +57,6 @@ def test_foreign_network_is_not_identified():
     assert identify_tensors(tensors) is None
 
 
-def test_every_figure_folder_is_a_family():
+def test_every_family_has_figures():
     families = {lightspine.models.get_record(name).family for name in lightspine.list_models()}
-    assert {path.name for path in FIGURES.iterdir() if path.is_dir()} == families
+    assert families <= {path.name for path in FIGURES.iterdir() if path.is_dir()}
