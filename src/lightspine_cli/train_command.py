@@ -73,9 +73,14 @@ def run(args: argparse.Namespace) -> int:
         )
 
     # Import late, because Lightning takes seconds to import.
+    from lightning.pytorch.utilities import rank_zero_only
+
     from lightspine.training.cli import main
 
     result = main(args.arguments)
+    # Every process of a distributed run comes here.
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return 0
     score = result.score_name.removeprefix("val_")
     print(f"{result.model}: {score} {result.score:.2f} % on the held-out images after {result.seconds:.0f} s")
     print(f"{result.weights}: the model; metrics, curves and checkpoints are in the same folder")

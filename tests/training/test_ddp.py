@@ -31,6 +31,7 @@ def test_two_processes_train_like_one_with_the_whole_batch(tmp_path: Path, launc
     one = train_command(tmp_path / "one", *flags, "--data.batch_size=32")
     two = train_command(tmp_path / "two", *flags, *TWO, "--data.batch_size=16", launcher=launcher)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    assert len(two.stdout.splitlines()) == len(one.stdout.splitlines()) == 2
     expected, actual = _weights(tmp_path / "one"), _weights(tmp_path / "two")
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-6, msg=name)
