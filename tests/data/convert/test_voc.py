@@ -73,13 +73,14 @@ def test_result_is_what_the_data_module_reads(tmp_path: Path) -> None:
     assert data.train_annotations.corners(0).tolist() == [[10, 5, 30, 25]] * 2
 
 
-def test_split_lists_are_kept(tmp_path: Path) -> None:
-    root = _write(tmp_path / "in", _four(_object()))
+@pytest.mark.parametrize("edition", [".", "VOCdevkit/VOC2012"])
+def test_split_lists_are_kept(edition: str, tmp_path: Path) -> None:
+    root = _write(tmp_path / "in" / edition, _four(_object()))
     (root / "ImageSets" / "Main").mkdir(parents=True)
     for split, stems in (("train", "0\n3\n"), ("val", "1 -1\n")):
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text(stems)
-    found = convert_voc(root, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out" / "train").iterdir()) == ["0.jpg", "3.jpg"]
+    found = convert_voc(tmp_path / "in", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out" / "train").rglob("*.jpg")) == ["0.jpg", "3.jpg"]
     assert (found.images, found.issues.counts["image in no split list"]) == ({"train": 2, "val": 1}, 1)
 
 

@@ -190,11 +190,14 @@ def _read_object(
 
 
 def _read_split_lists(source: Path, issues: Issues) -> dict[str, str]:
-    """Return image stem -> split of the lists in `ImageSets/Main`; {} without lists."""
-    folder = source / "ImageSets" / "Main"
+    """Return image stem -> split of the lists in `ImageSets/Main`, at any depth; {} without lists.
+
+    Image names of the yearly editions of VOC differ, so that their lists can be joined.
+    """
     splits: dict[str, str] = {}
-    for split in (TRAIN, VAL, TEST):
-        file = folder / f"{split}.txt"
+    folders = sorted(source.glob("**/ImageSets/Main"))
+    files = [(split, folder / f"{split}.txt") for folder in folders for split in (TRAIN, VAL, TEST)]
+    for split, file in files:
         if not file.is_file():
             continue
         try:
