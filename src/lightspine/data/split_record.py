@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from lightspine.errors import LightspineError
@@ -121,14 +120,15 @@ def hash_images(images: Iterable[str]) -> str:
     digest = hashlib.sha256()
     step = max(len(paths) // _SIZED_FILES, 1)
     for number, path in enumerate(paths):
-        name = os.path.relpath(path, folder) if folder else path
+        name = path[len(folder) :].replace(os.sep, "/").lstrip("/")
         size = os.path.getsize(path) if number % step == 0 and os.path.isfile(path) else ""
-        digest.update(f"{Path(name).as_posix()}\t{size}\n".encode("utf-8", "surrogateescape"))
+        digest.update(f"{name}\t{size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
 def _common_folder(paths: Sequence[str]) -> str:
-    return os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    # What the first and the last path in alphabetical order share is shared by all.
+    return os.path.commonpath([os.path.dirname(path) for path in (min(paths), max(paths))]) if paths else ""
 
 
 def _hash_folder(paths: Sequence[str]) -> str:

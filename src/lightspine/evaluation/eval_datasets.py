@@ -157,10 +157,11 @@ def _open_shards(
         else names
     )
     source.labels = encode_labels(written, ids, str(data))
+    part, _ = find_part(metadata.run, [source.name(position) for position in range(len(source))])
     return EvalDataset(
         dataset=ImageDataset(source, create_eval_transform(preprocessing)),
         class_names=names,
-        split="all images of the shards",
+        split=describe_split(part, "all images of the shards"),
         listing_sha256=_hash_listing(
             [(Path(source.name(i)).name, str(label)) for i, label in enumerate(source.labels)]
         ),

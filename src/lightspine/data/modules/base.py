@@ -76,8 +76,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def split_record(self) -> SplitRecord | None:
         """Return the record of the training and validation images, or `None` for data without names."""
-        images = self._split_images()
-        if self._split_record is None and images is not None:
+        if self._split_record is None and (images := self._split_images()) is not None:
             _warn_of_shared_images(*images)
             self._split_record = record_split(*images, val_fraction=self.val_fraction, seed=self.seed)
         return self._split_record
