@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.training.checkpoint import AtomicCheckpointIO
+from lightspine.training.checkpoint import AtomicCheckpointIO, BestCheckpoint
 from support.training import make_task, run
 
 KILLED_WHILE_WRITING = """
@@ -106,3 +106,16 @@ def test_checkpoint_has_the_entries_of_the_previous_release(tmp_path: Path) -> N
     }
     assert set(stored["guard"]) == {"skipped", "in_a_row"}
     assert {"state_dict", "current_model_state", "averaging_state", "optimizer_states"} <= set(stored)
+
+
+def test_best_score_is_kept_in_a_moved_folder(tmp_path: Path) -> None:
+    first = run(tmp_path / "first", epochs=1)
+    states = torch.load(first.last_checkpoint, weights_only=True)["callbacks"]
+    (state,) = (state for name, state in states.items() if name.startswith("BestCheckpoint"))
+    moved = BestCheckpoint(tmp_path / "moved", "val_top1")
+    moved.load_state_dict(state)
+    assert float(moved.best_model_score) == pytest.approx(first.best_score)
+    assert moved.best_model_path == moved.kth_best_model_path == str(tmp_path / "moved" / "best.ckpt")
+    assert {path: float(score) for path, score in moved.best_k_models.items()} == {
+        moved.best_model_path: pytest.approx(first.best_score)
+    }

@@ -137,6 +137,20 @@ class BestCheckpoint(ModelCheckpoint):
         )
         self._validated = False
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best score, also if the folder of the run was moved or copied.
+
+        Lightning would forget the score there, and replace `best.ckpt` by that of a worse epoch.
+        """
+        assert self.dirpath is not None
+        path = os.path.join(self.dirpath, BEST)
+        here: dict[str, Any] = {"dirpath": self.dirpath}
+        for name in ("best_model_path", "kth_best_model_path"):
+            here[name] = path if state_dict[name] else ""
+        # A single file is kept, that of the best epoch.
+        here["best_k_models"] = {path: state_dict["kth_value"]} if state_dict["best_k_models"] else {}
+        super().load_state_dict(state_dict | here)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record that this epoch has a score."""
         super().on_validation_end(trainer, pl_module)
