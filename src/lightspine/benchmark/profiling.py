@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn as nn
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lightspine.benchmark.interleaved_timing import summarize

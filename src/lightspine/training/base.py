@@ -288,7 +288,7 @@ class LightspineTask(pl.LightningModule):
             score = self.trainer.callback_metrics.get(self.score) if validated else None
             checkpoint[CKPT_METADATA] = {VERSION_KEY: __version__} | self.run_metadata(
                 data,
-                epochs=self.trainer.fit_loop.epoch_progress.current.processed,
+                epochs=self.trainer.fit_loop.epoch_progress.current.processed,  # type: ignore[attr-defined]
                 score=None if score is None else float(score),
             )
             if self.ema_decay is not None:
