@@ -182,6 +182,9 @@ def test_best_epoch_is_exported_unless_the_last_is_asked_for(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed:UserWarning"
+)  # Lightning's, about the same folder
 def test_last_epoch_is_exported_if_the_best_is_not_in_the_folder(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
