@@ -105,6 +105,9 @@ def _file_details(path: Path) -> dict[str, Any]:
     from lightspine.models.loading import identify_tensors
 
     file = read_onnx_metadata(path) if is_onnx_file(path) else read_checkpoint(path)
+    facts: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
+    if file.is_dense:
+        return facts | _saved_details(file)
     entries = []
     for name, tensors in file.entries.items():
         guess = identify_tensors(tensors)
@@ -119,7 +122,6 @@ def _file_details(path: Path) -> dict[str, Any]:
                 "mismatches": guess.mismatches if guess else "",
             }
         )
-    facts: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
     return facts | _saved_details(file) | {"entries": entries}
 
 
@@ -132,7 +134,9 @@ def _saved_details(file: Any) -> dict[str, Any]:
         about = read_network_metadata(file)
         facts = {
             "saved_as": f"{about.head} over {about.model}",
+            "layout": "OpenMMLab" if file.is_openmmlab else None,
             "task": about.kind,
+            "num_classes": about.num_classes,
             "arguments": about.options,
             "settings": about.settings,
         }

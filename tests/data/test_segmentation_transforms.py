@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
 from lightspine.data.segmentation import (
     PhotometricDistortion,
@@ -79,6 +80,20 @@ def test_eval_transform_normalises_as_the_model_takes_it() -> None:
     )
     torch.testing.assert_close(found, (image.as_subclass(Tensor).float() / 255 - mean) / std)
     assert torch.equal(kept, labels.as_subclass(Tensor).long())
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_images_are_resized_to_multiples_in_one_step_or_two(twice: bool) -> None:
+    sample = _sample(75, 101)
+    transform = create_segmentation_eval_transform(
+        Preprocessing(mean=(0, 0, 0), std=(1, 1, 1)), scale=(40, 96), divisor=32, resize_twice=twice
+    )
+    # The rectangle gives 40 x 54 pixels; the next multiples are 64 x 64.
+    steps = [[40, 54], [64, 64]] if twice else [[64, 64]]
+    expected = sample[0]
+    for size in steps:
+        expected = F.resize(expected, size, antialias=False)
+    torch.testing.assert_close(transform(*sample)[0], expected.as_subclass(Tensor).float() / 255)
 
 
 def _distort(**changes: Any) -> Tensor:

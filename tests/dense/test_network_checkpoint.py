@@ -1,14 +1,18 @@
 """Detector and segmenter checkpoints: round trip, and initial weights for another network."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import lightspine
 from lightspine.dense import create_detector, create_segmenter, load_network, save_network
 from lightspine.errors import LightspineError, UsageError
+from lightspine.models.checkpoint import NETWORK_KEY
 
 DETECTOR: dict[str, Any] = {"channels": 32, "resize": (64, 96), "freeze_batch_norm": True}
 CLASSES = ["cat", "dog", "bird"]
@@ -51,7 +55,22 @@ def test_file_tells_classes_options_and_score(detector_file: Path) -> None:
         CLASSES,
         "12.5",
     )
-    assert saved.options == {"model_args": {}, "norm": "layer", **DETECTOR}
+    assert saved.options == {"model_args": {}, "norm": "layer", "resize_rounding": "nearest", **DETECTOR}
+
+
+def test_detector_of_a_file_without_rounding_resizes_as_it_was_trained(
+    detector_file: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / "old.safetensors"
+    with safe_open(str(detector_file), framework="pt") as opened:
+        metadata = dict(opened.metadata())
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    description = json.loads(metadata[NETWORK_KEY])
+    del description["options"]["resize_rounding"]
+    save_file(tensors, str(old), metadata | {NETWORK_KEY: json.dumps(description)})
+
+    assert load_network(old)[0].transform.rounding == "down"
+    assert load_network(detector_file)[0].transform.rounding == "nearest"
 
 
 def test_same_classes_load_every_tensor(detector_file: Path) -> None:

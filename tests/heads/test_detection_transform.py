@@ -1,6 +1,46 @@
+import pytest
 import torch
 
-from lightspine.heads.detection_transform import paste_masks
+from lightspine.errors import UsageError
+from lightspine.heads.detection_transform import DetectionTransform, paste_masks
+
+
+def make_transform(**options):
+    black, white = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return DetectionTransform(black, white, num_classes=1, masks=False, **options).eval()
+
+
+@pytest.mark.parametrize(
+    ("image", "nearest", "down"),
+    [
+        # 800 / 480 * 640 = 1066.67
+        ((480, 640), (800, 1067), (800, 1066)),
+        ((427, 640), (800, 1199), (800, 1199)),
+        ((500, 333), (1201, 800), (1201, 800)),
+        ((375, 500), (800, 1067), (800, 1066)),
+        ((200, 800), (333, 1333), (333, 1333)),
+    ],
+)
+def test_sides_are_rounded_to_the_nearest_integer_or_down(image, nearest, down):
+    for rounding, expected in (("nearest", nearest), ("down", down)):
+        transform = make_transform(resize=(800, 1333), rounding=rounding)
+        assert transform([torch.zeros(3, *image)])[0].image_sizes == [expected]
+
+
+def test_resized_pixels_are_whole_8_bit_values():
+    image = torch.randint(0, 256, (3, 30, 41)) / 255
+    resized = make_transform(resize=(64, 100))([image])[0].tensors * 255
+    torch.testing.assert_close(resized, resized.round(), rtol=0, atol=1e-4)
+
+
+def test_an_image_that_has_the_size_already_is_not_changed():
+    image = torch.rand(3, 64, 96)
+    assert torch.equal(make_transform(resize=(64, 100))([image])[0].tensors[0], image)
+
+
+def test_an_unknown_rounding_is_refused():
+    with pytest.raises(UsageError, match="must be 'nearest' or 'down', got 'up'"):
+        make_transform(resize=None, rounding="up")
 
 
 def test_mask_of_ones_holds_the_pixels_whose_centres_are_in_the_box():

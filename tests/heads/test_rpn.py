@@ -34,6 +34,15 @@ def test_anchors_of_half_precision_maps_are_in_float32():
     assert found.dtype == torch.float32
 
 
+def test_anchors_of_double_precision_maps_are_added_up_in_float64():
+    anchors = StridedAnchors([8], scales=[4 * 2 ** (1 / 3)], aspect_ratios=[0.5])
+    images = ImageList(torch.zeros(1, 3, 8, 8000), [(8, 8000)])
+    (found,) = anchors(images, [torch.zeros(1, 1, 1, 1000, dtype=torch.float64)])
+    sides = found[:, 2:] - found[:, :2]
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(sides, sides[:1].expand(1000, 2), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("size", [33, 64, 1000])
 def test_crops_read_the_pixel_centres_whatever_the_image_size(size):
     strides = (4, 8)

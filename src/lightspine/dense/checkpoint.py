@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from lightspine.dense.official import describe_official, load_official
 from lightspine.errors import LightspineError, UsageError
 from lightspine.heads.detectors import DetectorName
 from lightspine.heads.mask_rcnn import MaskRCNN
@@ -111,14 +114,20 @@ def network_metadata(
     return {NETWORK_KEY: json.dumps(description)}
 
 
-def read_network_metadata(source: str | Path | Checkpoint) -> NetworkMetadata:
-    """Read the metadata of a detector or segmenter checkpoint without its tensors.
+def read_network_metadata(source: str | Path | Checkpoint, *, model: str | None = None) -> NetworkMetadata:
+    """Read the metadata of a detector or segmenter checkpoint; those of an OpenMMLab file are recognized.
+
+    Args:
+        source: the file, or an opened checkpoint.
+        model: expected backbone, which decides between models that an OpenMMLab file does not tell apart.
 
     Raises:
         UsageError: the file does not exist or holds no detector or segmenter.
-        LightspineError: the metadata are damaged.
+        LightspineError: the metadata are damaged, or the file holds an unknown network of OpenMMLab.
     """
     checkpoint = read_checkpoint(source)
+    if checkpoint.is_openmmlab:
+        return _official_metadata(checkpoint, model)
     strings = dict(checkpoint.metadata)
     text = strings.pop(NETWORK_KEY, None)
     if text is None:
@@ -130,9 +139,43 @@ def read_network_metadata(source: str | Path | Checkpoint) -> NetworkMetadata:
         if description["options"].get("resize") is not None:
             description["options"]["resize"] = tuple(description["options"]["resize"])
         kind: Any = "detector" if description["head"] in get_args(DetectorName) else "segmenter"
+        if kind == "detector":
+            # Files of earlier versions, whose detectors were trained and evaluated so, do not have it.
+            description["options"].setdefault("resize_rounding", "down")
         return NetworkMetadata(kind=kind, **description, run=run, metadata=strings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise LightspineError(f"{checkpoint.label} has damaged metadata: {error!r}") from error
+
+
+def _official_metadata(checkpoint: Checkpoint, model: str | None) -> NetworkMetadata:
+    found = describe_official(checkpoint, model)
+    # All published detectors and segmenters were trained with ImageNet's statistics.
+    statistics = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
+    return NetworkMetadata(
+        kind=found.kind,
+        head=found.head,
+        model=found.model,
+        num_classes=found.num_classes,
+        options=found.options,
+        class_names=found.class_names,
+        preprocessing=statistics,
+        settings=found.settings,
+    )
+
+
+def check_network(checkpoint: Checkpoint, metadata: NetworkMetadata, head: str, model: str) -> None:
+    """Check that a file holds a network with this head and backbone model.
+
+    Raises:
+        UsageError: it holds another network.
+    """
+    if (metadata.head, metadata.model) != (head, model):
+        layout = "an OpenMMLab checkpoint of " if checkpoint.is_openmmlab else ""
+        raise UsageError(
+            f"expected weights of {head} over {model}, "
+            f"but {checkpoint.label} holds {layout}{metadata.head} over {metadata.model} with "
+            f"{metadata.num_classes} classes"
+        )
 
 
 def load_pretrained(
@@ -144,7 +187,7 @@ def load_pretrained(
 
     Args:
         network: from `create_detector` or `create_segmenter`.
-        source: file of `save_network`, or a training checkpoint (`.ckpt`).
+        source: file of `save_network`, a training checkpoint (`.ckpt`), or an OpenMMLab checkpoint.
         weights: "model" (as trained), "ema" (their average), or "auto" for the ones that the run validated.
 
     Raises:
@@ -152,12 +195,10 @@ def load_pretrained(
         LightspineError: the file cannot be read, or tensors are missing, unknown or of another shape.
     """
     checkpoint = read_checkpoint(source)
+    if checkpoint.is_openmmlab:
+        return load_official(network, checkpoint, weights=weights)
     metadata, init_args = read_network_metadata(checkpoint), network.init_args
-    if (metadata.head, metadata.model) != (init_args["head"], init_args["model"]):
-        raise UsageError(
-            f"expected weights of {init_args['name']}, "
-            f"but {checkpoint.label} holds {metadata.head} over {metadata.model}"
-        )
+    check_network(checkpoint, metadata, init_args["head"], init_args["model"])
     same_classes = metadata.num_classes == init_args["num_classes"]
     entry = checkpoint.select(weights)
     expected, tensors = network.state_dict(), checkpoint.entries[entry]

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from lightspine.dense.checkpoint import (
     DenseNetwork,
     NetworkMetadata,
+    check_network,
     load_pretrained,
     read_network_metadata,
 )
@@ -20,17 +21,20 @@ from lightspine.heads.segmenters import Segmenter, SegmenterName
 from lightspine.models.checkpoint import Checkpoint, Weights, read_checkpoint
 from lightspine.models.factory import create_model
 
+_BACKBONE_OPTIONS = ("model_args", "norm", "freeze_batch_norm")
+_OFFICIAL_OPTIONS = (*_BACKBONE_OPTIONS, "channels", "auxiliary_weight")
+
 
 def create_detector(
     head: DetectorName,
     model: str,
-    num_classes: int,
+    num_classes: int | None = None,
     *,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     weights: Weights = "auto",
     model_args: dict[str, Any] | None = None,
-    norm: MapNorm = "none",
-    freeze_batch_norm: bool = False,
+    norm: MapNorm | None = None,
+    freeze_batch_norm: bool | None = None,
     frozen_stages: int | None = None,
     **head_args: Any,
 ) -> RetinaNet | MaskRCNN:
@@ -39,18 +43,20 @@ def create_detector(
     Args:
         head: "retinanet", "mask_rcnn" or "cascade_mask_rcnn".
         model: name of the backbone model.
-        num_classes: object classes, without background.
-        checkpoint: initial weights: a classifier checkpoint of the model, or a file of `save_network` with
-            the same head and model (without its class-dependent layers if the number of classes
-            differs).
+        num_classes: object classes, without background; default: those of a detector's checkpoint.
+        checkpoint: initial weights: a classifier checkpoint of the model, or a detector with the same head
+            and model (without its class-dependent layers if the number of classes differs): a file of
+            `save_network`, or the published file of mmdetection.
         weights: entry of a classifier checkpoint: "model" (as trained; used for dense tasks by all five
             papers), "ema", or "auto" for the one whose score is published.
         model_args: further arguments of the model, such as `drop_path_rate`.
-        norm: see `lightspine.heads.FeatureBackbone`, which also lists the published settings.
-        freeze_batch_norm: see `lightspine.heads.FeatureBackbone`.
+        norm: see `lightspine.heads.FeatureBackbone`, which also lists the published settings. Default: that
+            of a detector's checkpoint, else "none".
+        freeze_batch_norm: see `lightspine.heads.FeatureBackbone`. Default: that of a detector's checkpoint,
+            else False.
         frozen_stages: see `lightspine.heads.FeatureBackbone`.
-        **head_args: see `lightspine.heads.build_detector`: `channels`, `resize`, `score_threshold`,
-            `detections_per_image`, `anchor_scale`.
+        **head_args: see `lightspine.heads.build_detector`: `channels`, `resize`, `resize_rounding`,
+            `score_threshold`, `detections_per_image`, `anchor_scale`.
 
     Returns:
         A detector with torchvision's interface, see `lightspine.heads.build_detector`. Its `load_report`
@@ -66,9 +72,13 @@ def create_detector(
     """
     if head not in get_args(DetectorName):
         raise UsageError(f"expected a detector among {', '.join(get_args(DetectorName))}, got {head!r}")
-    options = _collect_options(model_args, norm, freeze_batch_norm, head_args)
     opened = None if checkpoint is None else read_checkpoint(checkpoint)
+    given = {"model_args": model_args, "norm": norm, "freeze_batch_norm": freeze_batch_norm, **head_args}
+    # Saved always, because files without it were trained with "down".
+    given.setdefault("resize_rounding", "nearest")
+    num_classes, options = _complete_options(head, model, num_classes, given, opened)
     backbone = _create_backbone(model, opened, weights, options, frozen_stages)
+    head_args = {name: value for name, value in options.items() if name not in _BACKBONE_OPTIONS}
     network = build_detector(head, backbone, num_classes, **head_args)
     return _initialize(network, head, model, num_classes, options, opened, weights)
 
@@ -76,13 +86,13 @@ def create_detector(
 def create_segmenter(
     head: SegmenterName,
     model: str,
-    num_classes: int,
+    num_classes: int | None = None,
     *,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     weights: Weights = "auto",
     model_args: dict[str, Any] | None = None,
-    norm: MapNorm = "none",
-    freeze_batch_norm: bool = False,
+    norm: MapNorm | None = None,
+    freeze_batch_norm: bool | None = None,
     frozen_stages: int | None = None,
     **head_args: Any,
 ) -> Segmenter:
@@ -91,8 +101,8 @@ def create_segmenter(
     Args:
         head: "semantic_fpn" or "upernet".
         model: see `create_detector`.
-        num_classes: number of classes.
-        checkpoint: see `create_detector`.
+        num_classes: number of classes; default: those of a segmenter's checkpoint.
+        checkpoint: see `create_detector`; the published segmenters are files of mmsegmentation.
         weights: see `create_detector`.
         model_args: see `create_detector`.
         norm: see `create_detector`.
@@ -114,9 +124,11 @@ def create_segmenter(
     """
     if head not in get_args(SegmenterName):
         raise UsageError(f"expected a segmenter among {', '.join(get_args(SegmenterName))}, got {head!r}")
-    options = _collect_options(model_args, norm, freeze_batch_norm, head_args)
     opened = None if checkpoint is None else read_checkpoint(checkpoint)
+    given = {"model_args": model_args, "norm": norm, "freeze_batch_norm": freeze_batch_norm, **head_args}
+    num_classes, options = _complete_options(head, model, num_classes, given, opened)
     backbone = _create_backbone(model, opened, weights, options, frozen_stages)
+    head_args = {name: value for name, value in options.items() if name not in _BACKBONE_OPTIONS}
     network = build_segmenter(head, backbone, num_classes, **head_args)
     return _initialize(network, head, model, num_classes, options, opened, weights)
 
@@ -124,7 +136,10 @@ def create_segmenter(
 def load_network(
     source: str | Path | Checkpoint, *, weights: Weights = "auto", **head_args: Any
 ) -> tuple[DenseNetwork, NetworkMetadata]:
-    """Load a detector or segmenter from a file of `save_network` or a training checkpoint (`.ckpt`).
+    """Load a detector or segmenter from its file.
+
+    The file is one of `save_network`, a training checkpoint (`.ckpt`), or a published checkpoint of
+    mmdetection or mmsegmentation, whose network is recognized by its tensors.
 
     Args:
         source: the file, or an opened checkpoint.
@@ -153,16 +168,28 @@ def feature_backbone(network: DenseNetwork) -> FeatureBackbone:
     return inner if isinstance(inner, FeatureBackbone) else inner.backbone
 
 
-def _collect_options(
-    model_args: dict[str, Any] | None, norm: MapNorm, freeze_batch_norm: bool, head_args: dict[str, Any]
-) -> dict[str, Any]:
-    """Collect the arguments that `save_network` saves."""
-    return {
-        "model_args": model_args or {},
-        "norm": norm,
-        "freeze_batch_norm": freeze_batch_norm,
-        **head_args,
-    }
+def _complete_options(
+    head: str,
+    model: str,
+    num_classes: int | None,
+    given: dict[str, Any],
+    checkpoint: Checkpoint | None,
+) -> tuple[int, dict[str, Any]]:
+    """Return the number of classes and the arguments that `save_network` saves.
+
+    What is not given is taken from a detector's or segmenter's checkpoint.
+    """
+    # None is a value of other options: `resize=None` keeps the size of the images.
+    options = {name: v for name, v in given.items() if v is not None or name not in _OFFICIAL_OPTIONS}
+    if checkpoint is not None and checkpoint.is_dense:
+        metadata = read_network_metadata(checkpoint, model=model)
+        check_network(checkpoint, metadata, head, model)
+        num_classes = metadata.num_classes if num_classes is None else num_classes
+        taken = _OFFICIAL_OPTIONS if checkpoint.is_openmmlab else _BACKBONE_OPTIONS[1:]
+        options = {name: metadata.options[name] for name in taken if name in metadata.options} | options
+    if num_classes is None:
+        raise UsageError(f"expected num_classes for {head} over {model}, or a checkpoint of it")
+    return num_classes, {"model_args": {}, "norm": "none", "freeze_batch_norm": False} | options
 
 
 def _create_backbone(

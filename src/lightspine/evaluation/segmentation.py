@@ -229,6 +229,8 @@ def create_transform(metadata: NetworkMetadata, settings: dict[str, Any]) -> Any
         Preprocessing.from_config(metadata.preprocessing),
         scale=None if scale is None else (scale[0], scale[1]),
         divisor=settings.get("divisor", 1),
+        # Segmenters of files without it were trained and evaluated with one resize.
+        resize_twice=settings.get("resize_twice", False),
     )
 
 

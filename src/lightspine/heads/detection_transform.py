@@ -1,15 +1,19 @@
 """Detector input and output transform: target checks, normalization, resizing, padding, mask pasting."""
 
 import math
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from lightspine.errors import UsageError
 
 Target = dict[str, Tensor]
+
+ResizeRounding = Literal["nearest", "down"]
 
 
 class DetectionTransform(GeneralizedRCNNTransform):
@@ -24,6 +28,12 @@ class DetectionTransform(GeneralizedRCNNTransform):
             Images are never resized in training mode, where augmentation sets their size.
         num_classes: object classes; labels are 1 to `num_classes`.
         masks: whether targets must have masks.
+        rounding: "nearest" rounds the sides of resized images to the nearest integer and their pixels to
+            whole 8-bit values, as OpenMMLab does in training and evaluation; "down", as torchvision does,
+            rounds the sides down and keeps the pixels.
+
+    Raises:
+        UsageError: an unknown rounding.
     """
 
     def __init__(
@@ -33,11 +43,15 @@ class DetectionTransform(GeneralizedRCNNTransform):
         resize: tuple[int, int] | None,
         num_classes: int,
         masks: bool,
+        rounding: ResizeRounding = "nearest",
     ):
+        if rounding not in get_args(ResizeRounding):
+            raise UsageError(f"resize_rounding must be 'nearest' or 'down', got {rounding!r}")
         super().__init__(0, 0, list(image_mean), list(image_std), size_divisible=32)
         self.set_resize(resize)
         self.num_classes = num_classes
         self.masks = masks
+        self.rounding = rounding
 
     def set_resize(self, resize: tuple[int, int] | None) -> None:
         """Set the shorter side and maximum longer side of images in evaluation mode; `None`: their own."""
@@ -69,9 +83,19 @@ class DetectionTransform(GeneralizedRCNNTransform):
         for number, (image, target) in enumerate(zip(images, targets, strict=True)):
             self._check_target(number, image, target)
 
+    def forward(
+        self, images: list[Tensor], targets: list[Target] | None = None
+    ) -> tuple[ImageList, list[Target] | None]:
+        """Return the batch of normalized, resized and padded images, and the targets."""
+        if self.resizes and self.rounding == "nearest" and not self.training:
+            # Before normalization, because pixels are rounded to 8 bits.
+            images = [resize_rounded(image, self.min_size[0], self.max_size) for image in images]
+        batch: tuple[ImageList, list[Target] | None] = super().forward(images, targets)
+        return batch
+
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
-        """Resize one image and its target in evaluation mode."""
-        if self.training or not self.resizes:
+        """Resize one normalized image and its target in evaluation mode, if sides are rounded down."""
+        if self.training or not self.resizes or self.rounding == "nearest":
             return image, target
         resized: tuple[Tensor, Target | None] = super().resize(image, target)
         return resized
@@ -125,6 +149,23 @@ class DetectionTransform(GeneralizedRCNNTransform):
         if flat.any():
             box = [round(side, 2) for side in boxes[flat][0].tolist()]
             raise UsageError(f"boxes must have x1 < x2 and y1 < y2, target {number} has {box}")
+
+
+def resize_rounded(image: Tensor, shorter: int, longest: int) -> Tensor:
+    """Resize an image as OpenMMLab does: sides rounded to the nearest integer, pixels to 8-bit values.
+
+    Args:
+        image: pixels in 0..1, (C, H, W).
+        shorter: length of the shorter side in pixels.
+        longest: largest length of the longer side in pixels.
+    """
+    sides = image.shape[1:]
+    factor = min(shorter / min(sides), longest / max(sides))
+    size = [max(int(side * factor + 0.5), 1) for side in sides]
+    if size == list(sides):
+        return image
+    resized = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+    return (resized * 255).round() / 255
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lightspine.errors import UsageError
-from lightspine.heads.detection_transform import DetectionTransform
+from lightspine.heads.detection_transform import DetectionTransform, ResizeRounding
 from lightspine.heads.features import FeatureBackbone
 from lightspine.heads.fpn import FeaturePyramid
 from lightspine.heads.mask_rcnn import MaskRCNN, build_roi_heads
@@ -50,6 +50,7 @@ def build_detector(
     score_threshold: float = 0.05,
     detections_per_image: int = 100,
     anchor_scale: float = 1.0,
+    resize_rounding: ResizeRounding = "nearest",
 ) -> RetinaNet | MaskRCNN:
     """Build a detector with the published settings.
 
@@ -81,6 +82,7 @@ def build_detector(
         score_threshold: minimum score of a prediction.
         detections_per_image: maximum number of predictions per image.
         anchor_scale: factor of the published anchor sizes, which start at 32 px; below 1 for smaller objects.
+        resize_rounding: see `lightspine.heads.detection_transform.DetectionTransform`.
 
     Raises:
         UsageError: an unknown name, no class, an anchor scale that is not positive, or backbone strides that
@@ -101,7 +103,12 @@ def build_detector(
         raise UsageError(f"anchor_scale must be above 0, got {anchor_scale}")
     retina = name == "retinanet"
     transform = DetectionTransform(
-        backbone.image_mean, backbone.image_std, resize, num_classes, masks=not retina
+        backbone.image_mean,
+        backbone.image_std,
+        resize,
+        num_classes,
+        masks=not retina,
+        rounding=resize_rounding,
     )
     body = PyramidBackbone(backbone, _build_pyramid(backbone, channels, retina))
     if retina:

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor
-from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -16,6 +16,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image, roi_align
 
 from lightspine.errors import UsageError
+from lightspine.heads.boxes import ClampedBoxCoder, batched_nms
 from lightspine.heads.detection_transform import Target
 from lightspine.heads.rpn import at_least_float32
 
@@ -155,8 +156,7 @@ class CascadeRoIHeads(RoIHeads):
             bg_iou_thresh=stages[0].overlap,
             batch_size_per_image=512,
             positive_fraction=0.25,
-            # torchvision decodes the final boxes with these weights.
-            bbox_reg_weights=stages[-1].weights,
+            bbox_reg_weights=None,
             score_thresh=score_threshold,
             nms_thresh=0.5,
             detections_per_img=detections_per_image,
@@ -164,7 +164,7 @@ class CascadeRoIHeads(RoIHeads):
             mask_head=mask_head,
             mask_predictor=mask_predictor,
         )
-        self.coders = [BoxCoder(stage.weights) for stage in stages]
+        self.coders = [ClampedBoxCoder(stage.weights) for stage in stages]
         self.matchers = [Matcher(stage.overlap, stage.overlap) for stage in stages]
         self.smooth_l1_beta = smooth_l1_beta
         self.exact_masks = exact_masks
@@ -287,6 +287,36 @@ class CascadeRoIHeads(RoIHeads):
             masks[:, None].to(boxes), rois, (side, side), 1.0, sampling_ratio=-1, aligned=self.exact_masks
         )[:, 0]
         return (crops >= 0.5).to(crops.dtype) if self.exact_masks else crops
+
+    def postprocess_detections(
+        self,
+        class_logits: Tensor,
+        box_regression: Tensor,
+        proposals: list[Tensor],
+        image_shapes: Sizes,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return the boxes, scores and labels (from 1) of each image, sorted by score.
+
+        Args:
+            class_logits: (N, num_classes + 1), background first.
+            box_regression: offsets (N, 4 (num_classes + 1)).
+            proposals: boxes (N_i, 4) of each image.
+            image_shapes: height and width of each image before padding.
+        """
+        counts = [len(boxes) for boxes in proposals]
+        decoded = self.coders[-1].decode(box_regression, proposals).split(counts)
+        found = []
+        for boxes, scores, shape in zip(
+            decoded, class_logits.softmax(-1).split(counts), image_shapes, strict=True
+        ):
+            # Objects only, without the background's column.
+            rows, classes = torch.where(scores[:, 1:] > self.score_thresh)
+            kept_boxes = clip_boxes_to_image(boxes[rows, classes + 1], shape)
+            kept_scores = scores[rows, classes + 1]
+            best = batched_nms(kept_boxes, kept_scores, classes, self.nms_thresh)[: self.detections_per_img]
+            found.append((kept_boxes[best], kept_scores[best], classes[best] + 1))
+        boxes, scores, labels = ([image[i] for image in found] for i in range(3))
+        return boxes, scores, labels
 
     def _predict(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: Sizes

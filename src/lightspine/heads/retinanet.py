@@ -5,8 +5,9 @@ import torch.nn as nn
 from torch import Tensor
 from torchvision.models import detection
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import box_iou, sigmoid_focal_loss
+from torchvision.ops import box_iou, clip_boxes_to_image, sigmoid_focal_loss
 
+from lightspine.heads.boxes import ClampedBoxCoder, batched_nms, nonempty_boxes
 from lightspine.heads.detection_transform import DetectionTransform, Target
 from lightspine.heads.rpn import MinOverlapMatcher, StridedAnchors, at_least_float32
 
@@ -60,6 +61,7 @@ class RetinaNet(detection.RetinaNet):
             detections_per_img=detections_per_image,
         )
         self.transform = transform
+        self.box_coder = ClampedBoxCoder((1.0, 1.0, 1.0, 1.0))
 
     def forward(
         self, images: list[Tensor], targets: list[Target] | None = None
@@ -112,6 +114,33 @@ class RetinaNet(detection.RetinaNet):
         anchors: list[list[Tensor]],
         image_shapes: list[tuple[int, int]],
     ) -> list[Target]:
-        """Return boxes, scores and labels of each image."""
-        detections: list[Target] = super().postprocess_detections(head_outputs, anchors, image_shapes)
-        return [found | {"labels": found["labels"] + 1} for found in detections]
+        """Return the boxes, scores and labels (from 1) of each image, sorted by score.
+
+        Args:
+            head_outputs: class logits (B, N_l, num_classes) and box offsets (B, N_l, 4) of each level.
+            anchors: anchors (N_l, 4) of each image and level.
+            image_shapes: height and width of each image before padding.
+        """
+        levels = list(zip(head_outputs["cls_logits"], head_outputs["bbox_regression"], strict=True))
+        detections = []
+        for image, (image_anchors, shape) in enumerate(zip(anchors, image_shapes, strict=True)):
+            found = [
+                self._decode_level(logits[image], offsets[image], level_anchors, shape)
+                for (logits, offsets), level_anchors in zip(levels, image_anchors, strict=True)
+            ]
+            boxes, scores, classes = (torch.cat([level[i] for level in found]) for i in range(3))
+            kept = batched_nms(boxes, scores, classes, self.nms_thresh)[: self.detections_per_img]
+            detections.append({"boxes": boxes[kept], "scores": scores[kept], "labels": classes[kept] + 1})
+        return detections
+
+    def _decode_level(
+        self, logits: Tensor, offsets: Tensor, anchors: Tensor, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the best boxes of a level with their scores and classes (from 0), without empty boxes."""
+        scores = logits.sigmoid()
+        rows, classes = torch.where(scores > self.score_thresh)
+        best, order = scores[rows, classes].topk(min(self.topk_candidates, len(rows)))
+        rows, classes = rows[order], classes[order]
+        boxes = clip_boxes_to_image(self.box_coder.decode_single(offsets[rows], anchors[rows]), shape)
+        nonempty = nonempty_boxes(boxes)
+        return boxes[nonempty], best[nonempty], classes[nonempty]

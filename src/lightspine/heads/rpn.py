@@ -9,6 +9,9 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import clip_boxes_to_image
+
+from lightspine.heads.boxes import ClampedBoxCoder, batched_nms, nonempty_boxes
 
 
 class StridedAnchors(AnchorGenerator):
@@ -43,7 +46,8 @@ class StridedAnchors(AnchorGenerator):
         """Return one level's anchors (x1, y1, x2, y2) centered at the origin, grouped by aspect ratio."""
         sides = torch.tensor(scales, dtype=dtype, device=device)
         roots = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
-        widths = (sides[None, :] / roots[:, None]).flatten()
+        # By the reciprocal, as published: it differs from a division in the last bit.
+        widths = (sides[None, :] * (1 / roots[:, None])).flatten()
         heights = (sides[None, :] * roots[:, None]).flatten()
         return torch.stack((-widths, -heights, widths, heights), dim=1) / 2
 
@@ -51,7 +55,7 @@ class StridedAnchors(AnchorGenerator):
         """Return the anchors of all levels, (N, 4) for each image."""
         device = feature_maps[0].device
         # float32 even for half-precision maps: half precision cannot hold pixel coordinates.
-        self.set_cell_anchors(torch.float32, device)
+        self.set_cell_anchors(torch.promote_types(feature_maps[0].dtype, torch.float32), device)
         strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
         levels = self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides)
         anchors = torch.cat(levels)
@@ -134,6 +138,38 @@ class ProposalNetwork(RegionProposalNetwork):
             nms_thresh=0.7,
         )
         self.proposal_matcher = MinOverlapMatcher(0.7, 0.3, min_overlap)
+        self.box_coder = ClampedBoxCoder((1.0, 1.0, 1.0, 1.0))
+
+    def filter_proposals(
+        self,
+        proposals: Tensor,
+        objectness: Tensor,
+        image_shapes: list[tuple[int, int]],
+        num_anchors_per_level: list[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the proposals and scores of each image.
+
+        The best boxes of every level are clipped to the image, those without area are removed, and boxes of a
+        level suppress each other.
+
+        Args:
+            proposals: boxes (B, N, 4) of all levels.
+            objectness: logits (B N, 1).
+            image_shapes: height and width of each image before padding.
+            num_anchors_per_level: number of boxes of each level.
+        """
+        logits = objectness.detach().reshape(len(proposals), -1)
+        chosen = self._get_top_n_idx(logits, num_anchors_per_level)
+        counts = torch.tensor(num_anchors_per_level, device=logits.device)
+        level_of_box = torch.arange(len(counts), device=logits.device).repeat_interleave(counts)
+        found = []
+        for boxes, image_logits, indices, shape in zip(proposals, logits, chosen, image_shapes, strict=True):
+            boxes = clip_boxes_to_image(boxes[indices], shape)
+            indices, boxes = (values[nonempty_boxes(boxes)] for values in (indices, boxes))
+            scores = image_logits[indices].sigmoid()
+            kept = batched_nms(boxes, scores, level_of_box[indices], self.nms_thresh)[: self.post_nms_top_n()]
+            found.append((boxes[kept], scores[kept]))
+        return [boxes for boxes, _ in found], [scores for _, scores in found]
 
     def compute_loss(
         self,

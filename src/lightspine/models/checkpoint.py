@@ -15,7 +15,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 import torch.nn as nn
@@ -51,7 +51,13 @@ WEIGHTS_KEY = "lightspine.weights"
 RUN_KEY = "lightspine.run"
 """Metadata key of the training run, as JSON; see `ModelMetadata.run`."""
 
+OPENMMLAB_CLASSES_KEY = "openmmlab.classes"
+"""Metadata key of the class names in an OpenMMLab checkpoint, a JSON list; OpenMMLab saves them in `meta`."""
+
 PREPROCESSING_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+
+
+_OPENMMLAB_HEADS = ("rpn_head.", "roi_head.", "bbox_head.", "decode_head.")
 
 
 class Checkpoint:
@@ -97,7 +103,18 @@ class Checkpoint:
     @property
     def is_dense(self) -> bool:
         """Whether the file holds a detector or segmenter instead of a classifier or backbone."""
-        return NETWORK_KEY in self.metadata
+        return NETWORK_KEY in self.metadata or self.is_openmmlab
+
+    @cached_property
+    def is_openmmlab(self) -> bool:
+        """Whether the file holds a detector of mmdetection or a segmenter of mmsegmentation."""
+        if VERSION_KEY in self.metadata:
+            return False
+        return any(
+            any(key.startswith("backbone.") for key in tensors)
+            and any(key.startswith(_OPENMMLAB_HEADS) for key in tensors)
+            for tensors in self.entries.values()
+        )
 
     def select(self, weights: Weights, preferred: str = "model") -> str:
         """Return the name of the entry to use.
@@ -131,7 +148,8 @@ def read_checkpoint(source: CheckpointSource) -> Checkpoint:
     """Open a checkpoint file (.pth, .ckpt, .safetensors) or wrap a state dict.
 
     Files are read with `weights_only=True`. Besides tensors and plain containers only `argparse.Namespace`
-    and a stand-in for yacs' `CfgNode` are unpickled, which some official files contain.
+    and a stand-in for yacs' `CfgNode` are unpickled, which some official files contain. The NumPy arrays and
+    training history in the files of mmengine are skipped.
 
     Args:
         source: path, name of published weights such as `vmamba_tiny.in1k`, which are downloaded at the first
@@ -187,7 +205,36 @@ class _CfgNode:
         return OrderedDict()
 
 
-_ALLOWED_GLOBALS: list[Any] = [argparse.Namespace, (_CfgNode, "yacs.config.CfgNode")]
+class _Skipped:
+    """Stand-in for objects in the training state of mmengine's files: it keeps nothing and calls nothing."""
+
+    def __new__(cls, *args: Any) -> Self:  # noqa: ARG004 (what the pickle passes)
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# mmengine saves the history of the losses as objects that refer to their own methods and to NumPy arrays.
+_SKIPPED_GLOBALS = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy.dtypes.Float64DType",
+    "numpy.dtypes.Float32DType",
+    "numpy.dtypes.Int64DType",
+    "_codecs.encode",
+)
+_ALLOWED_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    (_CfgNode, "yacs.config.CfgNode"),
+    *((_Skipped, name) for name in _SKIPPED_GLOBALS),
+]
 
 
 def _unpickle(path: Path) -> Any:
@@ -224,8 +271,21 @@ def _unpickle(path: Path) -> Any:
 def _find_metadata(content: dict[str, Any]) -> dict[str, str]:
     found = content.get(CKPT_METADATA)
     if not isinstance(found, dict):
-        return {}
+        names = _find_openmmlab_classes(content.get("meta"))
+        return {OPENMMLAB_CLASSES_KEY: json.dumps(names)} if names else {}
     return {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, str)}
+
+
+def _find_openmmlab_classes(meta: Any) -> list[str]:
+    """Return the class names in an OpenMMLab file: `CLASSES` of its `meta`, in 3.x `dataset_meta`."""
+    if not isinstance(meta, dict):
+        return []
+    dataset = meta.get("dataset_meta")
+    places = (meta, dataset if isinstance(dataset, dict) else {})
+    for names in (place.get(key) for place in places for key in ("CLASSES", "classes")):
+        if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+            return list(names)
+    return []
 
 
 def _find_entries(content: dict[str, Any], label: str) -> dict[str, dict[str, Tensor]]:

@@ -40,6 +40,7 @@ from lightspine.ops.selective_scan import scan
 __all__ = ["Vim", "VimBlock", "VimLayerPair", "VimMixer", "checkpoint_filter_fn", "resize_pos_embed"]
 
 CLASS_TOKENS = ("middle", "head", "double", "none")
+FEATURE_SOURCES = ("residual", "mixer")
 # Standard deviation of a standard normal distribution cut at -2 and 2.
 _CUT_NORMAL_STD = 0.87962566103423978
 
@@ -633,6 +634,8 @@ class Vim(nn.Module):
             in the official fine-tuning script, which shifts half of the map (`resize_pos_embed`). The
             published stride-8 models were fine-tuned from the latter.
         dynamic_img_pad: pad images at the right and bottom to whole patches.
+        feature_source: what feature maps are: "residual", the output of a block, or "mixer", what the block
+            adds to its input, as in the published segmenters.
 
     Raises:
         UsageError: an unknown choice, or incompatible options.
@@ -665,9 +668,11 @@ class Vim(nn.Module):
         pos_embed: bool = True,
         pos_embed_resize: str = "aligned",
         dynamic_img_pad: bool = False,
+        feature_source: str = "residual",
     ) -> None:
         super().__init__()
         check_choice("directions", directions, DIRECTIONS)
+        check_choice("feature_source", feature_source, FEATURE_SOURCES)
         check_choice("norm", norm, tuple(NORMS))
         check_choice("class_token", class_token, CLASS_TOKENS)
         check_choice("pos_embed_resize", pos_embed_resize, ("aligned", "official"))
@@ -677,6 +682,8 @@ class Vim(nn.Module):
                 f"received pos_embed={pos_embed} and class_token {class_token!r}"
             )
         stride = _choose_stride(stride, stem_stride)
+        if directions == "layer-pairs" and feature_source == "mixer":
+            raise UsageError("feature_source 'mixer' needs one mixer per block: received 'layer-pairs'")
         if directions == "layer-pairs" and depth % 2:
             raise UsageError(f"directions 'layer-pairs' needs an even depth: received {depth}")
         self.num_classes = num_classes
@@ -686,6 +693,7 @@ class Vim(nn.Module):
         self.directions = directions
         self.patch_size, self.stride = patch_size, stride
         self.dynamic_img_pad = dynamic_img_pad
+        self.feature_source = feature_source
         self.grad_checkpointing = False
         self.global_pool = self._checked_pool(global_pool)
 
@@ -855,9 +863,16 @@ class Vim(nn.Module):
         for i, block in enumerate(self.blocks):
             if stop_early and i > last:
                 break
-            x = checkpoint_module(block, x) if self.grad_checkpointing else block(x)
+            if self.feature_source == "mixer":
+                normed = block.norm(x)
+                mixer = block.mixer
+                found = checkpoint_module(mixer, normed) if self.grad_checkpointing else mixer(normed)
+                # Drop path applies to what the next block receives, not to the map.
+                x = x + block.drop_path(found)
+            else:
+                found = x = checkpoint_module(block, x) if self.grad_checkpointing else block(x)
             if i in taken:
-                tokens = patches_of(self.norm(x) if norm else x, self.class_token)
+                tokens = patches_of(self.norm(found) if norm else found, self.class_token)
                 if output_fmt == "NCHW":
                     tokens = tokens.transpose(1, 2).unflatten(2, (height, width))
                 maps.append(tokens)

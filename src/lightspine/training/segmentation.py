@@ -99,7 +99,7 @@ class SegmentationTask(DenseTask):
     def settings(self, data: ImageDataModule) -> dict[str, Any]:
         """Return the image size and the inference settings that are saved with the model."""
         assert isinstance(data, SegmentationDataModule)
-        sizes = {"scale": data.val_scale, "divisor": data.val_divisor}
+        sizes = {"scale": data.val_scale, "divisor": data.val_divisor, "resize_twice": True}
         return sizes | data.reading | asdict(self.test)
 
     def prepare(self, data: ImageDataModule) -> None:

@@ -164,18 +164,23 @@ class ResizeImageOnly(torch.nn.Module):
     Args:
         scale: shorter and longer side of the rectangle in pixels.
         divisor: sides are rounded up to multiples of it.
+        twice: resize to the rectangle, then to the multiples, as in the published Semantic FPN; otherwise at
+            once.
     """
 
-    def __init__(self, scale: tuple[int, int], divisor: int = 1) -> None:
+    def __init__(self, scale: tuple[int, int], divisor: int = 1, twice: bool = True) -> None:
         super().__init__()
         self.scale = scale
         self.divisor = divisor
+        self.twice = twice
 
     def forward(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Resize an image (3, H, W)."""
         size = fit_size(image.shape[-2], image.shape[-1], self.scale)
-        size = [-(-side // self.divisor) * self.divisor for side in size]
-        return F.resize(image, size, antialias=False), labels
+        aligned = [-(-side // self.divisor) * self.divisor for side in size]
+        if self.twice:
+            image = F.resize(image, size, antialias=False)
+        return F.resize(image, aligned, antialias=False), labels
 
 
 def create_segmentation_transform(
@@ -215,7 +220,11 @@ def create_segmentation_transform(
 
 
 def create_segmentation_eval_transform(
-    preprocessing: Preprocessing, *, scale: tuple[int, int] | None = (512, 2048), divisor: int = 1
+    preprocessing: Preprocessing,
+    *,
+    scale: tuple[int, int] | None = (512, 2048),
+    divisor: int = 1,
+    resize_twice: bool = True,
 ) -> v2.Transform:
     """Create the validation transform: the image is resized and normalized, the labels keep their size.
 
@@ -224,6 +233,7 @@ def create_segmentation_eval_transform(
         scale: shorter and longer side in pixels of the rectangle into which images are resized; `None` keeps
             their size.
         divisor: sides are rounded up to multiples of it; 32 in the published Semantic FPN configurations.
+        resize_twice: see `ResizeImageOnly`.
 
     Raises:
         UsageError: a side or divisor below 1.
@@ -231,7 +241,9 @@ def create_segmentation_eval_transform(
     if divisor < 1 or (scale is not None and min(scale) < 1):
         raise UsageError(f"expected sides and a divisor of at least 1, got {scale} and {divisor}")
     convert = NormalizeAndPad(preprocessing)
-    return v2.Compose([convert] if scale is None else [ResizeImageOnly(scale, divisor), convert])
+    return v2.Compose(
+        [convert] if scale is None else [ResizeImageOnly(scale, divisor, resize_twice), convert]
+    )
 
 
 def fit_size(height: int, width: int, scale: tuple[int, int]) -> list[int]:

@@ -1,0 +1,30 @@
+"""Class names of COCO's objects and of ADE20K's scene parsing benchmark."""
+
+_ADE20K = """
+wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth,
+door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug,
+field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column,
+signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path,
+stairs, runway, case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee
+table, toilet, flower, book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair,
+boat, bar, arcade machine, hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth,
+television receiver, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle,
+buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool,
+barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave,
+pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
+ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag
+"""
+
+
+def coco_class_names() -> list[str]:
+    """Return the names of COCO's 80 object classes in the order of their category ids."""
+    from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
+
+    # torchvision's list has entries for the background and for unused category ids.
+    categories = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return [name for name in categories if name not in ("__background__", "N/A")]
+
+
+def ade20k_class_names() -> list[str]:
+    """Return the names of the 150 classes of ADE20K's scene parsing benchmark (`objectInfo150.txt`)."""
+    return [name.strip() for name in _ADE20K.replace("\n", " ").split(",")]
