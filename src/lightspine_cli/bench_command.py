@@ -25,8 +25,8 @@ _EXPORT_MODELS = (
 PASSES_ARGUMENTS_THROUGH = True
 
 _DESCRIPTION = """\
-Benchmark latency, memory and multiply-adds of models of lightspine (NAME) and timm (timm/NAME). The calls of
-all models are interleaved. Keep the machine otherwise idle.
+Benchmark latency, memory and multiply-adds of models of lightspine (NAME) and timm (timm/NAME), and of
+checkpoint files. The calls of all models are interleaved. Keep the machine otherwise idle.
 
 `lightspine bench ops` benchmarks the scan operators (see its --help)."""
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = parser.parse_args(args.arguments)
         return _run_ops(chosen) if chosen.kind == "ops" else _run_export(chosen)
     parser.description = _DESCRIPTION
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="a model of lightspine, or timm/NAME")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="NAME, timm/NAME or a checkpoint file")
     _add_model_options(parser)
     return _run_models(parser.parse_args(args.arguments), args.arguments)
 

@@ -11,7 +11,7 @@ from lightspine_cli.bench_command import parse_size
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lightspine profile`."""
-    parser.add_argument("model", metavar="NAME", help="a model of lightspine, or timm/NAME")
+    parser.add_argument("model", metavar="NAME|FILE", help="NAME, timm/NAME or a checkpoint file")
     parser.add_argument(
         "--size",
         type=parse_size,

@@ -13,7 +13,7 @@ from lightspine.errors import UsageError
 from lightspine.models.checkpoint import ModelMetadata, default_preprocessing
 from lightspine.models.factory import create_model, load_model
 from lightspine.models.loading import is_checkpoint
-from lightspine.models.registry import find_record
+from lightspine.models.registry import TIMM_PREFIX, find_record
 from lightspine.utils.devices import check_device
 from lightspine.utils.image_files import MIN_SIDE
 
@@ -138,7 +138,7 @@ def _load_network(model: str | Path, checkpoint: str | Path | None) -> tuple[nn.
         return network, ModelMetadata(name, preprocessing=default_preprocessing(network)), True
     if is_checkpoint(model):
         return *load_model(model), True
-    if Path(name).suffix or "/" in name:
+    if Path(name).suffix or "/" in name.removeprefix(TIMM_PREFIX):
         raise UsageError(f"expected a checkpoint file, but {name} does not exist")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

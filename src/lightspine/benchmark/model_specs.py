@@ -1,6 +1,7 @@
 """Models of a benchmark: name parsing, evaluation size and construction."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -12,13 +13,17 @@ from lightspine.benchmark.efficientmod_official import OfficialEfficientMod
 from lightspine.benchmark.results import PublishedFigures, Source
 from lightspine.errors import UsageError
 from lightspine.models import find_record
-from lightspine.models.registry import unknown_model
+from lightspine.models.checkpoint import read_checkpoint
+from lightspine.models.factory import describe_model
+from lightspine.models.loading import load_checkpoint
+from lightspine.models.registry import TIMM_PREFIX as TIMM_PREFIX
+from lightspine.models.registry import timm_name
 
-TIMM_PREFIX = "timm/"
 OFFICIAL_PREFIX = "official/"
 """Prefix for EfficientMod with the operation order of the official code, as a baseline."""
 
 MIN_SIZE = 32
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,8 @@ class ModelSpec:
         note: description of a model whose name is not self-explanatory.
         kwargs: arguments of the constructor.
         scan_backend: backend of all scans; `None` selects the default of the device.
+        checkpoint: file with the weights; `None` for random ones.
+        size: (height, width) of the evaluation in pixels; `None` for the authors'.
         published: the authors' figures.
         absent: why the model cannot be measured; `None` if it can.
     """
@@ -42,35 +49,57 @@ class ModelSpec:
     note: str | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     scan_backend: str | None = None
+    checkpoint: str | None = None
+    size: tuple[int, int] | None = None
     published: PublishedFigures | None = None
     absent: str | None = None
 
 
 def parse_model(text: str) -> ModelSpec:
-    """Parse a model name: `NAME` of lightspine, `timm/NAME` of timm, or `official/NAME` of a baseline.
+    """Parse a model: `NAME` of lightspine, `timm/NAME` of timm, `official/NAME` of a baseline, or a file.
 
-    A name without prefix that only timm has is a model of timm.
+    A name without prefix that only timm has is a model of timm. A checkpoint file is measured with its own
+    arguments and weights, by default at its own image size.
 
     Raises:
         UsageError: the model is unknown.
+        LightspineError: the file cannot be read, or fits no registered model.
     """
     if text.startswith(OFFICIAL_PREFIX):
         record = find_record(text.removeprefix(OFFICIAL_PREFIX))
         if record is None or record.family != "efficientmod":
             raise UsageError(f"expected {OFFICIAL_PREFIX}efficientmod_*, the only baselines, got {text!r}")
         return ModelSpec(name=text, source="lightspine", note="operation order of the official code")
-    name = text.removeprefix(TIMM_PREFIX)
-    if not text.startswith(TIMM_PREFIX) and find_record(name) is not None:
-        return ModelSpec(name=name, source="lightspine")
-    if not timm.is_model(name):
-        raise unknown_model(name)
-    if timm.model_entrypoint(name).__module__.startswith("lightspine"):
-        raise UsageError(f"timm has no model {name!r} of its own: use {name} without {TIMM_PREFIX}")
-    return ModelSpec(name=name, source="timm")
+    if Path(text).is_file():
+        return _spec_of_file(Path(text))
+    if Path(text).suffix in CHECKPOINT_SUFFIXES:
+        raise UsageError(f"expected a model name or a checkpoint file, but {text} does not exist")
+    theirs = timm_name(text)
+    if theirs is None:
+        return ModelSpec(name=text, source="lightspine")
+    return ModelSpec(name=theirs, source="timm")
+
+
+def _spec_of_file(path: Path) -> ModelSpec:
+    file = read_checkpoint(path)
+    metadata = describe_model(file)
+    theirs = timm_name(metadata.name)
+    size = metadata.preprocessing.get("input_size")
+    return ModelSpec(
+        name=theirs or metadata.name,
+        source="timm" if theirs else "lightspine",
+        variant=path.name,
+        note=f"weights of {path}",
+        kwargs=metadata.kwargs,
+        checkpoint=str(path),
+        size=None if size is None else (size[1], size[2]),
+    )
 
 
 def evaluation_size(spec: ModelSpec) -> tuple[int, int]:
-    """Return the (height, width) in pixels at which the authors evaluate a model."""
+    """Return the (height, width) in pixels at which a model is evaluated, by its file or else its authors."""
+    if spec.size is not None:
+        return spec.size
     record = find_record(spec.name.removeprefix(OFFICIAL_PREFIX))
     if spec.source == "lightspine" and record is not None:
         return record.input_size[1], record.input_size[2]
@@ -79,7 +108,7 @@ def evaluation_size(spec: ModelSpec) -> tuple[int, int]:
 
 
 def build_model(spec: ModelSpec, height: int, width: int) -> nn.Module:
-    """Create a model with random weights in eval mode on the CPU.
+    """Create a model in eval mode on the CPU, with the weights of its file or else random ones.
 
     Models with position embeddings or bias tables (DeiT, Swin, Vim) are built for the given size, so that
     none of them resizes a table in its forward pass.
@@ -103,6 +132,8 @@ def build_model(spec: ModelSpec, height: int, width: int) -> nn.Module:
         if _timm_cfg(spec).fixed_input_size and (height, width) != evaluation_size(spec):
             kwargs["img_size"] = (height, width)
         model = timm.create_model(spec.name, **kwargs)
+    if spec.checkpoint is not None:
+        load_checkpoint(model, spec.checkpoint, drop_head=False)
     return model.eval()
 
 

@@ -5,11 +5,8 @@ The modules `compare` and `runs` import Lightning; this module and `results` do 
 
 from collections.abc import Sequence
 
-import timm
-
 from lightspine.errors import UsageError
-from lightspine.models import find_record
-from lightspine.models.registry import unknown_model
+from lightspine.models.registry import timm_name
 
 __all__ = ["check_model_names"]
 
@@ -23,7 +20,6 @@ def check_model_names(names: Sequence[str]) -> None:
     if not names:
         raise UsageError("expected at least one model name, got none")
     for position, name in enumerate(names):
-        if find_record(name) is None and not timm.is_model(name):
-            raise unknown_model(name)
+        timm_name(name)  # checks the name
         if name in names[:position]:
             raise UsageError(f"expected each model once, got {name} twice")

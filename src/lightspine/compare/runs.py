@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
-
 from lightspine.compare import check_model_names
 from lightspine.data.digits import export_digits
 from lightspine.data.image_folder import scan_image_folder
@@ -15,7 +13,7 @@ from lightspine.data.modules import DigitsDataModule, ImageDataModule, ImageFold
 from lightspine.data.split_names import VAL_SPLITS, find_split_folder
 from lightspine.data.transforms import AugmentationName
 from lightspine.errors import LightspineError
-from lightspine.models import find_record
+from lightspine.models.registry import find_timm_cfg
 from lightspine.training.classification import ClassificationTask
 from lightspine.training.cli import train_recipe
 from lightspine.training.fit import TrainResult, train
@@ -215,5 +213,5 @@ def _train_model(
 
 def _image_size_argument(name: str, size: int) -> dict[str, Any]:
     # Some timm models have a fixed input size, which is a constructor argument.
-    cfg = None if find_record(name) else timm.get_pretrained_cfg(name)
+    cfg = find_timm_cfg(name)
     return {"img_size": size} if cfg is not None and cfg.fixed_input_size else {}

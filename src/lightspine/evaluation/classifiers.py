@@ -12,7 +12,7 @@ from lightspine.export.onnx_network import is_onnx_file, load_onnx
 from lightspine.models.checkpoint import Checkpoint, ModelMetadata, Weights, default_preprocessing
 from lightspine.models.factory import create_model, load_model
 from lightspine.models.loading import is_checkpoint
-from lightspine.models.registry import find_record
+from lightspine.models.registry import TIMM_PREFIX, find_record
 from lightspine.utils.image_files import MIN_SIDE
 
 CROP_MODES = ("center", "squash", "border")
@@ -49,7 +49,7 @@ def load_classifier(
         return load_model(model, weights=weights)
     name = str(model)
     if checkpoint is None:
-        if Path(name).suffix or "/" in name:
+        if Path(name).suffix or "/" in name.removeprefix(TIMM_PREFIX):
             raise UsageError(f"expected a checkpoint file, but {name} does not exist")
         raise UsageError(f"expected a checkpoint with the model name {name!r}, got no weights")
     if find_record(name) is not None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 import torch.nn as nn
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import Tensor
@@ -27,7 +28,7 @@ from lightspine.models.loading import (
     load_checkpoint,
     shapes_of,
 )
-from lightspine.models.registry import find_record, get_record, unknown_model
+from lightspine.models.registry import find_record, get_record, timm_name
 from lightspine.models.weights import hub_errors
 
 # Arguments that name the initial weights, not the model.
@@ -44,10 +45,11 @@ def create_model(
 ) -> nn.Module:
     """Create a model by name, optionally with the weights of a checkpoint.
 
-    Names of this library take precedence; any other name is created by timm, with timm's arguments.
+    Names of this library take precedence; any other name is created by timm, with timm's arguments, and
+    `timm/NAME` always by timm.
 
     Args:
-        name: such as `vmamba_tiny`, or `vmamba_tiny.in1k` with the tag of its weights; see
+        name: such as `vmamba_tiny`, `timm/shvit_s1`, or `vmamba_tiny.in1k` with the tag of its weights; see
             `lightspine.list_models()`. `hf-hub:ORG/NAME` and `local-dir:PATH` stand for a model in timm's
             layout (`timm.models.push_to_hf_hub` and `save_for_hf`).
         pretrained: load the published weights, downloaded at the first call (`lightspine weights --all` lists
@@ -75,9 +77,12 @@ def create_model(
     """
     if pretrained and checkpoint is not None:
         raise UsageError("expected pretrained=True or a checkpoint, received both")
+    if "checkpoint_path" in kwargs:
+        raise UsageError(
+            f"expected checkpoint=PATH for the weights of {name}, received timm's argument checkpoint_path"
+        )
     name, kwargs = _resolve_name(name, kwargs)
-    if find_record(name) is None and not timm.is_model(name):
-        raise unknown_model(name)
+    timm_name(name)  # checks the name
     if checkpoint is not None and kwargs.get("features_only"):
         model = _create_feature_extractor(name, checkpoint, weights, kwargs)
     else:
@@ -122,8 +127,8 @@ def _read_timm_config(
 
 
 def _build(name: str, kwargs: dict[str, Any]) -> Any:
-    record = find_record(name)
-    return record.create(**kwargs) if record else timm.create_model(name, **kwargs)
+    theirs = timm_name(name)
+    return timm.create_model(theirs, **kwargs) if theirs else get_record(name).create(**kwargs)
 
 
 def _create_feature_extractor(
@@ -146,7 +151,12 @@ def _create_feature_extractor(
 
 
 def load_model(
-    source: str | Path | Checkpoint, *, name: str | None = None, weights: Weights = "auto", **kwargs: Any
+    source: str | Path | Checkpoint,
+    *,
+    name: str | None = None,
+    weights: Weights = "auto",
+    device: str | torch.device | None = None,
+    **kwargs: Any,
 ) -> tuple[nn.Module, ModelMetadata]:
     """Rebuild the model of a checkpoint file and load its weights.
 
@@ -157,6 +167,7 @@ def load_model(
         source: the file, or an opened `Checkpoint`.
         name: registered name, for a file that does not store it.
         weights: "model", "ema", or "auto" for the entry with the published score.
+        device: device of the model; by default the CPU.
         **kwargs: arguments of the model that replace those in the file.
 
     Returns:
@@ -167,14 +178,30 @@ def load_model(
         LightspineError: the file cannot be read, or fits no registered model.
     """
     file = read_checkpoint(source)
-    metadata = read_model_metadata(file)
-    if metadata is None or (name is not None and name != metadata.name):
-        metadata = _infer_metadata(file, name, weights)
+    metadata = describe_model(file, name=name, weights=weights)
     metadata.kwargs = metadata.kwargs | kwargs
     model: Any = create_model(metadata.name, **metadata.kwargs)
     model.load_report = load_checkpoint(model, file, weights=weights, drop_head=False)
     metadata.preprocessing = metadata.preprocessing or default_preprocessing(model)
-    return cast(nn.Module, model.eval()), metadata
+    return cast(nn.Module, model.to(device).eval()), metadata
+
+
+def describe_model(file: Checkpoint, *, name: str | None = None, weights: Weights = "auto") -> ModelMetadata:
+    """Return what a checkpoint file says of its model, or what its tensors say if it does not describe it.
+
+    Args:
+        file: the opened file.
+        name: registered name, for a file that does not store it.
+        weights: entry whose tensors are used.
+
+    Raises:
+        UsageError: unknown entry or name, or the file holds a detector or segmenter.
+        LightspineError: the file fits no registered model.
+    """
+    metadata = read_model_metadata(file)
+    if metadata is None or (name is not None and name != metadata.name):
+        metadata = _infer_metadata(file, name, weights)
+    return metadata
 
 
 def convert_checkpoint(

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -131,9 +132,10 @@ def build_model(
 
     Raises:
         UsageError: `pretrained` for a variant whose authors offer no file that a program can download, or an
-            unknown tag.
+            unknown tag or argument.
         LightspineError: the download failed, or the file does not fit the model.
     """
+    _check_arguments(model_cls, variant, kwargs)
     module = sys.modules[model_cls.__module__]
     cfg = _resolve_cfg(variant, kwargs.pop("pretrained_cfg", None), module.default_cfgs[variant])
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
@@ -173,6 +175,37 @@ def _resolve_cfg(variant: str, cfg: Any, published: DefaultCfg) -> PretrainedCfg
         tag = next(iter(published.tags))
         cfg = dataclasses.replace(published.default, tag=tag)
     return dataclasses.replace(cfg, architecture=variant)
+
+
+# Arguments of timm's builder.
+_BUILDER_ARGUMENTS = frozenset(
+    (
+        "cache_dir",
+        "feature_cls",
+        "features_only",
+        "kwargs_filter",
+        "out_indices",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_model_args",
+        "pretrained_strict",
+    )
+)
+# What to do instead of arguments that some models of timm have.
+_INSTEAD = {
+    "checkpoint_path": "pass checkpoint=PATH to lightspine.create_model",
+    "dynamic_img_size": "it takes images of any size",
+    "img_size": "it takes images of any size",
+    "output_stride": "stem_stride gives finer maps",
+}
+
+
+def _check_arguments(model_cls: type[nn.Module], variant: str, arguments: dict[str, Any]) -> None:
+    known = set(inspect.signature(model_cls).parameters)
+    for name in arguments:
+        if name not in known and name not in _BUILDER_ARGUMENTS:
+            hint = _INSTEAD.get(name) or f"expected some of {', '.join(sorted(known))}"
+            raise UsageError(f"{variant} has no argument {name!r}: {hint}")
 
 
 def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
@@ -219,6 +252,39 @@ def get_record(name: str) -> ModelRecord:
     if record is None:
         raise unknown_model(name)
     return record
+
+
+TIMM_PREFIX = "timm/"
+"""Prefix of a name that selects timm's model also where lightspine has a model of the same name."""
+
+
+def timm_name(name: str) -> str | None:
+    """Return the name in timm of a model that is not lightspine's, or `None` for a model of lightspine.
+
+    Args:
+        name: such as `resnet18`, `timm/resnet18` or `timm/shvit_s1`.
+
+    Raises:
+        UsageError: neither library has a model of that name; the message suggests similar names.
+    """
+    inner = name.removeprefix(TIMM_PREFIX)
+    if inner == name and find_record(name) is not None:
+        return None
+    if not timm.is_model(inner):
+        raise unknown_model(inner)
+    if timm.model_entrypoint(inner).__module__.startswith("lightspine"):
+        raise UsageError(f"timm has no model {inner!r} of its own: use {inner} without {TIMM_PREFIX}")
+    return inner
+
+
+def find_timm_cfg(name: str) -> PretrainedCfg | None:
+    """Return timm's configuration of a model that is not lightspine's; `None` if there is none.
+
+    Raises:
+        UsageError: neither library has a model of that name.
+    """
+    inner = timm_name(name)
+    return None if inner is None else timm.get_pretrained_cfg(inner)
 
 
 def unknown_model(name: str) -> UsageError:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace, get_loader, set_loader
@@ -23,7 +22,7 @@ from lightspine.data import modules
 from lightspine.data.modules import ClassificationDataModule, ImageDataModule, SegmentationDataModule
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import PREPROCESSING_KEYS, default_preprocessing
-from lightspine.models.registry import find_record
+from lightspine.models.registry import find_record, find_timm_cfg
 from lightspine.recipes import find_recipe, recipe_name
 from lightspine.recipes.deprecated import upgrade_flags, upgrade_recipe
 from lightspine.training.base import LightspineTask
@@ -276,7 +275,7 @@ def published_preprocessing(model: str) -> dict[str, Any]:
         with torch.device("meta"):
             found = default_preprocessing(record.create())
     else:
-        cfg = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+        cfg = find_timm_cfg(model)
         found = {} if cfg is None else cfg.to_dict()
     # Lists instead of tuples, as YAML loads them.
     return {

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import Checkpoint, read_checkpoint, read_model_metadata
 from lightspine.models.factory import create_model, load_model
 from lightspine.models.loading import load_checkpoint
-from lightspine.models.registry import find_record
+from lightspine.models.registry import find_record, find_timm_cfg, timm_name
 
 Kind = Literal["hard", "soft"]
 Heads = Literal["two", "one"]
@@ -282,9 +281,9 @@ def _pretrained_teacher(
     name: str, num_classes: int, model_args: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     options = {"pretrained": True} | model_args
-    if options["pretrained"] and find_record(name) is None and timm.is_model(name):
+    if options["pretrained"] and timm_name(name) is not None:
         try:
-            cfg = timm.get_pretrained_cfg(name)
+            cfg = find_timm_cfg(name)
         except RuntimeError as error:
             raise UsageError(f"expected a pretrained teacher of timm, got {name!r}: {error}") from error
         if cfg is None or not cfg.has_weights:
@@ -320,7 +319,7 @@ def _teacher_from_file(
 
 def _num_classes_in_file(name: str, file: Checkpoint) -> dict[str, Any]:
     """Return the model argument `num_classes` of a timm checkpoint, from the shape of its classifier."""
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    cfg = find_timm_cfg(name)
     classifier = cfg.classifier if cfg is not None else None
     first = classifier[0] if isinstance(classifier, tuple | list) else classifier
     weight = next(iter(file.entries.values())).get(f"{first}.weight")
