@@ -102,7 +102,7 @@ def _stages(model: Any) -> list[dict[str, Any]]:
 def _file_details(path: Path) -> dict[str, Any]:
     from lightspine.export.onnx_network import is_onnx_file, read_onnx_metadata
     from lightspine.models.checkpoint import read_checkpoint
-    from lightspine.models.loading import identify_tensors
+    from lightspine.models.factory import identify_entry
 
     file = read_onnx_metadata(path) if is_onnx_file(path) else read_checkpoint(path)
     facts: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size}
@@ -110,7 +110,7 @@ def _file_details(path: Path) -> dict[str, Any]:
         return facts | _saved_details(file)
     entries = []
     for name, tensors in file.entries.items():
-        guess = identify_tensors(tensors)
+        guess = identify_entry(file, name)
         entries.append(
             {
                 "name": name,

@@ -11,6 +11,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,10 +31,13 @@ from lightspine.utils.files import atomic_write
 Weights = Literal["auto", "model", "ema"]
 """Weights to load: "model" as trained, "ema" for their moving average, "auto" for the published ones."""
 
-PLAIN_ENTRIES = ("model", "state_dict")
-EMA_ENTRIES = ("model_ema", "state_dict_ema")
-# DDP, torch.compile and Lightning put these in front of every parameter name.
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.")
+PLAIN_ENTRIES = ("model", "state_dict", "model_state_dict", "net", "params")
+EMA_ENTRIES = ("model_ema", "state_dict_ema", "ema_state_dict", "params_ema")
+# Attributes in which DDP, torch.compile and training code keep a model, the one to load first.
+_WRAPPERS = ("module", "_orig_mod", "model", "net", "student", "backbone", "encoder", "ema_model", "teacher")
+_OUTER_WRAPPERS = ("module", "_orig_mod", "model")
+# Wrappers of single layers.
+_LAYER_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 _EXPORTED_SUFFIXES = (".onnx", ".pt2", ".mlpackage")
 
@@ -69,6 +73,7 @@ class Checkpoint:
     Attributes:
         path: the file, `None` for a state dict.
         metadata: string metadata of a file that lightspine wrote; empty for others.
+        left_out: by entry, the names of tensors beside the model, such as the buffers of a loss.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Checkpoint:
     ):
         self.path = path
         self.metadata = metadata or {}
+        self.left_out: dict[str, list[str]] = {}
         self._content = content
 
     @cached_property
@@ -86,14 +92,21 @@ class Checkpoint:
         """State dict by entry name, without wrapper prefixes; a bare state dict is the single entry ""."""
         content = self._content
         if isinstance(content, dict):
-            return content
+            return {name: self._unwrap(name, tensors) for name, tensors in content.items()}
         try:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise LightspineError(f"{self.path} is not a complete safetensors file: {error}") from error
-        # Releases the file.
-        self._content = {"": _strip_prefixes(tensors)}
-        return self._content
+        self._content = {}  # releases the file
+        return {"": self._unwrap("", tensors)}
+
+    def _unwrap(self, entry: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Remove the prefixes of wrappers from the names of an entry."""
+        # The backbone of a detector or segmenter is one of its own parts.
+        unwrapped = _strip_prefixes(tensors, _OUTER_WRAPPERS if self.is_dense else _WRAPPERS)
+        kept = {id(tensor) for tensor in unwrapped.values()}
+        self.left_out[entry] = [name for name, tensor in tensors.items() if id(tensor) not in kept]
+        return unwrapped
 
     @property
     def label(self) -> str:
@@ -189,10 +202,27 @@ def read_checkpoint(source: CheckpointSource) -> Checkpoint:
             return Checkpoint(path, opened, dict(opened.metadata() or {}))
         except (SafetensorError, json.JSONDecodeError) as error:
             raise LightspineError(f"{path} is not a complete safetensors file: {error}") from error
+    if path.name.endswith(".index.json"):
+        return Checkpoint(path, {"": _read_shards(path)})
     content = _unpickle(path)
     if not isinstance(content, dict):
         raise LightspineError(f"{path} holds a {type(content).__name__}: expected a dict of tensors")
     return Checkpoint(path, _find_entries(content, str(path)), _find_metadata(content))
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Return the tensors of all files that the index of a sharded checkpoint lists, which are beside it."""
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise LightspineError(f"{index} is not the index of a sharded checkpoint") from error
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(map(str, names)):
+        if Path(name).name != name or name.endswith(".json"):
+            raise LightspineError(f"{index} lists {name!r}: expected files in its own folder")
+        for entry in read_checkpoint(index.with_name(name)).entries.values():
+            tensors |= entry
+    return tensors
 
 
 class _CfgNode:
@@ -237,7 +267,23 @@ _ALLOWED_GLOBALS: list[Any] = [
 ]
 
 
+def _check_no_program(path: Path) -> None:
+    """Check that a file is not a compiled or exported program, which is a zip archive as a checkpoint is."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        names = [name.partition("/")[2] for name in archive.namelist()]
+    if "constants.pkl" in names:
+        kind = "a TorchScript program"
+    elif "archive_format" in names:
+        kind = "an exported program (.pt2)"
+    else:
+        return
+    raise LightspineError(f"{path} is {kind}: expected weights, the state dict of the model")
+
+
 def _unpickle(path: Path) -> Any:
+    _check_no_program(path)
     try:
         with torch.serialization.safe_globals(_ALLOWED_GLOBALS), warnings.catch_warnings():
             # The user cannot change the pickle protocol; unreadable files raise below.
@@ -290,18 +336,18 @@ def _find_openmmlab_classes(meta: Any) -> list[str]:
 
 def _find_entries(content: dict[str, Any], label: str) -> dict[str, dict[str, Tensor]]:
     entries = {
-        name: _strip_prefixes(content[name])
+        name: _tensors_only(content[name])
         for name in (*PLAIN_ENTRIES, *EMA_ENTRIES)
         if isinstance(content.get(name), dict) and _tensors_only(content[name])
     }
     if "current_model_state" in content and "state_dict" in entries:
         # Lightning's EMA callback saves the average as `state_dict` and the trained weights beside it.
         entries = {
-            "state_dict": _strip_prefixes(content["current_model_state"]),
+            "state_dict": _tensors_only(content["current_model_state"]),
             "state_dict_ema": entries["state_dict"],
         }
     if not entries and _tensors_only(content):
-        entries = {"": _strip_prefixes(content)}
+        entries = {"": _tensors_only(content)}
     if not entries:
         names = ", ".join(repr(key) for key in list(content)[:6]) or "nothing"
         raise LightspineError(
@@ -314,12 +360,19 @@ def _tensors_only(content: dict[str, Any]) -> dict[str, Tensor]:
     return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
 
 
-def _strip_prefixes(state_dict: dict[str, Any]) -> dict[str, Tensor]:
-    tensors = _tensors_only(state_dict)
-    for prefix in _WRAPPER_PREFIXES:
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
+def _strip_prefixes(tensors: dict[str, Tensor], wrappers: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the tensors of the innermost wrapped model by their names in it.
+
+    A model is wrapped if more tensors are below the wrapper than beside all wrappers. Those beside it, such
+    as a loss's buffers or the number of averaged models, belong to the wrapper.
+    """
+    while True:
+        below = {name: [key for key in tensors if key.startswith(f"{name}.")] for name in wrappers}
+        beside = len(tensors) - sum(map(len, below.values()))
+        found = next((name for name in wrappers if len(below[name]) > beside), None)
+        if found is None:
+            return {_LAYER_WRAPPERS.sub("", key): value for key, value in tensors.items()}
+        tensors = {key.removeprefix(f"{found}."): tensors[key] for key in below[found]}
 
 
 @dataclass

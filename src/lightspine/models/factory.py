@@ -22,7 +22,9 @@ from lightspine.models.checkpoint import (
 )
 from lightspine.models.loading import (
     FEATURE_OPTIONS,
+    Identification,
     build_on_meta,
+    compare_with_model,
     copy_tensors,
     identify_tensors,
     load_checkpoint,
@@ -202,6 +204,22 @@ def describe_model(file: Checkpoint, *, name: str | None = None, weights: Weight
     if metadata is None or (name is not None and name != metadata.name):
         metadata = _infer_metadata(file, name, weights)
     return metadata
+
+
+def identify_entry(file: Checkpoint, entry: str) -> Identification | None:
+    """Return the registered model of one entry of a file, with the arguments that the file says or implies.
+
+    Raises:
+        LightspineError: the file is damaged.
+    """
+    tensors = file.entries[entry]
+    saved = None if file.is_dense else read_model_metadata(file)
+    if saved is not None and find_record(saved.name) is not None:
+        return compare_with_model(saved.name, saved.kwargs, tensors)
+    guess = identify_tensors(tensors)
+    if guess is None or guess.exact:
+        return guess
+    return compare_with_model(guess.name, _infer_kwargs(guess.name, tensors), tensors)
 
 
 def convert_checkpoint(

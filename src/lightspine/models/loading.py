@@ -1,5 +1,6 @@
 """Load a checkpoint of any known layout into a model: identification, strict loading, report."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -96,8 +97,10 @@ class LoadReport:
             f"{name} is {_format_shape(found)} in the file and {_format_shape(expected)} in the model"
             for name, (found, expected) in self.mismatched.items()
         ]
-        differences += [f"{name} is missing in the file" for name in self.missing]
-        differences += [f"{name} is not in the model" for name in self.unexpected]
+        # In turn, because a renamed tensor is both.
+        for missing, unexpected in itertools.zip_longest(self.missing, self.unexpected):
+            differences += [f"{missing} is missing in the file"] if missing else []
+            differences += [f"{unexpected} is not in the model"] if unexpected else []
         more = f" and {len(differences) - limit} more" if len(differences) > limit else ""
         return "; ".join(differences[:limit]) + more
 
@@ -128,8 +131,8 @@ def load_checkpoint(
 
     Raises:
         UsageError: the file or the entry does not exist.
-        LightspineError: the file cannot be read, or belongs to another family or variant; the model is then
-            unchanged.
+        LightspineError: the file cannot be read, belongs to another family or variant, or holds NaN or
+            infinity; the model is then unchanged.
     """
     checkpoint = read_checkpoint(source)
     name = getattr(model, "default_cfg", {}).get("architecture", type(model).__name__)
@@ -143,10 +146,12 @@ def load_checkpoint(
     _record_conversions(report, found, fitted, filter_fn, model)
     _adapt_input_channels(report, fitted, model)
     _drop_mismatched_head(report, fitted, model, drop_head)
+    report.dropped += checkpoint.left_out.get(entry, [])
     _record_mismatches(report, fitted, model)
     left_out = set(_classifier_tensors(model)) if report.dropped_head else set()
     if not report.complete or not left_out.issuperset(report.missing):
         raise LightspineError(_mismatch_message(report, name, model, found))
+    _check_finite(report, fitted, model)
     model.load_state_dict(fitted, strict=False)
     report.loaded = [key for key in model.state_dict() if key in fitted]
     return report
@@ -239,6 +244,19 @@ def _local_file(path: Path) -> Path:
 
 def _belongs_to(name: str, path: Path) -> bool:
     return any(_compare(name, shapes_of(t)).exact for t in read_checkpoint(path).entries.values())
+
+
+def _check_finite(report: LoadReport, fitted: dict[str, Tensor], model: nn.Module) -> None:
+    broken = [
+        name
+        for name, _ in model.named_parameters()
+        if name in fitted and fitted[name].is_floating_point() and not fitted[name].isfinite().all()
+    ]
+    if broken:
+        raise LightspineError(
+            f"{report.source} holds NaN or infinity in {len(broken)} weights, the first of which is "
+            f"{broken[0]}: the training diverged, or the file is damaged"
+        )
 
 
 def _keep_layout(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -398,8 +416,15 @@ def identify_tensors(state_dict: dict[str, Tensor]) -> Identification | None:
     return best[2] if best is not None and best[0] > 0.5 else None
 
 
-def _compare(name: str, shapes: dict[str, Tensor]) -> Identification:
-    model, record = build_on_meta(name), get_record(name)
+def compare_with_model(name: str, kwargs: dict[str, Any], state_dict: dict[str, Tensor]) -> Identification:
+    """Return how the tensors of a state dict fit a registered model with the given arguments."""
+    with torch.device("meta"):
+        model = get_record(name).create(**kwargs)
+    return _compare(name, shapes_of(state_dict), model)
+
+
+def _compare(name: str, shapes: dict[str, Tensor], model: nn.Module | None = None) -> Identification:
+    model, record = build_on_meta(name) if model is None else model, get_record(name)
     fitted = record.checkpoint_filter_fn(dict(shapes), model)
     report = LoadReport(source="", entry="", is_ema=False)
     _record_mismatches(report, fitted, model)

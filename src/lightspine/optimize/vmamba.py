@@ -31,6 +31,7 @@ class FoldedSS2D(nn.Module):
             self.conv = conv if fused else nn.Sequential(conv, module.act)
         self.x_proj = PackedLinear(module.x_proj)
         self.out_norm, self.out_act = module.out_norm, module.out_act
+        self.out_norm_takes_nchw = module.out_norm_takes_nchw
         self.out_proj = PackedLinear(module.out_proj)
         self.dt_bias = module.dt_bias
         self.register_buffer("dt_weight", module.dt_weight.transpose(1, 2).contiguous())
@@ -48,7 +49,12 @@ class FoldedSS2D(nn.Module):
         u = self.conv(self.in_proj(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         projected = self.x_proj(u).unflatten(3, (self.directions, -1))
         y = projected_cross_scan(u, projected, self.dt_weight, self.A, self.D, self.dt_bias, self.scan_order)
-        y = self.out_act(self.out_norm(y.to(u.dtype)))
+        y = y.to(u.dtype)
+        if self.out_norm_takes_nchw:
+            y = self.out_norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        else:
+            y = self.out_norm(y)
+        y = self.out_act(y)
         if self.gated:
             y = y * self.gate_proj(x)
         return self.out_proj(y).permute(0, 3, 1, 2)
