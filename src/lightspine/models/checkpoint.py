@@ -271,8 +271,12 @@ def _check_no_program(path: Path) -> None:
     """Check that a file is not a compiled or exported program, which is a zip archive as a checkpoint is."""
     if not zipfile.is_zipfile(path):
         return
-    with zipfile.ZipFile(path) as archive:
-        names = [name.partition("/")[2] for name in archive.namelist()]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.partition("/")[2] for name in archive.namelist()]
+    # zipfile raises all of these for a damaged archive.
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
+        raise LightspineError(f"{path} is not a PyTorch checkpoint, or it is damaged") from error
     if "constants.pkl" in names:
         kind = "a TorchScript program"
     elif "archive_format" in names:
