@@ -269,9 +269,9 @@ _ALLOWED_GLOBALS: list[Any] = [
 
 def _check_no_program(path: Path) -> None:
     """Check that a file is not a compiled or exported program, which is a zip archive as a checkpoint is."""
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             names = [name.partition("/")[2] for name in archive.namelist()]
     # zipfile raises all of these for a damaged archive.
