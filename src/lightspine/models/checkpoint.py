@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lightspine._version import __version__
 from lightspine.errors import LightspineError, UsageError
+from lightspine.models.pickle_check import check_pickled_file
 from lightspine.utils.files import atomic_write
 
 Weights = Literal["auto", "model", "ema"]
@@ -288,6 +289,7 @@ def _check_no_program(path: Path) -> None:
 
 def _unpickle(path: Path) -> Any:
     _check_no_program(path)
+    check_pickled_file(path)
     try:
         with torch.serialization.safe_globals(_ALLOWED_GLOBALS), warnings.catch_warnings():
             # The user cannot change the pickle protocol; unreadable files raise below.

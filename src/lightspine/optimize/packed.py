@@ -12,7 +12,6 @@ both forms of its weights in memory. The packed form follows `to`, `load_state_d
 no in-place change of `weight`.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
@@ -239,7 +238,7 @@ class PackedConv2d(_PackedConv):
 
     def _start(self) -> None:
         super()._start()
-        self._packed_by_size: OrderedDict[torch.Size, Tensor] = OrderedDict()
+        self._packed_by_size: dict[torch.Size, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to the convolved and activated map."""
@@ -267,9 +266,9 @@ class PackedConv2d(_PackedConv):
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
             self.weight.detach(), self.padding, self.stride, self.dilation, self.groups, list(size)
         )
-        self._packed_by_size[size] = packed
-        while len(self._packed_by_size) > _CACHED_SIZES:
-            self._packed_by_size.popitem(last=False)
+        # A new dictionary, because other threads may read the old one.
+        kept = list(self._packed_by_size.items())[-(_CACHED_SIZES - 1) :]
+        self._packed_by_size = {**dict(kept), size: packed}
         return packed
 
 

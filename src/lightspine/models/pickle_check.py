@@ -1,0 +1,127 @@
+"""Check of a pickled checkpoint before PyTorch reads it: nesting, shared parts, and sizes in the archive.
+
+PyTorch's restricted unpickler runs no code of a file, but it hashes the keys of dictionaries in C: a tuple
+that is nested a million times ends the process, and one whose parts are shared fifty times is never hashed to
+the end. The check follows the opcodes without building any object.
+"""
+
+import io
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lightspine.errors import LightspineError
+
+_MOST_NESTED = 200
+# Objects of a value, those that it shares counted each time. A state dict has some ten per tensor.
+_MOST_OBJECTS = 20_000_000
+# Pickles at the start of a file in the format before PyTorch 1.6: magic number, version, system, the content.
+_LEGACY_PICKLES = 4
+
+# (nesting, objects) of a value on the stack.
+_Value = tuple[int, int]
+_MARK: _Value = (-1, 0)
+_LEAF: _Value = (0, 1)
+_MUTATORS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
+
+
+def check_pickled_file(path: Path) -> None:
+    """Check a file of `torch.save` or a bare pickle; other files pass, for PyTorch to refuse.
+
+    Raises:
+        LightspineError: a value is nested or shared too deeply, or the archive claims more than the file has.
+    """
+    with path.open("rb") as file:
+        if zipfile.is_zipfile(file):
+            for content in _archived_pickles(path, file):
+                _follow(path, io.BytesIO(content))
+            return
+        file.seek(0)
+        for _ in range(_LEGACY_PICKLES):
+            if not _follow(path, file):
+                return
+
+
+def _archived_pickles(path: Path, file: BinaryIO) -> list[bytes]:
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            # torch.save never compresses.
+            if sum(member.file_size for member in members) > size:
+                raise LightspineError(
+                    f"{path} is refused: its archive claims more bytes than the {size} of the file"
+                )
+            return [archive.read(member) for member in members if member.filename.endswith(".pkl")]
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
+        # PyTorch has its own reader of archives, which says what is wrong.
+        return []
+
+
+def _follow(path: Path, file: Any) -> bool:
+    """Follow one pickle; return whether it was complete."""
+    stack: list[_Value] = []
+    memo: dict[int, _Value] = {}
+    try:
+        for opcode, argument, _ in pickletools.genops(file):
+            _apply(opcode, argument, stack, memo)
+            if stack and (stack[-1][0] > _MOST_NESTED or stack[-1][1] > _MOST_OBJECTS):
+                raise LightspineError(
+                    f"{path} is refused: it holds a value that is nested more than {_MOST_NESTED} times or has "
+                    f"more than {_MOST_OBJECTS:,} parts, which no checkpoint has"
+                )
+    except (ValueError, IndexError, KeyError):
+        # No pickle, or a damaged one.
+        return False
+    return True
+
+
+def _apply(opcode: Any, argument: Any, stack: list[_Value], memo: dict[int, _Value]) -> None:
+    """Apply an opcode to the stack of sizes, as `pickle` applies it to its stack of objects."""
+    name = opcode.name
+    if name == "MARK":
+        stack.append(_MARK)
+    elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+        memo[int(argument)] = stack[-1]
+    elif name == "MEMOIZE":
+        memo[len(memo)] = stack[-1]
+    elif name in ("GET", "BINGET", "LONG_BINGET"):
+        stack.append(memo[int(argument)])
+    elif name == "DUP":
+        stack.append(stack[-1])
+    elif name in ("POP", "POP_MARK"):
+        _pop(opcode, stack)
+    elif name in _MUTATORS:
+        added = _pop(opcode, stack, kept=1)
+        stack[-1] = _join([stack[-1], *(_wrap(value) for value in added)])
+    else:
+        popped = _pop(opcode, stack)
+        for _ in opcode.stack_after:
+            stack.append(_wrap(_join(popped)) if popped else _LEAF)
+
+
+def _pop(opcode: Any, stack: list[_Value], kept: int = 0) -> list[_Value]:
+    """Pop what an opcode takes, but for the `kept` lowest values."""
+    before = [item.name for item in opcode.stack_before]
+    if "mark" not in before:
+        count = len(before) - kept
+        popped = stack[len(stack) - count :] if count else []
+        if len(popped) < count:
+            raise IndexError
+        del stack[len(stack) - count :]
+        return popped
+    popped = []
+    while (value := stack.pop()) != _MARK:
+        popped.append(value)
+    for _ in range(before.index("mark") - kept):
+        popped.append(stack.pop())
+    return popped
+
+
+def _wrap(value: _Value) -> _Value:
+    return value[0] + 1, value[1] + 1
+
+
+def _join(values: list[_Value]) -> _Value:
+    return max((value[0] for value in values), default=0), sum(value[1] for value in values)
