@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -117,3 +118,19 @@ def test_padding_that_is_not_zeros_is_refused() -> None:
 def test_layer_says_whether_it_is_packed() -> None:
     assert f"packed={packing_available()[0]}" in repr(PackedLinear(linear()))
     assert "packed=False" in repr(PackedLinear(linear()).double())
+
+
+def test_many_threads_share_a_convolution_with_changing_sizes() -> None:
+    layer = PackedConv2d(conv())
+    images = [torch.randn(1, 8, 9 + size, 20 - size) for size in range(9)]
+    with torch.inference_mode():
+        expected = [layer(x) for x in images]
+
+    def work(seed: int) -> bool:
+        order = torch.randperm(9, generator=torch.Generator().manual_seed(seed)).tolist() * 20
+        # Every thread has an inference mode of its own.
+        with torch.inference_mode():
+            return all(torch.equal(layer(images[i]), expected[i]) for i in order)
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(work, range(16)))

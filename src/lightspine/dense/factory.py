@@ -18,7 +18,7 @@ from lightspine.heads.features import MapNorm
 from lightspine.heads.mask_rcnn import MaskRCNN
 from lightspine.heads.retinanet import RetinaNet
 from lightspine.heads.segmenters import Segmenter, SegmenterName
-from lightspine.models.checkpoint import Checkpoint, Weights, read_checkpoint
+from lightspine.models.checkpoint import Checkpoint, Weights, check_arguments, read_checkpoint
 from lightspine.models.factory import create_model
 
 _BACKBONE_OPTIONS = ("model_args", "norm", "freeze_batch_norm")
@@ -155,8 +155,14 @@ def load_network(
     """
     checkpoint = read_checkpoint(source)
     metadata = read_network_metadata(checkpoint)
-    metadata = replace(metadata, options=metadata.options | head_args)
     create: Any = create_detector if metadata.kind == "detector" else create_segmenter
+
+    def build(arguments: dict[str, Any]) -> Any:
+        return create(metadata.head, metadata.model, **arguments)
+
+    stored = check_arguments(checkpoint, {"num_classes": metadata.num_classes, **metadata.options}, build)
+    stored.pop("num_classes")
+    metadata = replace(metadata, options=stored | head_args)
     network: DenseNetwork = create(metadata.head, metadata.model, metadata.num_classes, **metadata.options)
     network.load_report = load_pretrained(network, checkpoint, weights=weights)
     return network.eval(), metadata

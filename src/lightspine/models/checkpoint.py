@@ -13,6 +13,7 @@ import struct
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -425,6 +426,82 @@ def read_model_metadata(checkpoint: Checkpoint) -> ModelMetadata | None:
     except json.JSONDecodeError as error:
         raise LightspineError(f"{checkpoint.label} has damaged metadata: {error}") from error
     return ModelMetadata(name, kwargs, class_names, preprocessing, strings, run)
+
+
+# Arguments that name other files or addresses. `pretrained` is ignored: the weights are in the file.
+_FOREIGN_ARGUMENTS = (
+    "checkpoint",
+    "checkpoint_path",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "cache_dir",
+)
+# Numbers up to this one are believed, such as the sizes of images.
+_BELIEVED = 4096
+
+
+def check_arguments(
+    checkpoint: Checkpoint, arguments: Any, build: Callable[[dict[str, Any]], nn.Module]
+) -> dict[str, Any]:
+    """Check the arguments of a model that a file stores, before the model is built.
+
+    A file could name other files and addresses, or sizes that fill the memory; its tensors must confirm them.
+
+    Args:
+        checkpoint: the file.
+        arguments: the arguments as read from it.
+        build: builds the model from the arguments; called on the meta device, where tensors take no memory.
+
+    Returns:
+        The arguments, without `pretrained`.
+
+    Raises:
+        LightspineError: the arguments are no plain values, name other files, or do not fit the tensors.
+    """
+    if not isinstance(arguments, dict):
+        raise LightspineError(f"{checkpoint.label} has damaged metadata: its model arguments are no object")
+    arguments = {name: value for name, value in arguments.items() if name != "pretrained"}
+    tensors = [tensor for entry in checkpoint.entries.values() for tensor in entry.values()]
+    largest = max((size for tensor in tensors for size in tensor.shape), default=0)
+    for name, value in _flatten_arguments(arguments):
+        if name in _FOREIGN_ARGUMENTS:
+            raise LightspineError(
+                f"{checkpoint.label} is refused: its model argument {name} names another file"
+            )
+        number = value if isinstance(value, int | float) else 0
+        if abs(number) > max(_BELIEVED, largest) or ("depth" in name and number > len(tensors)):
+            raise LightspineError(
+                f"{checkpoint.label} is refused: its model argument {name} is {value}, which its "
+                f"{len(tensors)} tensors of sizes up to {largest} do not confirm"
+            )
+    if arguments:
+        try:
+            with torch.device("meta"):
+                needed = sum(tensor.numel() for tensor in build(arguments).state_dict().values())
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise LightspineError(f"{checkpoint.label} stores wrong model arguments: {reason}") from error
+        received = sum(tensor.numel() for tensor in tensors)
+        # Raw and averaged weights may both be there; a position table may be resized.
+        if needed > 4 * received + 2**20:
+            raise LightspineError(
+                f"{checkpoint.label} is refused: its model arguments describe {needed:,} numbers, its "
+                f"tensors have {received:,}"
+            )
+    return arguments
+
+
+def _flatten_arguments(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key), None
+            yield from _flatten_arguments(inner, str(key))
+    elif isinstance(value, list | tuple):
+        yield name, sum(item for item in value if isinstance(item, int) and "depth" in name)
+        for inner in value:
+            yield from _flatten_arguments(inner, name)
+    else:
+        yield name, value
 
 
 def default_preprocessing(model: nn.Module) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lightspine.models.checkpoint import (
     CheckpointSource,
     ModelMetadata,
     Weights,
+    check_arguments,
     default_preprocessing,
     read_checkpoint,
     read_model_metadata,
@@ -200,9 +201,18 @@ def describe_model(file: Checkpoint, *, name: str | None = None, weights: Weight
         UsageError: unknown entry or name, or the file holds a detector or segmenter.
         LightspineError: the file fits no registered model.
     """
-    metadata = read_model_metadata(file)
+    metadata = _read_checked_metadata(file)
     if metadata is None or (name is not None and name != metadata.name):
         metadata = _infer_metadata(file, name, weights)
+    return metadata
+
+
+def _read_checked_metadata(file: Checkpoint) -> ModelMetadata | None:
+    """Read the description of the model; its arguments are used only if the tensors confirm them."""
+    metadata = read_model_metadata(file)
+    if metadata is not None and find_record(metadata.name) is not None:
+        name = metadata.name
+        metadata.kwargs = check_arguments(file, metadata.kwargs, lambda found: create_model(name, **found))
     return metadata
 
 
@@ -213,7 +223,7 @@ def identify_entry(file: Checkpoint, entry: str) -> Identification | None:
         LightspineError: the file is damaged.
     """
     tensors = file.entries[entry]
-    saved = None if file.is_dense else read_model_metadata(file)
+    saved = None if file.is_dense else _read_checked_metadata(file)
     if saved is not None and find_record(saved.name) is not None:
         return compare_with_model(saved.name, saved.kwargs, tensors)
     guess = identify_tensors(tensors)

@@ -68,8 +68,8 @@ def _follow(path: Path, file: Any) -> bool:
             _apply(opcode, argument, stack, memo)
             if stack and (stack[-1][0] > _MOST_NESTED or stack[-1][1] > _MOST_OBJECTS):
                 raise LightspineError(
-                    f"{path} is refused: it holds a value that is nested more than {_MOST_NESTED} times or has "
-                    f"more than {_MOST_OBJECTS:,} parts, which no checkpoint has"
+                    f"{path} is refused: it holds a value that is nested more than {_MOST_NESTED} times or "
+                    f"has more than {_MOST_OBJECTS:,} parts, which no checkpoint has"
                 )
     except (ValueError, IndexError, KeyError):
         # No pickle, or a damaged one.
