@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import logging
 import os
 import re
 import sys
@@ -26,6 +27,12 @@ from lightspine.models.registry import find_record, find_timm_cfg
 from lightspine.recipes import find_recipe, recipe_name
 from lightspine.recipes.deprecated import upgrade_flags, upgrade_recipe
 from lightspine.training.base import LightspineTask
+from lightspine.training.class_paths import (
+    check_recipe_text,
+    limit_class_paths,
+    refusal,
+    refused_class_path,
+)
 from lightspine.training.classification import ClassificationTask
 from lightspine.training.detection import DetectionTask
 from lightspine.training.fit import TRAINER_DEFAULTS, Export, TrainResult, run_callbacks, run_training
@@ -35,6 +42,7 @@ from lightspine.training.resume import AUTO, prepare_folder
 from lightspine.training.segmentation import SegmentationTask
 from lightspine.training.short_flags import expand_short_flags, suggest_flag
 
+_LOG = logging.getLogger(__name__)
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _UNKNOWN_FLAG = re.compile(r"(?:[Uu]nrecognized arguments:|Option) '?([\w.-]+)")
 _CLASS = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>")
@@ -80,16 +88,24 @@ def main(args: Sequence[str] | None = None) -> TrainResult:
         LightspineError: see `lightspine.training.fit.train`.
         SystemExit: after `--help-all` or `--print_config`.
     """
-    given = upgrade_flags(sys.argv[1:] if args is None else args)
-    arguments = _resolve_recipes(expand_short_flags(given))
+    given, trusted = _split_trusted(sys.argv[1:] if args is None else args)
+    arguments = _resolve_recipes(expand_short_flags(upgrade_flags(given)))
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
-    with filter_lightning_logs():
+    if trusted:
+        _LOG.warning("classes of %s may run code that a recipe names", ", ".join(trusted))
+    with filter_lightning_logs(), limit_class_paths(trusted):
         try:
             cli = TrainCLI(arguments)
         except ArgumentError as error:
+            path = refused_class_path(str(error))
+            if path is not None:
+                raise refusal(path) from error
             raise UsageError(_one_line(str(error)) + _suggestion(str(error))) from error
         except ValueError as error:
             # jsonargparse wraps errors from the constructors of the task and the data module.
+            path = refused_class_path(str(error))
+            if path is not None:
+                raise refusal(path) from error
             raise _find_lightspine_error(error) or error from None
     return cli.train()
 
@@ -121,6 +137,7 @@ def load_recipe(text: str) -> Any:
 
     jsonargparse also parses the values of flags with it, which need not be mappings.
     """
+    check_recipe_text(text)
     content = get_loader("yaml")(text)
     return upgrade_recipe(content) if isinstance(content, dict) else content
 
@@ -288,6 +305,22 @@ def published_preprocessing(model: str) -> dict[str, Any]:
 def _find_class(class_path: str) -> Any:
     module, _, name = class_path.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def _split_trusted(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments without `--trust-class-path`, and the packages that it names."""
+    others: list[str] = []
+    trusted: list[str] = []
+    remaining = list(args)
+    while remaining:
+        name, equals, value = (argument := remaining.pop(0)).partition("=")
+        if name != "--trust-class-path":
+            others.append(argument)
+        elif equals or remaining:
+            trusted.append(value if equals else remaining.pop(0))
+        else:
+            raise UsageError("--trust-class-path: expected the name of a package")
+    return others, trusted
 
 
 def _resolve_recipes(args: list[str]) -> list[str]:

@@ -1,0 +1,132 @@
+"""Classes that a recipe may name: those of an allow-list, and packages that the user trusts.
+
+A recipe is a file that people share. The name of a class in it is imported and called, so any other name
+could run code.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import yaml
+from jsonargparse import _common, set_parsing_settings
+
+from lightspine.errors import UsageError
+
+# Modules with classes for a recipe; what is below them is allowed, too.
+ALLOWED = (
+    "lightspine",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+    "torch.nn",
+    "torch.optim",
+    "timm.data",
+    "timm.layers",
+    "timm.loss",
+    "timm.optim",
+    "timm.scheduler",
+    "torchvision.ops",
+    "torchvision.transforms",
+)
+# Calls functions by their import path.
+_DENIED = ("lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function")
+_REFUSED = re.compile(r"Importing '([\w.]+)' is not allowed")
+
+_LONGEST_RECIPE = 2**20
+_DEEPEST_RECIPE = 50
+_MOST_NODES = 100_000
+
+
+@contextmanager
+def limit_class_paths(trusted: Sequence[str] = ()) -> Iterator[None]:
+    """Let recipes and flags name only classes of `ALLOWED` and of trusted packages, and no file by address.
+
+    Args:
+        trusted: further packages or modules, such as "my_package".
+
+    Raises:
+        UsageError: a name is no import path.
+    """
+    for name in trusted:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise UsageError(
+                f"expected a package such as my_package for --trust-class-path, received {name!r}"
+            )
+    # The settings are those of the process, which may use jsonargparse for something else.
+    before = dict(_common.parsing_settings)
+    readers = _common.parsing_settings
+    set_parsing_settings(
+        config_read_mode_urls_enabled=False,
+        config_read_mode_fsspec_enabled=False,
+        instantiate_subclass_spec_in_any=False,
+        import_path_denylist=["*", *_DENIED],
+        import_path_allowlist=[*ALLOWED, *trusted],
+    )
+    try:
+        yield
+    finally:
+        readers.clear()
+        readers.update(before)
+
+
+def refused_class_path(message: str) -> str | None:
+    """Return the import path that jsonargparse refused according to its message, or `None`."""
+    found = _REFUSED.search(message)
+    return found[1] if found else None
+
+
+def refusal(path: str) -> UsageError:
+    """Return the error for a class path outside the allow-list."""
+    package = path.partition(".")[0]
+    # Of a package with allowed modules only the name itself, not the whole package.
+    known = any(name.partition(".")[0] == package for name in ALLOWED)
+    return UsageError(
+        f"refused to import {path}, which a recipe or flag names: expected a class of lightspine, or a "
+        "usual one of lightning, torch, timm or torchvision; --trust-class-path "
+        f"{path if known else package} allows it to run code"
+    )
+
+
+def check_recipe_text(text: str) -> None:
+    """Check the size and nesting of a YAML text, with its aliases expanded, before it is loaded.
+
+    Raises:
+        UsageError: it is too large or too deep.
+    """
+    if len(text) > _LONGEST_RECIPE:
+        raise UsageError(f"expected a recipe of up to {_LONGEST_RECIPE:,} characters, received {len(text):,}")
+    sizes: dict[str, int] = {}
+    # Size and anchor of each open mapping or sequence.
+    open_nodes: list[tuple[int, str | None]] = [(0, None)]
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_nodes.append((1, event.anchor))
+            elif isinstance(event, yaml.CollectionEndEvent):
+                size, anchor = open_nodes.pop()
+                if anchor is not None:
+                    sizes[anchor] = size
+                _add(open_nodes, size)
+            elif isinstance(event, yaml.AliasEvent):
+                _add(open_nodes, sizes.get(event.anchor, 1))
+            elif isinstance(event, yaml.ScalarEvent):
+                _add(open_nodes, 1)
+            if len(open_nodes) > _DEEPEST_RECIPE:
+                raise UsageError(
+                    f"expected a recipe nested up to {_DEEPEST_RECIPE} times, received a deeper one"
+                )
+            if open_nodes[-1][0] > _MOST_NODES:
+                raise UsageError(
+                    f"expected a recipe of up to {_MOST_NODES:,} values, received more by its aliases"
+                )
+    except yaml.YAMLError:
+        # The loader reports it with the key that it stands for.
+        return
+
+
+def _add(open_nodes: list[tuple[int, str | None]], size: int) -> None:
+    total, anchor = open_nodes[-1]
+    open_nodes[-1] = total + size, anchor
