@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.training.checkpoint import AtomicCheckpointIO, BestCheckpoint
+from lightspine.training.checkpoint import AtomicCheckpointIO, BestCheckpoint, forget_foreign_files
 from support.training import make_task, run
 
 KILLED_WHILE_WRITING = """
@@ -119,3 +119,31 @@ def test_best_score_is_kept_in_a_moved_folder(tmp_path: Path) -> None:
     assert {path: float(score) for path, score in moved.best_k_models.items()} == {
         moved.best_model_path: pytest.approx(first.best_score)
     }
+
+
+@pytest.mark.parametrize("callback", ["BestCheckpoint", "ModelCheckpoint"])
+@pytest.mark.parametrize("address", ["local://{}", "{}", "run/../victim", "file://{}"])
+def test_checkpoint_of_somebody_else_deletes_nothing(tmp_path: Path, callback: str, address: str) -> None:
+    """Lightning deletes what the state of a checkpoint callback names as the worst checkpoint."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "photo.jpg").touch()
+    first = run(tmp_path / "run", epochs=1)
+    stored = torch.load(first.last_checkpoint, weights_only=True)
+    (key,) = (name for name in stored["callbacks"] if name.startswith("BestCheckpoint"))
+    path = address.format(victim) if "{}" in address else str(tmp_path / address)
+    state = stored["callbacks"][key]
+    state |= {"best_k_models": {path: torch.tensor(-1.0)}, "kth_value": torch.tensor(-1.0)}
+    state |= dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), path)
+    state.pop("dirpath", None)
+    folder = tmp_path / "run"
+    if callback == "ModelCheckpoint":
+        stored["callbacks"] = {key.replace("BestCheckpoint", "ModelCheckpoint"): state}
+        forget_foreign_files(stored["callbacks"], folder)
+        (state,) = stored["callbacks"].values()
+        assert state["best_k_models"] == {}
+        assert state["kth_best_model_path"] == state["last_model_path"] == ""
+        return
+    torch.save(stored, first.last_checkpoint)
+    run(folder, epochs=2, resume=first.last_checkpoint)
+    assert (victim / "photo.jpg").exists()

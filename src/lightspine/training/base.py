@@ -26,6 +26,7 @@ from lightspine.models.checkpoint import (
     write_safetensors,
 )
 from lightspine.models.factory import create_model
+from lightspine.training.checkpoint import forget_foreign_files
 from lightspine.training.ema import ExportedWeights, averaged_model, ema_callback
 from lightspine.training.finetuning import freeze_stages, hold_frozen
 from lightspine.training.lr_schedules import CosineSchedule, DecaySchedule, MilestoneSchedule, warmup_cosine
@@ -296,7 +297,8 @@ class LightspineTask(pl.LightningModule):
                 checkpoint[CKPT_METADATA][WEIGHTS_KEY] = chosen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters of the non-finite guard."""
+        """Restore the counters of the non-finite guard, before the callbacks restore their states."""
+        forget_foreign_files(checkpoint.get("callbacks", {}), Path(self.trainer.default_root_dir))
         if "guard" in checkpoint:
             self.guard.load_state_dict(checkpoint["guard"])
 

@@ -163,6 +163,37 @@ class BestCheckpoint(ModelCheckpoint):
         self._validated = False
 
 
+def forget_foreign_files(callbacks: dict[str, Any], folder: Path) -> None:
+    """Remove the paths outside a run's folder from the states of its checkpoint callbacks, in place.
+
+    `ModelCheckpoint` deletes the files that its state names: a checkpoint of somebody else must name none.
+    `BestCheckpoint` replaces its paths itself.
+
+    Args:
+        callbacks: the entry "callbacks" of a checkpoint.
+        folder: folder of the run.
+    """
+    for name, state in callbacks.items():
+        if name.startswith(BestCheckpoint.__name__) or not isinstance(state, dict):
+            continue
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            if key in state and not _is_file_of(folder, state[key]):
+                state[key] = ""
+        if isinstance(files := state.get("best_k_models"), dict):
+            state["best_k_models"] = {
+                path: score for path, score in files.items() if _is_file_of(folder, path)
+            }
+
+
+def _is_file_of(folder: Path, path: Any) -> bool:
+    # An address such as local:///home becomes a path below the current folder.
+    return (
+        isinstance(path, str)
+        and Path(path).suffix == ".ckpt"
+        and folder.resolve() in Path(path).resolve().parents
+    )
+
+
 def _sync_folder(folder: Path) -> None:
     # Makes the rename itself survive a power failure.
     descriptor = os.open(folder, os.O_RDONLY)
