@@ -210,7 +210,7 @@ def describe_model(file: Checkpoint, *, name: str | None = None, weights: Weight
 def _read_checked_metadata(file: Checkpoint) -> ModelMetadata | None:
     """Read the description of the model; its arguments are used only if the tensors confirm them."""
     metadata = read_model_metadata(file)
-    if metadata is not None and find_record(metadata.name) is not None:
+    if metadata is not None:
         name = metadata.name
         metadata.kwargs = check_arguments(file, metadata.kwargs, lambda found: create_model(name, **found))
     return metadata
