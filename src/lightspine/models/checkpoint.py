@@ -104,8 +104,10 @@ class Checkpoint:
 
     def _unwrap(self, entry: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Remove the prefixes of wrappers from the names of an entry."""
+        unwrapped = _strip_prefixes(tensors, _OUTER_WRAPPERS)
         # The backbone of a detector or segmenter is one of its own parts.
-        unwrapped = _strip_prefixes(tensors, _OUTER_WRAPPERS if self.is_dense else _WRAPPERS)
+        if NETWORK_KEY not in self.metadata and not self._has_openmmlab_names(unwrapped):
+            unwrapped = _strip_prefixes(tensors, _WRAPPERS)
         kept = {id(tensor) for tensor in unwrapped.values()}
         self.left_out[entry] = [name for name, tensor in tensors.items() if id(tensor) not in kept]
         return unwrapped
@@ -123,12 +125,13 @@ class Checkpoint:
     @cached_property
     def is_openmmlab(self) -> bool:
         """Whether the file holds a detector of mmdetection or a segmenter of mmsegmentation."""
-        if VERSION_KEY in self.metadata:
-            return False
-        return any(
-            any(key.startswith("backbone.") for key in tensors)
+        return any(self._has_openmmlab_names(tensors) for tensors in self.entries.values())
+
+    def _has_openmmlab_names(self, tensors: dict[str, Tensor]) -> bool:
+        return (
+            VERSION_KEY not in self.metadata
+            and any(key.startswith("backbone.") for key in tensors)
             and any(key.startswith(_OPENMMLAB_HEADS) for key in tensors)
-            for tensors in self.entries.values()
         )
 
     def select(self, weights: Weights, preferred: str = "model") -> str:

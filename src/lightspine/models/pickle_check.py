@@ -8,6 +8,7 @@ the end. The check follows the opcodes without building any object.
 import io
 import pickletools
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,7 +55,7 @@ def _archived_pickles(path: Path, file: BinaryIO) -> list[bytes]:
                     f"{path} is refused: its archive claims more bytes than the {size} of the file"
                 )
             return [archive.read(member) for member in members if member.filename.endswith(".pkl")]
-    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError):
         # PyTorch has its own reader of archives, which says what is wrong.
         return []
 
