@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lightspine.data.published_classes import ade20k_class_names
 from lightspine.data.segmentation import LabelReader, read_ade20k_classes, scan_segmentation_folder
 from lightspine.errors import LightspineError, UsageError
 from lightspine.utils.image_files import open_image
@@ -86,6 +87,20 @@ def test_scan_of_ade20k_takes_0_for_no_class(tmp_path: Path) -> None:
     labels = found.reader.read(found.train[0].labels)
     assert labels[0, :5].tolist() == [255, 0, 1, 2, 255]
     assert found.class_names == ["wall", "door, gate", "door, screen"]
+
+
+@pytest.mark.parametrize(
+    "television", ["television receiver, television, tv", "television, television receiver"]
+)
+def test_every_release_of_ade20ks_table_gives_the_published_names(television: str, tmp_path: Path) -> None:
+    names = [
+        television if name == "television receiver" else f"{name} , other" for name in ade20k_class_names()
+    ]
+    rows = [f"{number}\t0.1\t9\t9\t{name}" for number, name in enumerate(names, 1)]
+    (tmp_path / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]) + "\n")
+    found = read_ade20k_classes(tmp_path / "objectInfo150.txt")
+    assert found[89] == "television receiver"
+    assert found == ade20k_class_names()
 
 
 @pytest.mark.parametrize("text", ["", "Idx\tName\n", "Idx\tName\n2\twall\n", "\xff"])

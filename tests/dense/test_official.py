@@ -64,17 +64,20 @@ def efficientmod_semantic_fpn() -> Layout:
     return part("efficientmod_s_mask_rcnn", "backbone.", "neck.") | head
 
 
+SLOW = pytest.mark.slow
 NETWORKS = [
-    ("mask_rcnn", "vmamba_tiny", 80, layout_of("vmamba_tiny_s1l8_mask_rcnn")),
-    ("upernet", "vmamba_tiny", 150, layout_of("vmamba_tiny_s1l8_upernet")),
-    ("retinanet", "shvit_s4", 80, layout_of("shvit_s4_retinanet")),
-    ("mask_rcnn", "shvit_s4", 80, layout_of("shvit_s4_mask_rcnn")),
-    ("retinanet", "efficientvim_m4", 80, layout_of("efficientvim_m4_retinanet")),
-    ("mask_rcnn", "efficientvim_m4", 80, efficientvim_mask_rcnn()),
-    ("semantic_fpn", "efficientvim_m4", 150, layout_of("efficientvim_m4_semantic_fpn")),
-    ("mask_rcnn", "efficientmod_s", 80, layout_of("efficientmod_s_mask_rcnn")),
-    ("semantic_fpn", "efficientmod_s", 150, efficientmod_semantic_fpn()),
-    ("upernet", "vim_tiny", 150, layout_of("vim_tiny_upernet.layout")),
+    pytest.param("mask_rcnn", "vmamba_tiny", 80, layout_of("vmamba_tiny_s1l8_mask_rcnn"), marks=SLOW),
+    pytest.param("upernet", "vmamba_tiny", 150, layout_of("vmamba_tiny_s1l8_upernet"), marks=SLOW),
+    pytest.param("retinanet", "shvit_s4", 80, layout_of("shvit_s4_retinanet"), marks=SLOW),
+    pytest.param("mask_rcnn", "shvit_s4", 80, layout_of("shvit_s4_mask_rcnn"), marks=SLOW),
+    pytest.param("retinanet", "efficientvim_m4", 80, layout_of("efficientvim_m4_retinanet"), marks=SLOW),
+    pytest.param("mask_rcnn", "efficientvim_m4", 80, efficientvim_mask_rcnn()),
+    pytest.param(
+        "semantic_fpn", "efficientvim_m4", 150, layout_of("efficientvim_m4_semantic_fpn"), marks=SLOW
+    ),
+    pytest.param("mask_rcnn", "efficientmod_s", 80, layout_of("efficientmod_s_mask_rcnn"), marks=SLOW),
+    pytest.param("semantic_fpn", "efficientmod_s", 150, efficientmod_semantic_fpn()),
+    pytest.param("upernet", "vim_tiny", 150, layout_of("vim_tiny_upernet.layout")),
 ]
 
 

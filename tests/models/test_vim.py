@@ -285,6 +285,41 @@ def test_official_double_token_checkpoint_loads() -> None:
     assert torch.equal(checkpoint_filter_fn(official, model)["cls_token"], state["cls_token"])
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_maps_of_the_mixers_are_what_the_blocks_add(checkpointing: bool) -> None:
+    stream = small_vim(class_token="none").double().eval()
+    mixers = small_vim(class_token="none", feature_source="mixer").double().eval()
+    mixers.load_state_dict(stream.state_dict())
+    mixers.set_grad_checkpointing(checkpointing)
+    images = torch.randn(1, 3, 48, 64, dtype=torch.float64)
+    tokens, expected = stream.forward_intermediates(images)
+    last, found = mixers.forward_intermediates(images)
+    for before, after, added in zip(expected, expected[1:], found[1:], strict=False):
+        torch.testing.assert_close(added, after - before)
+    assert torch.equal(last, tokens)
+
+
+def test_mixers_of_layer_pairs_are_refused() -> None:
+    with pytest.raises(UsageError, match="needs one mixer per block"):
+        small_vim(directions="layer-pairs", feature_source="mixer")
+
+
+@pytest.mark.parametrize(("resize", "first_row"), [("aligned", 0), ("official", 1)])
+def test_model_without_a_class_token_leaves_out_its_row(resize: str, first_row: int) -> None:
+    source = small_vim()
+    with torch.no_grad():
+        source.pos_embed.normal_()
+    model = small_vim(class_token="none", pos_embed_resize=resize)
+    report = lightspine.load_checkpoint(model, source.state_dict())
+    rows = source.pos_embed.shape[1] - 1
+    kept = list(range(rows + 1))
+    # The token is in the middle; the official segmenters remove the first row.
+    kept.remove(0 if resize == "official" else rows // 2)
+    assert torch.equal(model.pos_embed[0], source.pos_embed[0, kept])
+    assert kept[0] == first_row
+    assert report.dropped == ["cls_token"]
+
+
 def test_checkpoint_of_another_rectangle_is_refused() -> None:
     with pytest.raises(LightspineError, match="received 18 patches"):
         checkpoint_filter_fn(small_vim(img_size=(48, 96)).state_dict(), small_vim())

@@ -233,7 +233,9 @@ def small_data(name: str, folder: Path) -> list[str]:
         (folder / "annotations" / part).mkdir(parents=True)
         for number in range(2):
             write_image(folder / "images" / part / f"{number}.png", (90, 60, 200), size=(64, 48), seed=number)
-            Image.new("L", (64, 48), 7).save(folder / "annotations" / part / f"{number}.png")
+            labels = Image.new("L", (64, 48), 7)
+            labels.paste(8, (0, 0, 32, 48))
+            labels.save(folder / "annotations" / part / f"{number}.png")
     rows = "".join(f"{number}\t0.1\t1\t1\tthing {number}\n" for number in range(1, 151))
     (folder / "objectInfo150.txt").write_text(f"Idx\tRatio\tTrain\tVal\tName\n{rows}")
     return [f"--data.root={folder}"]

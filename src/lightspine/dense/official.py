@@ -232,7 +232,7 @@ def _model_args(name: str, head: str, shapes: Mapping[str, Tensor]) -> dict[str,
     if "pos_embed" in shapes:
         side = round((shapes["pos_embed"].shape[1] - ("cls_token" in shapes)) ** 0.5)
         args["img_size"] = (side - 1) * model.stride + model.patch_size
-    if head == "upernet":
+    if head == "upernet" and name.startswith("vim_tiny"):
         args["feature_source"] = "mixer"
     return args
 

@@ -406,7 +406,7 @@ def identify_tensors(state_dict: dict[str, Tensor]) -> Identification | None:
     """
     shapes = shapes_of(state_dict)
     best: tuple[float, int, Identification] | None = None
-    for name in list_models():
+    for name in _likely_models(shapes):
         found = _compare(name, shapes)
         score = found.fitting / max(found.expected, found.received)
         # Variants may differ only in tensors that the filter function resizes or drops: compare the sizes.
@@ -421,6 +421,26 @@ def compare_with_model(name: str, kwargs: dict[str, Any], state_dict: dict[str, 
     with torch.device("meta"):
         model = get_record(name).create(**kwargs)
     return _compare(name, shapes_of(state_dict), model)
+
+
+def _likely_models(shapes: dict[str, Tensor]) -> list[str]:
+    """Return the models of the family whose tensor names the state dict has most of.
+
+    The variants of a family have tensors of the same names, so that one of them stands for all: building
+    every registered model takes seconds.
+    """
+    families: dict[str, list[str]] = {}
+    for name in list_models():
+        families.setdefault(get_record(name).family, []).append(name)
+    known = {family: _count_known_names(names[0], shapes) for family, names in families.items()}
+    most = max(known.values(), default=0)
+    return [name for family, names in families.items() if known[family] == most for name in names]
+
+
+def _count_known_names(name: str, shapes: dict[str, Tensor]) -> int:
+    model = build_on_meta(name)
+    fitted = get_record(name).checkpoint_filter_fn(dict(shapes), model)
+    return len(fitted.keys() & model.state_dict().keys())
 
 
 def _compare(name: str, shapes: dict[str, Tensor], model: nn.Module | None = None) -> Identification:

@@ -632,7 +632,7 @@ class Vim(nn.Module):
         pos_embed: use a learned position table, one row per token.
         pos_embed_resize: how a checkpoint's table is resized to the model's grid: "aligned", or "official" as
             in the official fine-tuning script, which shifts half of the map (`resize_pos_embed`). The
-            published stride-8 models were fine-tuned from the latter.
+            published stride-8 models and segmenters were fine-tuned from the latter.
         dynamic_img_pad: pad images at the right and bottom to whole patches.
         feature_source: what feature maps are: "residual", the output of a block, or "mixer", what the block
             adds to its input, as in the published segmenters.
@@ -676,9 +676,9 @@ class Vim(nn.Module):
         check_choice("norm", norm, tuple(NORMS))
         check_choice("class_token", class_token, CLASS_TOKENS)
         check_choice("pos_embed_resize", pos_embed_resize, ("aligned", "official"))
-        if pos_embed_resize == "official" and not (pos_embed and count_class_tokens(class_token) == 1):
+        if pos_embed_resize == "official" and not (pos_embed and class_token != "double"):
             raise UsageError(
-                "pos_embed_resize 'official' needs a position table with one class token: "
+                "pos_embed_resize 'official' needs a position table with at most one class token: "
                 f"received pos_embed={pos_embed} and class_token {class_token!r}"
             )
         stride = _choose_stride(stride, stem_stride)
@@ -1005,6 +1005,8 @@ def checkpoint_filter_fn(state_dict: StateDict, model: Vim) -> StateDict:
     out = {_rename(key, shared_directions, layer_pairs): value for key, value in state_dict.items()}
     if "cls_token_head" in out and "cls_token_tail" in out:
         out["cls_token"] = torch.cat((out.pop("cls_token_head"), out.pop("cls_token_tail")), dim=1)
+    if model.class_token == "none":
+        _remove_class_tokens(out, model)
     table = out.get("pos_embed")
     same_tokens = ("cls_token" in out) == (model.class_token != "none")
     if (
@@ -1014,9 +1016,25 @@ def checkpoint_filter_fn(state_dict: StateDict, model: Vim) -> StateDict:
         and same_tokens
     ):
         grid = square_grid(table.shape[1], model.class_token)
-        token = "head" if model.pos_embed_resize == "official" else model.class_token
+        official = model.pos_embed_resize == "official" and model.class_token != "none"
+        token = "head" if official else model.class_token
         out["pos_embed"] = resize_pos_embed(table, grid, model.grid_size, token)
     return out
+
+
+def _remove_class_tokens(state_dict: StateDict, model: Vim) -> None:
+    """Remove the class tokens and their rows of the position table, in place, as in the published segmenters.
+
+    With `pos_embed_resize="official"` the first row is removed, although the token is in the middle.
+    """
+    tokens, table = state_dict.pop("cls_token", None), state_dict.get("pos_embed")
+    if table is None or model.pos_embed is None:
+        return
+    # A table for a square of patches and one more row has a class token, even if the token itself is missing.
+    rows = table.shape[1] - 1
+    count = int(math.isqrt(rows) ** 2 == rows) if tokens is None else tokens.shape[1]
+    single = "head" if model.pos_embed_resize == "official" else "middle"
+    state_dict["pos_embed"] = patches_of(table, ("none", single, "double")[count])
 
 
 def _create(variant: str, pretrained: bool, sizes: dict[str, Any], options: dict[str, Any]) -> nn.Module:

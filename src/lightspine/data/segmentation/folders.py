@@ -10,6 +10,7 @@ import numpy as np
 
 from lightspine.data.class_names import read_class_names
 from lightspine.data.image_folder import draw_val_indices
+from lightspine.data.published_classes import ade20k_class_names
 from lightspine.data.segmentation.label_maps import IGNORED, MAX_CLASSES, LabelMapSource, LabelReader
 from lightspine.data.split_names import TRAIN_SPLITS, VAL_SPLITS, find_split_folder, looks_like_split
 from lightspine.errors import LightspineError, UsageError
@@ -191,7 +192,8 @@ def _index_stems(folder: Path, files: Sequence[Path], suffixes: Collection[str])
 def read_ade20k_classes(path: str | Path) -> list[str]:
     """Read the class names of ADE20K's `objectInfo150.txt`: the first synonym in the last column.
 
-    Where two classes share the first synonym, all synonyms are kept.
+    Where two classes share the first synonym, all synonyms are kept. Releases of the file order the synonyms
+    differently: for the 150 classes of the benchmark, `ade20k_class_names` chooses among them.
 
     Raises:
         LightspineError: the file is not such a table.
@@ -205,6 +207,10 @@ def read_ade20k_classes(path: str | Path) -> list[str]:
     if not numbers or numbers != [str(number + 1) for number in range(len(numbers))]:
         raise LightspineError(f"expected a table of classes numbered from 1, with a header, in {path}")
     names = [row[-1].strip() for row in rows[1:]]
+    published = ade20k_class_names()
+    synonyms = [[word.strip() for word in name.split(",")] for name in names]
+    if len(names) == len(published) and all(map(list.__contains__, synonyms, published)):
+        return published
     first = [name.split(",")[0].strip() for name in names]
     return [short if first.count(short) == 1 else name for short, name in zip(first, names, strict=True)]
 
