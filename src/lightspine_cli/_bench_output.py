@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightspine_cli._output import print_pairs, print_table, with_thousands
+from lightspine_cli._output import print_pairs, print_table, print_text, with_thousands
 
 _MODEL_COLUMNS = (
     "model",
@@ -89,14 +89,14 @@ def print_models(result: Any) -> None:
             ("matrix product", rates),
         ]
     )
-    print()
+    print_text()
     training = any(row.train_step is not None or row.train_memory_mib is not None for row in result.rows)
     columns = (*_MODEL_COLUMNS, *_TRAIN_COLUMNS) if training else _MODEL_COLUMNS
     shown = [row for row in result.rows if row.status == "ok" or row.forward is not None]
     print_table(columns, [_model_cells(row)[: len(columns)] for row in shown])
     others = [row for row in result.rows if row.status != "ok"]
     if others:
-        print()
+        print_text()
         print_table(
             ("not measured", "library", "mode", "dtype", ">batch", ">size", "", "reason"),
             [(*_row_conditions(row), row.status.replace("_", " "), row.error or "") for row in others],
@@ -130,17 +130,17 @@ def print_ops(report: Any) -> None:
         ]
     )
     if timed := [_time_cells(row) for row in report.rows if row.times]:
-        print()
+        print_text()
         print_table(_TIME_COLUMNS, timed, title=f"medians of up to {report.repeats} interleaved calls")
-        print()
+        print_text()
         print_pairs(_TIME_NOTES)
     if measured := [_memory_cells(row) for row in report.rows if row.memory is not None]:
-        print()
+        print_text()
         print_table(_MEMORY_COLUMNS, measured)
-        print()
+        print_text()
         print_pairs([_MEMORY_NOTE])
     if report.shares:
-        print()
+        print_text()
         print_table(
             ("model, batch 1, 224 pixels", ">forward ms", ">scans ms", ">share %"),
             [
@@ -149,7 +149,7 @@ def print_ops(report: Any) -> None:
             ],
         )
     if report.saved:
-        print()
+        print_text()
         print_table(
             ("activations saved for the backward pass", ">bytes per token", ">with recomputation", "default"),
             [
@@ -170,13 +170,13 @@ def print_cuda_ops(report: Any) -> None:
             ("special functions", f"{report.special_functions_per_s / 1e12:.2f} T/s"),
         ]
     )
-    print()
+    print_text()
     title = f"medians of up to {report.repeats} interleaved calls, time of the device"
     print_table(_CUDA_COLUMNS, [_cuda_cells(row) for row in report.rows if row.error is None], title=title)
-    print()
+    print_text()
     print_pairs(_CUDA_NOTES)
     if failed := [row for row in report.rows if row.error is not None]:
-        print()
+        print_text()
         print_table(
             ("not measured", "shape", ">batch", "dtype", "reason"),
             [(row.operator, row.case.name, str(row.batch), row.dtype, row.error) for row in failed],

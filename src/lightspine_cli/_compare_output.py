@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from lightspine_cli._output import print_table, with_thousands
+from lightspine_cli._output import print_table, print_text, with_thousands
 
 
 def print_comparison(result: Any) -> None:
     """Print the table, the failures and the files of a `lightspine.compare.results.CompareResult`."""
-    print()
+    print_text()
     print_table(
         (
             "model",
@@ -23,14 +23,14 @@ def print_comparison(result: Any) -> None:
         [_model_row(row) for row in result.models],
         title=f"{result.data}: accuracy on held-out images; latency on {result.conditions}",
     )
-    print()
+    print_text()
     for row in result.models:
         if row.error:
-            print(f"{row.name} {row.status}: {row.error}")
+            print_text(f"{row.name} {row.status}: {row.error}")
         if row.skipped:
-            print(f"{row.name}: {len(row.skipped)} images could not be read, see results.json")
+            print_text(f"{row.name}: {len(row.skipped)} images could not be read, see results.json")
     files = [*result.files, *(str(row.checkpoint) for row in result.finished)]
-    print(f"{result.folder} contains {', '.join(files)} (took {result.seconds:.0f} s)")
+    print_text(f"{result.folder} contains {', '.join(files)} (took {result.seconds:.0f} s)")
 
 
 def _model_row(row: Any) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import shlex
 from typing import Any
 
 from lightspine_cli._inference_options import preprocessing_arguments
-from lightspine_cli._output import print_json, print_pairs, print_table
+from lightspine_cli._output import print_json, print_pairs, print_table, print_text
 
 MAX_CLASS_ROWS = 50
 """With more classes, only the 10 with the lowest scores are printed."""
@@ -50,11 +50,11 @@ def evaluate_dense(args: argparse.Namespace, task: str, checkpoint: Any) -> int:
     _print_classes(report)
     _print_scores(report)
     for path in written.values():
-        print(f"wrote {path}")
+        print_text(f"wrote {path}")
     for problem in report.get("problems", []):
-        print(f"annotation problem: {problem}")
+        print_text(f"annotation problem: {problem}")
     for reason in report["skipped"].values():
-        print(f"skipped: {reason}")
+        print_text(f"skipped: {reason}")
     return 0
 
 
@@ -88,7 +88,7 @@ def predict_dense_files(args: argparse.Namespace, checkpoint: Any) -> int:
         return 0
     print_table(("image", "found", "picture"), [_row(prediction) for prediction in found])
     for reason in (skipped or {}).values():
-        print(f"skipped: {reason}")
+        print_text(f"skipped: {reason}")
     return 0
 
 
@@ -144,7 +144,7 @@ def _print_classes(report: dict[str, Any]) -> None:
         seen = sorted(seen, key=lambda row: float(row[1]) if row[1] != "-" else 0.0)[:10]
         title = f"10 of {len(classes)} classes with the lowest scores (--out writes all)"
     print_table(columns, seen, title=title)
-    print()
+    print_text()
 
 
 def _print_scores(report: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Output of the commands: aligned tables, or JSON."""
+"""Output of the commands: lines, aligned tables, or JSON; control characters in them are escaped."""
 
 import json
 import sys
@@ -6,15 +6,33 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
+def escape(text: str, *, keep_newlines: bool = False) -> str:
+    """Escape control characters as `lightspine.utils.printable` does, without an import if there are none."""
+    if text.isprintable():
+        return text
+    # Imports torch, which takes seconds.
+    from lightspine.utils.printable import printable
+
+    return printable(text, keep_newlines=keep_newlines)
+
+
+def print_text(*lines: str) -> None:
+    """Print each argument as one line; without arguments, print an empty line."""
+    for line in lines or ("",):
+        print(escape(line))
+
+
 def print_json(value: Any) -> None:
     """Print a value as indented JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    from lightspine.utils.printable import printable_json
+
+    print(printable_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def warn(message: str | None) -> None:
     """Print a warning to standard error; None prints nothing."""
     if message is not None:
-        print(f"lightspine: warning: {message}", file=sys.stderr)
+        print(f"lightspine: warning: {escape(message)}", file=sys.stderr)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
@@ -28,12 +46,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    heading = None if title is None else Text(escape(title))
+    table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         justify = "right" if column.startswith(">") else "left"
-        table.add_column(Text(column.removeprefix(">")), justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column(Text(escape(column.removeprefix(">"))), justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(escape(cell)) for cell in row))
     console = Console(highlight=False, soft_wrap=True)
     needed = measure_renderables(console, console.options.update(width=10_000), [table]).maximum
     Console(highlight=False, width=max(needed, console.width)).print(table)
@@ -41,7 +60,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
     """Print `name  value` lines with aligned values."""
-    pairs = list(pairs)
+    pairs = [(escape(name), escape(value)) for name, value in pairs]
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
         print(f"{name:<{width}}  {value}".rstrip())

@@ -14,6 +14,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightspine_cli._output import print_text
+
 if TYPE_CHECKING:
     from lightspine.analysis import ImageResult, ModelHandle
 
@@ -87,12 +89,12 @@ def _run_on_all(args: argparse.Namespace, handle: "ModelHandle", files: list[Pat
     if args.kind == "erf":
         result = erf(handle, progress_bar(files, "erf"), stage=args.stage)
         for field in result.fields:
-            print(f"{field.state}: half of the contribution within {field.side_of(0.5)} px")
+            print_text(f"{field.state}: half of the contribution within {field.side_of(0.5)} px")
     else:
         labelled = [] if args.data is None else _labeled_images(args.data, handle)
         result = redundancy(handle, files, labelled=labelled, bar=progress_bar)
         for module, cosine in zip(result.modules, result.mean_similarity(), strict=True):
-            print(f"{module}: mean cosine similarity of two heads {cosine:.3f}")
+            print_text(f"{module}: mean cosine similarity of two heads {cosine:.3f}")
     _write(result, args.out / args.kind)
     return 0
 
@@ -116,10 +118,10 @@ def _run_on_each(args: argparse.Namespace, handle: "ModelHandle", files: list[Pa
             on_sheet.append(result)
     if len(files) > 1:
         save_figure(draw_results(on_sheet), args.out / "contact_sheet")
-        print(
+        print_text(
             f"wrote maps of {len(files)} images to {args.out}, {len(on_sheet)} of them on contact_sheet.png"
         )
-    print(f"{handle.name}, {handle.state}; {on_sheet[0].image.note}")
+    print_text(f"{handle.name}, {handle.state}; {on_sheet[0].image.note}")
     return 0
 
 
@@ -128,7 +130,7 @@ def _write(result: Any, base: Path, *, verbose: bool = True) -> None:
 
     written = [*save_figure(result.figure(), base), save_arrays(result.arrays(), base)]
     for path in written if verbose else ():
-        print(f"wrote {path}")
+        print_text(f"wrote {path}")
 
 
 def _output_names(files: list[Path]) -> dict[Path, str]:

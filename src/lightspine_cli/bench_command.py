@@ -358,7 +358,7 @@ def _progress() -> Iterator[tuple[Callable[[int], None], Callable[..., None]]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from lightspine.utils.progress import LineTimer, print_line
+    from lightspine.utils.progress import LineTimer, bar_text, print_line
 
     timer, terminal = LineTimer(), sys.stderr.isatty()
     with Progress(
@@ -372,7 +372,7 @@ def _progress() -> Iterator[tuple[Callable[[int], None], Callable[..., None]]]:
         task = progress.add_task("starting", total=None)
 
         def advance(text: str, steps: int = 1) -> None:
-            progress.update(task, advance=steps, description=text)
+            progress.update(task, advance=steps, description=bar_text(text))
             if not terminal and timer.is_due():
                 done, total = progress.tasks[0].completed, progress.tasks[0].total
                 print_line(f"benchmark, step {done:.0f}/{total:.0f}: {text}")

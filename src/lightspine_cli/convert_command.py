@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from lightspine_cli._output import print_text
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lightspine convert`."""
@@ -24,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
     from lightspine.models.factory import convert_checkpoint
 
     model: Any = convert_checkpoint(args.source, args.target, name=args.model, weights=args.weights)
-    print(f"{args.target}: {model.init_args['name']}, {model.load_report}")
+    print_text(f"{args.target}: {model.init_args['name']}, {model.load_report}")
     return 0

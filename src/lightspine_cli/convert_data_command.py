@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._output import print_json, print_table
+from lightspine_cli._output import print_json, print_table, print_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         rows = [(split, str(count), str(found.objects[split])) for split, count in found.images.items()]
         print_table(("split", ">images", ">objects"), rows)
-        print(f"classes: {', '.join(found.class_names)}")
+        print_text(f"classes: {', '.join(found.class_names)}")
     for sentence in found.issues.sentences():
-        print(f"left out or changed: {sentence}")
-    print(f"wrote {found.folder}; look at it with: lightspine show {found.folder} --out pictures")
+        print_text(f"left out or changed: {sentence}")
+    print_text(f"wrote {found.folder}; look at it with: lightspine show {found.folder} --out pictures")
     return 0

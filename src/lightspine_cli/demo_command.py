@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from lightspine_cli._compare_output import print_comparison
+from lightspine_cli._output import print_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,5 +33,5 @@ def run(args: argparse.Namespace) -> int:
     print_comparison(result)
     if result.finished:
         checkpoint = result.folder / str(result.finished[0].checkpoint)
-        print(f"try: lightspine predict {result.folder}/images/*.png --checkpoint {checkpoint}")
+        print_text(f"try: lightspine predict {result.folder}/images/*.png --checkpoint {checkpoint}")
     return int(result.exit_status)

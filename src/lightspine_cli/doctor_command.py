@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from lightspine_cli._output import print_json, print_pairs, print_table
+from lightspine_cli._output import print_json, print_pairs, print_table, print_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,11 +59,11 @@ def _verify_kernels() -> list[Any]:
 def _print_report(system: dict[str, Any], backends: dict[str, dict[str, Any]]) -> None:
     single = {name: value for name, value in system.items() if name not in ("versions", "devices")}
     print_pairs((name, str(value)) for name, value in single.items())
-    print()
+    print_text()
     print_pairs((name, version or "not installed") for name, version in system["versions"].items())
-    print()
+    print_text()
     print_pairs(("device", device) for device in system["devices"])
-    print()
+    print_text()
     print_table(
         ("scan backend", "available", "reason"),
         [(name, "yes" if entry["runs"] else "no", str(entry["reason"])) for name, entry in backends.items()],
@@ -71,7 +71,7 @@ def _print_report(system: dict[str, Any], backends: dict[str, dict[str, Any]]) -
 
 
 def _print_verification(results: list[Any]) -> None:
-    print()
+    print_text()
     print_table(
         (
             "operator",
@@ -100,7 +100,7 @@ def _print_verification(results: list[Any]) -> None:
         ],
         title="kernels compared with the reference in float64",
     )
-    print()
+    print_text()
     print_pairs(
         [
             ("difference", "largest relative L2 difference of all outputs and gradients at several sizes"),

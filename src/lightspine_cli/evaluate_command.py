@@ -15,7 +15,7 @@ from lightspine_cli._inference_options import (
     reject_inapplicable_options,
     take_checkpoint,
 )
-from lightspine_cli._output import print_json, print_pairs, print_table
+from lightspine_cli._output import print_json, print_pairs, print_table, print_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,9 +99,9 @@ def run(args: argparse.Namespace) -> int:
     _print_classes(report["classes"])
     _print_scores(report)
     for path in written.values():
-        print(f"wrote {path}")
+        print_text(f"wrote {path}")
     for reason in report["skipped"].values():
-        print(f"skipped: {reason}")
+        print_text(f"skipped: {reason}")
     return 0
 
 
@@ -129,7 +129,7 @@ def _print_classes(classes: dict[str, dict[str, Any]] | None) -> None:
         ],
         title=title,
     )
-    print()
+    print_text()
 
 
 def _confusion(entry: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._output import print_json, print_pairs, print_table
+from lightspine_cli._output import print_json, print_pairs, print_table, print_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         ]
     )
     if report.differences:
-        print()
+        print_text()
         print_table(
             (">images", ">height", ">width", ">largest difference", ">relative"),
             [

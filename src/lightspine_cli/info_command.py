@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._output import print_json, print_pairs, print_table, with_thousands
+from lightspine_cli._output import print_json, print_pairs, print_table, print_text, with_thousands
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +30,13 @@ def run(args: argparse.Namespace) -> int:
     facts.pop("run", None)
     print_pairs((name, _as_text(value)) for name, value in facts.items() if value not in (None, ""))
     if stages:
-        print()
+        print_text()
         print_table(
             ("stage", ">stride", ">channels", "module"),
             [(str(i), str(s["stride"]), str(s["channels"]), s["module"]) for i, s in enumerate(stages)],
         )
     if entries:
-        print()
+        print_text()
         print_table(
             ("entry", ">tensors", ">values", "model", "match"),
             [
@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
         )
         for entry in entries:
             if entry["mismatches"]:
-                print(f"{entry['name'] or 'the file'} differs from {entry['model']}: {entry['mismatches']}")
+                print_text(
+                    f"{entry['name'] or 'the file'} differs from {entry['model']}: {entry['mismatches']}"
+                )
     return 0
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from lightspine_cli._output import print_json, print_table, with_thousands
+from lightspine_cli._output import print_json, print_table, print_text, with_thousands
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,10 +34,10 @@ def run(args: argparse.Namespace) -> int:
     notes: list[str] = []
     rows = [_row(record, notes) for record in records]
     print_table(("model", "family", ">parameters", ">GMACs", ">pixels", ">top-1 %", ""), rows)
-    print()
+    print_text()
     for mark, note in enumerate(notes, start=1):
-        print(f"({mark}) {note}")
-    print("GMACs and top-1 are as published (ImageNet-1k); `lightspine info NAME` counts the MACs.")
+        print_text(f"({mark}) {note}")
+    print_text("GMACs and top-1 are as published (ImageNet-1k); `lightspine info NAME` counts the MACs.")
     return 0
 
 

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lightspine_cli._output import escape
+
 COMMANDS = {
     "list": "list models with parameters, multiply-adds, resolution and published accuracy",
     "info": "show details of a model or a checkpoint file",
@@ -55,7 +57,7 @@ class SentenceParser(argparse.ArgumentParser):
 
 def say(sentence: str) -> None:
     """Print an error message to standard error."""
-    print(f"lightspine: {sentence}", file=sys.stderr)
+    print(f"lightspine: {escape(sentence)}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +104,7 @@ def _run(arguments: list[str], own_process: bool) -> int:
         return INTERRUPT_STATUS
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            sys.stderr.write(escape(traceback.format_exc(), keep_newlines=True))
         return _report(error, debug)
     finally:
         logging.getLogger("lightspine").removeHandler(handler)
@@ -115,9 +117,17 @@ def _handle_broken_pipe() -> int:
     return 1
 
 
+class _EscapingFormatter(logging.Formatter):
+    """Escapes control characters in the message, not in the lines of a traceback."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return escape(super().formatMessage(record))
+
+
 def _log_to_stderr(debug: bool) -> logging.Handler:
     """Send log messages of the library to standard error; standard output is for results."""
     handler = logging.StreamHandler()
+    handler.setFormatter(_EscapingFormatter())
     logger = logging.getLogger("lightspine")
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.INFO)

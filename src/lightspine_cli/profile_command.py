@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._output import print_json, print_pairs, print_table, warn
+from lightspine_cli._output import print_json, print_pairs, print_table, print_text, warn
 from lightspine_cli.bench_command import parse_size
 
 
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from lightspine.benchmark.noise import default_threads, describe_busy_machine, describe_spread
     from lightspine.benchmark.profiling import ProfileSettings, profile_model
     from lightspine.errors import UsageError
+    from lightspine.utils.progress import bar_text
 
     if args.top < 1:
         raise UsageError(f"--top must be at least 1, got {args.top}")
@@ -63,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     if sys.stderr.isatty():
         with console.status("starting") as status:
-            profile = profile_model(spec, settings, args.out, on_step=lambda text: status.update(text))
+            profile = profile_model(
+                spec, settings, args.out, on_step=lambda text: status.update(bar_text(text))
+            )
     else:
         profile = profile_model(spec, settings, args.out)
     timing = Timing(median_ms=profile.run_ms, p90_ms=profile.run_p90_ms, repeats=settings.repeats)
@@ -90,12 +93,12 @@ def _print_profile(profile: Any, top: int, folder: Path | None) -> None:
         ]
     )
     whole = profile.modules[0].total_ms
-    print()
+    print_text()
     print_table(
         ("module class", ">own ms", ">% of forward"),
         [(kind, f"{ms:.2f}", f"{100 * ms / whole:.1f}") for kind, ms in list(profile.kinds.items())[:top]],
     )
-    print()
+    print_text()
     print_table(
         ("module", "class", ">calls", ">ms", ">own ms", ">% of forward"),
         [
@@ -110,7 +113,7 @@ def _print_profile(profile: Any, top: int, folder: Path | None) -> None:
             for module in profile.modules[:top]
         ],
     )
-    print()
+    print_text()
     print_table(
         ("operator", ">calls", ">own ms", ">% of run"),
         [
@@ -124,4 +127,5 @@ def _print_profile(profile: Any, top: int, folder: Path | None) -> None:
         ],
     )
     if folder is not None:
-        print(f"\n{folder}: profile.json lists every module and operator; open trace.json in Perfetto")
+        print_text()
+        print_text(f"{folder}: profile.json lists every module and operator; open trace.json in Perfetto")

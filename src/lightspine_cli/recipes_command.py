@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from lightspine_cli._output import print_json, print_table, with_thousands
+from lightspine_cli._output import print_json, print_table, print_text, with_thousands
 
 _COLUMNS = ("recipe", "model", "task", "data", ">batch", ">epochs", ">published %")
 _TASK = _COLUMNS.index("task")
@@ -45,10 +45,10 @@ def run(args: argparse.Namespace) -> int:
         # The task is equal in all rows, and the table fits into 120 columns without it.
         rows = [row[:_TASK] + row[_TASK + 1 :] for row in rows]
     print_table(rows[0], rows[1:])
-    print()
-    print("Published scores are those of the papers, not measured here: top-1 accuracy, box / mask AP,")
-    print("or single-scale / multi-scale mIoU. Batch is the total batch size over all devices.")
-    print("Train with `lightspine train --config RECIPE`; `--print_config` prints the complete recipe.")
+    print_text()
+    print_text("Published scores are those of the papers, not measured here: top-1 accuracy, box / mask AP,")
+    print_text("or single-scale / multi-scale mIoU. Batch is the total batch size over all devices.")
+    print_text("Train with `lightspine train --config RECIPE`; `--print_config` prints the complete recipe.")
     return 0
 
 

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from lightspine_cli._output import print_text
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lightspine report`."""
@@ -31,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
 
     report = write_report(args.results, args.out, title=args.title, progress=True)
     pictures = len(report.charts) // 2
-    print(f"{report.page}: {report.rows} rows ({report.counts}), {pictures} chart{'s' * (pictures != 1)}")
+    print_text(
+        f"{report.page}: {report.rows} rows ({report.counts}), {pictures} chart{'s' * (pictures != 1)}"
+    )
     if report.charts:
-        print(f"{report.charts[0].parent}: charts as PNG and SVG")
+        print_text(f"{report.charts[0].parent}: charts as PNG and SVG")
     return 0

@@ -11,6 +11,8 @@ Examples:
 
 import argparse
 
+from lightspine_cli._output import print_text
+
 # LightningCLI parses the arguments.
 PASSES_ARGUMENTS_THROUGH = True
 
@@ -82,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     if getattr(rank_zero_only, "rank", 0) != 0:
         return 0
     score = result.score_name.removeprefix("val_")
-    print(f"{result.model}: {score} {result.score:.2f} % on the held-out images after {result.seconds:.0f} s")
-    print(f"{result.weights}: the model; metrics, curves and checkpoints are in the same folder")
+    print_text(
+        f"{result.model}: {score} {result.score:.2f} % on the held-out images after {result.seconds:.0f} s"
+    )
+    print_text(f"{result.weights}: the model; metrics, curves and checkpoints are in the same folder")
     return 0

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lightspine_cli._output import print_json, print_table
+from lightspine_cli._output import print_json, print_table, print_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         for record, problem in zip(records, problems, strict=True)
     ]
     if not rows and not args.json:
-        print(
+        print_text(
             f"no weights in {args.cache_dir or default_cache_dir()} (`lightspine weights --all` lists them)"
         )
         return 0
@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         for record, problem in zip(records, problems, strict=True):
             state = "" if not args.verify else f"   {problem or 'verified'}"
-            print(
+            print_text(
                 f"{record.name or record.path.name}   {record.size / 2**20:.1f} MiB   {record.license}{state}"
             )
-            print(f"    {record.path}\n    {record.source}\n    SHA-256 {record.sha256}")
+            print_text(f"    {record.path}", f"    {record.source}", f"    SHA-256 {record.sha256}")
     return int(any(problems))
 
 

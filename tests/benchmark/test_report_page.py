@@ -14,7 +14,7 @@ from lightspine.errors import LightspineError, UsageError
 from support.bench_results import a_result, a_row, a_timing, sizes_result, steps_result, table_result
 from support.html_pages import ReadPage, read_page
 
-HOSTILE = "<img src=x onerror=alert(1)></script>\"'&$x$"
+HOSTILE = "<img src=x onerror=alert(1)></script>\"'&$x$\x1b[2J\r\u202e"
 
 
 def _report(folder: Path, *results: BenchResult, title: str = "Title") -> Report:
@@ -146,6 +146,8 @@ def test_everything_out_of_a_file_is_escaped(tmp_path: Path) -> None:
     assert (page.tags["img"], page.tags["script"]) == (0, 1)
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert page.text.count("onerror=alert(1)") > 10
+    assert page.text.count("\\x1b[2J\\r\\u202e") > 10
+    assert not {"\x1b", "\r", "\u202e"} & set(report.page.read_bytes().decode())
 
 
 def test_report_of_two_machines_tells_which_run_was_on_which(tmp_path: Path) -> None:

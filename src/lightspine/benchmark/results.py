@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from lightspine.benchmark.interleaved_timing import Timing
 from lightspine.errors import LightspineError
 from lightspine.utils.files import atomic_write_text
+from lightspine.utils.printable import printable
 
 FORMAT = 1
 RESULTS_NAME, TABLE_NAME = "results.json", "results.csv"
@@ -207,7 +208,9 @@ def _parse_value(hint: Any, value: Any, where: str) -> Any:
         return {key: _parse_value(arguments[1], item, f"{where}.{key}") for key, item in entries.items()}
     if hint in (Timing, PublishedFigures, Row):
         return _parse_object(hint, value, where)
-    return _check_type((int, float) if hint is float else hint, value, where)
+    checked = _check_type((int, float) if hint is float else hint, value, where)
+    # The texts of a file from others end in tables, charts and pages.
+    return printable(checked) if isinstance(checked, str) else checked
 
 
 def _check_type(kind: Any, value: Any, where: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightspine.errors import UsageError
 from lightspine.utils.files import atomic_write_text
+from lightspine.utils.printable import printable
 
 _PICTURE = "confusion.png"
 
@@ -79,12 +80,18 @@ def write_dense_report(report: dict[str, Any], folder: str | Path) -> dict[str, 
 
 
 def to_csv(rows: Sequence[Sequence[Any]]) -> str:
-    """Format rows as CSV: floats with four decimals, None as an empty cell."""
+    """Format rows as CSV: floats with four decimals, None as an empty cell, control characters escaped."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
-        writer.writerow([f"{value:.4f}" if isinstance(value, float) else value for value in row])
+        writer.writerow([_format_cell(value) for value in row])
     return text.getvalue()
+
+
+def _format_cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return printable(value) if isinstance(value, str) else value
 
 
 def _write_tables(

@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+from lightspine.utils.progress import print_line
+
 
 @contextlib.contextmanager
 def filter_lightning_logs() -> Iterator[None]:
@@ -39,8 +41,7 @@ class _StderrHandler(logging.Handler):
     """Writes to the current `sys.stderr`, which a live progress bar replaces."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(f"{record.getMessage()}\n")
-        sys.stderr.flush()
+        print_line(record.getMessage())
 
 
 @contextlib.contextmanager

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn, track
+
+from lightspine.utils.printable import printable
 
 Item = TypeVar("Item")
 
@@ -29,7 +32,7 @@ def progress_bar(
         return items
     if not sys.stderr.isatty():
         return _with_lines(items, description, every_seconds)
-    return track(items, description, transient=True, console=Console(file=sys.stderr))
+    return track(items, bar_text(description), transient=True, console=Console(file=sys.stderr))
 
 
 def byte_progress(
@@ -46,7 +49,7 @@ def byte_progress(
     shown, timer = sys.stderr.isatty(), LineTimer()
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not shown) as progress:
-        task = progress.add_task(description, total=total, completed=completed)
+        task = progress.add_task(bar_text(description), total=total, completed=completed)
         for block in blocks:
             yield block
             completed += len(block)
@@ -80,9 +83,14 @@ class LineTimer:
 
 
 def print_line(line: str) -> None:
-    """Print a line to standard error at once, also if it is a file."""
-    sys.stderr.write(f"{line}\n")
+    """Print a line to standard error at once, also if it is a file; control characters are escaped."""
+    sys.stderr.write(f"{printable(line)}\n")
     sys.stderr.flush()
+
+
+def bar_text(text: str) -> str:
+    """Return the text beside a progress bar of rich: no control characters, no brackets as markup."""
+    return escape(printable(text))
 
 
 def format_seconds(seconds: float) -> str:

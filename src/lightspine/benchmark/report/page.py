@@ -28,6 +28,7 @@ from lightspine.benchmark.report.conditions import TIMES, format_number, format_
 from lightspine.benchmark.report.sweeps import Exponent, find_exponents, find_sweeps
 from lightspine.benchmark.report.tables import Table, measurement_table
 from lightspine.benchmark.results import BenchResult, Row
+from lightspine.utils.printable import printable
 
 _PACKAGE = "lightspine.benchmark.report"
 _MAX_MODELS_IN_TITLE = 3
@@ -145,6 +146,7 @@ def render_page(*, title: str, counts: str, runs: Sequence[RunPart], svg: Mappin
     environment = Environment(
         loader=PackageLoader(_PACKAGE),
         autoescape=True,
+        finalize=_escape_control_characters,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -168,6 +170,10 @@ def render_page(*, title: str, counts: str, runs: Sequence[RunPart], svg: Mappin
         style=_color_variables() + _read_template("report.css"),
         script=_read_template("report.js"),
     )
+
+
+def _escape_control_characters(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def inline_svg(svg: bytes, *, name: str, alt: str) -> Markup:
@@ -260,7 +266,7 @@ def _color_variables() -> Markup:
 
 def _allow_breaks(name: str) -> Markup:
     """Allow line breaks after the underscores of a name."""
-    return escape(name).replace("_", Markup("_<wbr>"))
+    return escape(printable(name)).replace("_", Markup("_<wbr>"))
 
 
 def _read_template(name: str) -> Markup:

@@ -14,6 +14,7 @@ import numpy as np
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.batch_inference.outputs import Table
 from lightspine.utils.files import atomic_write, atomic_write_text
+from lightspine.utils.printable import printable
 
 BAD_IMAGES = "bad_images.csv"
 
@@ -35,7 +36,7 @@ class Format(Protocol):
 
 
 class Csv:
-    """CSV with a header; every column has one number or text per image."""
+    """CSV with a header; every column has one number or text per image. Control characters are escaped."""
 
     suffix = ".csv"
 
@@ -43,7 +44,11 @@ class Csv:
         """Write a header and the rows of one part, or an empty file for a part without rows."""
         columns = table or {}
         rows: list[Sequence[Any]] = [] if table is None else [("path", *columns)]
-        rows += zip(paths, *(map(_format_value, column.tolist()) for column in columns.values()), strict=True)
+        rows += zip(
+            map(printable, paths),
+            *(map(_format_value, column.tolist()) for column in columns.values()),
+            strict=True,
+        )
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         atomic_write_text(part, text.getvalue())
@@ -246,7 +251,9 @@ class RunFolder:
 
 
 def _format_value(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return printable(value) if isinstance(value, str) else value
 
 
 def _to_arrow(pyarrow: Any, column: np.ndarray) -> Any:
