@@ -133,7 +133,7 @@ def _saved_details(file: Any) -> dict[str, Any]:
     from lightspine.models.checkpoint import read_model_metadata
 
     if file.is_dense:
-        about = read_network_metadata(file)
+        about: Any = read_network_metadata(file)
         facts = {
             "saved_as": f"{about.head} over {about.model}",
             "layout": "OpenMMLab" if file.is_openmmlab else None,

@@ -42,7 +42,7 @@ def analyze(*arguments: object) -> int:
 @pytest.mark.parametrize(
     ("kind", "name", "more", "array"),
     [
-        ("erf", "shvit_s1", [], "trained_shares"),
+        ("erf", "shvit_s1", ["--stage", "0"], "trained_shares"),
         ("cam", "efficientmod_xxs", ["--class", "red", "--stage", "1"], "cam_stages.1"),
         ("attention", "vmamba_tiny", ["--query", "10,60"], "readers"),
         ("attention", "vim_tiny", ["--query", "class"], "kept"),

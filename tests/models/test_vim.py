@@ -166,7 +166,8 @@ def test_scripted_and_traced_models_give_the_same_numbers(options: dict[str, Any
     model = small_vim(**options)
     images = torch.randn(1, 3, 70, 50)
     expected = model(images)
-    assert torch.equal(torch.jit.script(model)(images), expected)
+    # A script calls the convolution as a layer, in another memory layout.
+    torch.testing.assert_close(torch.jit.script(model)(images), expected, rtol=1e-5, atol=1e-6)
     last_node = get_graph_node_names(model)[1][-1]
     assert torch.equal(create_feature_extractor(model, {last_node: "logits"})(images)["logits"], expected)
 

@@ -56,7 +56,7 @@ class _SecondDerivatives(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
             return grad_out, None, None, None
         return None, *differentiable_gradients(_attend, ctx.saved_tensors, (grad_out,))

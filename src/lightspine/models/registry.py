@@ -141,11 +141,12 @@ def build_model(
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
 
     def build(with_weights: bool, options: dict[str, Any]) -> nn.Module:
+        timm_cfg: Any = cfg  # timm's annotation omits the class
         return build_model_with_cfg(
             model_cls,
             variant,
             with_weights,
-            pretrained_cfg=cfg,
+            pretrained_cfg=timm_cfg,
             pretrained_filter_fn=module.checkpoint_filter_fn,
             # timm's getter calls forward_intermediates; the hook-based wrappers would skip position tables
             # and padding, which belong to no submodule.

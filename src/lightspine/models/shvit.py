@@ -455,8 +455,10 @@ def _cfg(size: int, *, file: str = "", distilled: bool = False) -> PretrainedCfg
 
 _SIZES = {"s1": 224, "s2": 224, "s3": 224, "s4": 256}
 default_cfgs = generate_default_cfgs(
-    {f"shvit_{name}.in1k": _cfg(size, file=f"shvit_{name}.pth") for name, size in _SIZES.items()}
-    | {f"shvit_{name}_dist": _cfg(size, distilled=True) for name, size in _SIZES.items()}
+    {
+        **{f"shvit_{name}.in1k": _cfg(size, file=f"shvit_{name}.pth") for name, size in _SIZES.items()},
+        **{f"shvit_{name}_dist": _cfg(size, distilled=True) for name, size in _SIZES.items()},
+    }
 )
 
 _MERGING_PARTS = ("pre.0", "pre.1", "merge", "post.0", "post.1")

@@ -13,7 +13,7 @@ Differences from the official code, with the same outputs:
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -733,7 +733,7 @@ class Vim(nn.Module):
         self.feature_info = [
             {"num_chs": dim, "reduction": stride, "module": f"blocks.{i}"} for i in range(len(blocks))
         ]
-        self.norm = NORMS[norm](dim, eps=1e-5)
+        self.norm: nn.Module = NORMS[norm](dim, eps=1e-5)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self._init_weights(depth)
@@ -860,7 +860,8 @@ class Vim(nn.Module):
         taken, last = feature_take_indices(len(self.blocks), indices)
         x, height, width = self._embed(x)
         maps = []
-        for i, block in enumerate(self.blocks):
+        blocks: Iterable[Any] = self.blocks
+        for i, block in enumerate(blocks):
             if stop_early and i > last:
                 break
             if self.feature_source == "mixer":
