@@ -14,6 +14,8 @@ from pyarrow import parquet
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation import InferenceOptions, predict, predict_images
 from lightspine.evaluation.batch_inference import storage
+from lightspine.utils import folder_lock
+from lightspine.utils.folder_lock import lock_folder
 from support.checkpoints import save_small
 from support.images import COLOURS, truncate, write_folder, write_image
 
@@ -71,12 +73,13 @@ def test_part_of_bad_images_only_is_no_obstacle(checkpoint: Path, images: Path, 
     assert len(read_rows(tmp_path / "out" / "predictions.csv")) == 10
 
 
-def test_odd_file_names_come_back_as_they_are(checkpoint: Path, tmp_path: Path) -> None:
+def test_odd_file_names_come_back_with_control_characters_escaped(checkpoint: Path, tmp_path: Path) -> None:
     names = ['a,"b".png', "c\nd.png", os.fsdecode(b"\xff.png")]
     for name in names:
         write_image(tmp_path / "plain.png", (1, 2, 3)).rename(tmp_path / name)
     predict_images(checkpoint, tmp_path, tmp_path / "out")
-    assert sorted(row["path"] for row in read_rows(tmp_path / "out" / "predictions.csv")) == sorted(names)
+    expected = ['a,"b".png', "c\\nd.png", os.fsdecode(b"\xff.png")]
+    assert sorted(row["path"] for row in read_rows(tmp_path / "out" / "predictions.csv")) == sorted(expected)
 
 
 def test_shards_give_the_rows_of_their_folder(checkpoint: Path, images: Path, tmp_path: Path) -> None:
@@ -225,3 +228,18 @@ def _fail_at_part(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         write_part(self, part, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(storage.RunFolder, "write_part", failing)
+
+
+def test_folder_that_another_process_writes_is_refused(
+    checkpoint: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_lock, "WAIT_SECONDS", 0.1)
+    (tmp_path / "out").mkdir()
+    with (
+        lock_folder(tmp_path / "out"),
+        pytest.raises(LightspineError, match="another process is writing to"),
+    ):
+        predict_images(checkpoint, images, tmp_path / "out", options=SMALL_PARTS)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+    predict_images(checkpoint, images, tmp_path / "out", options=SMALL_PARTS)
+    assert len(read_rows(tmp_path / "out" / "predictions.csv")) == 15

@@ -46,7 +46,7 @@ def _poison(task: Any) -> None:
 def test_run_leaves_files_and_scores(tmp_path: Path) -> None:
     result = run(tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"best.ckpt", "curves.png", "last.ckpt", "metrics.csv", "model.safetensors"}
+    assert names == {".lock", "best.ckpt", "curves.png", "last.ckpt", "metrics.csv", "model.safetensors"}
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["epoch"]) for row in rows] == [0, 1]

@@ -12,6 +12,8 @@ import torch
 from lightspine.errors import LightspineError, UsageError
 from lightspine.training.checkpoint import LastCheckpoint
 from lightspine.training.resume import TrainingInterruptedError, find_checkpoint, prepare_folder
+from lightspine.utils import folder_lock
+from lightspine.utils.folder_lock import lock_folder
 from support.interruption import KillAtStep
 from support.processes import kill_at, train_command
 from support.training import make_task, run, same_weights
@@ -126,3 +128,22 @@ def test_killed_command_resumes_to_the_same_weights_and_log(tmp_path: Path) -> N
     assert resumed.returncode == 0, resumed.stderr
     assert same_weights(*(tmp_path / name / "model.safetensors" for name in ("whole", "parts")))
     assert _log(tmp_path / "parts") == _log(tmp_path / "whole")
+
+
+def test_run_in_the_folder_of_a_run_that_goes_on_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_lock, "WAIT_SECONDS", 0.1)
+    folder = tmp_path / "run"
+    _stop(folder, 8)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with lock_folder(folder), pytest.raises(LightspineError, match=f"another process is writing to {folder}"):
+        run(folder, resume="auto")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert run(folder, resume="auto").folder == folder
+
+
+def test_folder_with_only_a_lock_file_counts_as_empty(tmp_path: Path) -> None:
+    with lock_folder(tmp_path):
+        pass
+    assert prepare_folder(tmp_path) == tmp_path

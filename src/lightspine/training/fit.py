@@ -1,5 +1,6 @@
 """Training with the Lightning trainer: callbacks, checkpoints and export of the weights."""
 
+import contextlib
 import importlib.util
 import logging
 import time
@@ -35,6 +36,7 @@ from lightspine.training.resume import (
     report_last_checkpoint,
 )
 from lightspine.training.resume_check import check_resumed
+from lightspine.utils.folder_lock import lock_folder
 
 __all__ = ["Export", "TrainResult", "TrainingInterruptedError", "run_callbacks", "run_training", "train"]
 
@@ -140,7 +142,7 @@ def train(
         UsageError: the numbers of classes differ, `resume` is not a file or of another model, other classes
             or another split, or options are incompatible.
         LightspineError: training diverged, no image can be read, a checkpoint is damaged or cannot be
-            written, or another rank died.
+            written, another process is writing to the folder, or another rank died.
         TrainingInterruptedError: training was interrupted by Ctrl-C or a signal.
     """
     folder = prepare_folder(folder, resume=resume)
@@ -219,12 +221,13 @@ def run_training(
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     if hasattr(task.model, "load_report") and trainer.is_global_zero:
         _log.info("%s", describe_start(task.model))
-    started = time.perf_counter()
-    with filter_lightning_logs(), report_last_checkpoint(log.folder / LAST):
-        _fit(trainer, task, data, checkpoint)
-    seconds = time.perf_counter() - started
-
-    return export_run(log, task, data, export=export, seconds=seconds, write=trainer.is_global_zero)
+    # Rank 0 writes the files.
+    with lock_folder(log.folder) if trainer.is_global_zero else contextlib.nullcontext():
+        started = time.perf_counter()
+        with filter_lightning_logs(), report_last_checkpoint(log.folder / LAST):
+            _fit(trainer, task, data, checkpoint)
+        seconds = time.perf_counter() - started
+        return export_run(log, task, data, export=export, seconds=seconds, write=trainer.is_global_zero)
 
 
 def run_callbacks(

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightspine.data.loader import ResumableLoader
 from lightspine.errors import LightspineError, UsageError
 from lightspine.training.checkpoint import LAST
+from lightspine.utils.folder_lock import LOCK_FILE
 
 AUTO = "auto"
 """Value of `resume` that resumes from `last.ckpt` in the folder, if it exists."""
@@ -202,7 +203,7 @@ def _finished_epochs(path: Path) -> int:
 
 def _first_free_folder(folder: Path) -> Path:
     path, number = folder, 2
-    while path.exists() and (not path.is_dir() or any(path.iterdir())):
+    while path.exists() and not (path.is_dir() and all(file.name == LOCK_FILE for file in path.iterdir())):
         path = folder.with_name(f"{folder.name}-{number}")
         number += 1
     return path

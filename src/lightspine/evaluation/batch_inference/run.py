@@ -1,5 +1,6 @@
 """Batch inference: predict classes or compute features, sharded across ranks and resumable."""
 
+import contextlib
 import itertools
 import os
 import time
@@ -27,6 +28,7 @@ from lightspine.evaluation.batch_inference.storage import Csv, Npy, Parquet, Run
 from lightspine.evaluation.classifiers import Weights, find_preprocessing, load_classifier
 from lightspine.evaluation.common import describe_environment, hash_file
 from lightspine.utils.devices import check_device
+from lightspine.utils.folder_lock import lock_folder
 from lightspine.utils.progress import progress_bar
 
 _PREDICTION_FORMATS = {"csv": Csv, "parquet": Parquet}
@@ -213,14 +215,15 @@ def _run_rank(job: _Job, threads: int | None = None) -> dict[str, Any]:
         preprocessing = find_preprocessing(
             metadata, image_size=options.image_size, crop_pct=options.crop_pct, crop_mode=options.crop_mode
         )
-        if rank.rank == 0:
-            _prepare_folder(job, metadata.name, preprocessing)
-        rank.barrier()
-        if folder.outcome is None:
-            _run_pending(job, compute, preprocessing, device, rank)
-        elif rank.rank == 0:
-            folder.remove_parts()
-        return folder.outcome or {}
+        with lock_folder(folder.path) if rank.rank == 0 else contextlib.nullcontext():
+            if rank.rank == 0:
+                _prepare_folder(job, metadata.name, preprocessing)
+            rank.barrier()
+            if folder.outcome is None:
+                _run_pending(job, compute, preprocessing, device, rank)
+            elif rank.rank == 0:
+                folder.remove_parts()
+            return folder.outcome or {}
 
 
 def _prepare_folder(job: _Job, name: str, preprocessing: Preprocessing) -> None:
