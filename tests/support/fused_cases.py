@@ -196,7 +196,7 @@ def ss2d(autocast: bool = False, **options: Any) -> Report:
 
 def vmamba_model() -> Report:
     torch.manual_seed(0)
-    model = VMamba(num_classes=3, depths=(1, 1), dims=(8, 16))
+    model = VMamba(num_classes=3, depths=(1, 1), embed_dims=(8, 16))
     return compare_module(model, torch.randn(1, 3, 16, 16))
 
 
