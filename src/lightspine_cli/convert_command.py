@@ -1,4 +1,4 @@
-"""Convert an official, timm or Lightning checkpoint to a safetensors file that stores its model name."""
+"""Convert an official, timm, OpenMMLab or Lightning checkpoint to a file that stores its model."""
 
 import argparse
 from pathlib import Path
@@ -23,8 +23,18 @@ def run(args: argparse.Namespace) -> int:
     """Convert the checkpoint and print a loading report."""
     from typing import Any
 
+    from lightspine.dense.factory import convert_network
+    from lightspine.errors import UsageError
+    from lightspine.models.checkpoint import read_checkpoint
     from lightspine.models.factory import convert_checkpoint
 
-    model: Any = convert_checkpoint(args.source, args.target, name=args.model, weights=args.weights)
+    source = read_checkpoint(args.source)
+    if source.is_dense and args.model:
+        raise UsageError(f"{args.source} holds a detector or segmenter: expected no --model")
+    model: Any
+    if source.is_dense:
+        model = convert_network(source, args.target, weights=args.weights)
+    else:
+        model = convert_checkpoint(source, args.target, name=args.model, weights=args.weights)
     print_text(f"{args.target}: {model.init_args['name']}, {model.load_report}")
     return 0

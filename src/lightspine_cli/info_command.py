@@ -132,6 +132,7 @@ def _saved_details(file: Any) -> dict[str, Any]:
     from lightspine.dense.checkpoint import read_network_metadata
     from lightspine.models.checkpoint import read_model_metadata
 
+    about: Any
     if file.is_dense:
         about: Any = read_network_metadata(file)
         facts = {

@@ -203,6 +203,23 @@ def test_a_classifier_is_not_made_from_a_published_detector(write: Write) -> Non
         lightspine.load_model(write(layout_of("shvit_s4_retinanet")))
 
 
+def test_a_detector_of_detectron2_is_refused_by_name(write: Write) -> None:
+    path = write({"backbone.net.pos_embed": [1, 4, 192], "proposal_generator.rpn_head.conv.weight": [3]})
+    with pytest.raises(UsageError, match="holds a detector of detectron2"):
+        create_detector("cascade_mask_rcnn", "vim_tiny", 80, checkpoint=path)
+
+
+def test_convert_writes_a_file_that_describes_itself(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "converted.safetensors"
+    assert main(["convert", str(write(layout_of("efficientvim_m4_semantic_fpn"))), str(target)]) == 0
+    assert "semantic_fpn over efficientvim_m4, loaded 445 tensors" in capsys.readouterr().out
+    network, about = load_network(target)
+    assert (about.num_classes, about.settings["resize_twice"]) == (150, True)
+    assert next(network.parameters()).eq(1).all()
+
+
 def test_num_classes_is_needed_without_a_detectors_file() -> None:
     with pytest.raises(UsageError, match="expected num_classes for retinanet over shvit_s1"):
         create_detector("retinanet", "shvit_s1")

@@ -1,5 +1,6 @@
-"""Create and load detectors and segmenters."""
+"""Create, load and convert detectors and segmenters."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -10,7 +11,9 @@ from lightspine.dense.checkpoint import (
     check_network,
     load_pretrained,
     read_network_metadata,
+    save_network,
 )
+from lightspine.dense.official import refuse_detectron2
 from lightspine.errors import UsageError
 from lightspine.heads import FeatureBackbone, build_detector, build_segmenter
 from lightspine.heads.detectors import DetectorName
@@ -18,7 +21,7 @@ from lightspine.heads.features import MapNorm
 from lightspine.heads.mask_rcnn import MaskRCNN
 from lightspine.heads.retinanet import RetinaNet
 from lightspine.heads.segmenters import Segmenter, SegmenterName
-from lightspine.models.checkpoint import Checkpoint, Weights, check_arguments, read_checkpoint
+from lightspine.models.checkpoint import RUN_KEY, Checkpoint, Weights, check_arguments, read_checkpoint
 from lightspine.models.factory import create_model
 
 _BACKBONE_OPTIONS = ("model_args", "norm", "freeze_batch_norm")
@@ -168,6 +171,35 @@ def load_network(
     return network.eval(), metadata
 
 
+def convert_network(
+    source: str | Path | Checkpoint, target: str | Path, *, weights: Weights = "auto"
+) -> DenseNetwork:
+    """Convert a detector's or segmenter's checkpoint, such as one of OpenMMLab, to a lightspine file.
+
+    Args:
+        source: the file, or an opened checkpoint.
+        target: .safetensors file to write.
+        weights: see `load_network`.
+
+    Returns:
+        The network that was written; `network.load_report` describes what was converted.
+
+    Raises:
+        UsageError: see `load_network`; the target does not end in .safetensors.
+        LightspineError: see `load_network`; the target cannot be written.
+    """
+    network, about = load_network(source, weights=weights)
+    save_network(
+        network,
+        target,
+        class_names=about.class_names,
+        preprocessing=about.preprocessing,
+        settings=about.settings,
+        metadata=about.metadata | ({RUN_KEY: json.dumps(about.run)} if about.run else {}),
+    )
+    return network
+
+
 def feature_backbone(network: DenseNetwork) -> FeatureBackbone:
     """Return the backbone of a detector or segmenter."""
     inner: Any = network.backbone
@@ -187,6 +219,8 @@ def _complete_options(
     """
     # None is a value of other options: `resize=None` keeps the size of the images.
     options = {name: v for name, v in given.items() if v is not None or name not in _OFFICIAL_OPTIONS}
+    if checkpoint is not None and not checkpoint.is_dense:
+        refuse_detectron2(checkpoint)
     if checkpoint is not None and checkpoint.is_dense:
         metadata = read_network_metadata(checkpoint, model=model)
         check_network(checkpoint, metadata, head, model)

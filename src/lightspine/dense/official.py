@@ -161,6 +161,16 @@ def load_official(network: Any, source: str | Path | Checkpoint, *, weights: Wei
     return report
 
 
+def refuse_detectron2(checkpoint: Checkpoint) -> None:
+    """Raise UsageError if a file holds a detector of detectron2, such as Vim's Cascade Mask R-CNN."""
+    for tensors in checkpoint.entries.values():
+        if any(key.startswith("proposal_generator.") for key in tensors):
+            raise UsageError(
+                f"{checkpoint.label} holds a detector of detectron2, whose files are not read: expected a "
+                f"classifier's file, or a detector's of lightspine or mmdetection"
+            )
+
+
 def _recognize_head(
     label: str, tensors: Mapping[str, Tensor]
 ) -> tuple[Literal["detector", "segmenter"], str, int]:

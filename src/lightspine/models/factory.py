@@ -233,12 +233,16 @@ def identify_entry(file: Checkpoint, entry: str) -> Identification | None:
 
 
 def convert_checkpoint(
-    source: str | Path, target: str | Path, *, name: str | None = None, weights: Weights = "auto"
+    source: str | Path | Checkpoint,
+    target: str | Path,
+    *,
+    name: str | None = None,
+    weights: Weights = "auto",
 ) -> nn.Module:
     """Convert an official, timm or Lightning checkpoint to a lightspine file.
 
     Args:
-        source: file to read.
+        source: file to read, or an opened checkpoint.
         target: .safetensors file to write.
         name: registered name; by default identified by the tensors.
         weights: "model", "ema", or "auto" for the entry with the published score.

@@ -865,9 +865,11 @@ class Vim(nn.Module):
             if stop_early and i > last:
                 break
             if self.feature_source == "mixer":
+                assert isinstance(block, VimBlock)  # "layer-pairs" is refused
                 normed = block.norm(x)
-                mixer = block.mixer
-                found = checkpoint_module(mixer, normed) if self.grad_checkpointing else mixer(normed)
+                found = (
+                    checkpoint_module(block.mixer, normed) if self.grad_checkpointing else block.mixer(normed)
+                )
                 # Drop path applies to what the next block receives, not to the map.
                 x = x + block.drop_path(found)
             else:

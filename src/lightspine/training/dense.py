@@ -31,7 +31,9 @@ class DenseTask(LightspineTask):
         weights: which weights of a classifier's file to load: "model", "ema" or "auto"; see
             `lightspine.dense.create_detector`.
         norm: norm over each feature map; see `lightspine.heads.FeatureBackbone`.
-        freeze_batch_norm: keep the BatchNorm layers of the backbone in evaluation mode.
+            Default: that of a detector or segmenter's checkpoint, else "none".
+        freeze_batch_norm: keep the BatchNorm layers of the backbone in evaluation mode. Default: as in
+            a detector or segmenter's checkpoint, else False.
         head_args: arguments of the head.
         undecayed: substrings of the names of parameters without weight decay; see
             `lightspine.training.optim.dense_parameter_groups`.
@@ -53,8 +55,8 @@ class DenseTask(LightspineTask):
         model_args: dict[str, Any] | None = None,
         checkpoint: str | Path | None = None,
         weights: Weights = "auto",
-        norm: MapNorm = "none",
-        freeze_batch_norm: bool = False,
+        norm: MapNorm | None = None,
+        freeze_batch_norm: bool | None = None,
         head_args: dict[str, Any],
         undecayed: Sequence[str] | None = None,
         layer_decay_blocks: bool = True,

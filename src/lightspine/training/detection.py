@@ -34,7 +34,9 @@ class DetectionTask(DenseTask):
         weights: which weights of a classifier's file to load: "model", "ema" or "auto"; see
             `lightspine.dense.create_detector`.
         norm: "layer" applies a LayerNorm to each feature map; see `lightspine.heads.FeatureBackbone`.
-        freeze_batch_norm: keep the BatchNorm layers of the backbone in evaluation mode.
+            Default: that of a detector's checkpoint, else "none".
+        freeze_batch_norm: keep the BatchNorm layers of the backbone in evaluation mode. Default: as in
+            a detector's checkpoint, else False.
         channels: number of channels of the feature pyramid.
         resize: shorter side and maximum longer side in pixels of the images in validation and later commands;
             "data" (the default) is the size of the training images, `None` keeps their size.
@@ -62,8 +64,8 @@ class DetectionTask(DenseTask):
         model_args: dict[str, Any] | None = None,
         checkpoint: str | Path | None = None,
         weights: Weights = "auto",
-        norm: MapNorm = "none",
-        freeze_batch_norm: bool = False,
+        norm: MapNorm | None = None,
+        freeze_batch_norm: bool | None = None,
         channels: int = 256,
         resize: tuple[int, int] | Literal["data"] | None = "data",
         score_threshold: float = 0.05,

@@ -31,7 +31,9 @@ class SegmentationTask(DenseTask):
         weights: which weights of a classifier's file to load: "model", "ema" or "auto"; see
             `lightspine.dense.create_detector`.
         norm: "layer" applies a LayerNorm to each feature map; see `lightspine.heads.FeatureBackbone`.
-        freeze_batch_norm: keep the BatchNorm layers of the backbone in evaluation mode.
+            Default: that of a segmenter's checkpoint, else "none".
+        freeze_batch_norm: keep the BatchNorm layers of the backbone in evaluation mode. Default: as in
+            a segmenter's checkpoint, else False.
         channels: number of channels of the head; by default the published number.
         dropout: dropout rate before the classifiers.
         auxiliary_weight: weight of UPerNet's auxiliary loss; 0 removes the auxiliary head.
@@ -58,8 +60,8 @@ class SegmentationTask(DenseTask):
         model_args: dict[str, Any] | None = None,
         checkpoint: str | Path | None = None,
         weights: Weights = "auto",
-        norm: MapNorm = "none",
-        freeze_batch_norm: bool = False,
+        norm: MapNorm | None = None,
+        freeze_batch_norm: bool | None = None,
         channels: int | None = None,
         dropout: float = 0.1,
         auxiliary_weight: float = 0.4,
