@@ -269,3 +269,45 @@ def test_dropout_is_removed():
     assert not any(isinstance(m, nn.Dropout) for m in optimized.modules())
     x = torch.randn(2, 3)
     assert torch.equal(optimized(x), model(x))
+
+
+class LowRankAdapter(nn.Module):
+    """LoRA as adapters wrap it: keeps the layer, and adds a low-rank product to its output."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Linear(layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, layer.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_a_model_stay_in_effect(family: str) -> None:
+    model = small_model(family)
+    wrapped = 0
+    for path, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear:
+            model.set_submodule(path, LowRankAdapter(layer).eval())
+            wrapped += 1
+    assert wrapped
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert relative_l2(lightspine.optimize(model)(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hooks_of_a_model_are_kept(family: str) -> None:
+    model = small_model(family)
+    layers = [layer for layer in model.modules() if type(layer) in (nn.Linear, nn.Conv2d)]
+    calls: list[None] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: calls.append(None))
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 64, 64))
+        expected = len(calls)
+        calls.clear()
+        lightspine.optimize(model)(torch.randn(1, 3, 64, 64))
+    assert len(calls) == expected

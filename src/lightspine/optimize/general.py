@@ -17,6 +17,7 @@ import torch.fx
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, DropPath
 from timm.models import reparameterize_model
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightspine.errors import UsageError
 from lightspine.optimize.folding import (
@@ -43,6 +44,8 @@ _INACTIVE_IN_EVALUATION = (
     DropPath,
 )
 _INFERENCE_FORMS: dict[type[nn.Module], InferenceForm] = {}
+# Packages whose layers the registered forms know.
+_KNOWN_PACKAGES = ("torch", "torchvision", "timm", "lightspine")
 
 
 def register_inference_form(kind: type[nn.Module]) -> Callable[[InferenceFormType], InferenceFormType]:
@@ -87,6 +90,8 @@ def optimize(model: Module) -> Module:
       of the attention, mirrored kernels, the affine part of a norm before a pointwise layer;
     - residual depthwise branches `x + BN(conv(x))` become one convolution, and consecutive linear layers one:
       the two classifiers of a distilled model, the classifiers of EfficientViM's stages.
+
+    A block with hooks, adapters (LoRA), parametrizations or quantized weights inside keeps its own form.
 
     The copy keeps timm's `forward`, `forward_features`, `forward_head`, `forward_intermediates` and the
     attributes of the model. It is for inference only: its parameters require no gradient, its state dict
@@ -140,10 +145,12 @@ class _Optimization:
         if module in self.replaced:
             return self.replaced[module]
         result = module
+        # Looked at before the submodules are replaced.
+        register = None if _is_customized(module) else _INFERENCE_FORMS.get(type(module))
         for name, child in list(module._modules.items()):
             if child is not None and (form := self.replace(child)) is not child:
                 setattr(module, name, form)
-        if register := _INFERENCE_FORMS.get(type(module)):
+        if register is not None:
             result = register(module)
         elif type(module) in _INACTIVE_IN_EVALUATION and not _has_hooks(module):
             result = nn.Identity()
@@ -203,6 +210,22 @@ class _Optimization:
 
 def _find_submodule(owner: nn.Module, name: str) -> nn.Module | None:
     return dict(owner.named_modules()).get(name)
+
+
+def _is_customized(module: nn.Module) -> bool:
+    """Return whether a user has put hooks, adapters or other weights into a module or what it contains.
+
+    The registered forms read weights instead of calling layers, so that such a part would be lost.
+    """
+    for part in module.modules():
+        package = type(part).__module__.partition(".")[0]
+        if part is not module and package not in _KNOWN_PACKAGES and type(part) not in _INFERENCE_FORMS:
+            return True
+        if _has_hooks(part) or "forward" in part.__dict__ or hasattr(part, "parametrizations"):
+            return True
+        if any(is_traceable_wrapper_subclass(tensor) for tensor in part._parameters.values()):
+            return True
+    return False
 
 
 def _has_hooks(module: nn.Module) -> bool:
