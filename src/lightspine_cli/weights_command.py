@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json(rows)
         else:
-            columns = ("name", ">top-1 published", "license", "source")
+            columns = ("name", "published", "license", "source")
             cells = (("-" if value is None else str(value) for value in row.values()) for row in rows)
             print_table(columns, (tuple(row) for row in cells))
         return 0
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _published_rows() -> list[dict[str, Any]]:
     from lightspine.models import get_record, list_models
+    from lightspine.models.dense_weights import DENSE_WEIGHTS
     from lightspine.models.registry import published_cfgs
 
     rows = []
@@ -69,5 +70,16 @@ def _published_rows() -> list[dict[str, Any]]:
         for i, (name, cfg) in enumerate(published_cfgs(model).items()):
             source = cfg.url or f"hf-hub:{cfg.hf_hub_id}"
             # The published score is that of the first set of weights.
-            rows.append({"name": name, "top1": None if i else top1, "license": cfg.license, "source": source})
+            score = None if i or top1 is None else f"{top1} % top-1"
+            rows.append({"name": name, "published": score, "license": cfg.license, "source": source})
+    for weights in DENSE_WEIGHTS.values():
+        score = weights.score or None
+        rows.append(
+            {
+                "name": weights.name,
+                "published": score,
+                "license": weights.cfg.license,
+                "source": weights.url,
+            }
+        )
     return rows

@@ -132,7 +132,7 @@ def test_training_that_fails_leaves_the_forward_pass() -> None:
     assert (row.status, row.train_step) == ("failed", None)
     assert row.forward is not None
     assert row.error is not None
-    assert row.error.startswith("training step: UsageError: training with BatchNorm needs more than one value")
+    assert row.error.startswith("training step: UsageError: training with BatchNorm needs more than one")
 
 
 def _only(result: BenchResult, **where: Any) -> Any:

@@ -22,7 +22,9 @@ from lightspine.heads.mask_rcnn import MaskRCNN
 from lightspine.heads.retinanet import RetinaNet
 from lightspine.heads.segmenters import Segmenter, SegmenterName
 from lightspine.models.checkpoint import RUN_KEY, Checkpoint, Weights, check_arguments, read_checkpoint
+from lightspine.models.dense_weights import DENSE_WEIGHTS
 from lightspine.models.factory import create_model
+from lightspine.models.registry import list_models
 
 _BACKBONE_OPTIONS = ("model_args", "norm", "freeze_batch_norm")
 _OFFICIAL_OPTIONS = (*_BACKBONE_OPTIONS, "channels", "auxiliary_weight")
@@ -34,6 +36,8 @@ def create_detector(
     num_classes: int | None = None,
     *,
     checkpoint: str | Path | Checkpoint | None = None,
+    pretrained: str | bool = False,
+    pretrained_backbone: bool = False,
     weights: Weights = "auto",
     model_args: dict[str, Any] | None = None,
     norm: MapNorm | None = None,
@@ -50,6 +54,9 @@ def create_detector(
         checkpoint: initial weights: a classifier checkpoint of the model, or a detector with the same head
             and model (without its class-dependent layers if the number of classes differs): a file of
             `save_network`, or the published file of mmdetection.
+        pretrained: "coco" loads the published weights of this head and model, which are downloaded at the
+            first call; a name of `lightspine weights --all` chooses among several.
+        pretrained_backbone: load the published weights of the classifier into the backbone.
         weights: entry of a classifier checkpoint: "model" (as trained; used for dense tasks by all five
             papers), "ema", or "auto" for the one whose score is published.
         model_args: further arguments of the model, such as `drop_path_rate`.
@@ -75,6 +82,7 @@ def create_detector(
     """
     if head not in get_args(DetectorName):
         raise UsageError(f"expected a detector among {', '.join(get_args(DetectorName))}, got {head!r}")
+    checkpoint = _choose_checkpoint(head, model, checkpoint, pretrained, pretrained_backbone)
     opened = None if checkpoint is None else read_checkpoint(checkpoint)
     given = {"model_args": model_args, "norm": norm, "freeze_batch_norm": freeze_batch_norm, **head_args}
     # Saved always, because files without it were trained with "down".
@@ -92,6 +100,8 @@ def create_segmenter(
     num_classes: int | None = None,
     *,
     checkpoint: str | Path | Checkpoint | None = None,
+    pretrained: str | bool = False,
+    pretrained_backbone: bool = False,
     weights: Weights = "auto",
     model_args: dict[str, Any] | None = None,
     norm: MapNorm | None = None,
@@ -106,6 +116,8 @@ def create_segmenter(
         model: see `create_detector`.
         num_classes: number of classes; default: those of a segmenter's checkpoint.
         checkpoint: see `create_detector`; the published segmenters are files of mmsegmentation.
+        pretrained: see `create_detector`; the data set of segmenters is "ade20k".
+        pretrained_backbone: see `create_detector`.
         weights: see `create_detector`.
         model_args: see `create_detector`.
         norm: see `create_detector`.
@@ -127,6 +139,7 @@ def create_segmenter(
     """
     if head not in get_args(SegmenterName):
         raise UsageError(f"expected a segmenter among {', '.join(get_args(SegmenterName))}, got {head!r}")
+    checkpoint = _choose_checkpoint(head, model, checkpoint, pretrained, pretrained_backbone)
     opened = None if checkpoint is None else read_checkpoint(checkpoint)
     given = {"model_args": model_args, "norm": norm, "freeze_batch_norm": freeze_batch_norm, **head_args}
     num_classes, options = _complete_options(head, model, num_classes, given, opened)
@@ -134,6 +147,38 @@ def create_segmenter(
     head_args = {name: value for name, value in options.items() if name not in _BACKBONE_OPTIONS}
     network = build_segmenter(head, backbone, num_classes, **head_args)
     return _initialize(network, head, model, num_classes, options, opened, weights)
+
+
+def _choose_checkpoint(
+    head: str,
+    model: str,
+    checkpoint: str | Path | Checkpoint | None,
+    pretrained: str | bool,
+    pretrained_backbone: bool,
+) -> str | Path | Checkpoint | None:
+    """Return the checkpoint that is given, or the name of the published weights that are asked for.
+
+    Raises:
+        UsageError: more than one is asked for, or there are no such weights.
+    """
+    if (checkpoint is not None) + bool(pretrained) + pretrained_backbone > 1:
+        raise UsageError("expected one of checkpoint, pretrained and pretrained_backbone, received several")
+    if pretrained_backbone:
+        names = list_models(model, pretrained=True)
+        if not names:
+            raise UsageError(f"no weights of {model} can be downloaded: pass a checkpoint")
+        return names[0]
+    if not pretrained:
+        return checkpoint
+    known = [weights for weights in DENSE_WEIGHTS.values() if (weights.head, weights.model) == (head, model)]
+    for weights in known:
+        if pretrained in (True, weights.dataset, weights.name, weights.tag):
+            return weights.name
+    expected = ", ".join(name for weights in known for name in (weights.dataset, weights.name))
+    raise UsageError(
+        f"no published weights {pretrained!r} of {head} over {model}: "
+        f"expected {expected or 'a checkpoint file'}"
+    )
 
 
 def load_network(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import EMA_ENTRIES, CheckpointSource, Weights, read_checkpoint
+from lightspine.models.dense_weights import DENSE_WEIGHTS
 from lightspine.models.registry import find_record, get_record, list_models, published_cfgs
 from lightspine.models.weights import TIMM_FILES, WeightsFile, fetch_weights
 
@@ -197,6 +198,8 @@ def load_published(
 def is_published(name: str) -> bool:
     """Return whether a name with a tag, such as `vmamba_tiny.in1k`, stands for published weights."""
     model, _, tag = name.partition(".")
+    if name in DENSE_WEIGHTS:
+        return True
     return bool(tag) and find_record(model) is not None and name in published_cfgs(model)
 
 
@@ -213,6 +216,8 @@ def fetch_published(name: str, cache_dir: str | Path | None = None) -> WeightsFi
         LightspineError: the download failed.
     """
     model = name.partition(".")[0]
+    if name in DENSE_WEIGHTS:
+        return fetch_weights(model, DENSE_WEIGHTS[name].cfg, cache_dir)
     return _fetch(model, published_cfgs(model)[name], cache_dir)
 
 
