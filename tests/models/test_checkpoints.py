@@ -335,3 +335,15 @@ def _reason_of_refusal(path: Path) -> str:
     except LightspineError as error:
         return str(error)
     return ""
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse:UserWarning")
+def test_file_with_a_sparse_tensor_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"head.weight": torch.ones(2).to_sparse()}}, tmp_path / "odd.pth")
+    with pytest.raises(LightspineError, match=r"expected dense tensors .* head\.weight is"):
+        read_checkpoint(tmp_path / "odd.pth")
+
+
+def test_entry_of_trained_weights_that_is_no_dictionary_is_left_out(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.ones(1)}, "current_model_state": 7}, tmp_path / "odd.pth")
+    assert list(read_checkpoint(tmp_path / "odd.pth").entries) == ["state_dict"]

@@ -228,3 +228,9 @@ def test_all_options_are_listed_on_request(capsys: pytest.CaptureFixture[str]) -
     shown = capsys.readouterr().out
     assert "--trainer.gradient_clip_val" in shown
     assert "--effective-batch" in shown
+
+
+def test_recipe_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"seed: \xff\n")
+    with pytest.raises(UsageError, match=r"expected a recipe in UTF-8, but .*recipe\.yaml is not"):
+        main(["--config", str(tmp_path / "recipe.yaml")])

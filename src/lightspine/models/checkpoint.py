@@ -350,7 +350,7 @@ def _find_entries(content: dict[str, Any], label: str) -> dict[str, dict[str, Te
         for name in (*PLAIN_ENTRIES, *EMA_ENTRIES)
         if isinstance(content.get(name), dict) and _tensors_only(content[name])
     }
-    if "current_model_state" in content and "state_dict" in entries:
+    if isinstance(content.get("current_model_state"), dict) and "state_dict" in entries:
         # Lightning's EMA callback saves the average as `state_dict` and the trained weights beside it.
         entries = {
             "state_dict": _tensors_only(content["current_model_state"]),
@@ -367,7 +367,13 @@ def _find_entries(content: dict[str, Any], label: str) -> dict[str, dict[str, Te
 
 
 def _tensors_only(content: dict[str, Any]) -> dict[str, Tensor]:
-    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+            raise LightspineError(
+                f"expected dense tensors in a checkpoint, but {name} is sparse, quantized or nested"
+            )
+    return tensors
 
 
 def _strip_prefixes(tensors: dict[str, Tensor], wrappers: tuple[str, ...]) -> dict[str, Tensor]:

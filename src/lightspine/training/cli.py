@@ -106,7 +106,7 @@ def main(args: Sequence[str] | None = None) -> TrainResult:
             path = refused_class_path(str(error))
             if path is not None:
                 raise refusal(path) from error
-            raise _find_lightspine_error(error) or error from None
+            raise _find_lightspine_error(error) or UsageError(_one_line(str(error))) from error
     return cli.train()
 
 
@@ -339,8 +339,19 @@ def _resolve_recipes(args: list[str]) -> list[str]:
         if not equals:
             value = args[position]
             position += 1
-        recipes.append(f"--config={find_recipe(value)}")
+        recipe = find_recipe(value)
+        _check_encoding(recipe)
+        recipes.append(f"--config={recipe}")
     return recipes + others
+
+
+def _check_encoding(recipe: Path) -> None:
+    try:
+        recipe.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"expected a recipe in UTF-8, but {recipe} is not: {error}") from error
+    except OSError as error:
+        raise LightspineError(f"cannot read {recipe}: {error.strerror or error}") from error
 
 
 def _one_line(message: str) -> str:
