@@ -47,7 +47,7 @@ def test_random_weights_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 BAD_CALLS = {
     "unknown model": (["vmamba_tyni", "m.onnx"], "the closest names are vmamba_tiny"),
-    "missing checkpoint": (["shvit_s1", "m.onnx", "--checkpoint", "gone.pth"], "gone.pth does not exist"),
+    "missing checkpoint": (["shvit_s1", "m.onnx", "--checkpoint", "gone.pth"], "no checkpoint file gone.pth"),
     "size in words": (["shvit_s1", "m.onnx", "--fixed-size", "small"], "expected a size such as 224x224"),
     "no images to calibrate": (
         ["shvit_s1", "m.onnx", "--precision", "int8-static"],
