@@ -347,3 +347,9 @@ def test_file_with_a_sparse_tensor_is_refused(tmp_path: Path) -> None:
 def test_entry_of_trained_weights_that_is_no_dictionary_is_left_out(tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": torch.ones(1)}, "current_model_state": 7}, tmp_path / "odd.pth")
     assert list(read_checkpoint(tmp_path / "odd.pth").entries) == ["state_dict"]
+
+
+def test_safetensors_file_of_a_few_bytes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.safetensors").write_bytes(b"\x10\x00\x00")
+    with pytest.raises(LightspineError, match="damaged"):
+        read_checkpoint(tmp_path / "short.safetensors")

@@ -320,6 +320,8 @@ def _unpickle(path: Path) -> Any:
         AttributeError,
         TypeError,
         struct.error,
+        # torch.load reads files named .safetensors as such.
+        SafetensorError,
     ) as error:
         raise LightspineError(f"{path} is not a PyTorch checkpoint, or it is damaged") from error
 
