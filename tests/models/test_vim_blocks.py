@@ -139,7 +139,8 @@ def test_half_precision_weights_keep_a_float32_stream(directions: str) -> None:
 def test_block_scripts_to_the_same_numbers(options: dict[str, Any]) -> None:
     block: nn.Module = VimBlock(16, **options).eval()
     x = torch.randn(1, 16, 3, 5)
-    assert torch.equal(torch.jit.script(block)(x), block(x))
+    # A script calls the convolution as a layer, in another memory layout.
+    torch.testing.assert_close(torch.jit.script(block)(x), block(x), rtol=1e-5, atol=1e-6)
 
 
 def test_steps_start_as_published() -> None:
