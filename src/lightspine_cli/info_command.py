@@ -134,7 +134,7 @@ def _saved_details(file: Any) -> dict[str, Any]:
 
     about: Any
     if file.is_dense:
-        about: Any = read_network_metadata(file)
+        about = read_network_metadata(file)
         facts = {
             "saved_as": f"{about.head} over {about.model}",
             "layout": "OpenMMLab" if file.is_openmmlab else None,
