@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table, or JSON.
+    """Print the models as a table or as JSON.
 
     Raises:
         UsageError: no model matches.

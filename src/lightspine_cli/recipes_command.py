@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table, or JSON.
+    """Print the recipes as a table or as JSON.
 
     Raises:
         UsageError: no recipe matches.

@@ -209,9 +209,9 @@ def create_train_transform(
 def create_batch_transform(
     preprocessing: Preprocessing, augmentation: AugmentationName | Augmentation
 ) -> Callable[[Tensor], Tensor] | None:
-    """Create the transform of mixed batches, if `erasing_after_mixing` is set: normalize, then erase.
+    """Create the normalization and random erasing that follow Mixup and CutMix (`erasing_after_mixing`).
 
-    It maps uint8 images (N, 3, H, W) to float32 on the same device.
+    The transform, or `None` without that setting, maps uint8 images (N, 3, H, W) to float32 on the same device.
 
     Args:
         preprocessing: statistics of the model.

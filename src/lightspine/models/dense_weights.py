@@ -9,7 +9,7 @@ _SHVIT = "https://github.com/ysj9909/SHViT/releases/download/v1.0"
 
 
 class DenseWeights(NamedTuple):
-    """One published detector or segmenter.
+    """Published checkpoint of a detector or segmenter.
 
     Attributes:
         model: registered name of the backbone.

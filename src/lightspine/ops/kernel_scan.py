@@ -1,4 +1,4 @@
-"""Both scan operators on compiled kernels: maps their tensors to the grouped scan of `cpu/` and `triton/`.
+"""Selective scan and cross scan on compiled kernels: both become one grouped scan of `cpu/` or `triton/`.
 
 Tensors are read and written in place, through strides. Creating a view takes about as long as a
 small scan, so strides are passed instead of views where possible.

@@ -111,7 +111,7 @@ class LineProgress(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Print the position in the validation."""
+        """Print how many batches of the validation are done."""
         if trainer.is_global_zero and self._timer.is_due():
             total = trainer.num_val_batches[dataloader_idx]
             self._print(trainer, f"validation, batch {batch_idx + 1}/{total}")

@@ -162,7 +162,7 @@ def _is_mask(path: Path, root: Path) -> bool:
 
 
 def _key(path: Path, root: Path) -> tuple[str | None, str]:
-    """Return the split of an image or mask, and the name that it shares with its partner."""
+    """Return the split of an image or mask file, and the base name by which the two are paired."""
     folders = path.relative_to(root).parts[:-1]
     split = next(filter(None, map(split_of_name, folders)), None)
     return split, _common_name(path, root)

@@ -18,12 +18,12 @@ from lightspine.utils.issues import Issues
 from lightspine.utils.progress import progress_bar
 
 TRAIN, VAL, TEST = "train", "val", "test"
-"""Names of the splits that are written."""
+"""Splits of a converted dataset."""
 
 
 @dataclass(frozen=True)
 class ConvertedObject:
-    """An object of an image.
+    """Annotated object of an image: class, box, polygon.
 
     Attributes:
         name: name of its class.
@@ -40,7 +40,7 @@ class ConvertedObject:
 
 @dataclass(frozen=True)
 class ConvertedImage:
-    """An image and its objects.
+    """Image of a converted dataset, with its annotated objects.
 
     Attributes:
         source: the image file.

@@ -2,6 +2,7 @@
 
 from lightspine.data.detection.annotations import (
     CocoAnnotations,
+    hold_out,
     select_for_training,
     select_images,
 )
@@ -22,7 +23,6 @@ from lightspine.data.detection.dataset import (
     Target,
     collate_detection,
 )
-from lightspine.data.detection.hold_out import hold_out
 from lightspine.data.detection.masks import decode_segmentation, encode_mask
 from lightspine.data.detection.transforms import (
     DetectionAugmentation,

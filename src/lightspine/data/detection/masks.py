@@ -37,7 +37,7 @@ def check_segmentation(segmentation: Any, height: int, width: int) -> None:
 
 
 def normalize_segmentation(segmentation: Any) -> Any:
-    """Convert polygons of other forms to lists of numbers: one polygon without the outer list, points.
+    """Convert COCO polygons that are flat or nested otherwise to a list of flat polygons.
 
     `[x1, y1, ...]`, `[[x1, y1], ...]` and `[[[x1, y1], ...], ...]` become `[[x1, y1, ...], ...]`; numbers
     written as text become numbers. Everything else is returned as it is.

@@ -28,11 +28,11 @@ from lightspine.ops.triton.tile_language import (
     exp2,
     gl,
     halves,
-    hide,
     jit,
     linear_scan,
     mma,
     pair_sums,
+    prevent_hoisting,
     share,
     shared_line,
     shared_tile,
@@ -102,7 +102,7 @@ def _share_weight(
     weight = shared_tile(DTYPE, 16, BLOCK_D, RANK_SLABS)
     o_r = gl.arange(0, 16, layout=gl.SliceLayout(1, TILE))
     # As loop invariants of the caller these offsets would need registers.
-    o_d = hide(i_d) * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, TILE))
+    o_d = prevent_hoisting(i_d) * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, TILE))
     for i_slab in tl.static_range(RANK_SLABS):
         inside = (o_d < dim)[None, :]
         if i_slab == RANK_SLABS - 1:
@@ -594,7 +594,7 @@ def fused_cross_scan_bwd_kernel(
                     if SLABS > 1:
                         grad_W.index(r0 // SLAB).store(b_grad_W)
         o_part = i_part * directions + i_k
-        o_grad_d = hide(i_d) * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(1, MMA))
+        o_grad_d = prevent_hoisting(i_d) * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(1, MMA))
         p_by_W = p_grad_W + (o_part * dim + o_grad_d)[:, None] * rank
         for i_slab in tl.static_range(SLABS):
             o_r = i_slab * SLAB + o_out_r

@@ -173,7 +173,7 @@ if INTERPRETED:
     def synchronize():
         pass
 
-    def hide(x):
+    def prevent_hoisting(x):
         return x
 
 else:
@@ -339,8 +339,8 @@ else:
         return gl.allocate_shared_memory(DTYPE, SHAPE, _swizzled(DTYPE))
 
     @gluon.jit
-    def hide(x):
-        """Return an integer unchanged; the compiler does not move out of a loop what depends on it."""
+    def prevent_hoisting(x):
+        """Optimization barrier: an integer unchanged, whose uses the compiler does not hoist out of a loop."""
         return gl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
         )
