@@ -211,7 +211,7 @@ def create_batch_transform(
 ) -> Callable[[Tensor], Tensor] | None:
     """Create the normalization and random erasing that follow Mixup and CutMix (`erasing_after_mixing`).
 
-    The transform, or `None` without that setting, maps uint8 images (N, 3, H, W) to float32 on the same device.
+    The transform, or `None` without that setting, maps uint8 images (N, 3, H, W) to float32.
 
     Args:
         preprocessing: statistics of the model.

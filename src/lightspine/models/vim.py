@@ -268,7 +268,7 @@ class ScanDirection(nn.Module):
         return self.conv1d(x.flip(2))[:, :, :length].flip(2)
 
     def _project_dt(self, step: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return delta (B, L, D) without its bias, and the bias, which the scan adds; `None` if it is added."""
+        """Return delta (B, L, D), and the bias if the scan is to add it."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             pass
         elif is_plain(self.dt_proj, nn.Linear):

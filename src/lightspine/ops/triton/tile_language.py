@@ -340,7 +340,7 @@ else:
 
     @gluon.jit
     def prevent_hoisting(x):
-        """Optimization barrier: an integer unchanged, whose uses the compiler does not hoist out of a loop."""
+        """Optimization barrier: an integer unchanged; what depends on it is not hoisted out of a loop."""
         return gl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
         )
