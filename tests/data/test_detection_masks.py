@@ -78,6 +78,7 @@ RUNS = {"size": [4, 5], "counts": [5, 15]}
         pytest.param(RUNS | {"counts": "5P"}, "compressed", id="cut off"),
         pytest.param(RUNS | {"counts": "P" * 40 + "0"}, "compressed", id="endless number"),
         pytest.param(RUNS | {"counts": "é"}, "compressed", id="not ascii"),
+        pytest.param(RUNS | {"counts": "\ud800"}, "compressed", id="half of a character"),
     ],
 )
 def test_check_segmentation_of_a_damaged_mask_says_why(segmentation: Any, reason: str) -> None:

@@ -67,7 +67,7 @@ class OnnxModel:
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
         self.path = Path(path)
         self.session = _create_session(self.path, threads)
-        entries = self.session.get_modelmeta().custom_metadata_map
+        entries, self.outputs, inputs = _describe_session(self.session, str(path))
         self.metadata = {
             key.removeprefix(_METADATA_PREFIX): value
             for key, value in entries.items()
@@ -82,12 +82,15 @@ class OnnxModel:
             preprocessing = json.loads(self.metadata["preprocessing"])
             self.class_names: list[str] | None = json.loads(self.metadata.get("class_names", "null"))
             self.pixels: bool = json.loads(self.metadata.get("pixels", "false"))
-        except json.JSONDecodeError as error:
+        # A RecursionError for values that are nested too deeply.
+        except (ValueError, RecursionError) as error:
             raise LightspineError(f"{path} has damaged metadata: {error}") from error
+        _check_types(str(path), self.class_names, self.pixels)
         self.name, self.kind = self.metadata["model"], self.metadata.get("kind", "classifier")
         self.preprocessing = Preprocessing.from_mapping(preprocessing, str(path))
-        self.outputs = [value.name for value in self.session.get_outputs()]
-        self._input = self.session.get_inputs()[0].name
+        if len(inputs) != 1:
+            raise UsageError(f"expected one input in {path}, found {len(inputs)}")
+        self._input = inputs[0]
 
     @property
     def about(self) -> dict[str, str]:
@@ -145,7 +148,11 @@ class OnnxModel:
         logits = self.run(self.preprocess(open_image(path))[None])[0][0].astype(np.float64)
         exponentials = np.exp(logits - logits.max())
         probabilities = exponentials / exponentials.sum()
-        names = self.class_names or [str(i) for i in range(len(probabilities))]
+        names = [str(i) for i in range(len(probabilities))] if self.class_names is None else self.class_names
+        if len(names) != len(probabilities):
+            raise LightspineError(
+                f"expected {len(probabilities)} class names in {self.path}, found {len(names)}"
+            )
         best = np.argsort(-probabilities, kind="stable")[:topk]
         return Prediction(path, [ClassScore(names[i], float(probabilities[i])) for i in best])
 
@@ -158,6 +165,29 @@ def predict(
     For the arguments see `OnnxModel` and `OnnxModel.predict`.
     """
     return OnnxModel(path, threads=threads).predict(images, topk=topk)
+
+
+def _describe_session(
+    session: onnxruntime.InferenceSession, path: str
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """Return the metadata and the names of the outputs and inputs, which need not be UTF-8 in the file."""
+    try:
+        outputs, inputs = session.get_outputs(), session.get_inputs()
+        return (
+            session.get_modelmeta().custom_metadata_map,
+            [value.name for value in outputs],
+            [value.name for value in inputs],
+        )
+    except UnicodeDecodeError as error:
+        raise LightspineError(f"{path} has damaged metadata: {error}") from error
+
+
+def _check_types(path: str, class_names: Any, pixels: Any) -> None:
+    is_list = isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)
+    if not (class_names is None or is_list) or not isinstance(pixels, bool):
+        raise LightspineError(
+            f"{path} has damaged metadata: expected a list of class names and whether it takes pixels"
+        )
 
 
 def _create_session(path: Path, threads: int | None) -> onnxruntime.InferenceSession:

@@ -19,6 +19,8 @@ _FILTERS = {
     "box": Image.Resampling.BOX,
     "hamming": Image.Resampling.HAMMING,
 }
+# Largest height and width that the metadata of a file may ask for.
+_LARGEST_SIDE = 8192
 _CROP_MODES = ("center", "squash", "border")
 
 
@@ -63,8 +65,19 @@ class Preprocessing:
                 crop_pct=float(values.get("crop_pct") or 0.875),
                 crop_mode=str(values.get("crop_mode") or "center"),
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise LightspineError(f"{source} has incomplete preprocessing metadata: {error!r}") from error
+        if (
+            not all(1 <= side <= _LARGEST_SIDE for side in found.size)
+            or not 0.05 <= found.crop_pct <= 10
+            or not all(-1e3 <= value <= 1e3 for value in found.mean)
+            or not all(1e-6 <= value <= 1e3 for value in found.std)
+            or not len(found.mean) == len(found.std) == 3
+        ):
+            raise LightspineError(
+                f"{source} has preprocessing metadata out of range: size {found.size}, crop_pct "
+                f"{found.crop_pct}, mean {found.mean[:4]}, std {found.std[:4]}"
+            )
         if found.interpolation not in _FILTERS or found.crop_mode not in _CROP_MODES:
             raise LightspineError(
                 f"{source} has interpolation {found.interpolation!r} and crop_mode {found.crop_mode!r}, "

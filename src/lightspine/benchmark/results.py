@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from lightspine.benchmark.interleaved_timing import Timing
 from lightspine.errors import LightspineError
 from lightspine.utils.files import atomic_write_text
+from lightspine.utils.json_text import parse_json
 from lightspine.utils.printable import printable
 
 FORMAT = 1
@@ -155,7 +156,7 @@ def load_results(path: str | Path) -> BenchResult:
     path = Path(path)
     path = path / RESULTS_NAME if path.is_dir() else path
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LightspineError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

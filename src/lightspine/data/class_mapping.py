@@ -11,6 +11,7 @@ from lightspine.data.image_folder import find_class_folders
 from lightspine.errors import LightspineError, UsageError
 from lightspine.utils.files import text_from_path
 from lightspine.utils.image_files import ImageListing, list_image_files
+from lightspine.utils.json_text import parse_json
 
 _NUMBER = re.compile(r"(\d+)$")
 
@@ -121,7 +122,7 @@ def load_class_mapping(path: str | Path) -> ClassMapping:
     if not path.is_file():
         raise UsageError(f"expected a class mapping file, but {path} is not a file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LightspineError(f"cannot read class mapping {path}: {error}") from error
     values = list(content.values()) if isinstance(content, dict) else content

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import tarfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from lightspine.errors import LightspineError, UsageError
 from lightspine.utils.files import atomic_write
 from lightspine.utils.image_files import IMAGE_SUFFIXES, decode_image
+from lightspine.utils.json_text import parse_json
 from lightspine.utils.packed_strings import PackedStrings
 
 MAX_IMAGE_BYTES = 1 << 28
@@ -204,7 +206,7 @@ def read_shard_index(shard: Path, *, label_key: str = "label", folder: Path | No
     index_file = (folder or shard.parent) / f"{shard.name}{INDEX_SUFFIX}"
     status = shard.stat()
     stamp = json.dumps([_INDEX_FORMAT, label_key, status.st_size, status.st_mtime_ns])
-    index = _load_index(index_file, stamp)
+    index = _load_index(index_file, stamp, status.st_size)
     if index is None:
         index = _build_index(shard, label_key)
         _save_index(index_file, index, stamp)
@@ -268,7 +270,7 @@ def _read_label(file: BinaryIO, member: tarfile.TarInfo, shard: Path, kind: str,
     file.seek(member.offset_data)
     try:
         text = file.read(member.size).decode("utf-8").strip()
-        record = {label_key: text} if kind == "cls" else json.loads(text)
+        record = {label_key: text} if kind == "cls" else parse_json(text)
     except ValueError as error:
         raise LightspineError(f"cannot read the label {shard}/{member.name}: {error}") from error
     value = record.get(label_key, "") if isinstance(record, dict) else ""
@@ -279,22 +281,53 @@ def _read_label(file: BinaryIO, member: tarfile.TarInfo, shard: Path, kind: str,
     return str(value)
 
 
-def _load_index(path: Path, stamp: str) -> ShardIndex | None:
+def _load_index(path: Path, stamp: str, shard_size: int) -> ShardIndex | None:
     """Load a saved index; `None` if there is none for this version of the shard."""
     try:
+        _check_archive(path)
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             if str(saved["stamp"]) != stamp:
                 return None
             names, labels = (
-                PackedStrings(saved[f"{kind}_data"], saved[f"{kind}_ends"]) for kind in ("name", "label")
+                PackedStrings.from_arrays(saved[f"{kind}_data"], saved[f"{kind}_ends"])
+                for kind in ("name", "label")
             )
-            return ShardIndex(names, labels, saved["offsets"], saved["sizes"])
+            index = ShardIndex(names, labels, saved["offsets"], saved["sizes"])
+            _check_index(index, shard_size)
+            return index
     except FileNotFoundError:
         return None
     # NumPy and zipfile raise many types on a file that is truncated or not an index.
     except Exception as error:
         _log.warning("rebuilding the damaged index %s (%s)", path, error)
         return None
+
+
+def _check_archive(path: Path) -> None:
+    """Check that an index file unpacks to the size of the file, before memory is allocated for it.
+
+    Raises:
+        ValueError: it is compressed, or claims more than it has.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it claims more bytes than it has")
+
+
+def _check_index(index: ShardIndex, shard_size: int) -> None:
+    """Check that an index, which may come with the shards of others, describes images in the shard.
+
+    Raises:
+        ValueError: an array has another type or length, or a byte range is not in the shard.
+    """
+    for array in (index.offsets, index.sizes):
+        if array.dtype != np.int64 or array.shape != (len(index.names),):
+            raise ValueError("its arrays have different lengths")
+    if len(index.labels) != len(index.names):
+        raise ValueError("its arrays have different lengths")
+    # Compared without a sum, which could overflow.
+    if ((index.offsets < 0) | (index.sizes < 0) | (index.sizes > shard_size - index.offsets)).any():
+        raise ValueError("it has images outside the shard")
 
 
 def _save_index(path: Path, index: ShardIndex, stamp: str) -> None:

@@ -19,10 +19,12 @@ from lightspine.models.checkpoint import (
     RUN_KEY,
     Checkpoint,
     Weights,
+    check_description,
     read_checkpoint,
     write_safetensors,
 )
 from lightspine.models.loading import LoadReport
+from lightspine.utils.json_text import parse_json
 
 DenseNetwork = RetinaNet | MaskRCNN | Segmenter
 
@@ -133,8 +135,8 @@ def read_network_metadata(source: str | Path | Checkpoint, *, model: str | None 
     if text is None:
         raise UsageError(f"expected a detector or segmenter in {checkpoint.label}, got a file without one")
     try:
-        description = json.loads(text)
-        run = json.loads(strings.pop(RUN_KEY, "{}"))
+        description = parse_json(text)
+        run = parse_json(strings.pop(RUN_KEY, "{}"))
         # JSON has no tuples.
         if description["options"].get("resize") is not None:
             description["options"]["resize"] = tuple(description["options"]["resize"])
@@ -142,9 +144,22 @@ def read_network_metadata(source: str | Path | Checkpoint, *, model: str | None 
         if kind == "detector":
             # Files of earlier versions, whose detectors were trained and evaluated so, do not have it.
             description["options"].setdefault("resize_rounding", "down")
-        return NetworkMetadata(kind=kind, **description, run=run, metadata=strings)
+        found = NetworkMetadata(kind=kind, **description, run=run, metadata=strings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise LightspineError(f"{checkpoint.label} has damaged metadata: {error!r}") from error
+    check_description(
+        checkpoint.label,
+        class_names=found.class_names,
+        preprocessing=found.preprocessing,
+        run=found.run,
+        settings=found.settings,
+    )
+    if found.class_names is not None and len(found.class_names) != found.num_classes:
+        raise LightspineError(
+            f"{checkpoint.label} has damaged metadata: expected {found.num_classes} class names, "
+            f"found {len(found.class_names)}"
+        )
+    return found
 
 
 def _official_metadata(checkpoint: Checkpoint, model: str | None) -> NetworkMetadata:

@@ -7,15 +7,13 @@ from torch import nn
 
 from lightspine.data.imagenet_classes import imagenet_synsets, synset_descriptions
 from lightspine.data.transforms import Preprocessing
-from lightspine.errors import UsageError
+from lightspine.errors import LightspineError, UsageError
 from lightspine.export.onnx_network import is_onnx_file, load_onnx
-from lightspine.models.checkpoint import Checkpoint, ModelMetadata, Weights, default_preprocessing
+from lightspine.models.checkpoint import CROP_MODES, Checkpoint, ModelMetadata, Weights, default_preprocessing
 from lightspine.models.factory import create_model, load_model
 from lightspine.models.loading import is_checkpoint
 from lightspine.models.registry import TIMM_PREFIX, find_record
 from lightspine.utils.image_files import MIN_SIDE
-
-CROP_MODES = ("center", "squash", "border")
 
 __all__ = ["Weights", "class_names", "find_preprocessing", "load_classifier"]
 
@@ -59,8 +57,17 @@ def load_classifier(
 
 
 def class_names(metadata: ModelMetadata, num_classes: int) -> list[str]:
-    """Return the checkpoint's class names; default: ImageNet's for 1000 classes, otherwise class indices."""
+    """Return the checkpoint's class names; default: ImageNet's for 1000 classes, otherwise class indices.
+
+    Raises:
+        LightspineError: the checkpoint has another number of names than of classes.
+    """
     if metadata.class_names is not None:
+        if len(metadata.class_names) != num_classes:
+            raise LightspineError(
+                f"expected {num_classes} class names in the weights of {metadata.name}, "
+                f"found {len(metadata.class_names)}"
+            )
         return metadata.class_names
     if num_classes == 1000:
         return synset_descriptions(imagenet_synsets())

@@ -1,6 +1,5 @@
 """Draw images of a dataset with their ground truth, as the trainer sees them."""
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from lightspine.data.transforms import Preprocessing
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.draw import draw_classes, draw_detections, draw_image_grid
 from lightspine.recipes import find_recipe
+from lightspine.utils.json_text import parse_json
 from lightspine.utils.progress import progress_bar
 
 
@@ -152,10 +152,10 @@ def _has_masks(data: Path) -> bool:
     """Return whether an object of the training split has a mask."""
     file, _ = find_coco(data, split=find_coco_split(data, TRAIN_COCO_SPLITS))
     try:
-        annotations = json.loads(file.read_bytes()).get("annotations")
+        annotations = parse_json(file.read_bytes()).get("annotations")
         return any(entry.get("segmentation") for entry in annotations)
     # A file of another form is reported when it is read.
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
 
 

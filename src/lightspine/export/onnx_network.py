@@ -53,7 +53,10 @@ class OnnxNetwork(nn.Module):
                 "them itself"
             )
         self.model = model
-        self.num_classes = int(model.session.get_outputs()[0].shape[1])
+        shape = model.session.get_outputs()[0].shape or []
+        if len(shape) < 2 or not isinstance(shape[1], int) or shape[1] < 1:
+            raise LightspineError(f"expected logits of shape (batch, classes) in {model.path}, found {shape}")
+        self.num_classes = shape[1]
         self.default_cfg = self.pretrained_cfg = json.loads(model.metadata["preprocessing"])
         self.eval()
 

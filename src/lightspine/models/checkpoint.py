@@ -28,7 +28,8 @@ from torch import Tensor
 from lightspine._version import __version__
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.pickle_check import check_pickled_file
-from lightspine.utils.files import atomic_write
+from lightspine.utils.files import atomic_write, is_file_name
+from lightspine.utils.json_text import parse_json
 
 Weights = Literal["auto", "model", "ema"]
 """Weights to load: "model" as trained, "ema" for their moving average, "auto" for the published ones."""
@@ -59,6 +60,9 @@ RUN_KEY = "lightspine.run"
 
 OPENMMLAB_CLASSES_KEY = "openmmlab.classes"
 """Metadata key of the class names in an OpenMMLab checkpoint, a JSON list; OpenMMLab saves them in `meta`."""
+
+CROP_MODES = ("center", "squash", "border")
+"""Values of `crop_mode`, timm's names."""
 
 PREPROCESSING_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
@@ -218,13 +222,13 @@ def read_checkpoint(source: CheckpointSource) -> Checkpoint:
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """Return the tensors of all files that the index of a sharded checkpoint lists, which are beside it."""
     try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        names = set(parse_json(index.read_text("utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise LightspineError(f"{index} is not the index of a sharded checkpoint") from error
     tensors: dict[str, Tensor] = {}
     for name in sorted(map(str, names)):
-        if Path(name).name != name or name.endswith(".json"):
-            raise LightspineError(f"{index} lists {name!r}: expected files in its own folder")
+        if not is_file_name(name) or name.endswith(".json"):
+            raise LightspineError(f"{index} lists {name[:80]!r}: expected files in its own folder")
         for entry in read_checkpoint(index.with_name(name)).entries.values():
             tensors |= entry
     return tensors
@@ -430,23 +434,81 @@ def read_model_metadata(checkpoint: Checkpoint) -> ModelMetadata | None:
     if name is None:
         return None
     try:
-        kwargs = json.loads(strings.pop("lightspine.kwargs", "{}"))
-        preprocessing = json.loads(strings.pop("lightspine.preprocessing", "{}"))
-        class_names = json.loads(strings.pop("lightspine.class_names", "null"))
-        run = json.loads(strings.pop(RUN_KEY, "{}"))
-    except json.JSONDecodeError as error:
+        kwargs = parse_json(strings.pop("lightspine.kwargs", "{}"))
+        preprocessing = parse_json(strings.pop("lightspine.preprocessing", "{}"))
+        class_names = parse_json(strings.pop("lightspine.class_names", "null"))
+        run = parse_json(strings.pop(RUN_KEY, "{}"))
+    except ValueError as error:
         raise LightspineError(f"{checkpoint.label} has damaged metadata: {error}") from error
+    check_description(checkpoint.label, class_names=class_names, preprocessing=preprocessing, run=run)
     return ModelMetadata(name, kwargs, class_names, preprocessing, strings, run)
 
 
-# Arguments that name other files or addresses. `pretrained` is ignored: the weights are in the file.
-_FOREIGN_ARGUMENTS = (
+# Largest height, width and other number in the image settings of a file; a flag may ask for more.
+_LARGEST_SETTING = 8192
+
+
+def check_description(
+    label: str,
+    *,
+    class_names: Any,
+    preprocessing: Any,
+    run: Any,
+    settings: Any = None,
+) -> None:
+    """Check the types and ranges of what a file says beside the arguments of its model.
+
+    Raises:
+        LightspineError: a value has another type, or is out of the range that a model can have.
+    """
+    if class_names is not None and not (
+        isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)
+    ):
+        raise LightspineError(f"{label} has damaged metadata: expected a list of class names")
+    for name, value in (("preprocessing", preprocessing), ("run", run), ("settings", settings or {})):
+        if not isinstance(value, dict):
+            raise LightspineError(
+                f"{label} has damaged metadata: expected an object as its {name}, "
+                f"received a {type(value).__name__}"
+            )
+    _check_preprocessing(label, preprocessing)
+    for name, value in flatten_arguments(settings or {}):
+        if isinstance(value, int | float) and not abs(value) <= _LARGEST_SETTING:
+            raise LightspineError(f"{label} is refused: its setting {name} is beyond {_LARGEST_SETTING}")
+
+
+def _check_preprocessing(label: str, values: dict[str, Any]) -> None:
+    checks = {
+        "input_size": lambda found: (
+            len(found) == 3 and all(isinstance(size, int) and 1 <= size <= _LARGEST_SETTING for size in found)
+        ),
+        "mean": lambda found: all(-1e3 <= float(value) <= 1e3 for value in found) and len(found) > 0,
+        "std": lambda found: all(1e-6 <= float(value) <= 1e3 for value in found) and len(found) > 0,
+        "crop_pct": lambda found: 0.05 <= found <= 10,
+        "interpolation": lambda found: isinstance(found, str),
+        "crop_mode": lambda found: found in CROP_MODES,
+    }
+    for name, check in checks.items():
+        value = values.get(name)
+        try:
+            valid = value is None or check(value)
+        except (TypeError, ValueError, OverflowError):
+            valid = False
+        if not valid:
+            raise LightspineError(
+                f"{label} has damaged metadata: its preprocessing has the {name} {str(value)[:80]!r}"
+            )
+
+
+FOREIGN_ARGUMENTS = (
     "checkpoint",
     "checkpoint_path",
     "pretrained_cfg",
     "pretrained_cfg_overlay",
     "cache_dir",
 )
+"""Arguments that name other files or addresses. `pretrained` is ignored: the weights are in the file."""
+
 # Numbers up to this one are believed, such as the sizes of images.
 _BELIEVED = 4096
 
@@ -474,8 +536,8 @@ def check_arguments(
     arguments = {name: value for name, value in arguments.items() if name != "pretrained"}
     tensors = [tensor for entry in checkpoint.entries.values() for tensor in entry.values()]
     largest = max((size for tensor in tensors for size in tensor.shape), default=0)
-    for name, value in _flatten_arguments(arguments):
-        if name in _FOREIGN_ARGUMENTS:
+    for name, value in flatten_arguments(arguments):
+        if name in FOREIGN_ARGUMENTS:
             raise LightspineError(
                 f"{checkpoint.label} is refused: its model argument {name} names another file"
             )
@@ -502,15 +564,19 @@ def check_arguments(
     return arguments
 
 
-def _flatten_arguments(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_arguments(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (name, value) of arguments that a file stores, also those in nested lists and objects.
+
+    A list yields the sum of its numbers too if it has depths.
+    """
     if isinstance(value, dict):
         for key, inner in value.items():
             yield str(key), None
-            yield from _flatten_arguments(inner, str(key))
+            yield from flatten_arguments(inner, str(key))
     elif isinstance(value, list | tuple):
         yield name, sum(item for item in value if isinstance(item, int) and "depth" in name)
         for inner in value:
-            yield from _flatten_arguments(inner, name)
+            yield from flatten_arguments(inner, name)
     else:
         yield name, value
 

@@ -1,22 +1,28 @@
 """Create models by name or from a checkpoint file, and convert checkpoint files."""
 
+import pickle
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
+from timm.models import PretrainedCfg
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import Tensor
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import (
+    FOREIGN_ARGUMENTS,
     Checkpoint,
     CheckpointSource,
     ModelMetadata,
     Weights,
     check_arguments,
     default_preprocessing,
+    flatten_arguments,
     read_checkpoint,
     read_model_metadata,
     save_checkpoint,
@@ -31,8 +37,9 @@ from lightspine.models.loading import (
     load_checkpoint,
     shapes_of,
 )
+from lightspine.models.pickle_check import check_pickled_file
 from lightspine.models.registry import find_record, get_record, timm_name
-from lightspine.models.weights import hub_errors
+from lightspine.models.weights import check_hub_pickle, hub_errors
 
 # Arguments that name the initial weights, not the model.
 _WEIGHTS_OPTIONS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
@@ -84,12 +91,15 @@ def create_model(
         raise UsageError(
             f"expected checkpoint=PATH for the weights of {name}, received timm's argument checkpoint_path"
         )
+    label = name
     name, kwargs = _resolve_name(name, kwargs)
     timm_name(name)  # checks the name
     if checkpoint is not None and kwargs.get("features_only"):
         model = _create_feature_extractor(name, checkpoint, weights, kwargs)
     else:
-        model = _build(name, {"pretrained": True, **kwargs} if pretrained else kwargs)
+        arguments = {"pretrained": True, **kwargs} if pretrained else kwargs
+        is_foreign = ":" in label
+        model = _build_from_config(label, name, arguments) if is_foreign else _build(name, arguments)
         if checkpoint is not None:
             drop_head = True if "num_classes" in kwargs else None
             model.load_report = load_checkpoint(model, checkpoint, weights=weights, drop_head=drop_head)
@@ -123,10 +133,65 @@ def _read_timm_config(
         else:
             with hub_errors(f"{place}/config.json"):
                 cfg, name, arguments = load_model_config_from_hf(place, cache_dir=cache_dir)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise LightspineError(f"{scheme}:{place} holds no model in timm's layout: {error}") from error
+    return _check_timm_config(f"{scheme}:{place}", cfg, name, arguments)
+
+
+# Fields that would load other weights than those beside the configuration.
+_FOREIGN_SOURCES = ("url", "state_dict", "hf_hub_filename", "custom_load")
+# Numbers in the configuration of a model, such as the number of classes or of blocks.
+_LARGEST_NUMBER = 2**16
+_MOST_BLOCKS = 1000
+
+
+def _check_timm_config(
+    label: str, cfg: Any, name: Any, arguments: Any
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Check a configuration, which may be that of somebody else; return it without other sources of weights.
+
+    Raises:
+        LightspineError: it names other files, or numbers that no model has.
+    """
+    if not isinstance(name, str) or not isinstance(arguments, dict) or not isinstance(cfg, dict):
+        raise LightspineError(f"{label} holds no model in timm's layout: expected a name and arguments")
+    if ":" in name:
+        raise LightspineError(f"{label} is refused: its architecture {name[:80]!r} stands for another model")
+    for argument, value in flatten_arguments(arguments):
+        if argument in FOREIGN_ARGUMENTS:
+            raise LightspineError(f"{label} is refused: its model argument {argument} names another file")
+        limit = _MOST_BLOCKS if "depth" in argument or "layers" in argument else _LARGEST_NUMBER
+        if isinstance(value, int | float) and not abs(value) <= limit:
+            raise LightspineError(f"{label} is refused: its model argument {argument} is beyond {limit}")
+    known = {field.name for field in fields(PretrainedCfg)} - {*_FOREIGN_SOURCES}
+    kept = {key: value for key, value in cfg.items() if key in known}
+    for key in ("num_classes", "input_size"):
+        for _, value in flatten_arguments({key: kept.get(key)}):
+            if isinstance(value, int | float) and not abs(value) <= _LARGEST_NUMBER:
+                raise LightspineError(f"{label} is refused: its {key} is beyond {_LARGEST_NUMBER}")
     # The tag of the configuration is that of other weights.
-    return dict(cfg) | {"tag": None}, name, dict(arguments)
+    return kept | {"tag": None}, name, dict(arguments)
+
+
+def _build_from_config(label: str, name: str, kwargs: dict[str, Any]) -> Any:
+    """Build a model from the configuration of somebody else, whose values may be of any type."""
+    scheme, _, place = label.partition(":")
+    if kwargs.get("pretrained") and scheme == "local-dir":
+        for file in sorted(Path(place).glob("*")):
+            if file.name.endswith((".bin", ".pth", ".pth.tar")):
+                check_pickled_file(file)
+    elif kwargs.get("pretrained"):
+        check_hub_pickle(place, kwargs.get("cache_dir"))
+    try:
+        return _build(name, kwargs)
+    except LightspineError:
+        raise
+    except (
+        *(TypeError, ValueError, AttributeError, AssertionError, LookupError),
+        *(ArithmeticError, RuntimeError, OSError, pickle.UnpicklingError, SafetensorError),
+    ) as error:
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise LightspineError(f"{label} describes a model that cannot be built: {reason}") from error
 
 
 def _build(name: str, kwargs: dict[str, Any]) -> Any:

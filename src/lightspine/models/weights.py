@@ -26,7 +26,9 @@ from filelock import FileLock
 from timm.models import PretrainedCfg
 
 from lightspine.errors import LightspineError, UsageError
+from lightspine.models.pickle_check import check_pickled_file
 from lightspine.utils.files import atomic_write_text
+from lightspine.utils.json_text import parse_json
 from lightspine.utils.progress import byte_progress
 
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -323,6 +325,23 @@ def _hub_download(repository: str, file_name: str, cache_dir: str | Path | None)
         return Path(hf_hub_download(name, file_name, revision=revision, cache_dir=cache_dir))
 
 
+def check_hub_pickle(repository: str, cache_dir: str | Path | None) -> None:
+    """Check the file of weights that timm unpickles for a repository, which is downloaded for it.
+
+    Raises:
+        LightspineError: a value in it is nested too deeply; see `lightspine.models.pickle_check`.
+    """
+    for file_name in ("model.safetensors", "pytorch_model.bin"):
+        try:
+            path = _hub_download(repository, file_name, cache_dir)
+        except LightspineError:
+            # timm reports a repository without weights.
+            continue
+        if path.suffix == ".bin":
+            check_pickled_file(path)
+        return
+
+
 def _split_revision(repository: str) -> tuple[str, str | None]:
     name, _, revision = repository.partition("@")
     return name, revision or None
@@ -371,7 +390,7 @@ def _write_record(path: Path, record: WeightsFile) -> None:
 def _read_record(path: Path) -> WeightsFile | None:
     """Return the record in a file, or `None` if there is none; other files of the folder may be anything."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
         record = WeightsFile(**values | {"path": Path(values["path"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None

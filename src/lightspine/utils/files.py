@@ -11,6 +11,18 @@ from typing import BinaryIO
 
 from lightspine.errors import LightspineError, UsageError
 
+# Longest file name of the usual file systems, in bytes.
+_LONGEST_NAME = 255
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a string from a file can name a file in a given folder, and nothing outside it."""
+    return (
+        name not in ("", ".", "..")
+        and not any(character in name for character in "/\\\0")
+        and len(name.encode("utf-8", "surrogatepass")) <= _LONGEST_NAME
+    )
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:

@@ -28,6 +28,24 @@ class PackedStrings(Sequence[str]):
         ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
 
+    @classmethod
+    def from_arrays(cls, data: np.ndarray, ends: np.ndarray) -> Self:
+        """Return the strings in two arrays that were read from a file.
+
+        Raises:
+            ValueError: the arrays have another type or shape, or hold no strings.
+        """
+        if (data.dtype, ends.dtype) != (np.uint8, np.int64) or (data.ndim, ends.ndim) != (1, 1):
+            raise ValueError("expected bytes and their ends in one dimension")
+        bounds = np.concatenate([[0], ends, [len(data)]])
+        if (bounds[1:] < bounds[:-1]).any() or bounds[-2] != len(data):
+            raise ValueError("expected ends in ascending order, the last at the end of the bytes")
+        found = cls(data, ends)
+        # Decoding once finds bytes that are not text.
+        for _ in found:
+            pass
+        return found
+
     def __len__(self) -> int:
         return len(self.ends)
 

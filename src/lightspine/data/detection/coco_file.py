@@ -20,8 +20,12 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.utils.files import path_from_text
 from lightspine.utils.image_files import read_image_size
 from lightspine.utils.issues import Issues
+from lightspine.utils.json_text import parse_json
 from lightspine.utils.packed_strings import PackedStrings
 from lightspine.utils.progress import progress_bar
+
+# Folders of a path that may lie between the image folder and a file; more would take quadratic time.
+_MOST_FOLDERS = 16
 
 
 class _Image(NamedTuple):
@@ -103,11 +107,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UsageError(f"expected a COCO file, but {file} {_describe_path(file)}")
     try:
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
     except OSError as error:
         raise LightspineError(f"cannot read {file}: {error.strerror or error}") from error
-    # UnicodeDecodeError (a ValueError) for another encoding, RecursionError for excessive nesting.
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise LightspineError(f"cannot read {file}: it is not JSON ({error})") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -274,7 +277,8 @@ def find_image_names(written: Sequence[str], folder: Path, issues: Issues) -> li
     others: dict[str, list[int]] = {}
     for position, name in enumerate(written):
         parts = PurePosixPath(name.replace("\\", "/")).parts
-        ends = ("/".join(parts[start:]) for start in range(1, len(parts)))
+        first = max(1, len(parts) - _MOST_FOLDERS)
+        ends = ("/".join(parts[start:]) for start in range(first, len(parts)))
         if found[position] is None and (
             end := next(filter(None, (_existing(e, folder) for e in ends)), None)
         ):

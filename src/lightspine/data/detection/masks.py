@@ -158,7 +158,7 @@ def _run_lengths(segmentation: dict[str, Any], height: int, width: int) -> np.nd
 
 
 def _decompress(text: str) -> np.ndarray:
-    codes = np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8).astype(np.int64) - 48
+    codes = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.int64) - 48
     if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         raise LightspineError("run lengths that are not a compressed text")
     # Bit 5 means that the number continues in the next character.

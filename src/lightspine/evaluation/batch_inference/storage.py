@@ -14,6 +14,7 @@ import numpy as np
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.batch_inference.outputs import Table
 from lightspine.utils.files import atomic_write, atomic_write_text
+from lightspine.utils.json_text import parse_json
 from lightspine.utils.printable import printable
 
 BAD_IMAGES = "bad_images.csv"
@@ -265,10 +266,10 @@ def _to_arrow(pyarrow: Any, column: np.ndarray) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(parse_json(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise LightspineError(f"cannot read {path}: {error}") from error
 
 
