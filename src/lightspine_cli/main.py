@@ -221,7 +221,8 @@ def _report(error: Exception, debug: bool) -> int:
     for name in ("lightspine.errors", "lightspine_runtime.errors"):
         errors = sys.modules.get(name)
         if errors is not None and isinstance(error, errors.LightspineError):
-            say(_one_line(error))
+            if not getattr(error, "is_reported", False):
+                say(_one_line(error))
             return int(error.exit_status)
     hint = "" if debug else " (--debug shows the traceback)"
     say(f"{type(error).__name__}: {_one_line(error)}{hint}")

@@ -15,9 +15,12 @@ def train_command(
     script = str(ROOT / "tests" / "support" / "command.py")
     quick = ["--data=DigitsDataModule", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
     limits = ["--trainer.limit_train_batches=8", "--trainer.limit_val_batches=2"]
+    # The callbacks of `support.interruption`.
+    limits.append("--trust-class-path=support")
     return subprocess.run(
         [sys.executable, *launcher, script, "train", *quick, *limits, "--folder", str(folder), *flags],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path]), "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,

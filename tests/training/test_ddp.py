@@ -68,6 +68,47 @@ def test_death_ends_a_process_that_hangs(tmp_path: Path) -> None:
     assert "rank 0 of 2 ended before the others" in dead.stderr
 
 
+def _hang_at(step: int, *, rank: int, stopped: bool) -> list[str]:
+    """Return the flags that stop a process, as Ctrl-Z does, or let its main thread wait forever."""
+    kind = "KillAtStep" if stopped else "HangAtStep"
+    flags = [f"--trainer.callbacks.number={signal.SIGSTOP}"] if stopped else []
+    return [
+        f"--trainer.callbacks+=support.interruption.{kind}",
+        f"--trainer.callbacks.step={step}",
+        f"--trainer.callbacks.rank={rank}",
+        *flags,
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["own launcher", "torchrun"])
+def test_sigterm_to_one_process_ends_both_with_one_sentence(
+    tmp_path: Path, rank: int, launcher: tuple[str, ...]
+) -> None:
+    stop = [*kill_at(3, rank=rank), f"--trainer.callbacks.number={signal.SIGTERM}"]
+    flags = [*PLAIN, *TWO, *stop, "--save-every-steps=1"]
+    ended = train_command(tmp_path / "run", *flags, launcher=launcher)
+    said = [line for line in ended.stderr.splitlines() if line.startswith("lightspine:")]
+    assert ended.returncode != 0
+    assert len(said) == 1, ended.stderr
+    assert "training was interrupted" in said[0]
+    assert f"resume with --resume {tmp_path / 'run' / 'last.ckpt'}" in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stopped", "message"),
+    [(True, "has not answered for 5 seconds"), (False, "has not proceeded for 5 seconds")],
+    ids=["stopped", "waiting"],
+)
+def test_process_that_hangs_is_named(tmp_path: Path, stopped: bool, message: str) -> None:
+    flags = [*PLAIN, *TWO, *_hang_at(3, rank=1, stopped=stopped), "--rank-timeout=5"]
+    ended = train_command(tmp_path / "run", *flags)
+    assert ended.returncode != 0
+    assert f"lightspine: rank 1 of 2 {message}" in ended.stderr
+
+
 @pytest.mark.slow
 def test_run_of_two_processes_is_resumed_after_a_death(tmp_path: Path) -> None:
     flags = [*PLAIN, *TWO, "--save-every-steps=2"]

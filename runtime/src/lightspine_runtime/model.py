@@ -173,6 +173,9 @@ def _describe_session(
     """Return the metadata and the names of the outputs and inputs, which need not be UTF-8 in the file."""
     try:
         outputs, inputs = session.get_outputs(), session.get_inputs()
+        # Names of dimensions are read here so that later uses cannot fail.
+        for value in (*outputs, *inputs):
+            value.shape  # noqa: B018
         return (
             session.get_modelmeta().custom_metadata_map,
             [value.name for value in outputs],

@@ -38,6 +38,7 @@ from lightspine.training.detection import DetectionTask
 from lightspine.training.fit import TRAINER_DEFAULTS, Export, TrainResult, run_callbacks, run_training
 from lightspine.training.log_filters import filter_lightning_logs, has_terminal, show_info_logs
 from lightspine.training.lr_schedules import CosineSchedule, DecaySchedule, MilestoneSchedule
+from lightspine.training.rank_watchdog import RANK_TIMEOUT_S
 from lightspine.training.resume import AUTO, prepare_folder
 from lightspine.training.segmentation import SegmentationTask
 from lightspine.training.short_flags import expand_short_flags, suggest_flag
@@ -213,6 +214,13 @@ class TrainCLI(LightningCLI):
             default=None,
             help="total batch size per optimizer step over all devices, by gradient accumulation",
         )
+        parser.add_argument(
+            "--rank-timeout",
+            "--rank_timeout",
+            type=float,
+            default=RANK_TIMEOUT_S,
+            help="seconds after which a distributed run ends if a rank does not answer or proceed",
+        )
         for name, text in _SWITCHES.items():
             parser.add_argument(
                 f"--{name.replace('_', '-')}", f"--{name}", action="store_true", default=False, help=text
@@ -258,6 +266,7 @@ class TrainCLI(LightningCLI):
             live=live,
             save_every_steps=config.save_every_steps,
             effective_batch=config.effective_batch,
+            rank_timeout=config.rank_timeout,
         )
 
     def train(self) -> TrainResult:

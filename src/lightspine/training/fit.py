@@ -27,7 +27,7 @@ from lightspine.training.checkpoint import BEST, LAST, AtomicCheckpointIO, BestC
 from lightspine.training.finetuning import describe_start
 from lightspine.training.log_filters import filter_lightning_logs, has_terminal
 from lightspine.training.progress import LineProgress, RunProgressBar
-from lightspine.training.rank_watchdog import RankWatchdog
+from lightspine.training.rank_watchdog import RANK_TIMEOUT_S, RankWatchdog
 from lightspine.training.resume import (
     EpochState,
     TrainingInterruptedError,
@@ -103,6 +103,7 @@ def train(
     export: Export = "best",
     save_every_steps: int | None = None,
     effective_batch: int | None = None,
+    rank_timeout: float = RANK_TIMEOUT_S,
     grad_checkpointing: bool = False,
     compile: bool = False,
     tensorboard: bool = False,
@@ -125,6 +126,7 @@ def train(
         export: export the weights of the epoch with the best validation score, or of the last epoch.
         save_every_steps: also write `last.ckpt` every n steps, not only after every epoch.
         effective_batch: total batch size per optimizer step over all devices, by gradient accumulation.
+        rank_timeout: seconds after which a distributed run ends if a rank does not answer or proceed.
         grad_checkpointing: recompute activations in the backward pass; slower, saves memory.
         compile: compile the model with `torch.compile`.
         tensorboard: also log to TensorBoard, in `folder/tensorboard`.
@@ -153,6 +155,7 @@ def train(
         live=has_terminal(),
         save_every_steps=save_every_steps,
         effective_batch=effective_batch,
+        rank_timeout=rank_timeout,
     )
     callbacks += trainer_options.pop("callbacks", [])
     with filter_lightning_logs():
@@ -224,8 +227,13 @@ def run_training(
     # Rank 0 writes the files.
     with lock_folder(log.folder) if trainer.is_global_zero else contextlib.nullcontext():
         started = time.perf_counter()
-        with filter_lightning_logs(), report_last_checkpoint(log.folder / LAST):
-            _fit(trainer, task, data, checkpoint)
+        try:
+            with filter_lightning_logs(), report_last_checkpoint(log.folder / LAST):
+                _fit(trainer, task, data, checkpoint)
+        except TrainingInterruptedError as error:
+            # All ranks stop; rank 0 says so.
+            error.is_reported = not trainer.is_global_zero
+            raise
         seconds = time.perf_counter() - started
         return export_run(log, task, data, export=export, seconds=seconds, write=trainer.is_global_zero)
 
@@ -238,9 +246,10 @@ def run_callbacks(
     live: bool,
     save_every_steps: int | None = None,
     effective_batch: int | None = None,
+    rank_timeout: float = RANK_TIMEOUT_S,
 ) -> list[pl.Callback]:
     """Return the callbacks of every run: checkpoints, metrics log and progress bar; see `train`."""
-    callbacks: list[pl.Callback] = [RankWatchdog()]
+    callbacks: list[pl.Callback] = [RankWatchdog(rank_timeout)]
     if effective_batch is not None:
         callbacks.append(GradientAccumulation(effective_batch))
     callbacks += [

@@ -25,6 +25,8 @@ class TrainingInterruptedError(LightspineError):
     """Training was interrupted by Ctrl-C or a signal; the message names the last checkpoint."""
 
     exit_status = 130
+    is_reported = False
+    """Whether another rank prints the message."""
 
 
 def prepare_folder(folder: str | Path, *, resume: str | Path | None = None) -> Path:
