@@ -297,7 +297,7 @@ def _fetch_from_hub(
     # A repository in timm's layout has one model, of any classes; its file is checked when it is loaded.
     standard = [name for name in TIMM_FILES if name in names][:1]
     for file_name in standard or names:
-        path = _hub_download(repository, file_name, cache_dir)
+        path = hub_download(repository, file_name, cache_dir)
         if standard or fits(path):
             source = f"hf-hub:{repository}/{file_name}"
             record = _record(full_name, path, source, cfg, hash_file(path))
@@ -317,12 +317,18 @@ def _list_hub_files(repository: str) -> list[str]:
     return sorted(found, key=lambda name: (_CHECKPOINT_SUFFIXES.index(Path(name).suffix), name))
 
 
-def _hub_download(repository: str, file_name: str, cache_dir: str | Path | None) -> Path:
-    from huggingface_hub import hf_hub_download
+def hub_download(repository: str, file_name: str, cache_dir: str | Path | None = None) -> Path:
+    """Return a file of "ORG/NAME" or "ORG/NAME@REVISION" on the Hugging Face Hub, downloaded once.
+
+    Raises:
+        LightspineError: the download failed.
+        UsageError: the file is not in the cache and HF_HUB_OFFLINE is set.
+    """
+    from huggingface_hub import hfhub_download
 
     name, revision = _split_revision(repository)
     with hub_errors(f"{repository}/{file_name}"):
-        return Path(hf_hub_download(name, file_name, revision=revision, cache_dir=cache_dir))
+        return Path(hfhub_download(name, file_name, revision=revision, cache_dir=cache_dir))
 
 
 def check_hub_pickle(repository: str, cache_dir: str | Path | None) -> None:

@@ -4,6 +4,7 @@
 # ruff: noqa: ARG001
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ def causal_conv1d(
 ) -> Tensor:
     """Causal depthwise 1D convolution: the output depends on the position and the W - 1 positions before it.
 
-    Triton kernels compute all groups and the activation in one pass on CUDA; other devices run PyTorch's
-    convolution. The backward saves only the inputs.
+    Triton kernels compute all groups and the activation in one pass on CUDA, and their backward saves only
+    the inputs; other devices run PyTorch's convolution. Sums and SiLU are computed in float32 (float64 for
+    float64 input), also under autocast; x, weight and bias may have different dtypes.
 
     Args:
         x: input, (B, D, L); tokens (B, L, D), transposed, are read in place.
@@ -42,7 +44,7 @@ def causal_conv1d(
         backend: "auto", "torch" or "triton".
 
     Returns:
-        (B, K D, L), channels innermost in memory.
+        (B, K D, L) in the dtype of x, channels innermost in memory.
 
     Raises:
         UsageError: a wrong shape or dtype, tensors on several devices, or a backend that cannot run here.
@@ -75,14 +77,17 @@ def causal_conv1d(
 def _convolve_groups(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: tuple[bool, ...]
 ) -> Tensor:
-    """Convolve all groups in standard operations."""
-    return torch.cat(
-        [
-            _convolve(x, weight[k], None if bias is None else bias[k], silu, backward)
+    """Convolve all groups in standard operations, in the precision of the kernels, also under autocast."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    kernels, biases = weight.to(dtype), None if bias is None else bias.to(dtype)
+    kind = x.device.type
+    disabled = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    with disabled:
+        outputs = [
+            _convolve(x.to(dtype), kernels[k], None if biases is None else biases[k], silu, backward)
             for k, backward in enumerate(reverse)
-        ],
-        dim=1,
-    )
+        ]
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).to(x.dtype)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:

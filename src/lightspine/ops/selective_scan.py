@@ -75,7 +75,7 @@ def selective_scan(
         >>> selective_scan(u, delta, A, B, C, delta_softplus=True).shape
         torch.Size([2, 8, 50])
     """
-    B, C = _grouped_projections(u, A, B, C)
+    B, C = grouped_projections(u, A, B, C)
     if backend == "reference" or in_transform() or torch.onnx.is_in_onnx_export():
         inputs = SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)
         out, state = _without_operator(inputs, delta_softplus, reverse, backend)
@@ -134,7 +134,7 @@ def _without_operator(
     return torch_scan.run_selective_scan(form, inputs, delta_softplus, reverse)
 
 
-def _grouped_projections(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+def grouped_projections(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """Bring B and C, each in any of its three shapes, to (B, K, N, L) with one K."""
     if B.dim() == 3:
         B = B[:, None]
