@@ -339,7 +339,7 @@ def check_hub_pickle(repository: str, cache_dir: str | Path | None) -> None:
     """
     for file_name in ("model.safetensors", "pytorch_model.bin"):
         try:
-            path = _hub_download(repository, file_name, cache_dir)
+            path = hub_download(repository, file_name, cache_dir)
         except LightspineError:
             # timm reports a repository without weights.
             continue
