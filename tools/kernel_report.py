@@ -37,7 +37,7 @@ from triton.runtime import driver
 from lightspine.ops.inputs import CrossScanInputs, SelectiveScanInputs
 from lightspine.ops.kernel_scan import KernelScan
 from lightspine.ops.triton import conv_launch, cross_scan_launch, launch
-from lightspine.ops.triton.config import SAVE_EVERY
+from lightspine.ops.triton.scan_backward_kernel import TILE
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 VMAMBA_STAGES = {1: (96, 56, 6), 2: (192, 28, 12), 3: (384, 14, 24), 4: (768, 7, 48)}
@@ -95,9 +95,7 @@ def report() -> list[dict[str, Any]]:
         ) -> None:
             if arguments.get("ADJOINT"):
                 case += ", adjoint"
-            if arguments.get("p_saved") is not None and "fwd" in kernel.__name__:
-                case += ", saving states"
-            elif "p_out" in arguments and arguments["p_out"] is None:
+            if "p_out" in arguments and arguments["p_out"] is None:
                 case += ", states of chunks"
             if (kernel.__name__, case) not in rows:
                 rows[kernel.__name__, case] = _measure(
@@ -222,10 +220,9 @@ def _trips(kernel: str, arguments: dict[str, Any], num_warps: int) -> tuple[list
         positions = min(arguments["chunk"], arguments["length"])
         trips = [positions]
         if "bwd" in kernel:
-            trips = [-(-positions // SAVE_EVERY), SAVE_EVERY // arguments["TILE"]]
-        elif arguments.get("p_saved") is not None:
-            trips = [-(-positions // SAVE_EVERY), SAVE_EVERY]
-        return trips, positions * arguments["BLOCK_D"] / 32
+            stretch = arguments["STRETCH"]
+            trips = [-(-positions // stretch), stretch // TILE.value]
+        return trips, positions * arguments["BLOCK_D"] / 32 / num_warps
     if "chunk" not in arguments:
         return [-(-chunks // arguments["T"])], chunks
     # A chunk in the middle of a sequence; the last one may be shorter.

@@ -135,10 +135,10 @@ def compiled_mixer() -> Report:
 
 @contextmanager
 def short_chunks(programs: int = 10**9, images: int = 10**9) -> Iterator[None]:
-    """Split sequences into chunks of four steps, as long ones are on a GPU.
+    """Split sequences into chunks of 4 steps, of 8 in the backward, as long ones are on a GPU.
 
     Args:
-        programs: programs that are enough to fill the device; with 1 no sequence is cut.
+        programs: programs that are enough to fill the device; with 1 only the backward cuts, at 56 steps.
         images: images that the backward processes at once.
     """
     from lightspine.ops.triton import config, launch
@@ -147,7 +147,13 @@ def short_chunks(programs: int = 10**9, images: int = 10**9) -> Iterator[None]:
         return choose_config(*sizes, **options)._replace(images_per_slice=images)
 
     choose_config = launch.choose_config
-    names = [(config, "SAVE_EVERY", 4), (launch, "SAVE_EVERY", 4), (config, "_ENOUGH_PROGRAMS", programs)]
+    names = [
+        (config, "CHUNK_UNIT", 4),
+        (config, "STRETCH", 8),
+        (launch, "STRETCH", 8),
+        (config, "_ENOUGH_PROGRAMS", programs),
+        (config, "_ENOUGH_GRAD_PROGRAMS", programs),
+    ]
     before = [(module, name, getattr(module, name)) for module, name, _ in names]
     for module, name, value in names:
         setattr(module, name, value)
@@ -250,8 +256,10 @@ FAST_CASES: dict[str, Callable[[], Report]] = {
     "selective K2": lambda: cut_scan(scan_inputs(2, 6, 5, 2, 2), F64),
     "selective D70, three blocks of channels": lambda: cut_scan(scan_inputs(1, 70, 3, 1, 1), F64),
     "selective reverse": lambda: cut_scan(scan_inputs(1, 5, 7, 3, 1), F64, reverse=True),
-    "selective in one chunk with saved states": lambda: cut_scan(scan_inputs(1, 3, 9, 2, 1), F64, programs=1),
-    "selective in chunks of two stretches": lambda: cut_scan(scan_inputs(1, 3, 17, 2, 1), F64, programs=3),
+    "selective in one chunk of three stretches": lambda: cut_scan(
+        scan_inputs(1, 3, 19, 2, 1), F64, programs=1
+    ),
+    "selective in chunks of two stretches": lambda: cut_scan(scan_inputs(1, 3, 37, 2, 1), F64, programs=3),
     "selective in slices of one image": lambda: cut_scan(scan_inputs(3, 3, 5, 2, 1), F64, images=1),
     "selective without D": lambda: cut_scan(without(scan_inputs(1, 5, 5, 2, 1), "D"), F64),
     "selective without z": lambda: cut_scan(without(scan_inputs(1, 5, 5, 2, 1), "z"), F64),

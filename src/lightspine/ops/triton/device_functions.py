@@ -17,10 +17,17 @@ def softplus2(v, ACCURATE: tl.constexpr):
 
     The exponent is never positive, so that nothing overflows. The special-function unit's logarithm of a
     number near 1 has an absolute error of 2^-22: relative to a step of 0.001, 1.6e-4, a twentieth of what the
-    rounding of bfloat16 operands brings. With ACCURATE it is a polynomial of relative error 1e-7.
+    rounding of bfloat16 operands brings. With ACCURATE it is a polynomial of relative error 1e-7. For float64
+    it is exact, but as PyTorch's `softplus` v itself above 20 / ln 2.
     """
     small = exp2(-gl.abs(v))
-    if ACCURATE:
+    if v.dtype == gl.float64:
+        # log2(1 + small) times what 1 + small lost of small.
+        kept = (1.0 + small) - 1.0
+        log = log2(1.0 + small) * (small / gl.where(kept > 0.0, kept, 1.0))
+        log = gl.where(kept > 0.0, log, small * LOG2E)
+        return gl.where(v > 20.0 * LOG2E, v, gl.maximum(v, 0.0) + log)
+    elif ACCURATE:
         return gl.maximum(v, 0.0) + log2_1p(small)
     else:
         return gl.maximum(v, 0.0) + log2(1.0 + small)

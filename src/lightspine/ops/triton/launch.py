@@ -16,19 +16,19 @@ from triton.runtime.interpreter import InterpretedFunction
 from lightspine.errors import UsageError
 from lightspine.ops.inputs import GroupedInputs, ParameterGradients, Strided
 from lightspine.ops.triton.config import (
+    GRAD_WARPS,
     PASSING_CHANNELS,
     PASSING_CHUNKS,
-    SAVE_EVERY,
-    TILE,
+    STRETCH,
     ScanConfig,
     choose_config,
 )
 from lightspine.ops.triton.kernels import (
     chunk_adjoint_kernel,
-    chunk_scan_bwd_kernel,
     chunk_scan_fwd_kernel,
     state_passing_kernel,
 )
+from lightspine.ops.triton.scan_backward_kernel import chunk_scan_bwd_kernel
 
 
 class _Launcher:
@@ -72,7 +72,6 @@ class _Launcher:
             "chunks": config.chunks,
             "reversed_groups": inputs.reversed_groups,
             "SOFTPLUS": inputs.delta_softplus,
-            "FAST_MATH": config.fast_math,
             "BLOCK_N": config.block_n,
         }
 
@@ -85,8 +84,6 @@ class _Launcher:
             "p_D": self.D,
             "x_strides": inputs.x[1:],
             "B_strides": inputs.B[1:],
-            "save_every": SAVE_EVERY,
-            "saves": self.config.saves,
         }
 
     def scan(
@@ -96,17 +93,16 @@ class _Launcher:
         start: Tensor | None = None,
         end: Tensor | None = None,
         dt_sum: Tensor | None = None,
-        saved: Tensor | None = None,
     ) -> None:
         for first_group, launched_groups in self.launches if out is not None else [(0, self.groups)]:
             launch(
                 chunk_scan_fwd_kernel,
                 self.programs(launched_groups, self.config.block_d),
                 BLOCK_D=self.config.block_d,
+                FAST_MATH=self.config.fast_math,
                 p_start=start,
                 p_end=end,
                 p_dt_sum=dt_sum,
-                p_saved=saved,
                 p_out=None if out is None else out.tensor,
                 out_strides=(0, 0, 0, 0) if out is None else out[1:],
                 first_group=first_group,
@@ -188,7 +184,7 @@ def grouped_scan_backward(
     """Launch the backward kernels: write the gradients of x, delta and z and return all others.
 
     The states are recomputed. Images are processed in slices, so that the temporary memory stays below some
-    64 MiB, or that of one image: states, adjoints, scratch, and the gradients of B and C per block of
+    12 MiB, or that of one image: states and adjoints at the chunks, and the gradients of B and C per block of
     channels.
 
     Args:
@@ -212,7 +208,10 @@ def grouped_scan_backward(
     grad_B, grad_C = (
         torch.empty(batch, length, groups, states, dtype=inputs.dtype, device=device) for _ in "BC"
     )
-    parameters = torch.zeros(groups, states + 2, dim, dtype=inputs.dtype, device=device)
+    grad_A, grad_D, grad_bias = (
+        torch.zeros(shape, dtype=inputs.dtype, device=device)
+        for shape in ((groups, states, dim), (groups, dim), (groups, dim))
+    )
     for images in _slices(batch, config.images_per_slice):
         launcher = _Launcher(_select_images(inputs, images), config, shared=shared)
         size = launcher.batch
@@ -220,28 +219,27 @@ def grouped_scan_backward(
             _select(t, images) for t in (grad_out, grad_x, grad_delta)
         )
         part_grad_z = None if grad_z is None else _select(grad_z, images)
-        saved, adjoint = _saved_states(
+        starts, adjoint, dt_sums = _states_at_chunks(
             launcher, part_grad_out, None if grad_state is None else grad_state[images]
         )
         blocks = -(-dim // config.grad_block_d)
         partial_B, partial_C = (launcher.empty(blocks, size, length, groups, states) for _ in "BC")
-        partial_parameters = launcher.empty(size, config.chunks, groups, states + 2, dim)
-        programs = launcher.programs(launcher.launches[0][1], config.grad_block_d)
-        scratch = launcher.empty(programs, SAVE_EVERY // TILE, config.block_n, config.grad_block_d)
+        partial_D = torch.empty_like(dt_sums)
         for first_group, launched_groups in launcher.launches:
             launch(
                 chunk_scan_bwd_kernel,
-                programs,
+                launcher.programs(launched_groups, config.grad_block_d),
+                num_warps=GRAD_WARPS,
                 p_grad_out=part_grad_out.tensor,
-                p_saved=saved,
+                p_start=starts,
                 p_adjoint=adjoint,
-                p_scratch=scratch,
                 p_grad_x=part_grad_x.tensor,
                 p_grad_dt=part_grad_delta.tensor,
                 p_grad_z=None if part_grad_z is None else part_grad_z.tensor,
                 p_grad_B=partial_B,
                 p_grad_C=partial_C,
-                p_grad_parameters=partial_parameters,
+                p_grad_D=partial_D,
+                p_grad_bias=dt_sums,
                 grad_out_strides=part_grad_out[1:],
                 grad_x_strides=part_grad_x[1:],
                 batch=size,
@@ -249,49 +247,54 @@ def grouped_scan_backward(
                 launched_groups=launched_groups,
                 ACCUMULATE=first_group > 0,
                 BLOCK_D=config.grad_block_d,
-                TILE=TILE,
+                STRETCH=STRETCH,
+                STRETCHES=config.stretches,
+                WARPS=GRAD_WARPS,
                 **launcher.scan_arguments(),
                 **launcher.state_arguments(),
             )
         torch.sum(partial_B, 0, out=grad_B[images])
         torch.sum(partial_C, 0, out=grad_C[images])
-        parameters += partial_parameters.sum((0, 1))
+        # The kernel has put the gradients of A and of the bias in place of the adjoints and the sums of dt.
+        grad_A += adjoint.sum((0, 2))
+        grad_D += partial_D.sum((0, 2))
+        grad_bias += dt_sums.sum((0, 2))
     return ParameterGradients(
-        parameters[:, :states].transpose(1, 2).contiguous(),
+        grad_A.transpose(1, 2).contiguous(),
         grad_B,
         grad_C,
-        None if inputs.D is None else parameters[:, states].clone(),
-        None if inputs.delta_bias is None else parameters[:, states + 1].clone(),
+        None if inputs.D is None else grad_D,
+        None if inputs.delta_bias is None else grad_bias,
     )
 
 
-def _saved_states(launcher: _Launcher, grad_out: Strided, grad_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the state before every `SAVE_EVERY`-th step and the adjoint at the end of each chunk."""
+def _states_at_chunks(
+    launcher: _Launcher, grad_out: Strided, grad_state: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the state before each chunk, or `None` for zeros, the adjoint at its end and its sum of dt.
+
+    The backward writes to the last two.
+    """
     config = launcher.config
-    shape = (launcher.batch, launcher.groups)
-    if grad_state is None:
-        grad_state = launcher.empty(*shape, launcher.states, launcher.dim).zero_()
+    shape = (launcher.batch, launcher.groups, config.chunks)
     if config.chunks == 1:
-        saved = launcher.empty(*shape, config.saves, launcher.states, launcher.dim)
-        launcher.scan(saved=saved)
-        return saved, grad_state
+        adjoint = launcher.empty(*shape, launcher.states, launcher.dim)
+        adjoint.copy_(grad_state.unsqueeze(2)) if grad_state is not None else adjoint.zero_()
+        return None, adjoint, launcher.empty(*shape, launcher.dim)
     starts, dt_sums = launcher.chunk_starts(final=None)
-    saved = starts
-    if config.chunk > SAVE_EVERY:
-        saved = launcher.empty(*shape, config.saves, launcher.states, launcher.dim)
-        launcher.scan(start=starts, saved=saved)
     adjoint = torch.empty_like(starts)
     launch(
         chunk_adjoint_kernel,
         launcher.programs(launcher.groups, config.block_d),
         BLOCK_D=config.block_d,
+        FAST_MATH=config.fast_math,
         p_grad_out=grad_out.tensor,
         p_adjoint=adjoint,
         grad_out_strides=grad_out[1:],
         **launcher.scan_arguments(),
     )
     launcher.pass_states(adjoint, dt_sums, initial=grad_state, final=None, reverse=True)
-    return saved, adjoint
+    return starts, adjoint, dt_sums
 
 
 def _choose_config(inputs: GroupedInputs, shared: bool, *, backward: bool) -> ScanConfig:

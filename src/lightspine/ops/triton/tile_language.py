@@ -127,6 +127,9 @@ if INTERPRETED:
     def log2(x):
         return tl.log2(x)
 
+    def reciprocal(x):
+        return 1.0 / x
+
     def linear_scan(a, b, h, TILE):
         dtype = b.dtype
         a, b, h = a.handle.data, b.handle.data, h.handle.data
@@ -170,6 +173,27 @@ if INTERPRETED:
         tile = tl.zeros([ROWS, COLUMNS], dtype).handle.data
         return SharedTile(tile.copy() if COPIES is None else np.repeat(tile[None], COPIES, 0), dtype)
 
+    def state_layout(*_):
+        return None
+
+    step_layout = row_layout = partial_layout = state_layout
+
+    def shared_rows(dtype, ROWS, COLUMNS):
+        return shared_tile(dtype, ROWS, COLUMNS)
+
+    def as_tile(rows):
+        return rows
+
+    def shared_partials(dtype, ROWS, STATES, WARPS):
+        return shared_tile(dtype, STATES, WARPS, ROWS)
+
+    def load_partials(partials, layout):
+        return partials.permute((0, 2, 1)).load(layout)
+
+    def warp_sums(x, WARPS):
+        data = x.handle.data
+        return _wrap(data.reshape(len(data), WARPS, -1).sum(2), x.dtype)
+
     def synchronize():
         pass
 
@@ -189,17 +213,33 @@ else:
 
     @gluon.jit
     def exp2(x):
-        """Return 2^x, denormal numbers flushed to zero; relative error 2^-22."""
-        return gl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-        )
+        """Return 2^x; for float32 with denormal numbers flushed to zero and a relative error of 2^-22."""
+        if x.dtype == gl.float64:
+            return gl.exp2(x)
+        else:
+            return gl.inline_asm_elementwise(
+                "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+            )
 
     @gluon.jit
     def log2(x):
-        """Return the logarithm to base 2 of a normal number; absolute error 2^-22 between 0.5 and 2."""
-        return gl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-        )
+        """Return the logarithm to base 2 of a normal number; float32: error 2^-22 between 0.5 and 2."""
+        if x.dtype == gl.float64:
+            return gl.log2(x)
+        else:
+            return gl.inline_asm_elementwise(
+                "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+            )
+
+    @gluon.jit
+    def reciprocal(x):
+        """Return 1 / x; for float32 with an error of one unit in the last place, 0 above 2^126."""
+        if x.dtype == gl.float64:
+            return 1.0 / x
+        else:
+            return gl.inline_asm_elementwise(
+                "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+            )
 
     @gluon.jit
     def _halves(x):
@@ -337,6 +377,67 @@ else:
         """
         SHAPE: gl.constexpr = [ROWS, COLUMNS] if COPIES is None else [COPIES, ROWS, COLUMNS]
         return gl.allocate_shared_memory(DTYPE, SHAPE, _swizzled(DTYPE))
+
+    @gluon.constexpr_function
+    def state_layout(STATES, CHANNELS, WARPS):
+        """Return the layout of (states, channels): at most 4 states of some channels in a thread.
+
+        More than 64 states are 16 threads wide. The warps own different channels.
+        """
+        in_thread = max(min(4, STATES), STATES // 16)
+        lanes = STATES // in_thread
+        channels = CHANNELS // (32 // lanes * WARPS)
+        return gl.BlockedLayout([in_thread, channels], [lanes, 32 // lanes], [1, WARPS], [1, 0])
+
+    @gluon.constexpr_function
+    def step_layout(CHANNELS, WARPS):
+        """Return the layout of (steps, channels); a warp owns the channels that it owns in `state_layout`."""
+        size = min(4, CHANNELS // WARPS)
+        lanes = min(32, CHANNELS // WARPS // size)
+        return gl.BlockedLayout([1, size], [32 // lanes, lanes], [1, WARPS], [1, 0])
+
+    @gluon.constexpr_function
+    def row_layout(COLUMNS, WARPS):
+        """Return the layout in which (steps, states) are read."""
+        size = min(4, COLUMNS)
+        lanes = min(32, COLUMNS // size)
+        return gl.BlockedLayout([1, size], [32 // lanes, lanes], [WARPS, 1], [1, 0])
+
+    @gluon.constexpr_function
+    def partial_layout(STATES, WARPS):
+        """Return the layout of (steps, warps, states) whose sum over the warps needs no shuffle."""
+        lanes = min(32, STATES)
+        return gl.BlockedLayout([1, WARPS, 1], [32 // lanes, 1, lanes], [WARPS, 1, 1], [2, 1, 0])
+
+    @gluon.constexpr_function
+    def _plain(order):
+        return gl.SwizzledSharedLayout(1, 1, 1, order)
+
+    @gluon.jit
+    def shared_rows(DTYPE: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+        """Return shared memory of which `.index(row)` is a vector; `as_tile` makes it a tile."""
+        return gl.allocate_shared_memory(DTYPE, [ROWS, COLUMNS], _plain([0]))
+
+    @gluon.jit
+    def as_tile(rows):
+        """Return `shared_rows` as one tile (rows, columns)."""
+        return rows._reinterpret(rows.dtype, rows.shape, _plain([1, 0]))
+
+    @gluon.jit
+    def shared_partials(DTYPE: gl.constexpr, ROWS: gl.constexpr, STATES: gl.constexpr, WARPS: gl.constexpr):
+        """Return shared memory for ROWS tiles of `warp_sums`."""
+        return gl.allocate_shared_memory(DTYPE, [ROWS, STATES, WARPS], _plain([0, 1]))
+
+    @gluon.jit
+    def load_partials(partials, LAYOUT: gl.constexpr):
+        """Return the rows of `shared_partials` as (rows, warps, states)."""
+        SHAPE: gl.constexpr = [partials.shape[0], partials.shape[2], partials.shape[1]]
+        return partials._reinterpret(partials.dtype, SHAPE, _plain([2, 1, 0])).load(LAYOUT)
+
+    @gluon.jit
+    def warp_sums(x, WARPS: gl.constexpr):
+        """Return the sums over the channels of each warp of a tile in `state_layout`, (states, WARPS)."""
+        return gl.sum(gl.reshape(x, [x.shape[0], WARPS, x.shape[1] // WARPS]), 2)
 
     @gluon.jit
     def prevent_hoisting(x):
