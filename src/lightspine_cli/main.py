@@ -224,6 +224,10 @@ def _report(error: Exception, debug: bool) -> int:
             if not getattr(error, "is_reported", False):
                 say(_one_line(error))
             return int(error.exit_status)
+    resources = sys.modules.get("lightspine.utils.resource_errors")
+    if resources is not None and (sentence := resources.describe_resource_error(error)):
+        say(sentence)
+        return 1
     hint = "" if debug else " (--debug shows the traceback)"
     say(f"{type(error).__name__}: {_one_line(error)}{hint}")
     return 1

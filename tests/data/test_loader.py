@@ -1,14 +1,18 @@
 """ResumableLoader: resuming in the middle of an epoch."""
 
+import contextlib
+import os
+import signal
+import time
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-from lightspine.data.loader import ResumableLoader, SeededDataset
+from lightspine.data.loader import ResumableLoader, SeededDataset, WatchedLoader
 from lightspine.data.samplers import EpochSampler
-from lightspine.errors import UsageError
+from lightspine.errors import LightspineError, UsageError
 
 
 class Noise(Dataset[torch.Tensor]):
@@ -88,3 +92,26 @@ def test_other_samplers_are_gone_through_to_the_position() -> None:
 def test_persistent_workers_are_refused() -> None:
     with pytest.raises(UsageError, match="persistent_workers=False"):
         _loader(num_workers=1, persistent_workers=True)
+
+
+class Deadly(Noise):
+    """Dataset whose worker is killed at the ninth item."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_death_of_a_worker_stops_the_loader_though_its_own_error_is_swallowed() -> None:
+    # The batches of the other worker are loaded already.
+    batches = iter(WatchedLoader(Deadly(), batch_size=4, num_workers=2, prefetch_factor=2))
+
+    def read_all() -> None:
+        for _ in range(6):
+            with contextlib.suppress(RuntimeError):
+                time.sleep(0.3)
+            next(batches)
+
+    with pytest.raises(LightspineError, match=r"data loader worker .* was killed or crashed"):
+        read_all()

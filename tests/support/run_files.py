@@ -37,12 +37,18 @@ def write_label_maps(root: Path, *, count: int = 5, class_names: bool = True) ->
     return root
 
 
-def train_classifier(data: Path, folder: Path, **options: Any) -> TrainResult:
+def train_classifier(data: Path, folder: Path, *, num_workers: int = 0, **options: Any) -> TrainResult:
     """Train on colored images at 48 px, of which a part is held out, with an EMA of the weights."""
     if not data.is_dir():
         write_folder(data, count=5)
     module = ImageFolderDataModule(
-        data, image_size=48, batch_size=4, num_workers=0, augmentation="none", val_fraction=0.4, seed=3
+        data,
+        image_size=48,
+        batch_size=4,
+        num_workers=num_workers,
+        augmentation="none",
+        val_fraction=0.4,
+        seed=3,
     )
     task = ClassificationTask(SMALL_MODEL, 3, warmup_epochs=0.0, ema_decay=0.5)
     return _train(task, module, folder, **options)

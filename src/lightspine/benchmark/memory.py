@@ -23,16 +23,9 @@ from lightspine.benchmark.prepare import TrainingStep, prepare_row
 from lightspine.benchmark.results import Row, Status
 from lightspine.benchmark.settings import Job
 from lightspine.errors import LightspineError
+from lightspine.utils.resource_errors import is_out_of_memory
 
 _MIB = 2**20
-# Messages of PyTorch's CPU allocator, the C++ library and ONNX Runtime, which raise no dedicated exception.
-_OUT_OF_MEMORY_MESSAGES = (
-    "can't allocate memory",
-    "not enough memory",
-    "out of memory",
-    "bad_alloc",
-    "bad allocation",
-)
 _MAX_ERROR_LENGTH = 300
 
 
@@ -58,8 +51,7 @@ class MemoryReading:
 def describe_failure(error: BaseException) -> tuple[Status, str]:
     """Return the status of a row whose measurement raised `error`, and the reason in one line."""
     text = " ".join(str(error).split())
-    no_memory = any(message in text.lower() for message in _OUT_OF_MEMORY_MESSAGES)
-    if no_memory or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if is_out_of_memory(error):
         return "out_of_memory", _truncate(text) or "the process could not allocate memory"
     return "failed", _truncate(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 

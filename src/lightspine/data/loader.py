@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightspine.data.samplers import EpochSampler
 from lightspine.errors import UsageError
+from lightspine.utils.resource_errors import WorkerDiedError, resource_errors, watch_workers, worker_message
 from lightspine.utils.seeding import seeded_generators
 
 
@@ -46,7 +47,43 @@ class SeededDataset(Dataset[Any]):
             return self.dataset[position]
 
 
-class ResumableLoader(DataLoader):
+class WatchedLoader(DataLoader):
+    """DataLoader that stops with a LightspineError at the next batch after a worker died.
+
+    torch's loader goes on with the batches that were already loaded, and raises its own error from a signal
+    handler, where other code may swallow it.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch declares its own iterator class
+        """Yield the batches.
+
+        Raises:
+            LightspineError: a worker died, or there is not enough memory.
+        """
+        with resource_errors():
+            batches = super().__iter__()
+        watch_workers(batches)
+        while True:
+            with resource_errors():
+                batch = next(batches, _END)
+                _check_workers(batches)
+            if batch is _END:
+                return
+            yield batch
+
+
+_END = object()
+
+
+def _check_workers(batches: Any) -> None:
+    """Check that the workers which still have batches to load are alive."""
+    workers = zip(getattr(batches, "_workers", ()), getattr(batches, "_workers_status", ()), strict=False)
+    dead = [str(worker.pid) for worker, expected in workers if expected and not worker.is_alive()]
+    if dead:
+        raise WorkerDiedError(worker_message(", ".join(dead)))
+
+
+class ResumableLoader(WatchedLoader):
     """DataLoader that saves and restores its position; Lightning does so with every checkpoint.
 
     Reading starts at the first `next()` instead of at `iter()`, because Lightning calls `iter()` before it

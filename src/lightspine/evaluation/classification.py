@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightspine.data.dataset import Batch
+from lightspine.data.loader import WatchedLoader
 from lightspine.data.transforms import create_eval_transform
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.classifiers import Weights, class_names, find_preprocessing, load_classifier
@@ -27,11 +27,13 @@ from lightspine.models.checkpoint import Checkpoint
 from lightspine.utils.devices import check_device, synchronize
 from lightspine.utils.image_files import open_image
 from lightspine.utils.progress import progress_bar
+from lightspine.utils.resource_errors import resource_errors
 
 _MAX_REPORTED_CONFUSION_CLASSES = 200
 """Largest confusion matrix in the report; `classes.csv` has the most frequent confusion of every class."""
 
 
+@resource_errors()
 def evaluate(
     model: str | Path | Checkpoint,
     data: str | Path,
@@ -120,7 +122,7 @@ def evaluate(
         seed=seed,
         class_mapping=class_mapping,
     )
-    loader = DataLoader(images.dataset, batch_size, collate_fn=images.collate, num_workers=num_workers)
+    loader = WatchedLoader(images.dataset, batch_size, collate_fn=images.collate, num_workers=num_workers)
     metrics = ClassificationMetrics(
         num_classes, right_classes=images.right_classes, candidates=images.candidates
     )
@@ -218,6 +220,7 @@ class Prediction:
     classes: list[ClassScore]
 
 
+@resource_errors()
 def predict(
     model: str | Path | Checkpoint,
     images: Iterable[str | Path],

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from lightspine.data.detection import (
     CocoAnnotations,
@@ -16,6 +15,7 @@ from lightspine.data.detection import (
     hold_out,
     read_coco,
 )
+from lightspine.data.loader import WatchedLoader
 from lightspine.dense import load_network
 from lightspine.dense.inference import detect_by_size
 from lightspine.dense.metrics import CocoMetrics
@@ -36,8 +36,10 @@ from lightspine.evaluation.common import (
 from lightspine.models.checkpoint import Checkpoint, Weights, read_checkpoint
 from lightspine.utils.devices import check_device
 from lightspine.utils.progress import progress_bar
+from lightspine.utils.resource_errors import resource_errors
 
 
+@resource_errors()
 def evaluate_detector(
     checkpoint: str | Path | Checkpoint,
     data: str | Path,
@@ -119,7 +121,7 @@ def evaluate_detector(
         )
     max_detections = max(metadata.options.get("detections_per_image", 100), 100)
     metrics = CocoMetrics(annotations, max_detections=max_detections)
-    loader = DataLoader(
+    loader = WatchedLoader(
         # Ground truth masks are evaluated as RLE, so the dataset need not decode them.
         DetectionDataset(replace(annotations, segmentations=None)),
         batch_size,

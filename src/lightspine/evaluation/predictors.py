@@ -26,6 +26,7 @@ from lightspine.utils.devices import check_device
 from lightspine.utils.files import atomic_write, atomic_write_text
 from lightspine.utils.image_files import open_image
 from lightspine.utils.progress import progress_bar
+from lightspine.utils.resource_errors import resource_errors
 
 DEFAULT_MAX_DRAWN = 100
 """Maximum number of objects drawn into an image; more would cover it."""
@@ -131,6 +132,7 @@ class SegmentationPredictor:
         return DensePrediction(path=path, shares=shares, picture=picture)
 
 
+@resource_errors()
 def predict_dense(
     checkpoint: str | Path | Checkpoint,
     images: Sequence[str | Path],

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from lightspine.data.detection import find_coco, is_coco, read_coco
+from lightspine.data.loader import WatchedLoader
 from lightspine.data.segmentation import (
     IGNORED,
     CocoSemanticLabels,
@@ -44,11 +44,13 @@ from lightspine.export.onnx_network import is_onnx_file, load_onnx_segmenter
 from lightspine.models.checkpoint import Checkpoint, Weights, read_checkpoint
 from lightspine.utils.devices import check_device
 from lightspine.utils.progress import progress_bar
+from lightspine.utils.resource_errors import resource_errors
 
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Image size ratios of the published multi-scale test, which also averages over horizontal flips."""
 
 
+@resource_errors()
 def evaluate_segmenter(
     checkpoint: str | Path | Checkpoint,
     data: str | Path,
@@ -107,7 +109,7 @@ def evaluate_segmenter(
     pairs, reader, names, described = _open_dataset(metadata, data, split, val_fraction, seed)
     settings = choose_settings(metadata, scale=scale, own_size=own_size)
     dataset = SegmentationDataset(pairs, reader, create_transform(metadata, settings))
-    loader = DataLoader(dataset, 1, collate_fn=collate_segmentation_lists, num_workers=num_workers)
+    loader = WatchedLoader(dataset, 1, collate_fn=collate_segmentation_lists, num_workers=num_workers)
     metrics, timer = SegmentationMetrics(names), ThroughputTimer(device)
     skipped: dict[str, str] = {}
     segmenter = FiniteLogits(network.to(device), label)

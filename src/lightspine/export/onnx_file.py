@@ -25,10 +25,12 @@ from lightspine.export.verification import (
 from lightspine.ops.onnx import ScanForm
 from lightspine.optimize import optimize
 from lightspine.utils.files import atomic_write, check_writable
+from lightspine.utils.resource_errors import resource_errors
 
 Precision = Literal["fp32", "fp16", "int8-dynamic", "int8-static"]
 
 
+@resource_errors()
 def export_onnx(
     model: nn.Module,
     path: str | Path,

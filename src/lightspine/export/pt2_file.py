@@ -22,11 +22,13 @@ from lightspine.export.verification import (
 from lightspine.ops.onnx import ScanForm, scan_table
 from lightspine.optimize import optimize
 from lightspine.utils.files import atomic_write, check_writable
+from lightspine.utils.resource_errors import resource_errors
 
 METADATA_FILE = "lightspine.json"
 """Name of the extra file with the metadata inside the .pt2 archive."""
 
 
+@resource_errors()
 def export_pt2(
     model: nn.Module,
     path: str | Path,

@@ -37,6 +37,7 @@ from lightspine.training.resume import (
 )
 from lightspine.training.resume_check import check_resumed
 from lightspine.utils.folder_lock import lock_folder
+from lightspine.utils.resource_errors import resource_errors
 
 __all__ = ["Export", "TrainResult", "TrainingInterruptedError", "run_callbacks", "run_training", "train"]
 
@@ -350,7 +351,8 @@ def set_grad_checkpointing(model: nn.Module) -> None:
 
 def _fit(trainer: pl.Trainer, task: LightspineTask, data: ImageDataModule, checkpoint: Path | None) -> None:
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with resource_errors():
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except LightspineError:
         raise
     # After the death of a rank, the type of the exception depends on the backend of the collective.

@@ -30,6 +30,7 @@ from lightspine.evaluation.common import describe_environment, hash_file
 from lightspine.utils.devices import check_device
 from lightspine.utils.folder_lock import lock_folder
 from lightspine.utils.progress import progress_bar
+from lightspine.utils.resource_errors import resource_errors
 
 _PREDICTION_FORMATS = {"csv": Csv, "parquet": Parquet}
 _FEATURE_FORMATS = {"npy": Npy, "parquet": Parquet}
@@ -86,6 +87,7 @@ class InferenceOptions:
             raise UsageError(f"expected a device type such as cuda for several devices, got {self.device}")
 
 
+@resource_errors()
 def predict_images(
     model: str | Path,
     data: str | Path,
@@ -124,6 +126,7 @@ def predict_images(
     return _run(_Job(model, data, run_folder, TopClasses(topk), options or InferenceOptions()))
 
 
+@resource_errors()
 def embed_images(
     model: str | Path,
     data: str | Path,

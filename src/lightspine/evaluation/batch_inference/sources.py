@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightspine.data.dataset import ImageDataset, Item, collate_images
+from lightspine.data.loader import WatchedLoader
 from lightspine.data.shards import ShardSource
 from lightspine.errors import UsageError
 from lightspine.utils.files import atomic_write
@@ -126,7 +127,7 @@ def create_loader(
         num_workers: loader processes; 0 loads in this process.
         pin_memory: see `torch.utils.data.DataLoader`.
     """
-    return DataLoader(
+    return WatchedLoader(
         ImageDataset(images, transform),
         batch_sampler=_PartBatchSampler(parts, batch_size),
         num_workers=num_workers,
