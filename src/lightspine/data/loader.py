@@ -1,5 +1,6 @@
 """Data loader that resumes in the middle of an epoch, with reproducible augmentation."""
 
+import time
 from collections.abc import Iterator, Sized
 from itertools import islice
 from typing import Any, cast
@@ -65,7 +66,12 @@ class WatchedLoader(DataLoader):
         watch_workers(batches)
         while True:
             with resource_errors():
-                batch = next(batches, _END)
+                try:
+                    batch = next(batches, _END)
+                # A worker may die while a tensor is received from it.
+                except (OSError, EOFError):
+                    _check_workers(batches, timeout_s=1.0)
+                    raise
                 _check_workers(batches)
             if batch is _END:
                 return
@@ -75,12 +81,16 @@ class WatchedLoader(DataLoader):
 _END = object()
 
 
-def _check_workers(batches: Any) -> None:
-    """Check that the workers which still have batches to load are alive."""
+def _check_workers(batches: Any, timeout_s: float = 0.0) -> None:
+    """Check that the workers which still have batches to load are alive; wait so long for their end."""
     workers = zip(getattr(batches, "_workers", ()), getattr(batches, "_workers_status", ()), strict=False)
-    dead = [str(worker.pid) for worker, expected in workers if expected and not worker.is_alive()]
-    if dead:
-        raise WorkerDiedError(worker_message(", ".join(dead)))
+    watched = [worker for worker, expected in workers if expected]
+    deadline = time.monotonic() + timeout_s
+    while not (dead := [str(worker.pid) for worker in watched if not worker.is_alive()]):
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(0.01)
+    raise WorkerDiedError(worker_message(", ".join(dead)))
 
 
 class ResumableLoader(WatchedLoader):

@@ -19,7 +19,7 @@ def is_file_name(name: str) -> bool:
     """Return whether a string from a file can name a file in a given folder, and nothing outside it."""
     return (
         name not in ("", ".", "..")
-        and not any(character in name for character in "/\\\0")
+        and not any(character in "/\\" or ord(character) < 32 for character in name)
         and len(name.encode("utf-8", "surrogatepass")) <= _LONGEST_NAME
     )
 

@@ -35,7 +35,8 @@ class PackedStrings(Sequence[str]):
         Raises:
             ValueError: the arrays have another type or shape, or hold no strings.
         """
-        if (data.dtype, ends.dtype) != (np.uint8, np.int64) or (data.ndim, ends.ndim) != (1, 1):
+        is_packed = data.dtype == np.uint8 and ends.dtype == np.int64
+        if not is_packed or (data.ndim, ends.ndim) != (1, 1):
             raise ValueError("expected bytes and their ends in one dimension")
         bounds = np.concatenate([[0], ends, [len(data)]])
         if (bounds[1:] < bounds[:-1]).any() or bounds[-2] != len(data):

@@ -75,7 +75,7 @@ def _end_workers() -> None:
     for batches in list(_ITERATORS):
         if getattr(batches, "_worker_pids_set", False):
             # torch removes them after the workers have ended, each of which runs the handler once more.
-            signal_handling._remove_worker_pids(id(batches))
+            signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]
             batches._worker_pids_set = False
             batches._shutdown_workers()
 
