@@ -26,7 +26,8 @@ PASSES_ARGUMENTS_THROUGH = True
 
 _DESCRIPTION = """\
 Benchmark latency, memory and multiply-adds of models of lightspine (NAME) and timm (timm/NAME), and of
-checkpoint files. The calls of all models are interleaved. Keep the machine otherwise idle.
+checkpoints (a file, or published weights as NAME.TAG). The calls of all models are interleaved. Keep the
+machine otherwise idle.
 
 `lightspine bench ops` benchmarks the scan operators (see its --help)."""
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = parser.parse_args(args.arguments)
         return _run_ops(chosen) if chosen.kind == "ops" else _run_export(chosen)
     parser.description = _DESCRIPTION
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="NAME, timm/NAME or a checkpoint file")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="NAME, timm/NAME, NAME.TAG or a file")
     _add_model_options(parser)
     return _run_models(parser.parse_args(args.arguments), args.arguments)
 

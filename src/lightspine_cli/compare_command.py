@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models",
         required=True,
         metavar="A,B,C",
-        help="models of lightspine (see `lightspine list`) or timm",
+        help="models of lightspine (see `lightspine list`) or timm; NAME.TAG starts from published weights",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("lightspine-compare"), help="output folder (default: %(default)s)"

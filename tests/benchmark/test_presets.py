@@ -15,6 +15,7 @@ from lightspine.benchmark.presets import find_preset, find_published, list_prese
 from lightspine.benchmark.settings import BenchSettings, plan_groups
 from lightspine.errors import UsageError
 from lightspine.models import get_record
+from support.checkpoints import put_published_shvit
 from support.reference import read_figure
 
 NAMES = (
@@ -175,6 +176,14 @@ def test_prefix_asks_for_the_model_of_timm() -> None:
     with torch.device("meta"):
         theirs = build_model(parse_model("timm/shvit_s1"), 224, 224)
     assert type(theirs).__module__ == "timm.models.shvit"
+
+
+def test_published_weights_are_measured_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = put_published_shvit(tmp_path, monkeypatch)
+    spec = parse_model("shvit_s1.in1k")
+    assert (spec.name, spec.variant) == ("shvit_s1", "shvit_s1.in1k")
+    model = build_model(spec, *evaluation_size(spec))
+    assert torch.equal(model.state_dict()["stem.0.conv.weight"], tensors["patch_embed.0.c.weight"])
 
 
 def test_prefix_asks_for_the_official_order() -> None:

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import lightspine
@@ -15,6 +17,7 @@ from lightspine.compare.runs import CompareData, CompareSettings, ModelRun, data
 from lightspine.errors import LightspineError, UsageError
 from lightspine.training.fit import TrainingInterruptedError, TrainResult
 from lightspine_cli.main import main
+from support.checkpoints import put_published_shvit
 
 MODELS = ["efficientvim_m1", "test_resnet"]
 SETTINGS = CompareSettings(epochs=1, batch_size=8, size=32, num_workers=0, accelerator="cpu")
@@ -104,6 +107,22 @@ def test_second_comparison_leaves_the_first_alone(
     assert "test_resnet.safetensors" in capsys.readouterr().out
     assert (finished.folder / "results.json").read_bytes() == before
     assert (finished.folder.with_name("compare-2") / "test_resnet.safetensors").is_file()
+
+
+def test_comparison_starts_from_published_weights(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = put_published_shvit(tmp_path, monkeypatch)
+    settings = replace(SETTINGS, lr=1e-12, epochs=1)
+    [run] = runs_of_models(["shvit_s1.in1k"], images, settings)
+    trained = run.train(tmp_path / "run", False)
+    weight = lightspine.load_model(trained.weights)[0].state_dict()["stem.0.conv.weight"]
+    torch.testing.assert_close(weight, tensors["patch_embed.0.c.weight"])
+
+
+def test_published_weights_of_an_unknown_tag_are_refused(images: Path) -> None:
+    with pytest.raises(UsageError, match="shvit_s1 has no weights with the tag 'in2k': expected in1k"):
+        runs_of_models(["shvit_s1.in2k"], images, SETTINGS)
 
 
 def _run(name: str, action: Callable[[], None]) -> ModelRun:

@@ -15,7 +15,7 @@ from lightspine.errors import UsageError
 from lightspine.models import find_record
 from lightspine.models.checkpoint import read_checkpoint
 from lightspine.models.factory import describe_model
-from lightspine.models.loading import load_checkpoint
+from lightspine.models.loading import fetch_published, is_published, load_checkpoint
 from lightspine.models.registry import TIMM_PREFIX as TIMM_PREFIX
 from lightspine.models.registry import timm_name
 
@@ -56,14 +56,16 @@ class ModelSpec:
 
 
 def parse_model(text: str) -> ModelSpec:
-    """Parse a model: `NAME` of lightspine, `timm/NAME` of timm, `official/NAME` of a baseline, or a file.
+    """Parse the name of a model or a checkpoint.
 
-    A name without prefix that only timm has is a model of timm. A checkpoint file is measured with its own
-    arguments and weights, by default at its own image size.
+    `NAME` is a model of lightspine, `timm/NAME` one of timm and `official/NAME` a baseline.
+    A name without prefix that only timm has is a model of timm. A checkpoint, a file or published weights by
+    name (`vmamba_tiny.in1k`), is measured with its own arguments and weights, by default at its own image
+    size.
 
     Raises:
         UsageError: the model is unknown.
-        LightspineError: the file cannot be read, or fits no registered model.
+        LightspineError: the file cannot be downloaded or read, or fits no registered model.
     """
     if text.startswith(OFFICIAL_PREFIX):
         record = find_record(text.removeprefix(OFFICIAL_PREFIX))
@@ -71,7 +73,9 @@ def parse_model(text: str) -> ModelSpec:
             raise UsageError(f"expected {OFFICIAL_PREFIX}efficientmod_*, the only baselines, got {text!r}")
         return ModelSpec(name=text, source="lightspine", note="operation order of the official code")
     if Path(text).is_file():
-        return _spec_of_file(Path(text))
+        return _spec_of_file(Path(text), Path(text).name)
+    if is_published(text):
+        return _spec_of_file(fetch_published(text).path, text)
     if Path(text).suffix in CHECKPOINT_SUFFIXES:
         raise UsageError(f"expected a model name or a checkpoint file, but {text} does not exist")
     theirs = timm_name(text)
@@ -80,7 +84,7 @@ def parse_model(text: str) -> ModelSpec:
     return ModelSpec(name=theirs, source="timm")
 
 
-def _spec_of_file(path: Path) -> ModelSpec:
+def _spec_of_file(path: Path, variant: str) -> ModelSpec:
     file = read_checkpoint(path)
     metadata = describe_model(file)
     theirs = timm_name(metadata.name)
@@ -88,7 +92,7 @@ def _spec_of_file(path: Path) -> ModelSpec:
     return ModelSpec(
         name=theirs or metadata.name,
         source="timm" if theirs else "lightspine",
-        variant=path.name,
+        variant=variant,
         note=f"weights of {path}",
         kwargs=metadata.kwargs,
         checkpoint=str(path),

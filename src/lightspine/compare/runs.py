@@ -13,6 +13,7 @@ from lightspine.data.modules import DigitsDataModule, ImageDataModule, ImageFold
 from lightspine.data.split_names import VAL_SPLITS, find_split_folder
 from lightspine.data.transforms import AugmentationName
 from lightspine.errors import LightspineError
+from lightspine.models.loading import fetch_published, is_published
 from lightspine.models.registry import find_timm_cfg
 from lightspine.training.classification import ClassificationTask
 from lightspine.training.cli import train_recipe
@@ -128,15 +129,19 @@ def runs_of_models(names: Sequence[str], source: str | Path, settings: CompareSe
     """Return one training run per model, all with the same settings.
 
     Args:
-        names: models of lightspine or timm.
+        names: models of lightspine or timm, or published weights to start from (`vmamba_tiny.in1k`), which
+            are downloaded.
         source: a folder of images (see `scan_image_folder`), or "digits".
         settings: training settings.
 
     Raises:
         UsageError: a model is unknown, or the folder or image size is invalid.
+        LightspineError: a download failed.
     """
     check_model_names(names)
     _create_data(source, settings)
+    for name in filter(is_published, names):
+        fetch_published(name)
 
     def run_of(name: str) -> ModelRun:
         return ModelRun(
@@ -191,9 +196,12 @@ def _train_model(
     name: str, source: str | Path, settings: CompareSettings, folder: Path, progress: bool
 ) -> TrainResult:
     images = _create_data(source, settings)
+    checkpoint = name if is_published(name) else None
+    name = name.partition(".")[0] if checkpoint else name
     task = ClassificationTask(
         name,
         images.num_classes,
+        checkpoint=checkpoint,
         model_args=_image_size_argument(name, settings.size),
         lr=settings.lr,
         # A shorter warm-up, so that runs of one or two epochs reach the peak learning rate.

@@ -167,8 +167,7 @@ def _resolve_cfg(variant: str, cfg: Any, published: DefaultCfg) -> PretrainedCfg
     # Passed explicitly to timm, because its registry has its own cfg for the names that it also defines.
     if isinstance(cfg, str):
         if cfg not in published.cfgs:
-            tags = ", ".join(tag for tag in published.cfgs if tag) or "no tag"
-            raise UsageError(f"{variant} has no weights with the tag {cfg!r}: expected {tags}")
+            raise _unknown_tag(variant, cfg)
         cfg = dataclasses.replace(published.cfgs[cfg], tag=cfg)
     elif isinstance(cfg, dict):
         cfg = PretrainedCfg(**cfg)
@@ -263,19 +262,29 @@ def timm_name(name: str) -> str | None:
     """Return the name in timm of a model that is not lightspine's, or `None` for a model of lightspine.
 
     Args:
-        name: such as `resnet18`, `timm/resnet18` or `timm/shvit_s1`.
+        name: such as `resnet18`, `timm/resnet18`, `timm/shvit_s1`, or with the tag of its weights
+            `shvit_s1.in1k`.
 
     Raises:
-        UsageError: neither library has a model of that name; the message suggests similar names.
+        UsageError: neither library has a model of that name, or the model has no weights of that tag; the
+            message suggests similar names.
     """
     inner = name.removeprefix(TIMM_PREFIX)
-    if inner == name and find_record(name) is not None:
+    model, dot, tag = name.partition(".")
+    if find_record(model) is not None:
+        if dot and name not in published_cfgs(model):
+            raise _unknown_tag(model, tag)
         return None
     if not timm.is_model(inner):
         raise unknown_model(inner)
     if timm.model_entrypoint(inner).__module__.startswith("lightspine"):
         raise UsageError(f"timm has no model {inner!r} of its own: use {inner} without {TIMM_PREFIX}")
     return inner
+
+
+def _unknown_tag(model: str, tag: str) -> UsageError:
+    expected = ", ".join(name.partition(".")[2] for name in published_cfgs(model)) or "no tag"
+    return UsageError(f"{model} has no weights with the tag {tag!r}: expected {expected}")
 
 
 def find_timm_cfg(name: str) -> PretrainedCfg | None:

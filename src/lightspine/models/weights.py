@@ -324,11 +324,11 @@ def hub_download(repository: str, file_name: str, cache_dir: str | Path | None =
         LightspineError: the download failed.
         UsageError: the file is not in the cache and HF_HUB_OFFLINE is set.
     """
-    from huggingface_hub import hfhub_download
+    from huggingface_hub import hf_hub_download
 
     name, revision = _split_revision(repository)
     with hub_errors(f"{repository}/{file_name}"):
-        return Path(hfhub_download(name, file_name, revision=revision, cache_dir=cache_dir))
+        return Path(hf_hub_download(name, file_name, revision=revision, cache_dir=cache_dir))
 
 
 def check_hub_pickle(repository: str, cache_dir: str | Path | None) -> None:
