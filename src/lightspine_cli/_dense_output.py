@@ -62,6 +62,7 @@ def predict_dense_files(args: argparse.Namespace, checkpoint: Any) -> int:
     """Predict objects or class maps, print them and, with --out, draw them."""
     from lightspine.errors import UsageError
     from lightspine.evaluation import predict_dense
+    from lightspine.evaluation.predictors import DEFAULT_SCORE_THRESHOLD
     from lightspine.utils.image_files import expand_image_paths
 
     if not args.images:
@@ -87,6 +88,12 @@ def predict_dense_files(args: argparse.Namespace, checkpoint: Any) -> int:
         print_json([_as_object(prediction) for prediction in found])
         return 0
     print_table(("image", "found", "picture"), [_row(prediction) for prediction in found])
+    if found and all(prediction.objects == [] for prediction in found):
+        threshold = DEFAULT_SCORE_THRESHOLD if args.score_threshold is None else args.score_threshold
+        print_text(
+            f"no object has a score of at least {threshold:g}: `lightspine evaluate` prints a good "
+            "--score-threshold for each class"
+        )
     for reason in (skipped or {}).values():
         print_text(f"skipped: {reason}")
     return 0

@@ -1,7 +1,7 @@
-"""Convert VOC, YOLO or mask datasets to the layouts that `lightspine train` reads.
+"""Convert VOC, YOLO, LabelMe or mask datasets to the layouts that `lightspine train` reads.
 
-VOC and YOLO become COCO files (annotations/instances_SPLIT.json, images in SPLIT/), masks become label maps
-(images/SPLIT, annotations/SPLIT, classes.txt). What was left out or changed is counted and named.
+VOC, YOLO and LabelMe become COCO files (annotations/instances_SPLIT.json, images in SPLIT/), masks become
+label maps (images/SPLIT, annotations/SPLIT, classes.txt). What was left out or changed is counted and named.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from lightspine_cli._output import print_json, print_table, print_text
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lightspine convert-data`."""
-    formats = parser.add_subparsers(dest="format", required=True, metavar="voc|yolo|masks")
+    formats = parser.add_subparsers(dest="format", required=True, metavar="voc|yolo|labelme|masks")
     voc = _add_format(formats, "voc", "Pascal VOC: one XML file per image, with boxes")
     voc.add_argument(
         "--first-pixel",
@@ -29,6 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what difficult objects become: crowds, which are ignored; ordinary objects; nothing "
         "(default: %(default)s)",
     )
+    labelme = _add_format(formats, "labelme", "LabelMe: one JSON file per image, with polygons or rectangles")
+    for named in (voc, labelme):
+        named.add_argument(
+            "--classes",
+            type=Path,
+            metavar="FILE",
+            help="class names, one per line: joins names that differ in case and leaves out other classes "
+            "(default: all names, sorted)",
+        )
     yolo = _add_format(formats, "yolo", "YOLO: one text file per image, with boxes or polygons")
     yolo.add_argument(
         "--classes", type=Path, metavar="FILE", help="class names, one per line (default: those of data.yaml)"
@@ -64,16 +73,21 @@ def _add_format(formats: Any, name: str, description: str) -> argparse.ArgumentP
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print what was written and what was left out."""
-    from lightspine.data.convert import convert_masks, convert_voc, convert_yolo
+    from lightspine.data.convert import convert_labelme, convert_masks, convert_voc, convert_yolo
 
-    shared = {"val_fraction": args.val_fraction, "seed": args.seed, "link": args.link}
+    shared = {
+        "class_names": args.classes,
+        "val_fraction": args.val_fraction,
+        "seed": args.seed,
+        "link": args.link,
+    }
     if args.format == "voc":
         found = convert_voc(
             args.source, args.out, first_pixel=args.first_pixel, difficult=args.difficult, **shared
         )
     else:
-        convert = convert_yolo if args.format == "yolo" else convert_masks
-        found = convert(args.source, args.out, class_names=args.classes, **shared)
+        convert = {"yolo": convert_yolo, "labelme": convert_labelme, "masks": convert_masks}[args.format]
+        found = convert(args.source, args.out, **shared)
     if args.json:
         print_json(found.as_dict())
         return 0

@@ -46,9 +46,21 @@ def test_convert_data_of_masks_prints_pixels(tmp_path: Path, capsys: pytest.Capt
     assert ["foreground", "3,072"] in rows
 
 
+def test_show_draws_boxes_without_masks_too(
+    yolo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in (yolo / "labels").iterdir():
+        label.write_text("0 0.5 0.5 0.5 0.5\n0 0.1 0.1 0.4 0.1 0.4 0.4\n")
+    assert main(["convert-data", "yolo", str(yolo), str(tmp_path / "out")]) == 0
+    assert main(["show", str(tmp_path / "out"), "--out", str(tmp_path / "pictures"), "--json"]) == 0
+    found = capsys.readouterr()
+    assert '"2 x cat"' in found.out
+    assert "3 of 6 objects of" in found.err
+
+
 def test_convert_data_without_a_format_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert-data"]) == 2
-    assert "voc|yolo|masks" in capsys.readouterr().err
+    assert "voc|yolo|labelme|masks" in capsys.readouterr().err
 
 
 def test_show_draws_what_convert_data_wrote(

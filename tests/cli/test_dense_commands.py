@@ -68,6 +68,14 @@ def test_predict_takes_a_folder_and_draws(
     assert len(json.loads((tmp_path / "a.json").read_text())) == 10
 
 
+def test_predict_without_any_object_names_the_option_for_the_threshold(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", str(folder / "detector.safetensors"), str(folder / "val2017")]
+    assert main(["predict", *arguments, "--score-threshold", "0.99"]) == 0
+    assert "no object has a score of at least 0.99: `lightspine evaluate` prints" in capsys.readouterr().out
+
+
 def test_predict_tells_shares_as_json(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -366,3 +366,22 @@ def test_numbers_of_hundreds_of_digits_are_counted(tmp_path: Path) -> None:
     polygon = [10**400, 10, 30, 10, 30, 30]
     flawed = square(id=2, bbox=[10**400, 1, 2, 3]), square(id=3, segmentation=[polygon])
     assert len(read_small(tmp_path, square(), *flawed).labels) == 1
+
+
+def test_supercategory_of_all_others_without_objects_is_no_class(tmp_path: Path) -> None:
+    described = content(square())
+    described["categories"] = [{"id": 0, "name": "animals", "supercategory": "none"}] + [
+        entry | {"supercategory": "animals"} for entry in described["categories"]
+    ]
+    found = read_coco(write_coco(tmp_path, described), tmp_path)
+    assert (found.class_names, found.labels.tolist()) == (["cat", "dog"], [1])
+    assert str(found.issues).startswith(
+        "1 x category without objects that is the supercategory of all others"
+    )
+
+
+def test_boxes_without_any_mask_name_the_head_that_needs_none(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"1 x no mask.*; train a detector of boxes, with head retinanet and"
+    ):
+        read_small(tmp_path, square(segmentation=None))

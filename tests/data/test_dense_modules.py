@@ -233,3 +233,54 @@ def test_annotations_next_to_the_images_are_found(tmp_path: Path) -> None:
 def test_folder_without_a_training_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected a COCO file or a folder with annotations/"):
         CocoDataModule(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "images"),
+    [
+        pytest.param("annotations/instances_default.json", "images/default", id="CVAT"),
+        pytest.param("result.json", "images", id="Label Studio"),
+        pytest.param("labels.json", ".", id="beside the images"),
+    ],
+)
+def test_only_coco_file_of_a_folder_is_split_at_random(file: str, images: str, tmp_path: Path) -> None:
+    write_coco(tmp_path / images, content(square(), square(id=2, image_id=2), images=2))
+    (tmp_path / "settings.json").write_text("{}")
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    (tmp_path / images / "objects.json").rename(path)
+    data = CocoDataModule(tmp_path)
+    assert (len(data.train_annotations), len(data.val_annotations)) == (1, 1)
+    labels = CocoSemanticDataModule(tmp_path, crop=(32, 32))
+    assert labels.class_names == ["background", "cat", "dog"]
+
+
+def test_coco_files_named_by_their_splits_are_found(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 1)):
+        described = content(*(square(id=i, image_id=i) for i in range(1, count + 1)), images=count)
+        file = write_coco(tmp_path / split, described)
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        file.rename(tmp_path / "annotations" / f"{split}.json")
+    data = CocoDataModule(tmp_path)
+    assert (len(data.train_annotations), len(data.val_annotations)) == (3, 1)
+
+
+@pytest.mark.parametrize("images", [2, 40])
+def test_epoch_has_the_given_number_of_images(images: int, tmp_path: Path) -> None:
+    objects = [square(id=number, image_id=number) for number in range(1, images + 1)]
+    write_coco(tmp_path, content(*objects, images=images))
+    options: dict[str, Any] = {"images_per_epoch": 12, "batch_size": 4, "num_workers": 0}
+    detection = CocoDataModule(tmp_path, shorter=48, longest=64, val_fraction=0.5, **options)
+    segmentation = CocoSemanticDataModule(tmp_path, crop=(32, 32), val_fraction=0.5, **options)
+    assert [len(batch.images) for batch in detection.train_dataloader()] == [4, 4, 4]
+    assert [len(batch.images) for batch in segmentation.train_dataloader()] == [4, 4, 4]
+
+
+def test_classes_that_differ_only_in_case_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    described = content(square(), square(id=2, image_id=2), images=2)
+    described["categories"][1]["name"] = "Dog"
+    write_coco(tmp_path, described)
+    CocoDataModule(tmp_path)
+    assert "the classes Dog and dog differ only in case: are they one class?" in caplog.text

@@ -1,5 +1,7 @@
 """EpochSampler: the order equals torch's and timm's and depends on (seed, epoch, rank) only."""
 
+from collections import Counter
+
 import pytest
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DistributedSampler
@@ -57,6 +59,30 @@ def test_num_samples_shortens_the_epoch() -> None:
     assert len(sampler) == len(list(sampler)) == 7
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(("length", "size"), [(3, 10), (10, 4), (10, 10)])
+def test_epochs_of_a_given_size_use_every_image_equally_often(length: int, size: int, replicas: int) -> None:
+    samplers = [EpochSampler(length, num_replicas=replicas, rank=i, epoch_size=size) for i in range(replicas)]
+    counts: Counter[int] = Counter()
+    for epoch in range(length):
+        pairs = []
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            assert len(sampler) == size // replicas
+            pairs += list(sampler)
+        assert len(set(pairs)) == size  # an image that comes twice in an epoch gets another augmentation
+        counts.update(image for image, _ in pairs)
+    assert set(counts.values()) == {size}
+
+
+def test_an_epoch_of_all_images_has_the_usual_order() -> None:
+    usual, sized = EpochSampler(10, seed=3), EpochSampler(10, seed=3, epoch_size=10)
+    for epoch in (0, 4):
+        usual.set_epoch(epoch)
+        sized.set_epoch(epoch)
+        assert [image for image, _ in sized] == list(usual)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -64,6 +90,8 @@ def test_num_samples_shortens_the_epoch() -> None:
         ({"length": 5, "repeats": 0}, "repeats of at least 1, got 0"),
         ({"length": 5, "num_replicas": 2, "rank": 2}, "a rank from 0 to 1, got 2"),
         ({"length": 5, "num_samples": 6}, "num_samples from 1 to 5, got 6"),
+        ({"length": 5, "epoch_size": 0}, "an epoch of at least 1 image, got 0"),
+        ({"length": 5, "epoch_size": 9, "repeats": 3}, "no repeats with an epoch size, got .* repeats=3"),
     ],
 )
 def test_wrong_argument_is_refused(options: dict[str, int], message: str) -> None:

@@ -18,9 +18,10 @@ PRINTED = [
 # Options of the trainer's own parser besides the sections of a recipe.
 OF_TRAIN = (
     "--model.",
-    "--data.",
+    "--data",
     "--trainer.",
     "--config",
+    "--lr",
     "--folder",
     "--resume",
     "--save-every-steps",

@@ -32,6 +32,27 @@ def read_class_names(path: str | Path) -> list[str]:
     return names
 
 
+def find_class(name: str, class_names: Sequence[str]) -> list[int]:
+    """Return the classes of a name, or the only class whose name differs in case or outer spaces.
+
+    Several classes of one name, as in older checkpoints, are all returned.
+    """
+    exact = [label for label, other in enumerate(class_names) if other == name]
+    if exact:
+        return exact
+    folded = name.strip().casefold()
+    similar = [label for label, other in enumerate(class_names) if other.strip().casefold() == folded]
+    return similar if len(similar) == 1 else []
+
+
+def similar_class_names(class_names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the groups of class names that differ only in case, which are often one class by mistake."""
+    groups: dict[str, list[str]] = {}
+    for name in class_names:
+        groups.setdefault(name.strip().casefold(), []).append(name)
+    return [tuple(names) for names in groups.values() if len(set(names)) > 1]
+
+
 def infer_class_names(labels: Iterable[str]) -> list[str]:
     """Infer the class names from labels.
 

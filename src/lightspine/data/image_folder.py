@@ -117,7 +117,8 @@ def _check_class_layout(root: Path, folders: Sequence[str]) -> None:
     if all(name.lower() in _OTHER_LAYOUT for name in folders):
         raise UsageError(
             f"the folders {' and '.join(folders)} of {root} look like a dataset for detection or "
-            "segmentation, but one sub-folder per class is expected"
+            "segmentation, but one sub-folder per class is expected; `lightspine convert-data` reads VOC, "
+            "YOLO, LabelMe and masks"
         )
     for name in folders:
         inside = list_folders(root / name)
@@ -182,7 +183,10 @@ def find_class_folders(root: Path) -> list[str]:
         )
     found = list_folders(root)
     if not found:
-        raise UsageError(f"expected a folder with one sub-folder per class, but {root} has no sub-folder")
+        raise UsageError(
+            f"expected a folder with one sub-folder per class, but {root} has no sub-folder; "
+            "`lightspine convert-data` reads VOC, YOLO, LabelMe and masks"
+        )
     return found
 
 

@@ -22,6 +22,10 @@ class EpochSampler(DistributedSampler[Any]):
     different processes see different augmentations of it, and an epoch has as many steps as without. The
     order is that of timm's RepeatAugSampler for seed 0, and an index is a pair (image, repeat).
 
+    With `epoch_size` the images come from an endless sequence of permutations of the dataset, and an epoch is
+    the next `epoch_size` of them: a small dataset is repeated within an epoch, and a large one is spread over
+    several. An index is then a pair (image, number of the permutation in the epoch).
+
     It derives from DistributedSampler because Lightning replaces any other sampler by one.
 
     Args:
@@ -48,6 +52,7 @@ class EpochSampler(DistributedSampler[Any]):
         repeats: int = 1,
         shuffle: bool = True,
         num_samples: int | None = None,
+        epoch_size: int | None = None,
     ) -> None:
         if length < 1:
             raise UsageError(f"expected at least 1 image, got {length}")
@@ -55,11 +60,19 @@ class EpochSampler(DistributedSampler[Any]):
             raise UsageError(f"expected repeats of at least 1, got {repeats}")
         if not 0 <= rank < num_replicas:
             raise UsageError(f"expected a rank from 0 to {num_replicas - 1}, got {rank}")
+        if epoch_size is not None and epoch_size < 1:
+            raise UsageError(f"expected an epoch of at least 1 image, got {epoch_size}")
+        if epoch_size is not None and (repeats > 1 or not shuffle):
+            raise UsageError(
+                "expected shuffle and no repeats with an epoch size, got "
+                f"shuffle={shuffle} and repeats={repeats}"
+            )
         # The base class only uses the length of its dataset.
         super().__init__(range(length), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.length = length
         self.repeats = repeats
-        share = -(-length * repeats // num_replicas)
+        self.epoch_size = epoch_size
+        share = -(-(epoch_size or length) * repeats // num_replicas)
         if num_samples is None:
             num_samples = share if repeats == 1 else _samples_with_repeats(length, num_replicas)
         if not 0 < num_samples <= share:
@@ -81,16 +94,26 @@ class EpochSampler(DistributedSampler[Any]):
         positions = np.arange(
             self.rank + start * self.num_replicas, self.num_samples * self.num_replicas, self.num_replicas
         )
+        if self.epoch_size is not None:
+            return iter(self._draw(positions % self.epoch_size))
         positions %= self.length * self.repeats
-        images = self._epoch_order()[positions // self.repeats].tolist()
+        order = self._permutation(self.epoch) if self.shuffle else np.arange(self.length)
+        images = order[positions // self.repeats].tolist()
         if self.repeats == 1:
             return iter(images)
         return iter(list(zip(images, (positions % self.repeats).tolist(), strict=True)))
 
-    def _epoch_order(self) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.length)
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+    def _draw(self, positions: np.ndarray) -> list[tuple[int, int]]:
+        """Return image and permutation at positions of the epoch."""
+        assert self.epoch_size is not None
+        first, skipped = divmod(self.epoch * self.epoch_size, self.length)
+        number = -(-(skipped + self.epoch_size) // self.length)
+        order = np.concatenate([self._permutation(first + added) for added in range(number)])
+        places = positions + skipped
+        return list(zip(order[places].tolist(), (places // self.length).tolist(), strict=True))
+
+    def _permutation(self, number: int) -> np.ndarray:
+        generator = torch.Generator().manual_seed(self.seed + number)
         return torch.randperm(self.length, generator=generator).numpy()
 
 
@@ -108,6 +131,7 @@ class AspectRatioSampler(EpochSampler):
         num_replicas: number of processes that share the epoch.
         rank: index of this process.
         seed: seed of the run.
+        epoch_size: see `EpochSampler`.
 
     Raises:
         UsageError: an aspect ratio that is not above 0, bounds that do not ascend, a batch size below 1.
@@ -122,9 +146,10 @@ class AspectRatioSampler(EpochSampler):
         num_replicas: int = 1,
         rank: int = 0,
         seed: int = 0,
+        epoch_size: int | None = None,
     ) -> None:
         ratios = np.asarray(aspect_ratios, dtype=np.float64)
-        super().__init__(len(ratios), num_replicas=num_replicas, rank=rank, seed=seed)
+        super().__init__(len(ratios), num_replicas=num_replicas, rank=rank, seed=seed, epoch_size=epoch_size)
         if batch_size < 1:
             raise UsageError(f"expected a batch size of at least 1, got {batch_size}")
         if not (ratios > 0).all() or list(bounds) != sorted(set(bounds)):
@@ -134,10 +159,11 @@ class AspectRatioSampler(EpochSampler):
 
     def __iter__(self) -> Iterator[Any]:
         start, self._start = self._start, 0
-        incomplete: dict[int, list[int]] = {}
-        ordered: list[int] = []
+        incomplete: dict[int, list[Any]] = {}
+        ordered: list[Any] = []
         for index in super().__iter__():
-            batch = incomplete.setdefault(int(self.groups[index]), [])
+            image = index if self.epoch_size is None else index[0]
+            batch = incomplete.setdefault(int(self.groups[image]), [])
             batch.append(index)
             if len(batch) == self.batch_size:
                 ordered += batch

@@ -189,7 +189,8 @@ def check_network(checkpoint: Checkpoint, metadata: NetworkMetadata, head: str, 
         raise UsageError(
             f"expected weights of {head} over {model}, "
             f"but {checkpoint.label} holds {layout}{metadata.head} over {metadata.model} with "
-            f"{metadata.num_classes} classes"
+            f"{metadata.num_classes} classes: give the head and model of the file "
+            f"(--model.head={metadata.head} --model.model={metadata.model}), or a classifier of {model}"
         )
 
 

@@ -141,14 +141,17 @@ def draw_classes(
     if len(numbers) and not 0 <= numbers[0] <= numbers[-1] < len(class_names):
         raise UsageError(f"expected classes from 0 to {len(class_names) - 1}, got {numbers[-1]}")
     order = numbers[np.argsort(-counts, kind="stable")].tolist()
-    figure, axes, scale = _canvas(image, legend=True, rows=len(order) + 1)
+    figure, axes, scale = _canvas(image, legend=True, rows=len(order) + 2)
     handles = [_fill_class(axes, found == number, number, opacity) for number in order]
     axes.contour(_borders(found), levels=[0.5], colors="white", linewidths=1.4)
     axes.contour(_borders(found), levels=[0.5], colors="black", linewidths=0.6)
     for number in order:
         _label_region(axes, found == number, number, scale)
     share = {number: count / found.size for number, count in zip(numbers.tolist(), counts, strict=True)}
-    texts = [f"{number} {_truncate(class_names[number])}  {share[number]:.0%}" for number in order]
+    texts = [f"{_legend_name(number, class_names)}  {share[number]:.0%}" for number in order]
+    if (found == ignored).any():
+        handles.append(Patch(facecolor="none", edgecolor="gray", linewidth=0.8))
+        texts.append(f"ignored  {(found == ignored).mean():.0%}")
     figure.legend(
         handles,
         texts,
@@ -349,6 +352,12 @@ def _overlap(extent: _Extent, others: Sequence[_Extent]) -> float:
         * max(min(extent[3], other[3]) - max(extent[1], other[1]), 0)
         for other in others
     )
+
+
+def _legend_name(number: int, class_names: Sequence[str]) -> str:
+    """Return the index and the name of a class; a name that is the index is written once."""
+    name = _truncate(class_names[number])
+    return name if name == str(number) else f"{number} {name}"
 
 
 def _fill_class(axes: Axes, mask: np.ndarray, number: int, opacity: float) -> Patch:

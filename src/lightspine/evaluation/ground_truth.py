@@ -1,5 +1,6 @@
 """Draw images of a dataset with their ground truth, as the trainer sees them."""
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,7 @@ from torchvision.transforms.v2 import functional as F
 
 from lightspine.data import modules
 from lightspine.data.dataset import ImageDataset
-from lightspine.data.detection import DetectionDataset, find_coco, find_coco_split, is_coco
-from lightspine.data.detection.coco_paths import TRAIN_COCO_SPLITS
+from lightspine.data.detection import DetectionDataset, find_coco, find_train_split, is_coco
 from lightspine.data.modules import (
     CocoDataModule,
     ImageDataModule,
@@ -31,6 +31,8 @@ from lightspine.evaluation.draw import draw_classes, draw_detections, draw_image
 from lightspine.recipes import find_recipe
 from lightspine.utils.json_text import parse_json
 from lightspine.utils.progress import progress_bar
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -149,14 +151,23 @@ def _module_of_recipe(data: Path, recipe: str, boxes_only: bool) -> ImageDataMod
 
 
 def _has_masks(data: Path) -> bool:
-    """Return whether an object of the training split has a mask."""
-    file, _ = find_coco(data, split=find_coco_split(data, TRAIN_COCO_SPLITS))
+    """Return whether every object of the training split has a mask, so that reading masks drops none."""
+    file, _ = find_coco(data, split=find_train_split(data))
     try:
         annotations = parse_json(file.read_bytes()).get("annotations")
-        return any(entry.get("segmentation") for entry in annotations)
+        with_mask = sum(bool(entry.get("segmentation")) for entry in annotations)
     # A file of another form is reported when it is read.
     except (OSError, ValueError, AttributeError, TypeError):
         return False
+    if 0 < with_mask < len(annotations):
+        _log.warning(
+            "%d of %d objects of %s have a mask: only boxes are drawn, and a detector with masks would train "
+            "on these objects alone",
+            with_mask,
+            len(annotations),
+            file,
+        )
+    return 0 < with_mask == len(annotations)
 
 
 def _read_item(dataset: Any, position: int) -> Any:

@@ -72,7 +72,7 @@ COLORS = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]])
 
 def test_colors_become_classes(tmp_path: Path) -> None:
     found = convert_masks(_write(tmp_path / "in", COLORS[CLASSES]), tmp_path / "out")
-    assert found.class_names == ["0", "#008000", "#800000"]
+    assert found.class_names == ["#000000", "#008000", "#800000"]
     assert np.array_equal(_labels(tmp_path / "out"), np.array([0, 2, 1])[CLASSES])
 
 

@@ -224,3 +224,35 @@ def test_annotations_without_objects_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="found no object to convert"):
         convert_voc(_write(tmp_path / "in", _four()), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_names_with_blanks_in_split_lists_are_found(tmp_path: Path) -> None:
+    files = {name: _annotation(_object(), name=f"{name}.jpg") for name in ("img 1", "img 2", "img 3", "4")}
+    root = _write(tmp_path / "in", files)
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "ImageSets" / "Main" / "train.txt").write_text("img 1\nimg 2  1\n")
+    (root / "ImageSets" / "Main" / "val.txt").write_text("img 3 -1\n4 -1\n")
+    found = convert_voc(root, tmp_path / "out")
+    assert (found.images, list(found.issues.counts)) == ({"train": 2, "val": 2}, [])
+
+
+def _two_spellings(root: Path) -> Path:
+    names = ("cat", "Cat", "cat", "dog")
+    return _write(root, {str(i): _annotation(_object(name), name=f"{i}.jpg") for i, name in enumerate(names)})
+
+
+def test_class_names_that_differ_in_case_are_reported(tmp_path: Path) -> None:
+    found = convert_voc(_two_spellings(tmp_path / "in"), tmp_path / "out")
+    assert found.class_names == ["Cat", "cat", "dog"]
+    assert list(found.issues.examples.values()) == ["Cat and cat"]
+
+
+def test_file_of_class_names_joins_spellings_and_leaves_out_other_classes(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("bird\nCAT\n")
+    found = convert_voc(_two_spellings(tmp_path / "in"), tmp_path / "out", class_names=names)
+    assert found.class_names == ["bird", "CAT"]
+    assert sum(found.objects.values()) == 3
+    assert found.issues.sentences() == [
+        f"1 x object of a class that is not in {names}, first dog in {tmp_path}/in/JPEGImages/3.jpg"
+    ]

@@ -166,3 +166,10 @@ def test_yaml_file_is_checked(yaml: str | None, sentence: str, tmp_path: Path) -
     (tmp_path / "other").mkdir()
     with pytest.raises(UsageError, match=sentence):
         convert_yolo(_write(tmp_path / "deep" / "in", _four(BOX), yaml=yaml), tmp_path / "out")
+
+
+def test_notes_of_roboflow_are_no_labels(tmp_path: Path) -> None:
+    root = _write(tmp_path / "in", _four(BOX))
+    for name in ("README.roboflow.txt", "README.dataset.txt"):
+        (root / name).write_text("exported\n")
+    assert not convert_yolo(root, tmp_path / "out").issues

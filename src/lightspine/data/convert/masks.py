@@ -261,7 +261,14 @@ def _parse_lines(lines: list[str]) -> list[tuple[str, int]] | None:
 
 
 def _default_names(values: list[int]) -> list[str]:
-    return ["background", "foreground"] if len(values) == 2 else [_describe(value) for value in values]
+    if len(values) == 2:
+        return ["background", "foreground"]
+    colored = max(values) >= 1 << 24
+    # Black, white and gray among colors are colors too.
+    return [
+        f"#{value:02x}{value:02x}{value:02x}" if colored and value < 256 else _describe(value)
+        for value in values
+    ]
 
 
 def _describe(value: int) -> str:

@@ -4,12 +4,13 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lightspine.data.class_names import find_class, read_class_names, similar_class_names
 from lightspine.data.detection import coco_paths, read_coco
 from lightspine.data.image_folder import draw_val_indices
 from lightspine.errors import LightspineError, UsageError
@@ -131,6 +132,38 @@ def clip_box(
     if left < -1 or top < -1 or right > width + 1 or bottom > height + 1:
         issues.add("box that reaches beyond the image, clipped", where)
     return max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
+
+
+def choose_classes(images: Sequence[ConvertedImage], file: str | Path | None, issues: Issues) -> list[str]:
+    """Return the class names: all names of the objects, sorted, or those of a file.
+
+    With a file, objects whose name differs from a class in case or outer spaces get the name of the class,
+    and objects of other classes are left out. Without one, names that differ only in case are counted.
+
+    Args:
+        images: all images; their objects are changed.
+        file: file with one class name per line.
+        issues: receives what was left out or changed.
+    """
+    if file is None:
+        names = sorted({item.name for image in images for item in image.objects})
+        for similar in similar_class_names(names):
+            issues.add(
+                "classes whose names differ only in case; a file of class names (--classes) would join them",
+                " and ".join(similar),
+            )
+        return names
+    names = read_class_names(file)
+    for image in images:
+        kept = []
+        for item in image.objects:
+            matches = find_class(item.name, names)
+            if not matches:
+                issues.add(f"object of a class that is not in {file}", f"{item.name} in {image.source}")
+                continue
+            kept.append(replace(item, name=names[matches[0]]))
+        image.objects[:] = kept
+    return names
 
 
 def place_file(source: Path, target: Path, *, link: bool) -> None:

@@ -38,7 +38,7 @@ class SourceFiles:
         self.annotations = sorted(_walk(root, suffixes))
         for kind, count in listing.left_out.counts.items():
             # Annotation files are files of another type only for the listing of images.
-            if not any(kind.endswith(suffix) for suffix in {*suffixes, ".txt", ".yaml", ".xml"}):
+            if not any(kind.endswith(suffix) for suffix in {*suffixes, ".txt", ".yaml", ".xml", ".json"}):
                 issues.add(kind, listing.left_out.examples[kind], count)
         self._by_name: dict[str, list[Path]] = {}
         for path in self.images:

@@ -1,6 +1,7 @@
 """Convert Pascal VOC annotations (one XML file per image) to COCO."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 from xml.etree import ElementTree
@@ -14,6 +15,7 @@ from lightspine.data.convert.output import (
     ConvertedImage,
     ConvertedObject,
     check_folders,
+    choose_classes,
     clip_box,
     split_items,
     write_coco_dataset,
@@ -40,6 +42,7 @@ def convert_voc(
     *,
     first_pixel: Literal[0, 1] = 1,
     difficult: Difficult = "crowd",
+    class_names: str | Path | None = None,
     val_fraction: float = 0.2,
     seed: int = 0,
     link: bool = False,
@@ -59,6 +62,8 @@ def convert_voc(
             programs that write the coordinates of the corners, counted from 0.
         difficult: what objects marked as difficult become: "crowd" (ignored in training and scores, as in
             VOC's own), "keep" (ordinary objects) or "drop".
+        class_names: file with one class name per line, in the order of the classes; names in another case
+            are taken for the same class, and objects of other classes are left out. Default: all names.
         val_fraction: share of the images for validation if there are no splits.
         seed: seed of that split.
         link: make symbolic links to the images in place of copies.
@@ -96,8 +101,8 @@ def convert_voc(
     for path in files.images:
         if path not in used:
             issues.add("image without a usable annotation file", str(path))
-    names = sorted({item.name for image in found.values() for item in image.objects})
-    lists = _read_split_lists(source, issues)
+    names = choose_classes([*found.values()], class_names, issues)
+    lists = _read_split_lists(source, {file.stem for file in files.annotations}, issues)
     splits = _split(source, found, lists, val_fraction, seed, issues)
     return write_coco_dataset(out, splits, names, issues, link=link)
 
@@ -189,10 +194,11 @@ def _read_object(
     return ConvertedObject(name, box, crowd=crowd)
 
 
-def _read_split_lists(source: Path, issues: Issues) -> dict[str, str]:
+def _read_split_lists(source: Path, stems: Collection[str], issues: Issues) -> dict[str, str]:
     """Return image stem -> split of the lists in `ImageSets/Main`, at any depth; {} without lists.
 
-    Image names of the yearly editions of VOC differ, so that their lists can be joined.
+    A line is the name of an image, which may have blanks, with or without a flag -1, 0 or 1. Image names of
+    the yearly editions of VOC differ, so that their lists can be joined.
     """
     splits: dict[str, str] = {}
     folders = sorted(source.glob("**/ImageSets/Main"))
@@ -204,7 +210,8 @@ def _read_split_lists(source: Path, issues: Issues) -> dict[str, str]:
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise LightspineError(f"cannot read the list {file}: {error}") from error
-        for stem in (line.split()[0] for line in lines if line.strip()):
+        for line in filter(None, map(str.strip, lines)):
+            stem = line if line in stems else re.sub(r"\s+-?[01]$", "", line)
             if splits.setdefault(stem, split) != split:
                 issues.add("image in two split lists, kept in the first", f"{stem} of {file}")
     # A list trainval is split at random, as if there were no lists.

@@ -27,7 +27,7 @@ from lightspine.utils.issues import Issues
 from lightspine.utils.progress import progress_bar
 
 _CLASS_FILES = ("classes.txt", "obj.names", "classes.names", "_darknet.labels")
-_NOT_LABELS = frozenset({*_CLASS_FILES, "readme.txt", "requirements.txt", "labels.txt"})
+_NOT_LABELS = frozenset({*_CLASS_FILES, "requirements.txt", "labels.txt"})
 # Fractions may leave the image by a rounding error.
 _TOLERANCE = 1e-3
 
@@ -71,7 +71,7 @@ def convert_yolo(
     files = SourceFiles(source, {".txt"}, issues)
     if not files.images:
         raise UsageError(f"expected images in {source}, found none")
-    labels = {file for file in files.annotations if file.name.lower() not in _NOT_LABELS}
+    labels = {file for file in files.annotations if not _is_note(file)}
     found: dict[Path, ConvertedImage] = {}
     used: set[Path] = set()
     for path in progress_bar(files.images, "reading the labels"):
@@ -95,6 +95,12 @@ def convert_yolo(
     elif not splits.get(VAL) and not splits.get(TEST):
         splits = dict(split_items(splits[TRAIN], val_fraction, seed, source))
     return write_coco_dataset(out, splits, names, issues, link=link)
+
+
+def _is_note(file: Path) -> bool:
+    """Return whether a text file is not meant as labels, such as Roboflow's `README.dataset.txt`."""
+    name = file.name.lower()
+    return name in _NOT_LABELS or name.startswith("readme.")
 
 
 def _read_config(source: Path) -> dict[str, Any]:

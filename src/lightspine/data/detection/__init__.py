@@ -13,6 +13,7 @@ from lightspine.data.detection.coco_paths import (
     coco_paths,
     find_coco,
     find_coco_split,
+    find_train_split,
     is_coco,
     list_coco_splits,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "encode_mask",
     "find_coco",
     "find_coco_split",
+    "find_train_split",
     "hold_out",
     "is_coco",
     "list_coco_splits",

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lightspine.data.class_names import find_class
 from lightspine.data.detection.annotations import CocoAnnotations
 from lightspine.data.detection.coco_values import to_box, to_flag, to_float, to_int
 from lightspine.data.detection.masks import (
+    NO_MASK,
     bounding_box,
     check_segmentation,
     normalize_segmentation,
@@ -97,7 +99,9 @@ def read_coco(
         except LightspineError as error:
             issues.add(str(error), where)
     if annotations and not any(objects.values()):
-        raise UsageError(f"none of the {len(annotations)} objects of {file} can be used: {issues}")
+        only_boxes = issues.counts[NO_MASK] == len(annotations)
+        hint = "; train a detector of boxes, with head retinanet and data.masks=false" if only_boxes else ""
+        raise UsageError(f"none of the {len(annotations)} objects of {file} can be used: {issues}{hint}")
     return _pack_annotations(
         folder, names, _number_classes(labels, len(names)), images, objects, masks, issues
     )
@@ -131,6 +135,7 @@ def _read_categories(
 ) -> tuple[list[str], dict[int, int]]:
     """Return the class names and category id -> label."""
     found: dict[int, str] = {}
+    supercategories: dict[int, object] = {}
     for entry in entries:
         number, name = (
             (to_int(entry.get("id")), entry.get("name")) if isinstance(entry, dict) else (None, None)
@@ -142,11 +147,19 @@ def _read_categories(
         if number in found:
             raise LightspineError(f"category id {number} appears twice in {file}")
         found[number] = name
+        supercategories[number] = entry.get("supercategory")
     if not found:
         raise UsageError(f"expected at least one category in {file}")
     groups: dict[str, list[int]] = {}
     for number in sorted(found):
         groups.setdefault(found[number], []).append(number)
+    for name, ids in list(groups.items()):
+        others = {supercategories[number] for number in found if number not in ids}
+        known = class_names is not None and bool(find_class(name, class_names))
+        if others == {name} and not known and not used.intersection(ids):
+            # Roboflow writes one, which is no class.
+            issues.add("category without objects that is the supercategory of all others", repr(name))
+            del groups[name]
     if class_names is not None:
         return list(class_names), _match_categories(groups, used, file, class_names, issues)
     chosen = sorted(_choose_category(name, ids, used, file, issues) for name, ids in groups.items())
@@ -182,7 +195,7 @@ def _match_categories(
     """Return category id -> label of the model's class of the same name."""
     labels: dict[int, int] = {}
     for name, ids in groups.items():
-        matches = _find_class(name, class_names)
+        matches = find_class(name, class_names)
         if not matches:
             if used.intersection(ids):
                 raise UsageError(
@@ -202,16 +215,6 @@ def _match_categories(
     if not labels:
         raise UsageError(f"none of the categories of {file} is among the model's {len(class_names)} classes")
     return labels
-
-
-def _find_class(name: str, class_names: Sequence[str]) -> list[int]:
-    """Return the classes of a name, or the only class whose name differs in case or outer spaces."""
-    exact = [label for label, other in enumerate(class_names) if other == name]
-    if exact:
-        return exact
-    folded = name.strip().casefold()
-    similar = [label for label, other in enumerate(class_names) if other.strip().casefold() == folded]
-    return similar if len(similar) == 1 else []
 
 
 def _number_classes(labels: dict[int, int], count: int) -> list[int]:

@@ -9,7 +9,8 @@ from lightspine.errors import UsageError
 _PREFIX = "instances_"
 # The name of Roboflow's COCO export, in the image folder of each split.
 _BESIDE_IMAGES = "_annotations.coco.json"
-_LAYOUT = f"annotations/{_PREFIX}SPLIT.json or SPLIT/{_BESIDE_IMAGES}"
+_LAYOUT = f"annotations/{_PREFIX}SPLIT.json, SPLIT/{_BESIDE_IMAGES} or SPLIT.json"
+_COCO_KEYS = (b'"images"', b'"annotations"', b'"categories"')
 
 TRAIN_COCO_SPLITS = ("train2017", *TRAIN_SPLITS)
 """Names of the training split, in order of preference."""
@@ -22,17 +23,38 @@ def list_coco_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
     """Return split -> (annotation file, image folder) of a COCO folder.
 
     The layouts are `annotations/instances_SPLIT.json` with the images in `SPLIT/`, `images/SPLIT/` or
-    `images/`, and `SPLIT/_annotations.coco.json` next to the images.
+    `images/`, and `SPLIT/_annotations.coco.json` next to the images. In a folder without these, every
+    COCO file in it or in `annotations/` is a split with the name of the file, such as `train.json` or Label
+    Studio's `result.json`, with the images in `SPLIT/`, `images/SPLIT/`, `images/` or the folder itself.
     """
     root = Path(root)
     found = {}
     for file in sorted(root.glob(f"annotations/{_PREFIX}*.json")):
         split = file.stem.removeprefix(_PREFIX)
         folders = root / split, root / "images" / split, root / "images"
-        found[split] = file, next((folder for folder in folders if folder.is_dir()), folders[0])
+        found[split] = file, _first_folder(*folders)
     for file in sorted(root.glob(f"*/{_BESIDE_IMAGES}")):
         found.setdefault(file.parent.name, (file, file.parent))
+    if not found:
+        files = [file for folder in (root, root / "annotations") for file in sorted(folder.glob("*.json"))]
+        for file in filter(_has_coco_keys, files):
+            folders = root / file.stem, root / "images" / file.stem, root / "images", root
+            found.setdefault(file.stem, (file, _first_folder(*folders)))
     return found
+
+
+def _first_folder(*folders: Path) -> Path:
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def _has_coco_keys(file: Path) -> bool:
+    """Return whether a JSON file has the lists of a COCO file of objects, without parsing it."""
+    try:
+        content = file.read_bytes()
+    # A file that cannot be read is none of the dataset's.
+    except OSError:
+        return False
+    return all(key in content for key in _COCO_KEYS)
 
 
 def coco_paths(root: str | Path, split: str) -> tuple[Path, Path]:
@@ -79,6 +101,18 @@ def find_coco(
     else:
         file, folder = found[find_coco_split(path, VAL_COCO_SPLITS if split is None else (split,))]
     return file, Path(images or folder)
+
+
+def find_train_split(root: str | Path) -> str:
+    """Return the training split of a COCO folder, or its only split under any name, such as CVAT's `default`.
+
+    Raises:
+        UsageError: the folder has several splits, or only a validation split, and none for training.
+    """
+    found = list(list_coco_splits(root))
+    if len(found) == 1 and find_split(found, VAL_COCO_SPLITS, root) is None:
+        return found[0]
+    return find_coco_split(root, TRAIN_COCO_SPLITS)
 
 
 def find_coco_split(root: str | Path, names: Sequence[str]) -> str:

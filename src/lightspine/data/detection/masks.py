@@ -15,6 +15,9 @@ Segmentation = list[list[float]] | dict[str, Any]
 _MAX_CHARACTERS = 12
 """Maximum characters of a compressed number: each holds five bits of at most 64."""
 
+NO_MASK = "no mask"
+"""Problem of an object without a field `segmentation`."""
+
 
 def check_segmentation(segmentation: Any, height: int, width: int) -> None:
     """Validate the mask of an annotation without decoding it.
@@ -33,7 +36,7 @@ def check_segmentation(segmentation: Any, height: int, width: int) -> None:
     elif isinstance(segmentation, list):
         _check_polygons(segmentation, height, width)
     else:
-        raise LightspineError("no mask")
+        raise LightspineError(NO_MASK)
 
 
 def normalize_segmentation(segmentation: Any) -> Any:

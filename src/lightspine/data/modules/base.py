@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightspine.data.bad_images import BadImageLog
+from lightspine.data.class_names import similar_class_names
 from lightspine.data.dataset import Batch, collate_images
 from lightspine.data.loader import ResumableLoader, SeededDataset
 from lightspine.data.samplers import EpochSampler
@@ -31,6 +32,9 @@ class ImageDataModule(pl.LightningDataModule):
         seed: seed of the order and the augmentation of the images, together with the epoch.
         repeats: copies of an image in a batch with different augmentations (repeated augmentation); an epoch
             has as many steps as without. DeiT, Vim and SHViT use 3.
+        images_per_epoch: number of images of a training epoch, over all devices: a small dataset is repeated
+            with other augmentations, a large one is spread over several epochs, so that the length of a run
+            does not depend on the size of the dataset. Default: every image once.
         max_bad_share: largest share of an epoch's images that may be unreadable before the run stops.
 
     Raises:
@@ -46,6 +50,7 @@ class ImageDataModule(pl.LightningDataModule):
         seed: int,
         *,
         repeats: int = 1,
+        images_per_epoch: int | None = None,
         max_bad_share: float = 0.1,
     ) -> None:
         super().__init__()
@@ -53,15 +58,19 @@ class ImageDataModule(pl.LightningDataModule):
             ("batch size", batch_size, 1),
             ("num_workers", num_workers, 0),
             ("repeats", repeats, 1),
+            ("images_per_epoch", images_per_epoch, 1),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise UsageError(f"expected a {name} of at least {least}, got {value}")
+        for similar in similar_class_names(class_names):
+            _log.warning("the classes %s differ only in case: are they one class?", " and ".join(similar))
         self.class_names = class_names
         self.preprocessing = preprocessing
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.repeats = repeats
+        self.images_per_epoch = images_per_epoch
         # Share that was held out of a folder without splits.
         self.val_fraction: float | None = None
         self._split_record: SplitRecord | None = None
@@ -102,7 +111,9 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _train_loader(self, dataset: Dataset, collate: Any = collate_images) -> DataLoader:
         """Create a shuffled loader whose augmentation depends on (seed, epoch, image) alone."""
-        sampler = self._create_sampler(dataset, "train", repeats=self.repeats)
+        sampler = self._create_sampler(
+            dataset, "train", repeats=self.repeats, epoch_size=self.images_per_epoch
+        )
         # BatchNorm of a 1 x 1 map fails on a batch of one image, which the last batch may be.
         return self._create_loader(
             SeededDataset(dataset, self.seed), sampler, collate, drop_last=len(sampler) >= self.batch_size

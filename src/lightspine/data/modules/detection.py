@@ -17,7 +17,7 @@ from lightspine.data.detection import (
     coco_paths,
     collate_detection,
     create_detection_transform,
-    find_coco_split,
+    find_train_split,
     hold_out,
     list_coco_splits,
     read_coco,
@@ -39,7 +39,8 @@ class CocoDataModule(ImageDataModule):
 
     Args:
         root: the folder; see `lightspine.data.detection.list_coco_splits`.
-        train: name of the training split; default: the first of train2017, train and training, in any case.
+        train: name of the training split; default: the first of train2017, train and training, in any case,
+            or the only split.
         val: name of the validation split; default: the first of val2017, val, validation, valid, test and
             testing.
         val_fraction: share of the training images for validation if there is no validation split.
@@ -57,6 +58,7 @@ class CocoDataModule(ImageDataModule):
         batch_size: images per step and device.
         num_workers: number of worker processes; 0 reads in the training process.
         seed: seed of the order and the augmentation of the images.
+        images_per_epoch: number of images of a training epoch; see `ImageDataModule`.
         max_bad_share: largest share of an epoch's images that may be unreadable before the run stops.
 
     Attributes:
@@ -88,6 +90,7 @@ class CocoDataModule(ImageDataModule):
         batch_size: int = 2,
         num_workers: int = 2,
         seed: int = 0,
+        images_per_epoch: int | None = None,
         max_bad_share: float = 0.1,
     ) -> None:
         self._transform = create_detection_transform(
@@ -102,7 +105,7 @@ class CocoDataModule(ImageDataModule):
 
         # Split names are not needed for files that are elsewhere.
         if train is None and train_annotations is None:
-            train = find_coco_split(root, TRAIN_COCO_SPLITS)
+            train = find_train_split(root)
         if val is None and val_annotations is None:
             val = find_split(list_coco_splits(root), VAL_COCO_SPLITS, root)
         self.masks = masks
@@ -117,7 +120,15 @@ class CocoDataModule(ImageDataModule):
         self.val_annotations: CocoAnnotations = held_out
         self.resize = (size, size) if augmentation == "large_scale_jitter" else (shorter, longest)
         # Detectors normalize their images themselves.
-        super().__init__(names, Preprocessing(), batch_size, num_workers, seed, max_bad_share=max_bad_share)
+        super().__init__(
+            names,
+            Preprocessing(),
+            batch_size,
+            num_workers,
+            seed,
+            images_per_epoch=images_per_epoch,
+            max_bad_share=max_bad_share,
+        )
         self.val_fraction = val_fraction
 
     def _split_images(self) -> tuple[Sequence[str], Sequence[str]]:
@@ -142,6 +153,7 @@ class CocoDataModule(ImageDataModule):
             num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
             seed=self.seed,
+            epoch_size=self.images_per_epoch,
         )
         self._epoch_images[stage] = len(sampler)
         return sampler

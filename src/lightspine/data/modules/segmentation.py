@@ -8,11 +8,10 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader
 
 from lightspine.data.detection import (
-    TRAIN_COCO_SPLITS,
     VAL_COCO_SPLITS,
     CocoAnnotations,
     coco_paths,
-    find_coco_split,
+    find_train_split,
     hold_out,
     list_coco_splits,
     read_coco,
@@ -59,6 +58,7 @@ class SegmentationDataModule(ImageDataModule):
         num_workers: number of worker processes; 0 reads in the training process.
         preprocessing: `mean` and `std` as in timm's pretrained cfgs; default: ImageNet's.
         seed: seed of the order and the augmentation of the images.
+        images_per_epoch: number of images of a training epoch; see `ImageDataModule`.
         max_bad_share: largest share of an epoch's images that may be unreadable before the run stops.
 
     Raises:
@@ -83,10 +83,19 @@ class SegmentationDataModule(ImageDataModule):
         num_workers: int = 2,
         preprocessing: dict[str, Any] | None = None,
         seed: int = 0,
+        images_per_epoch: int | None = None,
         max_bad_share: float = 0.1,
     ) -> None:
         found = Preprocessing.from_config(preprocessing or {})
-        super().__init__(class_names, found, batch_size, num_workers, seed, max_bad_share=max_bad_share)
+        super().__init__(
+            class_names,
+            found,
+            batch_size,
+            num_workers,
+            seed,
+            images_per_epoch=images_per_epoch,
+            max_bad_share=max_bad_share,
+        )
         self.val_scale = scale if val_scale == "scale" else val_scale
         if self.val_scale is None or sorted(self.val_scale) != sorted(scale):
             _log.info(
@@ -182,7 +191,8 @@ class CocoSemanticDataModule(SegmentationDataModule):
 
     Args:
         root: the folder; see `lightspine.data.detection.list_coco_splits`.
-        train: name of the training split; default: the first of train2017, train and training, in any case.
+        train: name of the training split; default: the first of train2017, train and training, in any case,
+            or the only split.
         val: name of the validation split; default: the first of val2017, val, validation, valid, test and
             testing.
         val_fraction: share of the training images for validation if there is no validation split.
@@ -209,7 +219,7 @@ class CocoSemanticDataModule(SegmentationDataModule):
             log_issues(split, annotations)
             return annotations
 
-        train = train or find_coco_split(root, TRAIN_COCO_SPLITS)
+        train = train or find_train_split(root)
         val = val or find_split(list_coco_splits(root), VAL_COCO_SPLITS, root)
         annotations = read(train)
         if val is None:

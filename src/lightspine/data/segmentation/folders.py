@@ -245,8 +245,8 @@ def check_label_values(reader: LabelMapSource, pairs: Sequence[LabeledImage]) ->
     ignored = " and ignored pixels (255)" if IGNORED in found else ""
     raise UsageError(
         f"expected at least two classes in the {len(pairs)} label maps, such as {pairs[0].labels}, got "
-        f"{classes}{ignored} only: if the files mark a class with 255 or another value, pass "
-        "remap={0: 0, 255: 1}, or write label maps with `lightspine convert-data masks`"
+        f"{classes}{ignored} only: if the files mark a class with 255 or another value, convert "
+        "them with `lightspine convert-data masks`, or pass remap={0: 0, 255: 1}"
     )
 
 
@@ -286,8 +286,9 @@ def _count_classes(
             f"value, or a file {_CLASS_FILES[0]} with the name of every index"
         )
     _log.info(
-        "found %d classes in the label maps, called by their values: %s in the folder would name them",
+        "found %d %s in the label maps, called by their values: %s in the folder would name them",
         values[-1] + 1,
+        "classes" if values[-1] else "class",
         _CLASS_FILES[0],
     )
     return int(values[-1]) + 1
