@@ -15,6 +15,7 @@ from lightspine.compat.modules import MODULES, packages
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
+    compat.uninstall()
     yield
     compat.uninstall()
     for name in [key for key in sys.modules if key.partition(".")[0] in packages()]:

@@ -70,6 +70,24 @@ def test_outputs_and_gradients_equal_those_of_vim(
         assert_close("Mamba", actual, expected, 1e-12)
 
 
+def test_third_direction_scans_across_slices() -> None:
+    module, x = make(bimamba_type="v3", nslices=3), draw(2, 12, DIM)
+    without = make(bimamba_type="v2")
+    without.load_state_dict({k: v for k, v in module.state_dict().items() if "_s" not in k})
+    alone = make()
+    alone.load_state_dict(
+        {
+            k.replace("_s", ""): v
+            for k, v in module.state_dict().items()
+            if "_s" in k or k in ("in_proj.weight", "out_proj.weight")
+        }
+    )
+    order = torch.tensor([0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11])
+    expected = without(x)
+    expected[:, order] += alone(x[:, order])
+    assert_close("out", module(x), expected, 1e-12)
+
+
 def test_names_and_shapes_of_the_parameters() -> None:
     module = Mamba(DIM, bimamba_type="v2", conv_bias=False, dt_rank=3, d_conv=3)
     assert {name: tuple(t.shape) for name, t in module.named_parameters()} == {
@@ -142,7 +160,8 @@ def test_block_keeps_the_residual_in_float32() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Mamba(DIM, bimamba_type="v3"), "bimamba_type 'none', 'v1' or 'v2', received 'v3'"),
+        (lambda: Mamba(DIM, bimamba_type="v4"), "bimamba_type 'none', 'v1', 'v2', 'v3', received 'v4'"),
+        (lambda: make(bimamba_type="v3")(draw(1, 7, DIM)), "a multiple of nslices=5 tokens, received 7"),
         (lambda: Mamba(DIM, dt_init="zero"), "dt_init 'random' or 'constant', received 'zero'"),
         (
             lambda: make(bimamba_type="v2")(draw(1, 3, DIM), inference_params=InferenceParams(3, 1)),

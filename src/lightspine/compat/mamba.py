@@ -16,7 +16,7 @@ from lightspine.compat.selective_scan import scan_projected, selective_scan_fn
 from lightspine.compat.state_update import selective_state_update
 from lightspine.errors import UsageError
 
-_DIRECTIONS = ("none", "v1", "v2")
+_DIRECTIONS = ("none", "v1", "v2", "v3")
 _DT_INITS = ("random", "constant")
 
 
@@ -41,10 +41,12 @@ class Mamba(nn.Module):
         device: of the parameters.
         dtype: of the parameters; A and D stay in float32.
         bimamba_type: "none" scans forward; "v1" adds a scan in reverse that shares all but A; "v2" adds one
-            with its own convolution, projections, A and D.
+            with its own convolution, projections, A and D; "v3" (SegMamba) adds to "v2" a scan of the tokens
+            ordered by their position within a slice.
         if_divide_out: for "v2": halve the sum of both directions.
         init_layer_scale: initial value of a learned scale per output channel; `None` for no scale.
         bimamba: the argument of VideoMamba: `True` is `bimamba_type="v2"`, `False` is "none".
+        nslices: for "v3": number of slices of the sequence.
 
     Raises:
         UsageError: an unknown `bimamba_type` or `dt_init`.
@@ -55,6 +57,7 @@ class Mamba(nn.Module):
     dt_proj: nn.Linear
     A_log: nn.Parameter
     A_b_log: nn.Parameter
+    A_s_log: nn.Parameter
     D: nn.Parameter
 
     def __init__(
@@ -79,12 +82,14 @@ class Mamba(nn.Module):
         if_divide_out: bool = False,
         init_layer_scale: float | None = None,
         bimamba: bool | None = None,
+        nslices: int = 5,
     ) -> None:
         super().__init__()
         if bimamba is not None:
             bimamba_type = "v2" if bimamba else "none"
         if bimamba_type not in _DIRECTIONS:
-            raise UsageError(f"Mamba expects bimamba_type 'none', 'v1' or 'v2', received {bimamba_type!r}")
+            expected = ", ".join(map(repr, _DIRECTIONS))
+            raise UsageError(f"Mamba expects bimamba_type {expected}, received {bimamba_type!r}")
         if dt_init not in _DT_INITS:
             raise UsageError(f"Mamba expects dt_init 'random' or 'constant', received {dt_init!r}")
         self.d_model = d_model
@@ -97,6 +102,7 @@ class Mamba(nn.Module):
         self.layer_idx = layer_idx
         self.bimamba_type = bimamba_type
         self.if_divide_out = if_divide_out
+        self.nslices = nslices
         self.init_layer_scale = init_layer_scale
         if init_layer_scale is not None:
             self.gamma = nn.Parameter(init_layer_scale * torch.ones(d_model))
@@ -109,12 +115,14 @@ class Mamba(nn.Module):
         self._init_dt(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
         if bimamba_type == "v1":
             self.A_b_log = self._initial_matrix(device)
-        elif bimamba_type == "v2":
+        elif bimamba_type in ("v2", "v3"):
             self._add_direction("_b", conv_bias, options)
+        if bimamba_type == "v3":
+            self._add_direction("_s", conv_bias, options)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **options)
 
     def _add_direction(self, suffix: str, conv_bias: bool, options: dict[str, Any]) -> None:
-        """Add the convolution, projections, A and D of one direction; "_b" marks the second one."""
+        """Add the convolution, projections, A and D of one direction: "", "_b" or "_s"."""
         conv = nn.Conv1d(
             self.d_inner,
             self.d_inner,
@@ -130,7 +138,7 @@ class Mamba(nn.Module):
         self.add_module(f"dt_proj{suffix}", nn.Linear(self.dt_rank, self.d_inner, **options))
         D = nn.Parameter(torch.ones(self.d_inner, device=options["device"]))
         D._no_weight_decay = True  # type: ignore[attr-defined]
-        name = "A_b_log" if suffix else "A_log"
+        name = f"A{suffix}_log"
         self.register_parameter(name, self._initial_matrix(options["device"]))
         self.register_parameter(f"D{suffix}", D)
 
@@ -186,11 +194,25 @@ class Mamba(nn.Module):
         xz = self.in_proj(tokens).transpose(1, 2)
         A_b = _matrix(self.A_b_log) if self.bimamba_type == "v1" else None
         y = self._scan_direction(xz, "", _matrix(self.A_log), A_b)
-        if self.bimamba_type == "v2":
+        if self.bimamba_type in ("v2", "v3"):
             y = y + self._scan_direction(xz, "_b", _matrix(self.A_b_log), None)
-            if self.if_divide_out:
-                y = y / 2
+        if self.bimamba_type == "v2" and self.if_divide_out:
+            y = y / 2
+        if self.bimamba_type == "v3":
+            y = y + self._scan_slices(xz)
         return self.out_proj(y.transpose(1, 2))
+
+    def _scan_slices(self, xz: Tensor) -> Tensor:
+        """Scan the first tokens of all slices, then the second ones, and so on."""
+        length = xz.shape[2]
+        if length % self.nslices:
+            raise UsageError(
+                f"Mamba with bimamba_type 'v3' expects a multiple of nslices={self.nslices} tokens, received "
+                f"{length}"
+            )
+        xz = xz.unflatten(2, (self.nslices, -1)).transpose(2, 3).flatten(2)
+        y = self._scan_direction(xz, "_s", _matrix(self.A_s_log), None)
+        return y.unflatten(2, (-1, self.nslices)).transpose(2, 3).flatten(2)
 
     def _scan_direction(self, xz: Tensor, suffix: str, A: Tensor, A_b: Tensor | None) -> Tensor:
         """Scan (B, 2 D, L) to (B, D, L); the suffix "_b" runs from the last token to the first."""
