@@ -15,10 +15,11 @@ import lightspine_runtime
 from lightspine.benchmark.results import load_results
 from lightspine.data.class_mapping import load_class_mapping
 from lightspine.data.shards import INDEX_SUFFIX, ShardSource, read_shard_index
-from lightspine.errors import LightspineError
+from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.classifiers import class_names
 from lightspine.export.onnx_network import load_onnx
 from lightspine.models.checkpoint import ModelMetadata, read_checkpoint, read_model_metadata
+from lightspine.training.short_flags import expand_short_flags
 from support.checkpoints import save_small
 from support.fuzz_formats import onnx_classifier, shard_bytes
 from support.images import write_image
@@ -228,3 +229,25 @@ def test_operator_of_another_library_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(LightspineError, match=r"com\.attack"):
         load_onnx(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "a: [",
+        "\udcff",
+        "2024-99-99",
+        "a: &a [1, 1]\n"
+        + "".join(
+            f"b{i}: &b{i} [*{'a' if not i else f'b{i - 1}'}, *{'a' if not i else f'b{i - 1}'}]\n"
+            for i in range(40)
+        ),
+    ],
+    ids=["deep", "no YAML", "no UTF-8", "no date", "aliases"],
+)
+def test_recipe_with_short_flags_is_checked_before_it_is_loaded(tmp_path: Path, text: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UsageError, match="expected a recipe"):
+        expand_short_flags(["--config", str(recipe), "--epochs=1", "--size=64"])

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -29,6 +28,7 @@ from lightspine.data.transforms import Preprocessing
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.draw import draw_classes, draw_detections, draw_image_grid
 from lightspine.recipes import find_recipe
+from lightspine.training.class_paths import read_recipe
 from lightspine.utils.json_text import parse_json
 from lightspine.utils.progress import progress_bar
 
@@ -136,7 +136,7 @@ def _module_of_recipe(data: Path, recipe: str, boxes_only: bool) -> ImageDataMod
     Raises:
         UsageError: the recipe has no data module of lightspine that reads a folder.
     """
-    content = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))
+    content = read_recipe(find_recipe(recipe))
     entry = content.get("data") if isinstance(content, dict) else None
     path, arguments = (
         (entry.get("class_path"), entry.get("init_args")) if isinstance(entry, dict) else (None, None)

@@ -7,11 +7,13 @@ could run code.
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import _common, set_parsing_settings
 
-from lightspine.errors import UsageError
+from lightspine.errors import LightspineError, UsageError
 
 # Modules with classes for a recipe; what is below them is allowed, too.
 ALLOWED = (
@@ -88,6 +90,27 @@ def refusal(path: str) -> UsageError:
         "usual one of lightning, torch, timm or torchvision; --trust-class-path "
         f"{path if known else package} allows it to run code"
     )
+
+
+def read_recipe(path: Path) -> Any:
+    """Return the content of a recipe without creating any object.
+
+    Raises:
+        UsageError: it is no YAML in UTF-8, too large or too deep.
+        LightspineError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        check_recipe_text(text)
+        return yaml.safe_load(text)
+    except OSError as error:
+        raise LightspineError(f"cannot read {path}: {error.strerror or error}") from error
+    except UsageError:
+        raise
+    # ValueError for another encoding and for dates that do not exist.
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"expected a recipe in YAML, but {path} is not: {reason}") from error
 
 
 def check_recipe_text(text: str) -> None:

@@ -5,10 +5,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import yaml
-
 from lightspine.errors import UsageError
 from lightspine.recipes import find_recipe
+from lightspine.training.class_paths import read_recipe
 
 _FLAGS = {
     "epochs": (int, "an integer"),
@@ -133,7 +132,7 @@ def _find_task(args: Sequence[str]) -> str:
         name, equals, value = flag.partition("=")
         value = value if equals else following
         if name in ("--config", "-c"):
-            recipe = yaml.safe_load(find_recipe(value).read_text(encoding="utf-8"))
+            recipe = read_recipe(find_recipe(value))
             model = recipe.get("model") if isinstance(recipe, dict) else None
             task = (model or {}).get("class_path", task) if isinstance(model, dict) else model or task
         elif name in ("--model", "--model.class_path"):
