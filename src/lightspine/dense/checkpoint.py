@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from lightspine.dense.class_layers import differs_by_classes
 from lightspine.dense.official import describe_official, load_official
 from lightspine.errors import LightspineError, UsageError
 from lightspine.heads.detectors import DetectorName
@@ -208,14 +209,14 @@ def load_pretrained(
 
     Raises:
         UsageError: the file holds another head or backbone model, or has no such weights.
-        LightspineError: the file cannot be read, or tensors are missing, unknown or of another shape.
+        LightspineError: the file cannot be read, or tensors are missing, unknown or of another shape, other
+            than those of the class layers.
     """
     checkpoint = read_checkpoint(source)
     if checkpoint.is_openmmlab:
         return load_official(network, checkpoint, weights=weights)
     metadata, init_args = read_network_metadata(checkpoint), network.init_args
     check_network(checkpoint, metadata, init_args["head"], init_args["model"])
-    same_classes = metadata.num_classes == init_args["num_classes"]
     entry = checkpoint.select(weights)
     expected, tensors = network.state_dict(), checkpoint.entries[entry]
     report = LoadReport(source=checkpoint.label, entry=entry, is_ema=entry in EMA_ENTRIES)
@@ -225,15 +226,33 @@ def load_pretrained(
             report.unexpected.append(name)
         elif tensor.shape == expected[name].shape:
             fitting[name] = tensor
-        elif same_classes:
-            report.mismatched[name] = tuple(tensor.shape), tuple(expected[name].shape)
-        else:
+        elif differs_by_classes(tensor, expected[name], metadata.num_classes, init_args["num_classes"]):
             report.dropped.append(name)
+        else:
+            report.mismatched[name] = tuple(tensor.shape), tuple(expected[name].shape)
     absent = [name for name in expected if name not in tensors]
     report.missing = [*report.dropped, *absent]
     if absent or not report.complete:
-        raise LightspineError(f"{checkpoint.label} does not fit the network: {report.mismatches()}")
+        differing = _describe_differences(metadata.options, init_args["options"])
+        raise LightspineError(
+            f"{checkpoint.label} does not fit the network: {differing or report.mismatches()}"
+        )
     report.dropped_head = bool(report.dropped)
     report.loaded = list(fitting)
     network.load_state_dict(fitting, strict=False)
     return report
+
+
+def _describe_differences(in_file: dict[str, Any], in_network: dict[str, Any]) -> str:
+    """Describe the arguments that decide the shapes of the weights and differ, "" if there are none."""
+    keys = [
+        key
+        for key in ("model_args", "norm", "channels", "auxiliary_weight")
+        if in_file.get(key) != in_network.get(key)
+    ]
+    if not keys:
+        return ""
+    file, network = (
+        ", ".join(f"{key}={options.get(key)}" for key in keys) for options in (in_file, in_network)
+    )
+    return f"the file was saved with {file}, but the network has {network}"

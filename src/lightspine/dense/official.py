@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lightspine.data.published_classes import ade20k_class_names, coco_class_names
+from lightspine.dense.class_layers import differs_by_classes
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import OPENMMLAB_CLASSES_KEY, Checkpoint, Weights, read_checkpoint
 from lightspine.models.factory import create_model
@@ -140,10 +141,10 @@ def load_official(network: Any, source: str | Path | Checkpoint, *, weights: Wei
         if tensor.shape == expected[name].shape:
             fitting[name] = tensor
             report.converted[name] = f"from {sources[name]}"
-        elif same_classes or tensor.shape[1:] != expected[name].shape[1:]:
-            report.mismatched[sources[name]] = tuple(tensor.shape), tuple(expected[name].shape)
-        else:
+        elif differs_by_classes(tensor, expected[name], found.num_classes, init_args["num_classes"]):
             report.dropped.append(name)
+        else:
+            report.mismatched[sources[name]] = tuple(tensor.shape), tuple(expected[name].shape)
     used = set(sources.values())
     report.unexpected = [key for key in tensors if key not in used and not _is_unused(key, network)]
     absent = [name for name in expected if name not in converted]
