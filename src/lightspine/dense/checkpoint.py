@@ -235,7 +235,7 @@ def load_pretrained(
     if absent or not report.complete:
         differing = _describe_differences(metadata.options, init_args["options"])
         raise LightspineError(
-            f"{checkpoint.label} does not fit the network: {differing or report.mismatches()}"
+            f"{checkpoint.label} does not fit the network: {report.mismatches()}{differing}"
         )
     report.dropped_head = bool(report.dropped)
     report.loaded = list(fitting)
@@ -255,4 +255,4 @@ def _describe_differences(in_file: dict[str, Any], in_network: dict[str, Any]) -
     file, network = (
         ", ".join(f"{key}={options.get(key)}" for key in keys) for options in (in_file, in_network)
     )
-    return f"the file was saved with {file}, but the network has {network}"
+    return f"; the file was saved with {file}, but the network has {network}"

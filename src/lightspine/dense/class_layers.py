@@ -6,7 +6,8 @@ from torch import Tensor
 def differs_by_classes(found: Tensor, expected: Tensor, in_file: int, in_network: int) -> bool:
     """Return whether the shapes of two weights or biases differ by the numbers of classes alone.
 
-    The first dimension of a class layer is a multiple of the number of classes, with or without the background.
+    The first dimension of a class layer is a multiple of the number of classes, with or without the
+    background.
 
     Args:
         found: tensor of a file.
