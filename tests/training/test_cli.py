@@ -1,6 +1,5 @@
 """`lightspine train`: recipes, overriding flags and invalid flags."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -162,13 +161,12 @@ def test_what_a_checkpoint_gave_is_told_before_training(
     assert told[2].split()[0] == "1/1"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
-def test_tensorboard_that_is_not_installed_is_named(tmp_path: Path) -> None:
+def test_tensorboard_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UsageError, match="expected the package tensorboard for --tensorboard"):
         main([*QUICK, "--data=DigitsDataModule", "--tensorboard", "--folder", str(tmp_path / "run")])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_writes_into_the_folder(tmp_path: Path) -> None:
     flags = [*QUICK, *ONE_BATCH, "--data=DigitsDataModule", "--tensorboard"]
     result = main([*flags, "--folder", str(tmp_path / "run")])

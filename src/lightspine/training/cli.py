@@ -16,8 +16,8 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightspine.data import modules
 from lightspine.data.modules import ClassificationDataModule, ImageDataModule, SegmentationDataModule
@@ -147,6 +147,14 @@ _RECIPE_MODE = "lightspine_recipe"
 set_loader(_RECIPE_MODE, load_recipe, exceptions=(yaml.YAMLError,))
 
 
+class _SaveConfig(SaveConfigCallback):
+    """Writes config.yaml to the folder of the run; the original writes to that of the first logger."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        path = Path(trainer.default_root_dir, self.config_filename)
+        self.parser.save(self.config, path, skip_none=False, overwrite=True)
+
+
 class TrainCLI(LightningCLI):
     """LightningCLI of `lightspine train`: parses the arguments and creates trainer, task and data."""
 
@@ -157,7 +165,8 @@ class TrainCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_defaults=dict(TRAINER_DEFAULTS),
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=_SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             parser_kwargs={
                 "exit_on_error": False,
                 "prog": "lightspine train",

@@ -29,6 +29,8 @@ def filter_lightning_logs() -> Iterator[None]:
             "ignore", message=r"(?s).*deprecated\s+in\s+v4\.", category=DeprecationWarning
         )
         warnings.filterwarnings("ignore", message="(GPU|TPU|MPS) available but not used.*")
+        # Every epoch is logged, however short.
+        warnings.filterwarnings("ignore", message=".* is smaller than the logging interval")
         # Frozen stages are in evaluation mode on purpose.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         try:
