@@ -65,11 +65,7 @@ def _run_cases(form: Format, label: str, folder: Path, cases: range, outcome: di
         try:
             form.read(file)
             outcome["read"] += 1
-        except REFUSALS as error:
-            if "\n" in str(error):
-                outcome["failures"].append(
-                    {"case": case, "error": f"more than one line: {str(error)[:200]!r}"}
-                )
+        except REFUSALS:
             outcome["refused"] += 1
         except BaseException as error:
             signal.setitimer(signal.ITIMER_PROF, 0)
