@@ -107,3 +107,11 @@ def test_values_of_every_protocol_are_followed(tmp_path: Path, protocol: int) ->
 def test_no_pickle_is_left_to_pytorch(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.pth").write_bytes(content)
     check_pickled_file(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("opcode", [b"X", b"T", b"B", b"\x8b"], ids=repr)
+def test_length_beyond_the_file_is_refused_before_it_is_read(tmp_path: Path, opcode: bytes) -> None:
+    file = tmp_path / "a.pth"
+    file.write_bytes(b"\x80\x02" + opcode + (2**31 - 1).to_bytes(4, "little") + b"abc.")
+    with pytest.raises(LightspineError, match="claims 2147483647 bytes, of which the file has 4"):
+        check_pickled_file(file)

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 from lightspine.errors import LightspineError
 
 _MOST_NESTED = 200
+# Bytes that may be read without a look at the length of the file.
+_SMALL = 2**20
 # Objects of a value, those that it shares counted each time. A state dict has some ten per tensor.
 _MOST_OBJECTS = 20_000_000
 # Pickles at the start of a file in the format before PyTorch 1.6: magic number, version, system, the content.
@@ -60,12 +62,35 @@ def _archived_pickles(path: Path, file: BinaryIO) -> list[bytes]:
         return []
 
 
+class _BoundedReader:
+    """Reader of a pickle that refuses a length beyond the end of the file, before memory is allocated."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self._path = path
+        self._file = file
+        at = file.tell()
+        self._size = file.seek(0, io.SEEK_END)
+        file.seek(at)
+        self.tell = file.tell
+        self.readline = file.readline
+
+    def read(self, count: int) -> bytes:
+        left = self._size - self._file.tell()
+        # Less is left to PyTorch, which says that the file is incomplete.
+        if count > left and count > _SMALL:
+            raise LightspineError(
+                f"{self._path} is refused: a value in it claims {count} bytes, of which the file has {left}"
+            )
+        content: bytes = self._file.read(count)
+        return content
+
+
 def _follow(path: Path, file: Any) -> bool:
     """Follow one pickle; return whether it was complete."""
     stack: list[_Value] = []
     memo: dict[int, _Value] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(file):
+        for opcode, argument, _ in pickletools.genops(_BoundedReader(path, file)):
             _apply(opcode, argument, stack, memo)
             if stack and (stack[-1][0] > _MOST_NESTED or stack[-1][1] > _MOST_OBJECTS):
                 raise LightspineError(
