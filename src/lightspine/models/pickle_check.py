@@ -10,7 +10,7 @@ import pickletools
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 from lightspine.errors import LightspineError
 
@@ -90,7 +90,9 @@ def _follow(path: Path, file: Any) -> bool:
     stack: list[_Value] = []
     memo: dict[int, _Value] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(_BoundedReader(path, file)):
+        # genops calls read, readline and tell.
+        reader = cast(IO[bytes], _BoundedReader(path, file))
+        for opcode, argument, _ in pickletools.genops(reader):
             _apply(opcode, argument, stack, memo)
             if stack and (stack[-1][0] > _MOST_NESTED or stack[-1][1] > _MOST_OBJECTS):
                 raise LightspineError(

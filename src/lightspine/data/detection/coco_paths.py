@@ -31,8 +31,7 @@ def list_coco_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
     found = {}
     for file in sorted(root.glob(f"annotations/{_PREFIX}*.json")):
         split = file.stem.removeprefix(_PREFIX)
-        folders = root / split, root / "images" / split, root / "images"
-        found[split] = file, _first_folder(*folders)
+        found[split] = file, _first_folder(root / split, root / "images" / split, root / "images")
     for file in sorted(root.glob(f"*/{_BESIDE_IMAGES}")):
         found.setdefault(file.parent.name, (file, file.parent))
     if not found:
