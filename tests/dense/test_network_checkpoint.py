@@ -105,7 +105,8 @@ def test_classifier_weights_reach_the_maps(tmp_path: Path) -> None:
 
 def test_other_head_is_refused(detector_file: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"weights of retinanet over efficientvim_m1, but .* holds mask_rcnn"
+        UsageError,
+        match=r"weights of retinanet over efficientvim_m1, but .* holds mask_rcnn .*--model.head=mask_rcnn",
     ):
         create_detector("retinanet", "efficientvim_m1", 3, checkpoint=detector_file)
 

@@ -84,6 +84,16 @@ def test_classes_are_coloured_but_for_the_ignored(tmp_path: Path) -> None:
     assert (picture[:, 510:640] == 120).all()
 
 
+def test_legend_names_the_ignored_pixels(tmp_path: Path) -> None:
+    some, none = _classes(), np.minimum(_classes(), 1)
+    marks = []
+    for number, classes in enumerate((some, none)):
+        draw_classes(GREY, classes, NAMES, tmp_path / f"{number}.png")
+        legend = _read(tmp_path / f"{number}.png")[:, 660:]
+        marks.append(int((legend < 200).any(axis=(1, 2)).sum()))
+    assert marks[0] > marks[1] + 8, "one more line of text"
+
+
 def test_classes_are_legible_without_colour(tmp_path: Path) -> None:
     draw_classes(GREY, _classes(), NAMES, tmp_path / "a.png")
     grey = _read(tmp_path / "a.png").mean(axis=2)

@@ -37,8 +37,8 @@ def list_coco_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
     if not found:
         files = [file for folder in (root, root / "annotations") for file in sorted(folder.glob("*.json"))]
         for file in filter(_has_coco_keys, files):
-            folders = root / file.stem, root / "images" / file.stem, root / "images", root
-            found.setdefault(file.stem, (file, _first_folder(*folders)))
+            folder = _first_folder(root / file.stem, root / "images" / file.stem, root / "images", root)
+            found.setdefault(file.stem, (file, folder))
     return found
 
 
