@@ -114,14 +114,14 @@ def add_dense_evaluation_options(parser: argparse.ArgumentParser) -> None:
     detectors.add_argument(
         "--images", type=Path, metavar="DIR", help="image folder, if it is not next to the annotations"
     )
-    _add_detector_options(detectors, "the checkpoint's")
+    add_detector_options(detectors, "the checkpoint's")
     _add_segmenter_options(parser)
 
 
 def add_dense_prediction_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `predict` for detectors and segmenters."""
     detectors = parser.add_argument_group("detectors (--out: folder for the drawings)")
-    _add_detector_options(detectors, "0.5")
+    add_detector_options(detectors, "0.5")
     detectors.add_argument(
         "--max-drawn",
         type=int,
@@ -133,7 +133,8 @@ def add_dense_prediction_options(parser: argparse.ArgumentParser) -> None:
     segmenters.add_argument("--labels", action="store_true", help="also write label maps to --out")
 
 
-def _add_detector_options(group: argparse._ArgumentGroup, default_score: str) -> None:
+def add_detector_options(group: argparse._ArgumentGroup, default_score: str) -> None:
+    """Add the options of a detector's predictions."""
     group.add_argument(
         "--resize",
         type=int,
@@ -208,7 +209,6 @@ def detect_task(path: Path) -> tuple[str, Any]:
     """Return "classifier", "detector" or "segmenter", and the opened checkpoint or the path of an .onnx file.
 
     Raises:
-        UsageError: an exported file that is not evaluated, such as a detector's.
         LightspineError: the file cannot be read.
     """
     from lightspine.dense.checkpoint import read_network_metadata
@@ -221,9 +221,6 @@ def detect_task(path: Path) -> tuple[str, Any]:
     is_exported = is_onnx_file(path)
     checkpoint = read_onnx_metadata(path) if is_exported else read_checkpoint(path)
     task = read_network_metadata(checkpoint).kind if checkpoint.is_dense else "classifier"
-    # The pyramid of a detector is refused, with the reason, where classifiers are loaded.
-    if is_exported and task == "detector":
-        task = "classifier"
     return task, path if is_exported else checkpoint
 
 

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lightspine_cli._inference_options import add_detector_options
 from lightspine_cli._output import print_json, print_pairs, print_table, print_text
 
 
@@ -26,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="raw (model) or EMA weights; auto: those of the published score (default: auto)",
     )
-    parser.add_argument("--features", action="store_true", help="output the feature maps of the stages")
+    parser.add_argument(
+        "--features",
+        action="store_true",
+        help="output the feature maps of the stages; for a detector the levels of its pyramid",
+    )
     parser.add_argument("--fixed-size", type=_size, metavar="HxW", help="fixed image size (default: dynamic)")
     parser.add_argument(
         "--scan",
@@ -46,8 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     onnx.add_argument(
         "--with-preprocessing",
         action="store_true",
-        help="input 8-bit pixels (B, H, W, 3) and normalize them in the graph",
+        help="input 8-bit pixels (B, H, W, 3) and normalize them in the graph; a detector also resizes them",
     )
+    detectors = parser.add_argument_group("detectors in ONNX")
+    add_detector_options(detectors, "the checkpoint's")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 
@@ -55,6 +62,12 @@ def run(args: argparse.Namespace) -> int:
     """Export the model, compare the file with PyTorch and print a report."""
     from lightspine.errors import UsageError
 
+    detector_options = {
+        "resize": None if args.resize is None else tuple(args.resize),
+        "score_threshold": args.score_threshold,
+        "detections_per_image": args.detections_per_image,
+    }
+    detector_options = {name: value for name, value in detector_options.items() if value is not None}
     onnx_only = {
         "--opset": args.opset != 20,
         "--precision": args.precision != "fp32",
@@ -64,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.to != "onnx" and any(onnx_only.values()):
         given = ", ".join(name for name, is_given in onnx_only.items() if is_given)
         raise UsageError(f"{given} is only for --to onnx, got --to {args.to}")
-    model, known = _load(args)
+    model, known = _load(args, detector_options)
     report = _write(args, model, known)
     if args.json:
         print_json(_as_object(report))
@@ -92,19 +105,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def _load(args: argparse.Namespace, detector_options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the model and the metadata to store in the exported file."""
     import logging
 
     from lightspine import create_model
-    from lightspine.dense import load_network as load_dense
-    from lightspine.errors import UsageError
     from lightspine.evaluation.classifiers import class_names, load_classifier
     from lightspine.models.checkpoint import read_checkpoint
     from lightspine.models.loading import is_checkpoint
 
     file = args.checkpoint or (Path(args.model) if is_checkpoint(args.model) else None)
     if file is None:
+        _refuse_detector_options(detector_options, args.model)
         logging.getLogger("lightspine").warning(
             "%s is exported with random weights: pass a checkpoint for trained weights", args.model
         )
@@ -113,17 +125,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     assert opened.path is not None
     source = {"file": opened.path.name, "sha256": _hash(opened.path)}
     if opened.is_dense:
-        if args.features or args.checkpoint:
-            raise UsageError(
-                f"{file} holds a detector or segmenter: expected it instead of NAME and without --features"
-            )
-        network, about = load_dense(opened, weights=args.weights)
-        return network, {
-            "class_names": about.class_names,
-            "preprocessing": about.preprocessing or None,
-            "source": source,
-            "checkpoint": opened.metadata,
-        }
+        network, known = _load_dense(args, opened, detector_options)
+        return network, known | {"source": source}
+    _refuse_detector_options(detector_options, str(file))
     if args.checkpoint:
         model, saved = load_classifier(args.model, opened, weights=args.weights)
     else:
@@ -135,6 +139,48 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         return create_model(name, checkpoint=opened, weights=args.weights, **options).eval(), known
     count = int(getattr(model, "num_classes", 0))
     return model, known | {"class_names": class_names(saved, count) if count else None}
+
+
+def _load_dense(
+    args: argparse.Namespace, opened: Any, detector_options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return a detector, its backbone with --features, or a segmenter, and its metadata."""
+    from lightspine.dense import load_network
+    from lightspine.dense.checkpoint import network_metadata, read_network_metadata
+    from lightspine.errors import UsageError
+    from lightspine.evaluation.detection import check_detection_options
+
+    kind = read_network_metadata(opened).kind
+    if args.checkpoint or (args.features and kind == "segmenter"):
+        raise UsageError(
+            f"{opened.label} holds a {kind}: expected it instead of NAME"
+            f"{' and without --features' if args.features else ''}"
+        )
+    if kind == "segmenter" or args.features or args.to != "onnx":
+        _refuse_detector_options(detector_options, opened.label)
+    check_detection_options(detector_options)
+    network, about = load_network(opened, weights=args.weights, **detector_options)
+    # Published files of OpenMMLab have no metadata of their own.
+    described = network_metadata(
+        network,
+        class_names=about.class_names,
+        preprocessing=about.preprocessing,
+        settings=about.settings,
+    )
+    known = {
+        "class_names": about.class_names,
+        "preprocessing": about.preprocessing or None,
+        "checkpoint": described | opened.metadata,
+    }
+    return network.backbone if args.features else network, known
+
+
+def _refuse_detector_options(options: dict[str, Any], name: str) -> None:
+    from lightspine.errors import UsageError
+
+    if options:
+        flag = "--" + next(iter(options)).replace("_", "-")
+        raise UsageError(f"{flag} is for a whole detector in ONNX, got {name}")
 
 
 def _write(args: argparse.Namespace, model: Any, known: dict[str, Any]) -> Any:

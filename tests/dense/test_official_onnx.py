@@ -1,21 +1,18 @@
-"""A published detector on COCO images, in PyTorch and with its exported pyramid, scored by pycocotools."""
+"""A published detector on COCO images, in PyTorch and as an exported file, scored by pycocotools."""
 
 import contextlib
 import io
 import json
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor, nn
 
 from lightspine.dense import load_network
-from lightspine.evaluation import detection as detection_module
+from lightspine.dense.checkpoint import network_metadata
 from lightspine.evaluation import evaluate_detector
 from lightspine.export import export_onnx
 from support.coco import unpack
@@ -23,23 +20,6 @@ from support.openmmlab_files import write_openmmlab
 
 IMAGES = 6
 OPTIONS: dict[str, Any] = {"resize": (192, 320), "score_threshold": 0.05}
-
-
-class ExportedPyramid(nn.Module):
-    """Backbone and pyramid of a detector, run by ONNX Runtime."""
-
-    def __init__(self, path: Path, body: Any) -> None:
-        super().__init__()
-        import onnxruntime
-
-        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        self.strides, self.out_channels = body.strides, body.out_channels
-
-    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        levels = self.session.run(None, {self.session.get_inputs()[0].name: x.numpy()})
-        return OrderedDict(
-            (str(stride), torch.from_numpy(level)) for stride, level in zip(self.strides, levels, strict=True)
-        )
 
 
 def pycocotools_scores(truth: Path, results: Path) -> np.ndarray:
@@ -54,7 +34,7 @@ def pycocotools_scores(truth: Path, results: Path) -> np.ndarray:
 
 @pytest.mark.slow
 def test_exported_detector_scores_as_in_pytorch(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     coco = unpack("coco_free", tmp_path_factory)
     file = write_openmmlab("shvit_s4_retinanet", tmp_path)
@@ -87,19 +67,18 @@ def test_exported_detector_scores_as_in_pytorch(
     truth.write_text(json.dumps(listing))
     report = evaluate(tmp_path / "pytorch.json")
 
-    detector, _ = load_network(file, **OPTIONS)
-    exported = tmp_path / "pyramid.onnx"
-    export_onnx(detector, exported)
-    load = detection_module.load_network
-
-    def load_exported(*args: Any, **options: Any) -> Any:
-        network, metadata = load(*args, **options)
-        body = network.backbone
-        network.backbone = ExportedPyramid(exported, body)
-        return network, metadata
-
-    monkeypatch.setattr(detection_module, "load_network", load_exported)
-    onnx_report = evaluate(tmp_path / "onnx.json")
+    detector, about = load_network(file, **OPTIONS)
+    exported = tmp_path / "detector.onnx"
+    export_onnx(
+        detector,
+        exported,
+        with_preprocessing=True,
+        class_names=about.class_names,
+        checkpoint=network_metadata(detector, class_names=about.class_names),
+    )
+    onnx_report = evaluate_detector(
+        exported, truth, images=coco / "val2017", results=tmp_path / "onnx.json", score_threshold=0.05
+    )
 
     assert 5 < report["scores"]["box"]["AP"] < 95
     for name, score in report["scores"]["box"].items():

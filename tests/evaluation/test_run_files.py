@@ -200,11 +200,30 @@ def test_info_tells_the_same_of_every_file(
 
 
 @slow
-def test_export_of_a_detector_is_refused_with_the_reason(
+@pytest.mark.timeout(1800)
+def test_onnx_file_of_a_detector_scores_and_predicts_as_the_checkpoint(
+    runs: Callable[[str], Path], call: Callable[..., Any]
+) -> None:
+    folder = runs("detector")
+    file = _export(folder, "model.onnx")
+    weights = folder / "run" / WEIGHTS
+    expected, found = (call("evaluate", path, "--data", folder / "data") for path in (weights, file))
+    assert found["scores"]["box"]["AP"] == pytest.approx(expected["scores"]["box"]["AP"], abs=0.1)
+    arguments = [folder / "a.png", "--score-threshold", "0.05", "--out"]
+    (expected,), (found,) = (
+        call("predict", path, *arguments, folder / path.stem) for path in (weights, file)
+    )
+    assert len(found["objects"]) == len(expected["objects"])
+    assert Path(found["picture"]).is_file()
+
+
+@slow
+def test_exported_pyramid_is_refused_with_the_reason(
     runs: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = runs("detector")
-    file = str(_export(folder, "model.onnx"))
+    file = str(folder / "pyramid.onnx")
+    assert main(["export", str(folder / "run" / "best.ckpt"), file, "--features"]) == 0
     for arguments in (["predict", file, str(folder / "a.png")], ["evaluate", file, "--data", "x"]):
         capsys.readouterr()
         assert main(arguments) == 2

@@ -132,7 +132,7 @@ def dense_cases(*heads: str) -> list[Any]:
 @pytest.mark.parametrize(("family", "head"), dense_cases("retinanet", "mask_rcnn"))
 def test_detector_gives_its_pyramid(family: str, head: Any, tmp_path: Path) -> None:
     detector = disturb(build_detector(head, backbone(family), 3, channels=16))
-    export_onnx(detector, tmp_path / "pyramid.onnx", shapes=[(1, 64, 64)])
+    export_onnx(detector.backbone, tmp_path / "pyramid.onnx", shapes=[(1, 64, 64)])
 
     class Levels(nn.Module):
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:

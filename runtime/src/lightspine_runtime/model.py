@@ -12,6 +12,13 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
+from lightspine_runtime.detection import (
+    Detections,
+    DetectionSettings,
+    resize_masks,
+    resize_pixels,
+    resized_size,
+)
 from lightspine_runtime.errors import LightspineError, UsageError
 from lightspine_runtime.images import open_image
 from lightspine_runtime.preprocessing import Preprocessing, normalize, resize_and_crop
@@ -41,10 +48,11 @@ class OnnxModel:
     Attributes:
         path: the file.
         name: name of the model.
-        kind: "classifier", "features", "pyramid" or "segmenter".
+        kind: "classifier", "features", "pyramid", "detector" or "segmenter".
         class_names: one name per class, or `None` if the file has none.
         preprocessing: how images are resized, cropped and normalized.
         pixels: whether the model takes 8-bit pixels (B, H, W, 3) instead of normalized images (B, 3, H, W).
+        detection: settings of a detector, else `None`.
         outputs: names of the outputs.
         metadata: all entries of the file as text: version, commit, precision, source and others.
         session: the `onnxruntime.InferenceSession`.
@@ -82,12 +90,14 @@ class OnnxModel:
             preprocessing = json.loads(self.metadata["preprocessing"])
             self.class_names: list[str] | None = json.loads(self.metadata.get("class_names", "null"))
             self.pixels: bool = json.loads(self.metadata.get("pixels", "false"))
+            detection = json.loads(self.metadata.get("detection", "null"))
         # A RecursionError for values that are nested too deeply.
         except (ValueError, RecursionError) as error:
             raise LightspineError(f"{path} has damaged metadata: {error}") from error
         _check_types(str(path), self.class_names, self.pixels)
         self.name, self.kind = self.metadata["model"], self.metadata.get("kind", "classifier")
         self.preprocessing = Preprocessing.from_mapping(preprocessing, str(path))
+        self.detection = None if detection is None else DetectionSettings.from_mapping(detection, str(path))
         if len(inputs) != 1:
             raise UsageError(f"expected one input in {path}, found {len(inputs)}")
         self._input = inputs[0]
@@ -116,11 +126,13 @@ class OnnxModel:
         Raises:
             UsageError: the batch has a shape or dtype that the model does not take.
         """
+        expected = self.session.get_inputs()[0]
+        if expected.shape[0] == 1 and batch.ndim == 4 and len(batch) != 1:
+            raise UsageError(f"expected one image at a time for {self.path}, got a batch of {len(batch)}")
         try:
             found: list[NDArray[Any]] = self.session.run(None, {self._input: batch})
         except Exception as error:
             # ONNX Runtime has one exception class per status code and no public base class.
-            expected = self.session.get_inputs()[0]
             raise UsageError(
                 f"expected a batch of shape {tuple(expected.shape)} and {expected.type}, got one of "
                 f"{batch.shape} and {batch.dtype}: {str(error).splitlines()[0]}"
@@ -143,6 +155,90 @@ class OnnxModel:
         if topk < 1:
             raise UsageError(f"expected topk of at least 1, got {topk}")
         return [self._predict_one(Path(path), topk) for path in images]
+
+    def detect(
+        self, images: Iterable[str | Path], *, score_threshold: float | None = None
+    ) -> list[Detections]:
+        """Detect the objects of image files.
+
+        Args:
+            images: image files.
+            score_threshold: objects of a higher score only; default: that of the file.
+
+        Raises:
+            UsageError: the model is not a detector, a score_threshold outside 0 to 1 or below that of the
+                file, an image that is missing or too small, or of another size than the file takes.
+            LightspineError: an image cannot be read.
+        """
+        self.check_score_threshold(score_threshold)
+        found = (self.detect_pixels(np.asarray(open_image(path)), str(path)) for path in images)
+        return [one if score_threshold is None else one.above(score_threshold) for one in found]
+
+    def check_score_threshold(self, score_threshold: float | None) -> None:
+        """Check that the model is a detector whose detections include those above a score.
+
+        Raises:
+            UsageError: it is not.
+        """
+        if self.detection is None:
+            raise UsageError(f"expected a detector, but {self.path} outputs {', '.join(self.outputs)}")
+        if score_threshold is None:
+            return
+        least = self.detection.score_threshold
+        if not 0 <= score_threshold <= 1:
+            raise UsageError(f"expected a score_threshold from 0 to 1, got {score_threshold}")
+        if score_threshold < least:
+            raise UsageError(
+                f"expected a score_threshold of at least {least:g}, with which {self.path} was exported, got "
+                f"{score_threshold}"
+            )
+
+    def detect_pixels(self, pixels: NDArray[np.uint8], name: str = "the image") -> Detections:
+        """Detect the objects of one image.
+
+        Args:
+            pixels: 8-bit RGB, (H, W, 3).
+            name: name of the image in error messages.
+
+        Raises:
+            UsageError: the model is not a detector, or takes images of another size.
+        """
+        self.check_score_threshold(None)
+        assert self.detection is not None
+        height, width = pixels.shape[:2]
+        size = (height, width) if self.pixels else resized_size(height, width, self.detection)
+        self._check_size(size, name)
+        if self.pixels:
+            batch: NDArray[Any] = pixels[None]
+        else:
+            batch = normalize(resize_pixels(pixels, self.detection)[None], self.preprocessing)
+        found = dict(zip(self.outputs, self.run(batch), strict=True))
+        boxes, masks = found["boxes"], found.get("masks")
+        if size != (height, width):
+            ratios = np.float32([width, height]) / np.float32([size[1], size[0]])
+            boxes = boxes * np.tile(ratios, 2)
+            masks = None if masks is None else resize_masks(masks, height, width)
+        return Detections(
+            boxes=boxes,
+            scores=found["scores"],
+            labels=found["labels"],
+            names=[self._class_name(label) for label in found["labels"].tolist()],
+            masks=masks,
+        )
+
+    def _class_name(self, label: int) -> str:
+        names = self.class_names or []
+        return names[label - 1] if 1 <= label <= len(names) else str(label - 1)
+
+    def _check_size(self, size: tuple[int, int], name: str) -> None:
+        """Check that a file with a fixed size takes an image."""
+        shape = self.session.get_inputs()[0].shape
+        fixed = tuple(shape[1:3] if self.pixels else shape[2:])
+        if any(isinstance(side, int) and side != found for side, found in zip(fixed, size, strict=True)):
+            raise UsageError(
+                f"expected an image of {fixed[0]}x{fixed[1]} px, the size for which {self.path} was "
+                f"exported, but {name} has {size[0]}x{size[1]} px{'' if self.pixels else ' after resizing'}"
+            )
 
     def _predict_one(self, path: Path, topk: int) -> Prediction:
         logits = self.run(self.preprocess(open_image(path))[None])[0][0].astype(np.float64)

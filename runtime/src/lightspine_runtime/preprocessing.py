@@ -102,8 +102,8 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> NDArray
     return np.asarray(canvas.crop((left, top, left + width, top + height)))
 
 
-def normalize(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Normalize uint8 (..., H, W, 3) to float32 (..., 3, H, W)."""
+def normalize(pixels: NDArray[Any], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """Normalize pixels (..., H, W, 3) from 0 to 255 to float32 (..., 3, H, W)."""
     mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
     values = (pixels.astype(np.float32) / np.float32(255) - mean) / std
     return np.ascontiguousarray(np.moveaxis(values, -1, -3))

@@ -16,7 +16,7 @@ from lightspine.data.detection import (
     read_coco,
 )
 from lightspine.data.loader import WatchedLoader
-from lightspine.dense import load_network
+from lightspine.dense import NetworkMetadata, load_network
 from lightspine.dense.inference import detect_by_size
 from lightspine.dense.metrics import CocoMetrics
 from lightspine.errors import LightspineError, UsageError
@@ -33,6 +33,7 @@ from lightspine.evaluation.common import (
     hash_file,
     hash_names,
 )
+from lightspine.export.onnx_network import is_onnx_file, load_onnx_detector
 from lightspine.models.checkpoint import Checkpoint, Weights, read_checkpoint
 from lightspine.utils.devices import check_device
 from lightspine.utils.progress import progress_bar
@@ -61,7 +62,7 @@ def evaluate_detector(
     """Evaluate the boxes and masks of a detector with COCO's metrics.
 
     Args:
-        checkpoint: `.safetensors` or `.ckpt` file of a detector, or an opened checkpoint.
+        checkpoint: `.safetensors`, `.ckpt` or exported `.onnx` file of a detector, or an opened checkpoint.
         data: COCO file or folder; see `lightspine.data.detection.list_coco_splits`. Categories are matched
             with the checkpoint's classes by name.
         weights: "model" (as trained), "ema" (their average), or "auto" for the ones that the run validated.
@@ -101,13 +102,7 @@ def evaluate_detector(
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
     check_detection_options(overrides)
-    checkpoint = read_checkpoint(checkpoint)
-    network, metadata = load_network(checkpoint, weights=weights, **overrides)
-    if metadata.kind != "detector":
-        raise UsageError(
-            f"expected a detector in {checkpoint.label}, got {metadata.head} over {metadata.model}"
-        )
-    check_finite_weights(network, checkpoint.label)
+    network, metadata, label = open_detector(checkpoint, weights=weights, **overrides)
     file, folder = find_coco(data, images, split)
     annotations = read_coco(
         file, folder, masks=metadata.head != "retinanet", class_names=metadata.class_names
@@ -150,10 +145,11 @@ def evaluate_detector(
         "kind": metadata.kind,
         "model": metadata.model,
         "head": metadata.head,
-        "checkpoint": checkpoint.label,
-        "checkpoint_sha256": hash_file(checkpoint.label),
+        "checkpoint": label,
+        "checkpoint_sha256": hash_file(label),
         "weights": describe_weights(network),
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        # An exported network has constants instead of parameters.
+        "parameters": sum(parameter.numel() for parameter in network.parameters()) or None,
         "data": str(file),
         "data_sha256": hash_file(file),
         "split": described,
@@ -169,6 +165,42 @@ def evaluate_detector(
         "throughput": timer.report(),
         **describe_environment(device),
     }
+
+
+def open_detector(
+    source: str | Path | Checkpoint, *, weights: Weights = "auto", **options: Any
+) -> tuple[Any, NetworkMetadata, str]:
+    """Load a detector in evaluation mode.
+
+    Args:
+        source: `.safetensors`, `.ckpt` or exported `.onnx` file, or an opened checkpoint.
+        weights: see `lightspine.dense.load_network`.
+        **options: arguments of the head that replace those in the file; an exported file takes a higher
+            `score_threshold` and fewer `detections_per_image` than it has.
+
+    Returns:
+        The network, its metadata, and the path of the file.
+
+    Raises:
+        UsageError: not a detector, weights that the file does not have, or options that it does not take.
+        LightspineError: the file cannot be read, or holds weights that are not finite.
+    """
+    if not isinstance(source, Checkpoint) and is_onnx_file(source):
+        if weights != "auto":
+            raise UsageError(f"expected weights='auto' for the exported file {source}, got {weights!r}")
+        if "resize" in options:
+            raise UsageError(
+                f"expected no resize for {source}, which resizes as it was exported, got {options['resize']}"
+            )
+        return *load_onnx_detector(source, **options), str(source)
+    checkpoint = read_checkpoint(source)
+    network, metadata = load_network(checkpoint, weights=weights, **options)
+    if metadata.kind != "detector":
+        raise UsageError(
+            f"expected a detector in {checkpoint.label}, got {metadata.head} over {metadata.model}"
+        )
+    check_finite_weights(network, checkpoint.label)
+    return network, metadata, checkpoint.label
 
 
 def choose_images(

@@ -14,13 +14,13 @@ from torchvision.transforms.v2 import functional as F
 
 from lightspine.data.detection import encode_mask
 from lightspine.data.segmentation import SlidingWindowInference
-from lightspine.dense import NetworkMetadata, load_network
+from lightspine.dense import NetworkMetadata
 from lightspine.dense.checkpoint import read_network_metadata
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation.common import FiniteLogits, check_finite_weights
-from lightspine.evaluation.detection import check_detection_options
+from lightspine.evaluation.common import FiniteLogits
+from lightspine.evaluation.detection import check_detection_options, open_detector
 from lightspine.evaluation.segmentation import choose_settings, choose_test, create_transform, open_segmenter
-from lightspine.export.onnx_network import is_onnx_file
+from lightspine.export.onnx_network import exported_score_threshold, is_onnx_file, read_onnx_metadata
 from lightspine.models.checkpoint import Checkpoint, Weights, read_checkpoint
 from lightspine.utils.devices import check_device
 from lightspine.utils.files import atomic_write, atomic_write_text
@@ -158,8 +158,7 @@ def predict_dense(
     """Predict objects or segmentation maps of image files with a detector or segmenter.
 
     Args:
-        checkpoint: `.safetensors` or `.ckpt` file, for a segmenter also an exported `.onnx` file, or an
-            opened checkpoint.
+        checkpoint: `.safetensors`, `.ckpt` or exported `.onnx` file, or an opened checkpoint.
         images: image files.
         weights: see `evaluate_detector`.
         out: folder for a drawing of each image, `NAME.png`; a repeated name gets a number.
@@ -217,8 +216,12 @@ def predict_dense(
     predictor: DetectionPredictor | SegmentationPredictor
     opened: Path | Checkpoint
     if not isinstance(checkpoint, Checkpoint) and is_onnx_file(checkpoint):
-        # Detectors are exported without their boxes.
-        opened, kind = Path(checkpoint), "segmenter"
+        opened = Path(checkpoint)
+        about = read_onnx_metadata(opened)
+        kind = read_network_metadata(about).kind
+        least = exported_score_threshold(about)
+        if least is not None and score_threshold is None:
+            detector_options["score_threshold"] = max(DEFAULT_SCORE_THRESHOLD, least)
     else:
         opened = read_checkpoint(checkpoint)
         kind = read_network_metadata(opened).kind
@@ -261,9 +264,7 @@ def _load_detection_predictor(
         raise UsageError(f"expected max_drawn of at least 1, got {max_drawn}")
     overrides = {"score_threshold": DEFAULT_SCORE_THRESHOLD} | given
     check_detection_options(overrides)
-    checkpoint = read_checkpoint(checkpoint)
-    network, metadata = load_network(checkpoint, weights=weights, **overrides)
-    check_finite_weights(network, checkpoint.label)
+    network, metadata, _ = open_detector(checkpoint, weights=weights, **overrides)
     return DetectionPredictor(
         network=network.to(device), names=_class_names(metadata), device=device, max_drawn=max_drawn
     )

@@ -27,6 +27,7 @@ class ExportMetadata:
             `crop_mode`.
         pixels: whether the network takes 8-bit pixels (B, H, W, C) and normalizes them itself.
         strides: strides of the output maps, if the outputs are maps.
+        detection: settings of a detector (`lightspine.export.detection.DetectionSettings`), or `None`.
         precision: "fp32", "fp16", "int8-dynamic" or "int8-static".
         source: where the weights come from.
         checkpoint: metadata of the checkpoint (`lightspine.models.checkpoint.Checkpoint.metadata`), which the
@@ -39,6 +40,7 @@ class ExportMetadata:
     preprocessing: dict[str, Any] = field(default_factory=dict)
     pixels: bool = False
     strides: tuple[int, ...] = ()
+    detection: dict[str, Any] | None = None
     precision: str = "fp32"
     source: dict[str, str] = field(default_factory=dict)
     checkpoint: dict[str, str] = field(default_factory=dict)
@@ -56,6 +58,7 @@ class ExportMetadata:
             "preprocessing": json.dumps(self.preprocessing),
             "pixels": json.dumps(self.pixels),
             "strides": json.dumps(self.strides),
+            "detection": json.dumps(self.detection),
             "precision": self.precision,
             "source": json.dumps(self.source),
             "version": __version__,

@@ -1,7 +1,8 @@
 """Export to ONNX."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,17 +11,34 @@ import torch.nn as nn
 from lightspine.errors import LightspineError, UsageError
 from lightspine.export.metadata import ExportMetadata, count_channels, find_preprocessing, model_name
 from lightspine.export.onnx_graph import check_opset, inline_scans, to_onnx
-from lightspine.export.program import WithPreprocessing, check_fixed_size, example_input, find_target, trace
-from lightspine.export.quantization import list_calibration_images, preprocessed_batches, quantize, to_half
+from lightspine.export.program import (
+    ExportTarget,
+    WithPreprocessing,
+    check_fixed_size,
+    example_input,
+    find_target,
+    trace,
+)
+from lightspine.export.quantization import (
+    detector_image_reader,
+    image_reader,
+    list_calibration_images,
+    preprocessed_batches,
+    quantize,
+    to_half,
+)
 from lightspine.export.verification import (
     DEFAULT_SHAPES,
     TOLERANCES,
+    Difference,
     ExportReport,
     check_differences,
     compare,
+    compare_detections,
     open_session,
     random_batches,
     session_function,
+    smooth_images,
 )
 from lightspine.ops.onnx import ScanForm
 from lightspine.optimize import optimize
@@ -50,12 +68,14 @@ def export_onnx(
     """Export a model to an ONNX file and compare it with PyTorch in ONNX Runtime.
 
     The file contains the optimized network (`lightspine.optimize`) in standard ONNX operators. The batch size
-    is dynamic and, unless `fixed_size` is given, so are height and width (at least 32 px). Class names and
-    preprocessing are stored as metadata, so that `lightspine_runtime` needs only this file.
+    is dynamic, except that a detector takes one image, and, unless `fixed_size` is given, so are height and
+    width (at least 32 px). Class names and preprocessing are stored as metadata, so that `lightspine_runtime`
+    needs only this file.
 
     Args:
-        model: a classifier, a `features_only` model, a detector (its backbone and feature pyramid are
-            exported) or a segmenter; float32, on the CPU, in evaluation mode. It is not modified.
+        model: a classifier, a `features_only` model, a detector (from the image to boxes, scores, labels and
+            masks; its `backbone` alone to the levels of the pyramid) or a segmenter; float32, on the CPU, in
+            evaluation mode. It is not modified.
         path: the file to write. An existing file is replaced only after the comparison has passed.
         opset: version of the ONNX operator set, see `lightspine.export.onnx_graph.OPSETS`.
         precision: "fp32"; "fp16" (weights and activations, except in the scans); "int8-dynamic" (weights and
@@ -63,7 +83,8 @@ def export_onnx(
         calibration: a folder of images, searched recursively, for "int8-static".
         scan: "loop", or "unrolled" for runtimes without loops, which needs `fixed_size`.
         with_preprocessing: the file takes 8-bit pixels (B, H, W, 3) and normalizes them itself; resizing and
-            cropping remain with the caller.
+            cropping remain with the caller, except for a detector, whose file also resizes the image and
+            returns boxes and masks in pixels of the original.
         fixed_size: (height, width) if the file shall take one size only.
         class_names: one name per class.
         preprocessing: see `lightspine.export.metadata.ExportMetadata`; by default the published one.
@@ -82,26 +103,24 @@ def export_onnx(
     _check_options(path, precision, calibration, scan, fixed_size, opset)
     check_installed("onnx", "onnxscript", "onnxruntime")
     calibration_images = None if calibration is None else list_calibration_images(Path(calibration))
-    target = find_target(model)
+    target = find_target(model, whole_detector=True)
     preprocessing = find_preprocessing(model, preprocessing, fixed_size=fixed_size)
-    network, channels = target.network, count_channels(model, preprocessing)
-    if with_preprocessing:
-        network = WithPreprocessing(network, tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
-    images = example_input(channels, fixed_size, with_preprocessing)
-    size: tuple[str | int, str | int] = fixed_size or ("height", "width")
-    onnx_model = to_onnx(
-        trace(optimize(network), images, fixed=fixed_size is not None),
-        opset=opset,
-        scan=scan,
-        input_name="pixels" if with_preprocessing else "images",
-        input_axes=("batch", *size, channels) if with_preprocessing else ("batch", channels, *size),
-        output_names=target.outputs,
+    write = _write_detector if target.kind == "detector" else _write_network
+    written = write(
+        target,
+        _Options(
+            opset=opset,
+            precision=precision,
+            scan=scan,
+            pixels=with_preprocessing,
+            fixed_size=fixed_size,
+            preprocessing=preprocessing,
+            channels=count_channels(model, preprocessing),
+            calibration_images=calibration_images,
+            shapes=shapes,
+        ),
     )
-    if precision == "fp16":
-        onnx_model = to_half(onnx_model)
-    onnx_model = inline_scans(onnx_model, opset)
-    if precision.startswith("int8"):
-        onnx_model = quantize(onnx_model, calibration_images, preprocessing, with_preprocessing)
+    onnx_model = written.model
     metadata = ExportMetadata(
         name=model_name(model),
         kind=target.kind,
@@ -109,6 +128,7 @@ def export_onnx(
         class_names=None if class_names is None else list(class_names),
         preprocessing=preprocessing,
         pixels=with_preprocessing,
+        detection=written.detection,
         precision=precision,
         source=source or {},
         checkpoint=dict(checkpoint or {}),
@@ -116,15 +136,7 @@ def export_onnx(
     for key, value in metadata.entries().items():
         onnx_model.metadata_props.add(key=key, value=value)
     content = onnx_model.SerializeToString()
-    if calibration_images is None:
-        fixed_shapes = None if fixed_size is None else [(count, *fixed_size) for count in (1, 3)]
-        batches = random_batches(
-            channels, fixed_shapes or shapes or DEFAULT_SHAPES, pixels=with_preprocessing
-        )
-    else:
-        # Static quantization clips values outside of the calibrated ranges, as those of random images are.
-        batches = preprocessed_batches(calibration_images, preprocessing, with_preprocessing)
-    differences = compare(network, session_function(open_session(content)), batches)
+    differences = written.compare(open_session)
     check_differences(differences, TOLERANCES[precision], metadata.name)
     with atomic_write(path) as file:
         file.write(content)
@@ -136,6 +148,114 @@ def export_onnx(
         differences=differences,
         tolerance=TOLERANCES[precision],
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """Checked options of `export_onnx`."""
+
+    opset: int
+    precision: str
+    scan: ScanForm
+    pixels: bool
+    fixed_size: tuple[int, int] | None
+    preprocessing: dict[str, Any]
+    channels: int
+    calibration_images: list[Path] | None
+    shapes: Sequence[tuple[int, int, int]] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """An `onnx.ModelProto` and how to compare it with PyTorch."""
+
+    model: Any
+    compare: Callable[[Callable[[bytes], Any]], list[Difference]]
+    detection: dict[str, Any] | None = None
+
+
+def _write_network(target: ExportTarget, options: _Options) -> _Written:
+    """Convert a network with one input of any batch size."""
+    network, size = target.network, options.fixed_size
+    if options.pixels:
+        mean, std = (tuple(options.preprocessing[name]) for name in ("mean", "std"))
+        network = WithPreprocessing(network, mean, std)
+    sides: tuple[str | int, str | int] = size or ("height", "width")
+    model = to_onnx(
+        trace(
+            optimize(network),
+            example_input(options.channels, size, options.pixels),
+            fixed=size is not None,
+        ),
+        opset=options.opset,
+        scan=options.scan,
+        inputs={"pixels": ("batch", *sides, options.channels)}
+        if options.pixels
+        else {"images": ("batch", options.channels, *sides)},
+        output_names=target.outputs,
+    )
+    if options.precision == "fp16":
+        model = to_half(model)
+    model = inline_scans(model, options.opset)
+    read = image_reader(options.preprocessing, options.pixels)
+    if options.precision.startswith("int8"):
+        model = quantize(model, options.calibration_images, read)
+
+    def compare_with_pytorch(open_content: Callable[[bytes], Any]) -> list[Difference]:
+        if options.calibration_images is None:
+            fixed_shapes = None if size is None else [(count, *size) for count in (1, 3)]
+            shapes = fixed_shapes or options.shapes or DEFAULT_SHAPES
+            batches = random_batches(options.channels, shapes, pixels=options.pixels)
+        else:
+            # Static quantization clips values outside of the calibrated ranges, as random images have.
+            batches = preprocessed_batches(options.calibration_images, read)
+        return compare(network, session_function(open_content(model.SerializeToString())), batches)
+
+    return _Written(model=model, compare=compare_with_pytorch)
+
+
+def _write_detector(target: ExportTarget, options: _Options) -> _Written:
+    """Convert a whole detector of one image."""
+    # Imported here because it loads torchvision's detectors, and `import lightspine` loads this module.
+    from lightspine.export.detection import (
+        WholeDetector,
+        detection_settings,
+        lower_threshold,
+        network_nodes,
+        to_detector_onnx,
+        with_threshold,
+    )
+
+    detector: Any = target.network
+    model = to_detector_onnx(
+        detector,
+        opset=options.opset,
+        scan=options.scan,
+        precision=options.precision,
+        channels=options.channels,
+        pixels=options.pixels,
+        fixed_size=options.fixed_size,
+    )
+    model = inline_scans(model, options.opset)
+    if options.precision.startswith("int8"):
+        read = detector_image_reader(detector.transform, options.pixels)
+        model = quantize(model, options.calibration_images, read, network_nodes(model))
+
+    def compare_with_pytorch(open_content: Callable[[bytes], Any]) -> list[Difference]:
+        shapes = (
+            [options.fixed_size] if options.fixed_size else [s[1:] for s in options.shapes or DEFAULT_SHAPES]
+        )
+        images = smooth_images(options.channels, shapes, pixels=options.pixels)
+        # A lower threshold, because random images have few objects.
+        reference = with_threshold(detector)
+        session = open_content(
+            lower_threshold(model, detection_settings(reference).score_threshold).SerializeToString()
+        )
+        return compare_detections(
+            WholeDetector(reference, options.pixels), session_function(session), images, options.precision
+        )
+
+    return _Written(model=model, compare=compare_with_pytorch, detection=asdict(detection_settings(detector)))
 
 
 def check_installed(*packages: str) -> None:

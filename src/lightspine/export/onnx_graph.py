@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,7 @@ def to_onnx(
     *,
     opset: int,
     scan: ScanForm,
-    input_name: str,
-    input_axes: Sequence[str | int],
+    inputs: Mapping[str, Sequence[str | int]],
     output_names: Sequence[str],
 ) -> Any:
     """Convert a program to an `onnx.ModelProto` in which each scan loop is a function call.
@@ -42,8 +41,7 @@ def to_onnx(
         program: from `lightspine.export.program.trace`.
         opset: see `OPSETS`.
         scan: see `lightspine.ops.onnx.scan_table`.
-        input_name: name of the input.
-        input_axes: the name of each dynamic axis of the input and the size of each fixed one.
+        inputs: name of each input -> the name of each of its dynamic axes and the size of each fixed one.
         output_names: names of the outputs.
 
     Raises:
@@ -55,13 +53,16 @@ def to_onnx(
             warnings.simplefilter("ignore")
             # The exporter logs every decomposition.
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-            program = program.run_decompositions(scan_table(scan) | _POOLING_TABLE)
+            table = scan_table(scan) | _POOLING_TABLE
+            # Running a table traces the program anew, which takes minutes for a detector.
+            if any(node.target in table for node in program.graph.nodes):
+                program = program.run_decompositions(table)
             exported: Any = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
-                input_names=[input_name],
+                input_names=list(inputs),
                 output_names=list(output_names),
             )
     except UsageError:
@@ -72,11 +73,12 @@ def to_onnx(
         logging.getLogger("torch.onnx").setLevel(level)
     remove_no_ops(exported.model)
     model = to_clean_proto(exported.model)
-    for dimension, axis in zip(model.graph.input[0].type.tensor_type.shape.dim, input_axes, strict=True):
-        if isinstance(axis, str):
-            dimension.dim_param = axis
-        else:
-            dimension.dim_value = axis
+    for value, axes in zip(model.graph.input, inputs.values(), strict=True):
+        for dimension, axis in zip(value.type.tensor_type.shape.dim, axes, strict=True):
+            if isinstance(axis, str):
+                dimension.dim_param = axis
+            else:
+                dimension.dim_value = axis
     return model
 
 

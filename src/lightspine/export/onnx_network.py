@@ -1,8 +1,9 @@
-"""An exported classifier or segmenter as a PyTorch module, for evaluation and prediction."""
+"""An exported classifier, detector or segmenter as a PyTorch module, for evaluation and prediction."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -22,42 +23,25 @@ if TYPE_CHECKING:
 _KINDS = {
     "pyramid": "the backbone and feature pyramid of a detector, without its boxes",
     "features": "a backbone without a classifier",
+    "classifier": "a classifier",
+    "segmenter": "a segmenter",
+    "detector": "a detector",
 }
 
 
-class OnnxNetwork(nn.Module):
-    """A classifier or segmenter that ONNX Runtime runs.
+class OnnxModule(nn.Module):
+    """A module without tensors that ONNX Runtime runs on the CPU.
 
     Args:
         model: the opened file.
 
-    Shape:
-        Normalized images `(B, C, H, W)`, of the sizes that the file takes, to logits `(B, classes)` or, for a
-        segmenter, `(B, classes, H, W)`.
-
     Raises:
-        UsageError: the file has no logits, or takes pixels instead of normalized images, or the module is
-            moved to a device or dtype other than cpu and float32.
+        UsageError: the module is moved to a device or dtype other than cpu and float32.
     """
 
     def __init__(self, model: "OnnxModel"):
         super().__init__()
-        if model.outputs != ["logits"]:
-            raise UsageError(
-                f"expected an exported classifier or segmenter, but {model.path} holds "
-                f"{_KINDS.get(model.kind, 'no classifier')}; pass the checkpoint that it was exported from"
-            )
-        if model.pixels:
-            raise UsageError(
-                f"expected a file that takes normalized images, but {model.path} takes pixels and normalizes "
-                "them itself"
-            )
         self.model = model
-        shape = model.session.get_outputs()[0].shape or []
-        if len(shape) < 2 or not isinstance(shape[1], int) or shape[1] < 1:
-            raise LightspineError(f"expected logits of shape (batch, classes) in {model.path}, found {shape}")
-        self.num_classes = shape[1]
-        self.default_cfg = self.pretrained_cfg = json.loads(model.metadata["preprocessing"])
         self.eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -69,6 +53,99 @@ class OnnxNetwork(nn.Module):
                 f"and {moved.dtype}"
             )
         return super()._apply(fn, recurse)
+
+
+class OnnxDetector(OnnxModule):
+    """A detector that ONNX Runtime runs, with the interface of a detector in evaluation mode.
+
+    Args:
+        model: the opened file.
+        score_threshold: minimum score of a prediction; default: that of the file.
+        detections_per_image: maximum number of predictions per image; default: that of the file.
+
+    Shape:
+        A list of images (3, H, W), 0..1, to a list of dicts, see `lightspine.heads.build_detector`; masks are
+        0 or 1.
+
+    Raises:
+        UsageError: the file holds no detector, a score_threshold outside 0 to 1 or below that of the file,
+            more detections per image than the file returns, or an image of another size than the file takes.
+    """
+
+    def __init__(
+        self,
+        model: "OnnxModel",
+        *,
+        score_threshold: float | None = None,
+        detections_per_image: int | None = None,
+    ):
+        super().__init__(model)
+        if model.detection is None:
+            raise UsageError(
+                f"expected an exported detector, but {model.path} holds {_KINDS.get(model.kind, 'none')}; "
+                "export the detector again, or pass the checkpoint that it was exported from"
+            )
+        with _runtime_errors_as_own():
+            model.check_score_threshold(score_threshold)
+        most = model.detection.detections_per_image
+        if detections_per_image is not None and detections_per_image > most:
+            raise UsageError(
+                f"expected at most {most} detections per image, with which {model.path} was exported, got "
+                f"{detections_per_image}"
+            )
+        self.score_threshold = score_threshold
+        self.detections_per_image = most if detections_per_image is None else detections_per_image
+
+    def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Return the predictions for images."""
+        return [self._detect(image) for image in images]
+
+    def _detect(self, image: Tensor) -> dict[str, Tensor]:
+        pixels = (image.detach().cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        with _runtime_errors_as_own():
+            found = self.model.detect_pixels(pixels)
+        if self.score_threshold is not None:
+            found = found.above(self.score_threshold)
+        found = found.first(self.detections_per_image)
+        masks = {} if found.masks is None else {"masks": torch.from_numpy(found.masks)[:, None].float()}
+        return {
+            "boxes": torch.from_numpy(found.boxes),
+            "scores": torch.from_numpy(found.scores),
+            "labels": torch.from_numpy(found.labels),
+        } | masks
+
+
+class OnnxNetwork(OnnxModule):
+    """A classifier or segmenter that ONNX Runtime runs.
+
+    Args:
+        model: the opened file.
+
+    Shape:
+        Normalized images `(B, C, H, W)`, of the sizes that the file takes, to logits `(B, classes)` or, for a
+        segmenter, `(B, classes, H, W)`.
+
+    Raises:
+        UsageError: the file has no logits, or takes pixels instead of normalized images.
+    """
+
+    def __init__(self, model: "OnnxModel"):
+        super().__init__(model)
+        if model.outputs != ["logits"]:
+            raise UsageError(
+                f"expected an exported classifier or segmenter, but {model.path} holds "
+                f"{_KINDS.get(model.kind, 'no classifier')}; pass the checkpoint that it was exported from"
+            )
+        if model.pixels:
+            raise UsageError(
+                f"expected a file that takes normalized images, but {model.path} takes pixels and normalizes "
+                "them itself"
+            )
+        shape = model.session.get_outputs()[0].shape or []
+        if len(shape) < 2 or not isinstance(shape[1], int) or shape[1] < 1:
+            raise LightspineError(f"expected logits of shape (batch, classes) in {model.path}, found {shape}")
+        self.num_classes = shape[1]
+        self.default_cfg = self.pretrained_cfg = json.loads(model.metadata["preprocessing"])
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits of a batch of images."""
@@ -97,8 +174,8 @@ def load_onnx(path: str | Path, *, threads: int | None = None) -> tuple[OnnxNetw
         LightspineError: ONNX Runtime cannot run the file.
     """
     model = _open(path, threads)
-    if model.kind == "segmenter":
-        raise UsageError(f"expected an exported classifier, but {path} holds a segmenter")
+    if model.kind in ("segmenter", "detector"):
+        raise UsageError(f"expected an exported classifier, but {path} holds a {model.kind}")
     network = OnnxNetwork(model)
     saved = read_model_metadata(_as_checkpoint(model))
     assert saved is not None  # the runtime refuses files without the name of the model
@@ -124,20 +201,73 @@ def load_onnx_segmenter(
         LightspineError: ONNX Runtime cannot run the file.
     """
     model = _open(path, threads)
-    if model.kind == "classifier":
-        raise UsageError(f"expected an exported segmenter, but {path} holds a classifier")
-    network, checkpoint = OnnxNetwork(model), _as_checkpoint(model)
+    if model.kind in ("classifier", "detector"):
+        raise UsageError(f"expected an exported segmenter, but {path} holds a {model.kind}")
+    return OnnxNetwork(model), _network_metadata(model, "segmenter")
+
+
+def load_onnx_detector(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    score_threshold: float | None = None,
+    detections_per_image: int | None = None,
+) -> tuple[OnnxDetector, NetworkMetadata]:
+    """Load an exported detector.
+
+    Args:
+        path: the file.
+        threads: number of threads of ONNX Runtime; by default one per core.
+        score_threshold: see `OnnxDetector`.
+        detections_per_image: see `OnnxDetector`.
+
+    Returns:
+        The module and the metadata of the file, as `lightspine.dense.load_network` returns them for a
+        checkpoint, with the settings of the file.
+
+    Raises:
+        UsageError: see `OnnxDetector`; the file does not exist or has no metadata of its checkpoint, or the
+            package lightspine-runtime is not installed.
+        LightspineError: ONNX Runtime cannot run the file.
+    """
+    model = _open(path, threads)
+    network = OnnxDetector(model, score_threshold=score_threshold, detections_per_image=detections_per_image)
+    metadata = _network_metadata(model, "detector")
+    settings = model.detection
+    assert settings is not None  # OnnxDetector refuses files without
+    options = {
+        "resize": settings.resize,
+        "resize_rounding": settings.rounding,
+        "score_threshold": settings.score_threshold if score_threshold is None else score_threshold,
+        "detections_per_image": network.detections_per_image,
+    }
+    return network, replace(metadata, options=metadata.options | options)
+
+
+def _network_metadata(model: "OnnxModel", kind: str) -> NetworkMetadata:
+    checkpoint = _as_checkpoint(model)
     if not checkpoint.is_dense:
         raise UsageError(
-            f"expected a segmenter that `lightspine export` wrote from a checkpoint, but {path} has no "
+            f"expected a {kind} that `lightspine export` wrote from a checkpoint, but {model.path} has no "
             "metadata of one"
         )
-    return network, read_network_metadata(checkpoint)
+    return read_network_metadata(checkpoint)
 
 
 def read_onnx_metadata(path: str | Path) -> Checkpoint:
     """Return the metadata of an exported file as a checkpoint without tensors; raises as `load_onnx` does."""
     return _as_checkpoint(_open(path, None))
+
+
+def exported_score_threshold(metadata: Checkpoint) -> float | None:
+    """Return the minimum score of an exported detector's detections, `None` for other files.
+
+    Args:
+        metadata: from `read_onnx_metadata`.
+    """
+    # The runtime has checked the entry.
+    settings = json.loads(metadata.metadata.get(METADATA_PREFIX + "detection", "null"))
+    return None if settings is None else float(settings["score_threshold"])
 
 
 def _as_checkpoint(model: "OnnxModel") -> Checkpoint:

@@ -22,7 +22,7 @@ class ExportTarget:
 
     Attributes:
         network: maps images to a tensor or a tuple of tensors.
-        kind: "classifier", "features", "pyramid" or "segmenter".
+        kind: "classifier", "features", "pyramid", "detector" or "segmenter".
         outputs: one name per output.
         strides: strides of the output maps, if the outputs are maps.
     """
@@ -33,21 +33,28 @@ class ExportTarget:
     strides: tuple[int, ...] = field(default=())
 
 
-def find_target(model: nn.Module) -> ExportTarget:
+def find_target(model: nn.Module, *, whole_detector: bool = False) -> ExportTarget:
     """Find the part of a model that is exported.
 
     | model | outputs |
     | --- | --- |
     | classifier | "logits" (B, classes), or "features" if it has no classes |
     | `features_only=True` | "map0", "map1", ... from the finest to the coarsest map |
-    | detector | pyramid levels "level0", "level1", ...; box proposals and NMS are not exported |
+    | detector | with `whole_detector` its detections, else as its backbone |
+    | backbone of a detector | pyramid levels "level0", "level1", ... |
     | segmenter | "logits" (B, classes, H, W) |
+
+    Args:
+        model: in evaluation mode.
+        whole_detector: export a detector with decoding, NMS and masks.
 
     Raises:
         UsageError: the model is of another kind or in training mode.
     """
     # Imported here because these load torchvision's detectors, and `import lightspine` loads this module.
     from lightspine.heads.detectors import PyramidBackbone
+    from lightspine.heads.mask_rcnn import MaskRCNN
+    from lightspine.heads.retinanet import RetinaNet
     from lightspine.heads.segmenters import Segmenter
 
     target = None
@@ -55,6 +62,10 @@ def find_target(model: nn.Module) -> ExportTarget:
     info: Any = getattr(model, "feature_info", None)
     if isinstance(model, Segmenter):
         target = ExportTarget(network=model, kind="segmenter", outputs=("logits",))
+    elif whole_detector and isinstance(model, RetinaNet | MaskRCNN):
+        from lightspine.export.detection import detector_outputs
+
+        target = ExportTarget(network=model, kind="detector", outputs=detector_outputs(model))
     elif isinstance(body, PyramidBackbone):
         target = _pyramid_target(body)
     elif isinstance(model, PyramidBackbone):

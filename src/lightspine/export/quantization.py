@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,17 +17,21 @@ from lightspine.errors import UsageError
 from lightspine.ops.onnx import SCAN_FLOATS, SCAN_FUNCTIONS
 from lightspine.utils.image_files import list_image_files, open_image
 
+if TYPE_CHECKING:
+    from lightspine.heads.detection_transform import DetectionTransform
+
 MAX_CALIBRATION_IMAGES = 100
 """Maximum number of calibration images; they are spread evenly over the folder."""
 
 
-def to_half(model: Any) -> Any:
+def to_half(model: Any, network: set[str] | None = None) -> Any:
     """Convert an ONNX model to float16, except for its inputs, outputs and scans.
 
     A scan multiplies hundreds of decay factors and needs float32.
 
     Args:
         model: an `onnx.ModelProto` whose scans are calls of functions.
+        network: names of the operators to convert; default: all.
     """
     import onnx
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
@@ -41,6 +45,7 @@ def to_half(model: Any) -> Any:
                 model.graph.value_info.append(
                     onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
                 )
+    kept = [] if network is None else [node.name for node in model.graph.node if node.name not in network]
     with _quiet_converters():
         # Weights below float16's range become its smallest number; the comparison with PyTorch covers it.
         half = convert_float_to_float16(
@@ -48,6 +53,7 @@ def to_half(model: Any) -> Any:
             keep_io_types=True,
             disable_shape_infer=True,
             op_block_list=[*DEFAULT_OP_BLOCK_LIST, *SCAN_FUNCTIONS],
+            node_block_list=kept,
         )
     del half.graph.value_info[:]
     return half
@@ -74,15 +80,19 @@ def _separate_scan_inputs(model: Any) -> Any:
     return model
 
 
-def quantize(model: Any, images: Sequence[Path] | None, preprocessing: dict[str, Any], pixels: bool) -> Any:
+Reader = Callable[[Path], NDArray[Any]]
+"""Reads an image file as the input of a model, without the batch axis."""
+
+
+def quantize(model: Any, images: Sequence[Path] | None, read: Reader, network: set[str] | None = None) -> Any:
     """Quantize an ONNX model to int8.
 
     Args:
         model: an `onnx.ModelProto` in float32.
         images: calibration images for static quantization of convolutions and matrix products. `None` selects
             dynamic quantization of matrix products, which computes the ranges of activations at run time.
-        preprocessing: see `lightspine.export.metadata.ExportMetadata`.
-        pixels: whether the model takes 8-bit pixels.
+        read: reads an image as the model's input.
+        network: names of the operators to quantize; default: all.
 
     Raises:
         LightspineError: an image cannot be read.
@@ -93,22 +103,25 @@ def quantize(model: Any, images: Sequence[Path] | None, preprocessing: dict[str,
     with tempfile.TemporaryDirectory() as folder, _quiet_converters():
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         onnx.save(model, before)
+        names = None if network is None else sorted(network)
         if images is None:
             quantize_dynamic(
                 before,
                 after,
                 op_types_to_quantize=["MatMul", "Gemm"],
+                nodes_to_quantize=names,
                 per_channel=True,
                 weight_type=QuantType.QInt8,
             )
         else:
-            reader = _CalibrationReader(images, model.graph.input[0].name, preprocessing, pixels)
+            reader = _CalibrationReader(images, model.graph.input[0].name, read)
             quantize_static(
                 before,
                 after,
                 reader,
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+                nodes_to_quantize=names,
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
@@ -119,24 +132,23 @@ def quantize(model: Any, images: Sequence[Path] | None, preprocessing: dict[str,
 class _CalibrationReader:
     """Reads calibration images one by one, in the interface that ONNX Runtime expects."""
 
-    def __init__(self, images: Sequence[Path], name: str, preprocessing: dict[str, Any], pixels: bool):
+    def __init__(self, images: Sequence[Path], name: str, read: Reader):
         self.images = iter(images)
         self.name = name
-        self.read = _image_reader(preprocessing, pixels)
+        self.read = read
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
         path = next(self.images, None)
         return None if path is None else {self.name: self.read(path)[None]}
 
 
-def preprocessed_batches(images: Sequence[Path], preprocessing: dict[str, Any], pixels: bool) -> list[Tensor]:
+def preprocessed_batches(images: Sequence[Path], read: Reader) -> list[Tensor]:
     """Return the first image and the first three images as batches; for the arguments see `quantize`."""
-    read = _image_reader(preprocessing, pixels)
     arrays = [read(path) for path in images[:3]]
     return [torch.from_numpy(np.stack(some)) for some in (arrays[:1], arrays)]
 
 
-def _image_reader(preprocessing: dict[str, Any], pixels: bool) -> Callable[[Path], NDArray[Any]]:
+def image_reader(preprocessing: dict[str, Any], pixels: bool) -> Reader:
     """Create a function that reads an image file as float32 (3, H, W), or as uint8 (H, W, 3) pixels."""
     # Imported here because `import lightspine` loads this module.
     from lightspine.data.transforms import Preprocessing, create_eval_transform
@@ -146,6 +158,23 @@ def _image_reader(preprocessing: dict[str, Any], pixels: bool) -> Callable[[Path
     def read(path: Path) -> NDArray[Any]:
         image = transform(open_image(path))
         return np.ascontiguousarray(image.permute(1, 2, 0) if pixels else image)
+
+    return read
+
+
+def detector_image_reader(transform: "DetectionTransform", pixels: bool) -> Reader:
+    """Create a function that reads an image file as an exported detector takes it.
+
+    That is as pixels (H, W, 3), uint8, or resized and normalized (3, H, W), float32.
+    """
+
+    def read(path: Path) -> NDArray[Any]:
+        image = np.array(open_image(path))
+        if pixels:
+            return image
+        resized, _ = transform([torch.from_numpy(image).permute(2, 0, 1).float() / 255])
+        height, width = resized.image_sizes[0]
+        return resized.tensors[0, :, :height, :width].contiguous().numpy()
 
     return read
 

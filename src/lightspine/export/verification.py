@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from lightspine.errors import LightspineError
 
@@ -20,6 +22,30 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8-dynamic": 0.5, "int8-static": 0.
 The int8 tolerances only detect broken files: 8-bit weights and activations change the outputs of a network
 with random weights by tens of percent. Measure the accuracy of a quantized model with `lightspine evaluate`.
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionTolerance:
+    """When detections of a file correspond to those of PyTorch.
+
+    Attributes:
+        overlap: minimum IoU of the boxes.
+        score: maximum difference of the scores.
+        share: minimum share of PyTorch's detections that have a counterpart.
+    """
+
+    overlap: float
+    score: float
+    share: float
+
+
+DETECTION_TOLERANCES = {
+    "fp32": DetectionTolerance(overlap=0.97, score=5e-3, share=0.9),
+    "fp16": DetectionTolerance(overlap=0.9, score=0.05, share=0.5),
+    # As for other models, broken files only: one that runs.
+    "int8-dynamic": DetectionTolerance(overlap=0.5, score=1.0, share=0.0),
+    "int8-static": DetectionTolerance(overlap=0.5, score=1.0, share=0.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +124,28 @@ def random_batches(
     return [torch.randn(count, channels, *size, generator=generator) for count, *size in shapes]
 
 
+def smooth_images(channels: int, sizes: Sequence[tuple[int, int]], *, pixels: bool) -> list[Tensor]:
+    """Create random images for a detector, one per (height, width), with structures of 16 pixels.
+
+    In plain noise, a resized pixel is often so close to the border between two 8-bit values that rounding
+    errors decide.
+
+    Args:
+        channels: number of channels.
+        sizes: (height, width) of each image.
+        pixels: see `random_batches`.
+    """
+    coarse = random_batches(channels, [(1, height // 16 + 2, width // 16 + 2) for height, width in sizes])
+    images = [
+        F.interpolate(image, size=size, mode="bilinear") for image, size in zip(coarse, sizes, strict=True)
+    ]
+    if not pixels:
+        return images
+    return [
+        (128 + 60 * image).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous() for image in images
+    ]
+
+
 def session_function(session: Any) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """Wrap a session of ONNX Runtime as a function from a tensor to a tuple of tensors."""
     name = session.get_inputs()[0].name
@@ -128,6 +176,60 @@ def compare(
                 shape=(len(images), sides[0], sides[1]),
                 relative=max(_relative_difference(mine, theirs) for mine, theirs in pairs),
                 largest=max(float(np.abs(mine - theirs).max()) for mine, theirs in pairs),
+            )
+        )
+    return found
+
+
+def compare_detections(
+    network: Callable[[Tensor], tuple[Tensor, ...]],
+    other: Callable[[Tensor], tuple[Tensor, ...]],
+    images: Sequence[Tensor],
+    precision: str,
+) -> list[Difference]:
+    """Compare the detections of two detectors.
+
+    Detections correspond if they have the same label, nearly the same box and nearly the same score. A few
+    need not correspond: NMS may keep either of two boxes whose scores or overlaps differ by rounding only.
+
+    Args:
+        network: the reference; returns boxes, scores, labels and possibly masks.
+        other: the function to compare with it.
+        images: batches of one image.
+        precision: of the other, a key of `DETECTION_TOLERANCES`.
+
+    Returns:
+        The differences of corresponding boxes and scores.
+
+    Raises:
+        LightspineError: too many detections do not correspond.
+    """
+    tolerance = DETECTION_TOLERANCES[precision]
+    found = []
+    for image in images:
+        with torch.inference_mode():
+            expected, actual = network(image), other(image)
+        overlap = box_iou(expected[0], actual[0])
+        same = (expected[2][:, None] == actual[2]) & (overlap >= tolerance.overlap)
+        same &= (expected[1][:, None] - actual[1]).abs() <= tolerance.score
+        rows, columns = torch.where(same)
+        share = float(same.any(1).float().mean()) if len(expected[0]) else float(len(actual[0]) == 0)
+        sides = image.shape[1:3] if image.dtype == torch.uint8 else image.shape[2:]
+        if share < tolerance.share:
+            raise LightspineError(
+                f"the exported detector finds only {share:.0%} of PyTorch's {len(expected[0])} detections in "
+                f"a random image of {sides[0]}x{sides[1]} px: no file was written"
+            )
+        pairs = [
+            (values[rows], others[columns]) for values, others in zip(expected[:2], actual[:2], strict=True)
+        ]
+        found.append(
+            Difference(
+                shape=(1, sides[0], sides[1]),
+                relative=max(_relative_difference(mine.numpy(), theirs.numpy()) for mine, theirs in pairs),
+                largest=max(
+                    float((mine - theirs).abs().max()) if len(rows) else 0.0 for mine, theirs in pairs
+                ),
             )
         )
     return found

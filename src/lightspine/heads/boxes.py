@@ -1,11 +1,23 @@
 """Decoding of box offsets and non-maximum suppression (NMS) as in the published detectors."""
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.ops import nms
+from torchvision.ops import clip_boxes_to_image, nms
+
+ImageSize = tuple[int | Tensor, int | Tensor]
+"""Height and width of an image in pixels; tensors without a dimension in `torch.export`."""
 
 _MOST_SHIFTED = 10_000
+
+
+def best_indices(scores: Tensor, count: int) -> Tensor:
+    """Return the indices of the `count` highest scores (..., N), or of all N, highest first."""
+    # The number of scores may be a symbol of `torch.export`, which `min` would fix to that of the example.
+    return scores.topk(torch.sym_min(count, scores.shape[-1])).indices
 
 
 class ClampedBoxCoder(BoxCoder):
@@ -15,11 +27,26 @@ class ClampedBoxCoder(BoxCoder):
     """
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
-        """Apply offsets (N, 4 G) to boxes (N, 4)."""
+        """Apply offsets (N, 4 G) to boxes (N, 4); returns (N, 4 G)."""
         least = [-torch.inf, -torch.inf, *(-weight * self.bbox_xform_clip for weight in self.weights[2:])]
         limited = rel_codes.unflatten(1, (-1, 4)).maximum(rel_codes.new_tensor(least)).flatten(1)
         decoded: Tensor = super().decode_single(limited, boxes)
         return decoded
+
+    def decode(self, rel_codes: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """Apply offsets (N, 4 G) to the N boxes of all images; returns (N, G, 4)."""
+        return self.decode_single(rel_codes, torch.cat(list(boxes))).unflatten(1, (-1, 4))
+
+
+def clip_boxes(boxes: Tensor, size: ImageSize) -> Tensor:
+    """Clip boxes x1, y1, x2, y2 (..., 4) to an image of this height and width."""
+    height, width = size
+    if isinstance(height, Tensor) and isinstance(width, Tensor):
+        # torch.clamp takes no pair of a number and a tensor.
+        limits = torch.stack([width, height, width, height]).to(boxes)
+        return boxes.clamp(min=0).minimum(limits)
+    clipped: Tensor = clip_boxes_to_image(boxes, (height, width))
+    return clipped
 
 
 def nonempty_boxes(boxes: Tensor) -> Tensor:
@@ -31,8 +58,9 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     """Non-maximum suppression within groups, such as classes or pyramid levels.
 
     The groups are moved apart, so that boxes of different groups do not overlap, and suppressed in one pass;
-    10,000 boxes or more are suppressed group by group. Moved boxes are rounded to the dtype of `boxes`, as in
-    the published detectors: in float32 an IoU within 1e-5 of the threshold may fall on either side.
+    10,000 boxes or more are suppressed group by group, except in an exported detector, which moves any number
+    of boxes. Moved boxes are rounded to the dtype of `boxes`, as in the published detectors: in float32 an
+    IoU within 1e-5 of the threshold may fall on either side.
 
     Args:
         boxes: x1, y1, x2, y2 (N, 4).
@@ -43,10 +71,11 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     Returns:
         Indices of the kept boxes, sorted by score.
     """
-    if not len(boxes):
-        return groups.new_zeros(0)
-    if len(boxes) < _MOST_SHIFTED:
-        kept: Tensor = nms(boxes + (groups * (boxes.max() + 1))[:, None].to(boxes), scores, iou_threshold)
+    # torch.export knows the number of boxes only as a symbol.
+    if torch.compiler.is_exporting() or len(boxes) < _MOST_SHIFTED:
+        # The 0 is the largest coordinate of no boxes.
+        largest = F.pad(boxes.flatten(), (0, 1)).max()
+        kept: Tensor = nms(boxes + (groups * (largest + 1))[:, None].to(boxes), scores, iou_threshold)
         return kept
     found = [torch.where(groups == group)[0] for group in groups.unique()]
     kept = torch.cat([indices[nms(boxes[indices], scores[indices], iou_threshold)] for indices in found])

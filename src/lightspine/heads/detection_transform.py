@@ -164,8 +164,9 @@ def resize_rounded(image: Tensor, shorter: int, longest: int) -> Tensor:
     size = [max(int(side * factor + 0.5), 1) for side in sides]
     if size == list(sides):
         return image
-    resized = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
-    return (resized * 255).round() / 255
+    # Whole numbers, so that means of pixels with short binary fractions are exact and round as elsewhere.
+    pixels = (image[None] * 255).round()
+    return F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0].round() / 255
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -193,9 +194,41 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
             continue
         y = torch.arange(rows.start, rows.stop, device=boxes.device) + 0.5
         x = torch.arange(columns.start, columns.stop, device=boxes.device) + 0.5
-        # grid_sample's coordinates: -1 and 1 are the sides of the box.
-        y = (y - top) / (bottom - top) * 2 - 1
-        x = (x - left) / (right - left) * 2 - 1
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).to(masks.dtype)
-        pasted[i, :, rows, columns] = F.grid_sample(masks[i, None], grid[None], align_corners=False)[0]
+        down = _sampling_weights(y, top, bottom, masks.shape[2]).to(masks.dtype)
+        across = _sampling_weights(x, left, right, masks.shape[3]).to(masks.dtype)
+        pasted[i, 0, rows, columns] = down @ masks[i, 0] @ across.mT
     return pasted
+
+
+def paste_whole_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Paste masks as `paste_masks` does, without a loop over the boxes, so that `torch.export` can trace it.
+
+    Returns:
+        Probabilities (N, height, width).
+    """
+    y, x = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
+    left, top, right, bottom = boxes[:, :, None].unbind(1)
+    down = _sampling_weights(y[None], top, bottom, masks.shape[2])
+    across = _sampling_weights(x[None], left, right, masks.shape[3])
+    return down @ masks[:, 0] @ across.mT
+
+
+def _sampling_weights(positions: Tensor, start: float | Tensor, end: float | Tensor, count: int) -> Tensor:
+    """Return the weight of each pixel of a mask at positions of the image, by linear interpolation.
+
+    The mask has `count` pixels from start to end and is 0 outside. A mask of two dimensions is sampled by one
+    matrix product per dimension.
+
+    Args:
+        positions: (..., P).
+        start: coordinate of the side of the box at which the mask starts, (..., 1) if a tensor.
+        end: coordinate of the opposite side.
+        count: number of pixels of the mask.
+
+    Returns:
+        (..., P, count); 0 for an empty box.
+    """
+    length = torch.as_tensor(end - start, device=positions.device, dtype=positions.dtype)
+    places = (positions - start) / length * count - 0.5
+    distances = (places[..., None] - torch.arange(count, device=positions.device)).abs()
+    return torch.where((length > 0)[..., None], (1 - distances).clamp(min=0), 0.0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -11,12 +12,13 @@ from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
-from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image, roi_align
+from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align
 
 from lightspine.errors import UsageError
-from lightspine.heads.boxes import ClampedBoxCoder, batched_nms
+from lightspine.heads.boxes import ClampedBoxCoder, ImageSize, batched_nms, clip_boxes
 from lightspine.heads.detection_transform import Target
 from lightspine.heads.rpn import at_least_float32
 
@@ -40,16 +42,15 @@ class RoIPooler(MultiScaleRoIAlign):
         super().__init__([str(stride) for stride in strides], output_size, sampling_ratio=0)
         self.strides = tuple(strides)
 
-    def forward(
-        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
-    ) -> Tensor:
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: Sequence[ImageSize]) -> Tensor:
         """Pool the boxes; `image_shapes` is part of torchvision's interface and unused."""
         del image_shapes
         maps = [x[name] for name in self.featmap_names]
-        which = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
+        # `shape` may be a symbol of `torch.export`, `len` may not.
+        which = torch.cat([b.new_full((b.shape[0], 1), i) for i, b in enumerate(boxes)])
         rois = torch.cat([which, torch.cat(boxes)], dim=1)
         levels = self._assign_levels(rois)
-        crops = maps[0].new_zeros((len(rois), maps[0].shape[1], *self.output_size))
+        crops = maps[0].new_zeros((rois.shape[0], maps[0].shape[1], *self.output_size))
         for level, (feature, stride) in enumerate(zip(maps, self.strides, strict=True)):
             chosen = torch.where(levels == level)[0]
             cropped = roi_align(
@@ -66,7 +67,7 @@ class RoIPooler(MultiScaleRoIAlign):
         return level.clamp(0, len(self.strides) - 1).long()
 
 
-Sizes = list[tuple[int, int]]
+Sizes = Sequence[ImageSize]
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,8 @@ class CascadeRoIHeads(RoIHeads):
     ) -> list[Tensor]:
         """Return the boxes that a stage predicts, clipped to the image and detached."""
         moved = self.coders[stage].decode(offsets.detach(), boxes)[:, 0]
-        parts = moved.split([len(b) for b in boxes])
-        return [clip_boxes_to_image(b, size) for b, size in zip(parts, image_shapes, strict=True)]
+        parts = moved.split([b.shape[0] for b in boxes])
+        return [clip_boxes(b, size) for b, size in zip(parts, image_shapes, strict=True)]
 
     def _match_boxes(self, stage: int, boxes: list[Tensor], targets: list[Target]) -> Samples:
         """Match boxes with objects by the IoU threshold of a stage; label 0 is background."""
@@ -303,7 +304,7 @@ class CascadeRoIHeads(RoIHeads):
             proposals: boxes (N_i, 4) of each image.
             image_shapes: height and width of each image before padding.
         """
-        counts = [len(boxes) for boxes in proposals]
+        counts = [boxes.shape[0] for boxes in proposals]
         decoded = self.coders[-1].decode(box_regression, proposals).split(counts)
         found = []
         for boxes, scores, shape in zip(
@@ -311,7 +312,7 @@ class CascadeRoIHeads(RoIHeads):
         ):
             # Objects only, without the background's column.
             rows, classes = torch.where(scores[:, 1:] > self.score_thresh)
-            kept_boxes = clip_boxes_to_image(boxes[rows, classes + 1], shape)
+            kept_boxes = clip_boxes(boxes[rows, classes + 1], shape)
             kept_scores = scores[rows, classes + 1]
             best = batched_nms(kept_boxes, kept_scores, classes, self.nms_thresh)[: self.detections_per_img]
             found.append((kept_boxes[best], kept_scores[best], classes[best] + 1))
@@ -356,6 +357,21 @@ class MaskRCNN(GeneralizedRCNN):
         self.transform.check(images, targets)
         result: dict[str, Tensor] | list[Target] = super().forward(images, targets)
         return result
+
+    def detect(self, images: Tensor, sizes: Sequence[ImageSize]) -> list[Target]:
+        """Return the predictions of a normalized and padded batch, in pixels of the batch.
+
+        The masks are those of the mask head (N, 1, 28, 28). `torch.export` can trace it, unlike `forward`.
+
+        Args:
+            images: (B, C, H, W), sides multiples of 32.
+            sizes: height and width of each image before padding.
+        """
+        maps = cast(Any, self.backbone)(images)
+        proposals, _ = cast(Any, self.rpn)(ImageList(images, cast(Any, list(sizes))), maps)
+        found: list[Target]
+        found, _ = cast(Any, self.roi_heads)(maps, proposals, sizes)
+        return found
 
 
 class _BoxPredictor(nn.Module):

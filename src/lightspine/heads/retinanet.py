@@ -1,13 +1,23 @@
 """RetinaNet with the published settings: labels from 1, losses divided by the positives of the batch."""
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torchvision.models import detection
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import box_iou, clip_boxes_to_image, sigmoid_focal_loss
+from torchvision.ops import box_iou, sigmoid_focal_loss
 
-from lightspine.heads.boxes import ClampedBoxCoder, batched_nms, nonempty_boxes
+from lightspine.heads.boxes import (
+    ClampedBoxCoder,
+    ImageSize,
+    batched_nms,
+    best_indices,
+    clip_boxes,
+    nonempty_boxes,
+)
 from lightspine.heads.detection_transform import DetectionTransform, Target
 from lightspine.heads.rpn import MinOverlapMatcher, StridedAnchors, at_least_float32
 
@@ -75,6 +85,21 @@ class RetinaNet(detection.RetinaNet):
         result: dict[str, Tensor] | list[Target] = super().forward(images, targets)
         return result
 
+    def detect(self, images: Tensor, sizes: Sequence[ImageSize]) -> list[Target]:
+        """Return the predictions of a normalized and padded batch, in pixels of the batch.
+
+        `torch.export` can trace it, unlike `forward`.
+
+        Args:
+            images: (B, C, H, W), sides multiples of 32.
+            sizes: height and width of each image before padding.
+        """
+        maps = list(cast(Any, self.backbone)(images).values())
+        outputs = [self.head([level]) for level in maps]
+        anchors = cast(StridedAnchors, self.anchor_generator).level_anchors(maps)
+        by_name = {name: [output[name] for output in outputs] for name in outputs[0]}
+        return self.postprocess_detections(by_name, [anchors for _ in sizes], sizes)
+
     def compute_loss(
         self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor]
     ) -> dict[str, Tensor]:
@@ -112,7 +137,7 @@ class RetinaNet(detection.RetinaNet):
         self,
         head_outputs: dict[str, list[Tensor]],
         anchors: list[list[Tensor]],
-        image_shapes: list[tuple[int, int]],
+        image_shapes: Sequence[ImageSize],
     ) -> list[Target]:
         """Return the boxes, scores and labels (from 1) of each image, sorted by score.
 
@@ -124,23 +149,25 @@ class RetinaNet(detection.RetinaNet):
         levels = list(zip(head_outputs["cls_logits"], head_outputs["bbox_regression"], strict=True))
         detections = []
         for image, (image_anchors, shape) in enumerate(zip(anchors, image_shapes, strict=True)):
-            found = [
-                self._decode_level(logits[image], offsets[image], level_anchors, shape)
+            candidates = [
+                self._select_candidates(logits[image], offsets[image], level_anchors)
                 for (logits, offsets), level_anchors in zip(levels, image_anchors, strict=True)
             ]
-            boxes, scores, classes = (torch.cat([level[i] for level in found]) for i in range(3))
+            scores, classes, offsets, boxes = (torch.cat(parts) for parts in zip(*candidates, strict=True))
+            boxes = clip_boxes(self.box_coder.decode_single(offsets, boxes), shape)
+            nonempty = torch.where(nonempty_boxes(boxes))[0]
+            boxes, scores, classes = boxes[nonempty], scores[nonempty], classes[nonempty]
             kept = batched_nms(boxes, scores, classes, self.nms_thresh)[: self.detections_per_img]
             detections.append({"boxes": boxes[kept], "scores": scores[kept], "labels": classes[kept] + 1})
         return detections
 
-    def _decode_level(
-        self, logits: Tensor, offsets: Tensor, anchors: Tensor, shape: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the best boxes of a level with their scores and classes (from 0), without empty boxes."""
+    def _select_candidates(
+        self, logits: Tensor, offsets: Tensor, anchors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the best scores of a level with their classes (from 0), offsets and anchors."""
         scores = logits.sigmoid()
         rows, classes = torch.where(scores > self.score_thresh)
-        best, order = scores[rows, classes].topk(min(self.topk_candidates, len(rows)))
-        rows, classes = rows[order], classes[order]
-        boxes = clip_boxes_to_image(self.box_coder.decode_single(offsets[rows], anchors[rows]), shape)
-        nonempty = nonempty_boxes(boxes)
-        return boxes[nonempty], best[nonempty], classes[nonempty]
+        found = scores[rows, classes]
+        best = best_indices(found, self.topk_candidates)
+        rows = rows[best]
+        return found[best], classes[best], offsets[rows], anchors[rows]

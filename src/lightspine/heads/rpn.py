@@ -9,9 +9,15 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import clip_boxes_to_image
 
-from lightspine.heads.boxes import ClampedBoxCoder, batched_nms, nonempty_boxes
+from lightspine.heads.boxes import (
+    ClampedBoxCoder,
+    ImageSize,
+    batched_nms,
+    best_indices,
+    clip_boxes,
+    nonempty_boxes,
+)
 
 
 class StridedAnchors(AnchorGenerator):
@@ -53,13 +59,17 @@ class StridedAnchors(AnchorGenerator):
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Return the anchors of all levels, (N, 4) for each image."""
+        anchors = torch.cat(self.level_anchors(feature_maps))
+        return [anchors for _ in image_list.image_sizes]
+
+    def level_anchors(self, feature_maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return the anchors (N, 4) of each level."""
         device = feature_maps[0].device
         # float32 even for half-precision maps: half precision cannot hold pixel coordinates.
         self.set_cell_anchors(torch.promote_types(feature_maps[0].dtype, torch.float32), device)
         strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
-        levels = self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides)
-        anchors = torch.cat(levels)
-        return [anchors for _ in image_list.image_sizes]
+        levels: list[Tensor] = self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides)
+        return levels
 
 
 class MinOverlapMatcher(Matcher):
@@ -144,7 +154,7 @@ class ProposalNetwork(RegionProposalNetwork):
         self,
         proposals: Tensor,
         objectness: Tensor,
-        image_shapes: list[tuple[int, int]],
+        image_shapes: Sequence[ImageSize],
         num_anchors_per_level: list[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return the proposals and scores of each image.
@@ -159,15 +169,21 @@ class ProposalNetwork(RegionProposalNetwork):
             num_anchors_per_level: number of boxes of each level.
         """
         logits = objectness.detach().reshape(len(proposals), -1)
-        chosen = self._get_top_n_idx(logits, num_anchors_per_level)
-        counts = torch.tensor(num_anchors_per_level, device=logits.device)
-        level_of_box = torch.arange(len(counts), device=logits.device).repeat_interleave(counts)
+        chosen, levels, start = [], [], 0
+        for level, count in enumerate(num_anchors_per_level):
+            best = best_indices(logits[:, start : start + count], self.pre_nms_top_n())
+            chosen.append(best + start)
+            levels.append(torch.full_like(best, level))
+            start += count
         found = []
-        for boxes, image_logits, indices, shape in zip(proposals, logits, chosen, image_shapes, strict=True):
-            boxes = clip_boxes_to_image(boxes[indices], shape)
-            indices, boxes = (values[nonempty_boxes(boxes)] for values in (indices, boxes))
-            scores = image_logits[indices].sigmoid()
-            kept = batched_nms(boxes, scores, level_of_box[indices], self.nms_thresh)[: self.post_nms_top_n()]
+        for boxes, image_logits, indices, level_of_box, shape in zip(
+            proposals, logits, torch.cat(chosen, 1), torch.cat(levels, 1), image_shapes, strict=True
+        ):
+            boxes = clip_boxes(boxes[indices], shape)
+            nonempty = torch.where(nonempty_boxes(boxes))[0]
+            boxes, scores = boxes[nonempty], image_logits[indices[nonempty]].sigmoid()
+            kept = batched_nms(boxes, scores, level_of_box[nonempty], self.nms_thresh)
+            kept = kept[: self.post_nms_top_n()]
             found.append((boxes[kept], scores[kept]))
         return [boxes for boxes, _ in found], [scores for _, scores in found]
 
