@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fixed-size", type=_size, metavar="HxW", help="fixed image size (default: dynamic)")
     parser.add_argument(
         "--scan",
-        choices=("loop", "unrolled"),
-        help="form of the scans of VMamba and Vim; unrolled needs --fixed-size "
-        "(default: loop, for coreml unrolled)",
+        choices=("loop", "inlined", "unrolled"),
+        help="form of the scans of VMamba and Vim: a function with a loop, the loop without a function, or "
+        "every step, which needs --fixed-size (default: loop, for coreml unrolled)",
     )
     onnx = parser.add_argument_group("ONNX")
     onnx.add_argument("--opset", type=int, default=20, help="ONNX opset version (default: %(default)s)")

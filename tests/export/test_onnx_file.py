@@ -50,11 +50,25 @@ def test_file_gives_pytorch_s_values_at_any_batch_and_size(exported: tuple[nn.Mo
     check(model, report.path, *SHAPES)
 
 
-def test_file_has_standard_operators_only(exported: tuple[nn.Module, ExportReport]) -> None:
-    content = onnx.load(exported[1].path)
+def test_file_has_standard_operators_and_scans_as_functions(exported: tuple[nn.Module, ExportReport]) -> None:
+    path = exported[1].path
+    content = onnx.load(path)
     onnx.checker.check_model(content, full_check=True)
-    assert [(entry.domain, entry.version) for entry in content.opset_import] == [("", 20)]
-    assert len(content.functions) == 0
+    domains = {entry.domain: entry.version for entry in content.opset_import}
+    if path.stem not in ("vmamba", "vim"):
+        assert (domains, len(content.functions)) == ({"": 20}, 0)
+        return
+    assert domains == {"": 20, "lightspine": 1}
+    assert {node.domain for function in content.functions for node in function.node} == {""}
+    # One function for all blocks of a kind, not one per call.
+    called = {node.op_type for node in content.graph.node if node.domain == "lightspine"}
+    assert called == {function.name for function in content.functions}
+
+
+def test_inlined_scans_leave_no_function(tmp_path: Path) -> None:
+    export_onnx(small_model("vim", depth=1), tmp_path / "m.onnx", scan="inlined", fixed_size=(32, 32))
+    content = onnx.load(tmp_path / "m.onnx")
+    assert ([entry.domain for entry in content.opset_import], len(content.functions)) == ([""], 0)
 
 
 def test_file_holds_no_path_of_the_machine(exported: tuple[nn.Module, ExportReport]) -> None:

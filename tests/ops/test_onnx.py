@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspine.errors import UsageError
-from lightspine.export.onnx_graph import inline_scans, to_onnx
+from lightspine.export.onnx_graph import define_scans, to_onnx
 from lightspine.export.program import trace
 from lightspine.export.verification import compare, open_session, random_batches, session_function
 from lightspine.ops import cross_scan, list_scan_orders, register_scan_order, scan_order
@@ -93,10 +93,8 @@ def as_onnx(network: nn.Module, *, scan_form: Any = "loop", size: tuple[int, int
     program = trace(network, torch.randn(2, DIM, *(size or (5, 9))), fixed=size is not None)
     sides: tuple[Any, Any] = size or ("height", "width")
     axes = ("batch", DIM, *sides)
-    model = to_onnx(
-        program, opset=20, scan=scan_form, input_name="images", input_axes=axes, output_names=["y"]
-    )
-    return inline_scans(model, 20)
+    model = to_onnx(program, opset=20, scan=scan_form, inputs={"images": axes}, output_names=["y"])
+    return define_scans(model, 20, inline=True)
 
 
 FORMS = {

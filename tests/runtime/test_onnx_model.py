@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 import torch
 from PIL import Image
@@ -110,6 +111,16 @@ def test_file_that_is_no_onnx_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("not a model")
     with pytest.raises(lightspine_runtime.LightspineError, match=r"ONNX Runtime cannot run .*text\.onnx"):
         OnnxModel(tmp_path / "text.onnx")
+
+
+def test_function_without_a_body_is_named(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20, "lightspine" : 1]>
+    scan (float[1, 4, 8] x, float[1, 8] bias, float[1, 8, 2] A, float[1, 4, 2] B) => (float[1, 4, 8] y)
+    { y = lightspine.SequenceScan(x, x, bias, A, B, B) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "stripped.onnx")
+    message = r"expected the body of the function SequenceScan in .*stripped\.onnx, which calls it"
+    with pytest.raises(lightspine_runtime.LightspineError, match=message):
+        OnnxModel(tmp_path / "stripped.onnx")
 
 
 def test_foreign_file_is_refused(place: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """An exported model that ONNX Runtime runs on the CPU."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -300,4 +301,9 @@ def _create_session(path: Path, threads: int | None) -> onnxruntime.InferenceSes
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
+        if missing := re.search(r"lightspine:(\w+)\(-1\) is not a registered function", str(error)):
+            raise LightspineError(
+                f"expected the body of the function {missing[1]} in {path}, which calls it, but the file has "
+                "none: export the model again"
+            ) from error
         raise LightspineError(f"ONNX Runtime cannot run {path}: {str(error).splitlines()[0]}") from error

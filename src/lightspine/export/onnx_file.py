@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.export.metadata import ExportMetadata, count_channels, find_preprocessing, model_name
-from lightspine.export.onnx_graph import check_opset, inline_scans, to_onnx
+from lightspine.export.onnx_graph import check_opset, define_scans, to_onnx
 from lightspine.export.program import (
     ExportTarget,
     WithPreprocessing,
@@ -81,7 +81,9 @@ def export_onnx(
         precision: "fp32"; "fp16" (weights and activations, except in the scans); "int8-dynamic" (weights and
             matrix products); "int8-static" (convolutions and activations as well).
         calibration: a folder of images, searched recursively, for "int8-static".
-        scan: "loop", or "unrolled" for runtimes without loops, which needs `fixed_size`.
+        scan: "loop" keeps each scan as a function of the file (domain "lightspine"), whose body is a loop of
+            standard operators; "inlined" replaces the calls by the loops, for runtimes without functions and
+            always for int8; "unrolled" is for runtimes without loops and needs `fixed_size`.
         with_preprocessing: the file takes 8-bit pixels (B, H, W, 3) and normalizes them itself; resizing and
             cropping remain with the caller, except for a detector, whose file also resizes the image and
             returns boxes and masks in pixels of the original.
@@ -164,6 +166,11 @@ class _Options:
     calibration_images: list[Path] | None
     shapes: Sequence[tuple[int, int, int]] | None
 
+    @property
+    def inline(self) -> bool:
+        """Whether scan functions are inlined; ONNX Runtime's quantization knows no functions."""
+        return self.scan == "inlined" or self.precision.startswith("int8")
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Written:
@@ -196,7 +203,7 @@ def _write_network(target: ExportTarget, options: _Options) -> _Written:
     )
     if options.precision == "fp16":
         model = to_half(model)
-    model = inline_scans(model, options.opset)
+    model = define_scans(model, options.opset, inline=options.inline)
     read = image_reader(options.preprocessing, options.pixels)
     if options.precision.startswith("int8"):
         model = quantize(model, options.calibration_images, read)
@@ -236,7 +243,7 @@ def _write_detector(target: ExportTarget, options: _Options) -> _Written:
         pixels=options.pixels,
         fixed_size=options.fixed_size,
     )
-    model = inline_scans(model, options.opset)
+    model = define_scans(model, options.opset, inline=options.inline)
     if options.precision.startswith("int8"):
         read = detector_image_reader(detector.transform, options.pixels)
         model = quantize(model, options.calibration_images, read, network_nodes(model))

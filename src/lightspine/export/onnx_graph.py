@@ -82,12 +82,16 @@ def to_onnx(
     return model
 
 
-def inline_scans(model: Any, opset: int) -> Any:
-    """Replace the calls of scan functions by standard operators, because few runtimes support functions.
+def define_scans(model: Any, opset: int, *, inline: bool) -> Any:
+    """Define the scan functions that a model calls, or replace the calls by standard operators.
+
+    A function of the model (domain "lightspine") has a body of standard operators. ONNX Runtime runs the
+    body, or an operator that is registered under the same name.
 
     Args:
         model: from `to_onnx`.
         opset: the opset that the model was exported to.
+        inline: replace the calls, for runtimes without functions.
     """
     import onnx
     import onnx.inliner
@@ -97,7 +101,7 @@ def inline_scans(model: Any, opset: int) -> Any:
         model.functions.extend(scan_function(name, opset) for name in called)
         if FUNCTION_DOMAIN not in {entry.domain for entry in model.opset_import}:
             model.opset_import.append(onnx.helper.make_opsetid(FUNCTION_DOMAIN, 1))
-    return remove_unused(onnx.inliner.inline_local_functions(model))
+    return remove_unused(onnx.inliner.inline_local_functions(model) if inline else model)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -65,8 +65,8 @@ def export_pt2(
     path = Path(path)
     if path.suffix != ".pt2":
         raise UsageError(f"expected a file name that ends in .pt2, got {path.name!r}")
-    if scan == "loop":
-        raise UsageError("the scans of a .pt2 file are operators or unrolled, got loop")
+    if scan not in (None, "unrolled"):
+        raise UsageError(f"the scans of a .pt2 file are operators or unrolled, got {scan}")
     if scan == "unrolled" and fixed_size is None:
         raise UsageError("an unrolled scan has one step per patch of the image: expected a fixed size")
     check_fixed_size(fixed_size)

@@ -265,7 +265,7 @@ def scan_function(name: str, opset: int) -> Any:
     return onnx.parser.parse_function(_FUNCTION_TEXTS[name].format(opset=opset, name=name))
 
 
-ScanForm = Literal["loop", "unrolled"]
+ScanForm = Literal["loop", "inlined", "unrolled"]
 Decompositions = dict[Any, Callable[..., Any]]
 
 
@@ -273,10 +273,10 @@ def scan_table(form: ScanForm) -> Decompositions:
     """Return the functions that replace the scan operators of an exported program.
 
     Args:
-        form: "loop" calls a function of `SCAN_FUNCTIONS`, for any image size; "unrolled" has no loop and
-            needs a fixed size.
+        form: "loop" and "inlined" call a function of `SCAN_FUNCTIONS`, for any image size; "unrolled" has no
+            loop and needs a fixed size.
     """
-    if form == "loop":
+    if form != "unrolled":
         return {
             torch.ops.lightspine.cross_scan.default: _cross_scan_loop,
             torch.ops.lightspine.selective_scan.default: _selective_scan_loop,
