@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="input 8-bit pixels (B, H, W, 3) and normalize them in the graph; a detector also resizes them",
     )
+    onnx.add_argument(
+        "--class-map", action="store_true", help="a segmenter outputs the class of every pixel, not logits"
+    )
     detectors = parser.add_argument_group("detectors in ONNX")
     add_detector_options(detectors, "the checkpoint's")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
@@ -73,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         "--precision": args.precision != "fp32",
         "--calibration": args.calibration is not None,
         "--with-preprocessing": args.with_preprocessing,
+        "--class-map": args.class_map,
     }
     if args.to != "onnx" and any(onnx_only.values()):
         given = ", ".join(name for name, is_given in onnx_only.items() if is_given)
@@ -202,6 +206,7 @@ def _write(args: argparse.Namespace, model: Any, known: dict[str, Any]) -> Any:
         calibration=args.calibration,
         scan=args.scan or "loop",
         with_preprocessing=args.with_preprocessing,
+        class_map=args.class_map,
         fixed_size=args.fixed_size,
         **known,
     )

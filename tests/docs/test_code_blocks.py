@@ -8,12 +8,13 @@ from PIL import Image
 import lightspine
 from lightspine.data import export_digits
 from lightspine.export import export_onnx
+from lightspine.heads import FeatureBackbone, build_detector
 from support.pages import PAGES, ROOT, blocks, broken_promises, fill_cache, page_name, run_block
 
 # README.md has its own test, which also compares the printed output.
-# The page on exports writes and compares files of several precisions: some 16 s.
+# These pages export models: some 16 s for several precisions, and a minute for a detector.
 WITH_CODE = [
-    pytest.param(page, marks=pytest.mark.slow) if page.name == "export.md" else page
+    pytest.param(page, marks=pytest.mark.slow) if page.name in ("export.md", "deployment.md") else page
     for page in PAGES
     if blocks(page, "python") and page != ROOT / "README.md"
 ]
@@ -32,6 +33,11 @@ def test_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
         # Variables and files that the page assumes.
         export_onnx(lightspine.create_model("shvit_s1", num_classes=3).eval(), tmp_path / "model.onnx")
         Image.effect_noise((80, 97), 40).convert("RGB").save(tmp_path / "image.jpg")
+    if page.name == "deployment.md":
+        backbone = FeatureBackbone(lightspine.create_model("shvit_s1", features_only=True))
+        detector = build_detector("retinanet", backbone, 3, channels=16, resize=None).eval()
+        export_onnx(detector, tmp_path / "detector.onnx", with_preprocessing=True, fixed_size=(80, 97))
+        Image.effect_noise((97, 80), 40).convert("RGB").save(tmp_path / "image.png")
     if page.name == "analysis.md":
         # The files of `lightspine demo`, with a smaller network.
         small = lightspine.create_model(

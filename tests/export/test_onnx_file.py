@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import lightspine
@@ -18,6 +19,7 @@ from lightspine.export import ExportReport, export_onnx
 from lightspine.export.verification import compare, open_session, random_batches, session_function
 from lightspine.heads import FeatureBackbone, build_detector, build_segmenter
 from lightspine.optimize import optimize
+from lightspine_runtime import OnnxModel
 from support.dense import MEMBERS
 from support.exporting import FAMILIES, disturb, small_model
 
@@ -160,6 +162,27 @@ def test_segmenter_gives_its_logits(family: str, head: Any, tmp_path: Path) -> N
     segmenter = disturb(build_segmenter(head, backbone(family), 3, channels=16))
     export_onnx(segmenter, tmp_path / "segmenter.onnx", shapes=[(1, 64, 64)])
     check(segmenter, tmp_path / "segmenter.onnx", (1, 64, 96), (2, 97, 161))
+
+
+def test_segmenter_gives_the_class_of_every_pixel(tmp_path: Path) -> None:
+    segmenter = disturb(build_segmenter("semantic_fpn", backbone("shvit"), 3, channels=16))
+    path = tmp_path / "classes.onnx"
+    export_onnx(segmenter, path, class_map=True, with_preprocessing=True, fixed_size=(64, 80))
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (found,) = OnnxModel(path).segment([tmp_path / "a.png"])
+    images = (torch.from_numpy(pixels) / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
+    with torch.inference_mode():
+        expected = segmenter(images.permute(2, 0, 1)[None]).argmax(1)[0]
+    assert len(expected.unique()) > 1
+    assert (found == expected.numpy()).mean() > 0.999
+
+
+def test_class_map_of_a_classifier_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected a segmenter for a class map, got a SHViT"):
+        export_onnx(small_model("shvit"), tmp_path / "m.onnx", class_map=True)
 
 
 @pytest.mark.slow

@@ -175,6 +175,33 @@ class OnnxModel:
         found = (self.detect_pixels(np.asarray(open_image(path)), str(path)) for path in images)
         return [one if score_threshold is None else one.above(score_threshold) for one in found]
 
+    def segment(self, images: Iterable[str | Path]) -> list[NDArray[np.int64]]:
+        """Predict the class of every pixel of image files, at the size of the images.
+
+        Args:
+            images: image files.
+
+        Returns:
+            The index of the class of each pixel, int64 (H, W), for each image.
+
+        Raises:
+            UsageError: the model is not a segmenter that returns classes, or an image is missing, too small,
+                or of another size than the file takes.
+            LightspineError: an image cannot be read.
+        """
+        if self.outputs != ["classes"]:
+            raise UsageError(
+                f"expected a segmenter that returns classes, but {self.path} outputs "
+                f"{', '.join(self.outputs)}"
+            )
+        found = []
+        for path in images:
+            pixels = np.asarray(open_image(path))
+            self._check_size(pixels.shape[:2], str(path))
+            batch = pixels[None] if self.pixels else normalize(pixels[None], self.preprocessing)
+            found.append(self.run(batch)[0][0])
+        return found
+
     def check_score_threshold(self, score_threshold: float | None) -> None:
         """Check that the model is a detector whose detections include those above a score.
 
@@ -231,7 +258,7 @@ class OnnxModel:
         names = self.class_names or []
         return names[label - 1] if 1 <= label <= len(names) else str(label - 1)
 
-    def _check_size(self, size: tuple[int, int], name: str) -> None:
+    def _check_size(self, size: tuple[int, ...], name: str) -> None:
         """Check that a file with a fixed size takes an image."""
         shape = self.session.get_inputs()[0].shape
         fixed = tuple(shape[1:3] if self.pixels else shape[2:])

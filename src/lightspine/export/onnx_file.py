@@ -58,6 +58,7 @@ def export_onnx(
     calibration: str | Path | None = None,
     scan: ScanForm = "loop",
     with_preprocessing: bool = False,
+    class_map: bool = False,
     fixed_size: tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
     preprocessing: dict[str, Any] | None = None,
@@ -87,6 +88,8 @@ def export_onnx(
         with_preprocessing: the file takes 8-bit pixels (B, H, W, 3) and normalizes them itself; resizing and
             cropping remain with the caller, except for a detector, whose file also resizes the image and
             returns boxes and masks in pixels of the original.
+        class_map: the file of a segmenter returns the class of every pixel, int64 (B, H, W), instead of
+            logits.
         fixed_size: (height, width) if the file shall take one size only.
         class_names: one name per class.
         preprocessing: see `lightspine.export.metadata.ExportMetadata`; by default the published one.
@@ -105,7 +108,7 @@ def export_onnx(
     _check_options(path, precision, calibration, scan, fixed_size, opset)
     check_installed("onnx", "onnxscript", "onnxruntime")
     calibration_images = None if calibration is None else list_calibration_images(Path(calibration))
-    target = find_target(model, whole_detector=True)
+    target = find_target(model, whole_detector=True, class_map=class_map)
     preprocessing = find_preprocessing(model, preprocessing, fixed_size=fixed_size)
     write = _write_detector if target.kind == "detector" else _write_network
     written = write(

@@ -131,6 +131,11 @@ class OnnxNetwork(OnnxModule):
 
     def __init__(self, model: "OnnxModel"):
         super().__init__(model)
+        if model.outputs == ["classes"]:
+            raise UsageError(
+                f"expected logits, which evaluation resizes and averages, but {model.path} holds a segmenter "
+                "that returns classes: export it without --class-map, or pass the checkpoint"
+            )
         if model.outputs != ["logits"]:
             raise UsageError(
                 f"expected an exported classifier or segmenter, but {model.path} holds "

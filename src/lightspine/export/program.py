@@ -33,7 +33,7 @@ class ExportTarget:
     strides: tuple[int, ...] = field(default=())
 
 
-def find_target(model: nn.Module, *, whole_detector: bool = False) -> ExportTarget:
+def find_target(model: nn.Module, *, whole_detector: bool = False, class_map: bool = False) -> ExportTarget:
     """Find the part of a model that is exported.
 
     | model | outputs |
@@ -47,9 +47,10 @@ def find_target(model: nn.Module, *, whole_detector: bool = False) -> ExportTarg
     Args:
         model: in evaluation mode.
         whole_detector: export a detector with decoding, NMS and masks.
+        class_map: export the class of every pixel instead of a segmenter's logits, as "classes" (B, H, W).
 
     Raises:
-        UsageError: the model is of another kind or in training mode.
+        UsageError: the model is of another kind or in training mode, or a class map of no segmenter.
     """
     # Imported here because these load torchvision's detectors, and `import lightspine` loads this module.
     from lightspine.heads.detectors import PyramidBackbone
@@ -57,10 +58,14 @@ def find_target(model: nn.Module, *, whole_detector: bool = False) -> ExportTarg
     from lightspine.heads.retinanet import RetinaNet
     from lightspine.heads.segmenters import Segmenter
 
+    if class_map and not isinstance(model, Segmenter):
+        raise UsageError(f"expected a segmenter for a class map, got a {type(model).__name__}")
     target = None
     body: Any = getattr(model, "backbone", None)
     info: Any = getattr(model, "feature_info", None)
-    if isinstance(model, Segmenter):
+    if isinstance(model, Segmenter) and class_map:
+        target = ExportTarget(network=_ClassMap(model), kind="segmenter", outputs=("classes",))
+    elif isinstance(model, Segmenter):
         target = ExportTarget(network=model, kind="segmenter", outputs=("logits",))
     elif whole_detector and isinstance(model, RetinaNet | MaskRCNN):
         from lightspine.export.detection import detector_outputs
@@ -94,6 +99,19 @@ def _pyramid_target(body: "PyramidBackbone") -> ExportTarget:
     return ExportTarget(
         network=_TupleOutput(body), kind="pyramid", outputs=names, strides=tuple(body.strides)
     )
+
+
+class _ClassMap(nn.Module):
+    """Returns the class of the highest logit of each pixel, int64 (B, H, W)."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.train(network.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        classes: Tensor = self.network(images).argmax(1)
+        return classes
 
 
 class _TupleOutput(nn.Module):

@@ -55,7 +55,8 @@ class Difference:
     Attributes:
         shape: (batch, height, width).
         largest: maximum absolute difference over all outputs.
-        relative: ||difference|| / ||PyTorch's output|| (Euclidean norms), maximum over the outputs.
+        relative: ||difference|| / ||PyTorch's output|| (Euclidean norms), maximum over the outputs; for a map
+            of classes the share of the pixels that differ.
     """
 
     shape: tuple[int, int, int]
@@ -251,7 +252,8 @@ def check_differences(differences: Sequence[Difference], tolerance: float, name:
 
 def _as_arrays(outputs: Any) -> list[np.ndarray]:
     found = (outputs,) if isinstance(outputs, Tensor) else outputs
-    return [output.double().numpy() for output in found]
+    # Classes stay integers.
+    return [(output.double() if output.is_floating_point() else output).numpy() for output in found]
 
 
 def _relative_difference(expected: np.ndarray, actual: np.ndarray) -> float:
@@ -259,6 +261,8 @@ def _relative_difference(expected: np.ndarray, actual: np.ndarray) -> float:
         raise LightspineError(
             f"the exported file has an output of shape {actual.shape}, PyTorch one of {expected.shape}"
         )
+    if np.issubdtype(expected.dtype, np.integer):
+        return float((actual != expected).mean())
     difference = float(np.linalg.norm((actual - expected).ravel()))
     # NaN counts as an infinite difference.
     return (
