@@ -175,8 +175,8 @@ def draw_detections(
     for place, box in enumerate(found.boxes * factor):
         color, corners = _color(int(found.labels[place])), [tuple(box[:2]), tuple(box[2:])]
         # A dark outline makes the colored one visible on any background.
-        draw.rectangle(corners, outline="black", width=3)
-        draw.rectangle(corners, outline=color, width=1)
+        draw.rectangle([(x - 1, y - 1) for x, y in corners], outline="black", width=4)
+        draw.rectangle(corners, outline=color, width=2)
     # Many labels would cover the objects.
     if len(found) <= 30:
         for place in reversed(range(len(found))):
@@ -206,5 +206,5 @@ def _draw_label(
 
 def _color(label: int) -> tuple[int, int, int]:
     """Return the color of a class; steps of the golden ratio spread the hues of any number of classes."""
-    red, green, blue = colorsys.hsv_to_rgb(label * _GOLDEN_RATIO % 1, 0.9, 1.0)
+    red, green, blue = colorsys.hsv_to_rgb(label * _GOLDEN_RATIO % 1, 0.6, 1.0)
     return round(red * 255), round(green * 255), round(blue * 255)
