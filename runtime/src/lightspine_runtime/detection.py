@@ -115,7 +115,7 @@ def resize_pixels(pixels: NDArray[np.uint8], settings: DetectionSettings) -> NDA
     Returns:
         (h, w, C), 0 to 255.
     """
-    size = resized_size(*pixels.shape[:2], settings)
+    size = resized_size(pixels.shape[0], pixels.shape[1], settings)
     values = pixels.astype(np.float32)
     if size == pixels.shape[:2]:
         return values

@@ -243,7 +243,7 @@ class OnnxModel:
         found = dict(zip(self.outputs, self.run(batch), strict=True))
         boxes, masks = found["boxes"], found.get("masks")
         if size != (height, width):
-            ratios = np.float32([width, height]) / np.float32([size[1], size[0]])
+            ratios = np.array([width, height], np.float32) / np.array([size[1], size[0]], np.float32)
             boxes = boxes * np.tile(ratios, 2)
             masks = None if masks is None else resize_masks(masks, height, width)
         return Detections(
