@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from lightspine.errors import LightspineError
 from lightspine.export.onnx_graph import to_onnx
 from lightspine.export.quantization import to_half
-from lightspine.heads.detection_transform import DetectionTransform, paste_whole_masks
+from lightspine.heads.detection_transform import DetectionTransform, paste_whole_masks, resized_size
 from lightspine.heads.mask_rcnn import MaskRCNN
 from lightspine.heads.retinanet import RetinaNet
 from lightspine.ops.onnx import ScanForm
@@ -138,9 +138,12 @@ def to_detector_onnx(
     axes = (1, *size, channels) if pixels else (1, channels, *size)
     first = _preparation(transform, settings, opset, channels, pixels, axes)
     resizes = pixels and settings.resize is not None
-    padded = (
-        None if fixed_size is None or resizes else tuple(-(-side // DIVISOR) * DIVISOR for side in fixed_size)
-    )
+    padded = None
+    if fixed_size is not None:
+        inner = fixed_size
+        if pixels and settings.resize is not None:
+            inner = resized_size(fixed_size, *settings.resize, transform.rounding)
+        padded = tuple(-(-side // DIVISOR) * DIVISOR for side in inner)
     core = to_onnx(
         _trace_core(_with_named_threshold(optimize(_Core(detector))), channels, padded),
         opset=opset,
@@ -151,7 +154,8 @@ def to_detector_onnx(
     parts = [first, to_half(core, network_nodes(core)) if half else core]
     if resizes or masks:
         parts.append(_placement(opset, "pixels" if pixels else "images", axes, resizes, masks))
-    return _join(parts, detector_outputs(detector))
+    shapes = {"boxes": ("detections", 4), "masks": ("detections", *size)}
+    return _join(parts, {name: shapes.get(name, ("detections",)) for name in detector_outputs(detector)})
 
 
 def network_nodes(model: Any) -> set[str]:
@@ -394,12 +398,12 @@ def _preparation(
     return model
 
 
-def _join(parts: list[Any], outputs: tuple[str, ...]) -> Any:
+def _join(parts: list[Any], outputs: dict[str, tuple[int | str, ...]]) -> Any:
     """Join the parts of a detector to one model; values of the same name are connected.
 
     Args:
         parts: `onnx.ModelProto` in the order in which they run. The names of their inner values are changed.
-        outputs: names of the outputs of the whole.
+        outputs: name of each output of the whole -> its axes.
     """
     import onnx
     import onnx.compose
@@ -421,5 +425,7 @@ def _join(parts: list[Any], outputs: tuple[str, ...]) -> Any:
             graph.initializer.extend(piece.graph.initializer)
     graph.input.extend(first.graph.input)
     known = {value.name: value for piece in pieces for value in piece.graph.output}
-    graph.output.extend(known[name] for name in outputs)
+    for name, axes in outputs.items():
+        kind = known[name].type.tensor_type.elem_type
+        graph.output.append(onnx.helper.make_tensor_value_info(name, kind, axes))
     return joined

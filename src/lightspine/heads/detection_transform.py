@@ -151,6 +151,23 @@ class DetectionTransform(GeneralizedRCNNTransform):
             raise UsageError(f"boxes must have x1 < x2 and y1 < y2, target {number} has {box}")
 
 
+def resized_size(
+    size: tuple[int, int], shorter: int, longest: int, rounding: ResizeRounding
+) -> tuple[int, int]:
+    """Return the height and width to which an image is resized.
+
+    Args:
+        size: height and width of the image.
+        shorter: length of the shorter side in pixels.
+        longest: largest length of the longer side in pixels.
+        rounding: see `DetectionTransform`.
+    """
+    factor = min(shorter / min(size), longest / max(size))
+    shift = 0.5 if rounding == "nearest" else 0.0
+    height, width = (max(int(side * factor + shift), 1) for side in size)
+    return height, width
+
+
 def resize_rounded(image: Tensor, shorter: int, longest: int) -> Tensor:
     """Resize an image as OpenMMLab does: sides rounded to the nearest integer, pixels to 8-bit values.
 
@@ -159,10 +176,9 @@ def resize_rounded(image: Tensor, shorter: int, longest: int) -> Tensor:
         shorter: length of the shorter side in pixels.
         longest: largest length of the longer side in pixels.
     """
-    sides = image.shape[1:]
-    factor = min(shorter / min(sides), longest / max(sides))
-    size = [max(int(side * factor + 0.5), 1) for side in sides]
-    if size == list(sides):
+    sides = image.shape[1], image.shape[2]
+    size = resized_size(sides, shorter, longest, "nearest")
+    if size == sides:
         return image
     # Whole numbers, so that means of pixels with short binary fractions are exact and round as elsewhere.
     pixels = (image[None] * 255).round()
