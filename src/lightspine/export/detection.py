@@ -251,7 +251,7 @@ class _Placement(nn.Module):
 
 def _transform(detector: Detector) -> DetectionTransform:
     transform: Any = detector.transform
-    return transform  # type: ignore[no-any-return]
+    return transform
 
 
 def _trace(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any) -> ExportedProgram:
@@ -268,7 +268,7 @@ def _trace(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any) -> Expor
 
 def _trace_core(core: nn.Module, channels: int, padded: tuple[int, ...] | None) -> ExportedProgram:
     sides = padded or _EXAMPLE
-    dynamic = None
+    dynamic: Any = None
     if padded is None:
         # Whole multiples keep the sizes of all levels simple, without which tracing takes minutes.
         dynamic = ({2: DIVISOR * Dim("rows"), 3: DIVISOR * Dim("columns")}, {})
