@@ -1,5 +1,6 @@
 """Image folder datasets: classes, splits and unreadable images."""
 
+import re
 import tarfile
 from pathlib import Path
 
@@ -109,6 +110,15 @@ def test_list_images_finds_nested_and_upper_case_names(tmp_path: Path) -> None:
     write_image(tmp_path / "a" / "deep" / "0.JPEG", (1, 2, 3))
     write_image(tmp_path / "a" / ".hidden.png", (1, 2, 3))
     assert [s.path.name for s in list_images(tmp_path)[1]] == ["0.JPEG"]
+
+
+@pytest.mark.parametrize("splits", [("",), ("train", "val")])
+def test_hidden_class_folder_is_left_out_and_named(tmp_path: Path, caplog, splits: tuple[str, ...]) -> None:
+    for split in splits:
+        write_folder(tmp_path / split, count=2)
+    write_image(tmp_path / splits[0] / ".ipynb_checkpoints" / "0.png", (1, 2, 3))
+    assert ".ipynb_checkpoints" not in scan_image_folder(tmp_path).class_names
+    assert re.search(r"1 x hidden folder, first .*\.ipynb_checkpoints", caplog.text)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -176,6 +176,30 @@ def test_own_file_builds_its_model(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["shvit_s1", "test_resnet"])
+def test_own_file_builds_a_model_with_a_new_classifier(tmp_path, name):
+    model = lightspine.create_model(name)
+    model.reset_classifier(3)
+    model.eval()
+    again, saved = lightspine.load_model(lightspine.save_checkpoint(model, tmp_path / "mine.safetensors"))
+    assert saved.kwargs == {"num_classes": 3}
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(images), model(images))
+
+
+def test_model_with_replaced_layers_is_not_saved(tmp_path):
+    optimized = lightspine.optimize(lightspine.create_model("shvit_s1").eval())
+    with pytest.raises(UsageError, match=r"differ, such as .*save the model before"):
+        lightspine.save_checkpoint(optimized, tmp_path / "changed.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_compiled_model_is_saved_like_the_model(tmp_path):
+    model = torch.compile(lightspine.create_model("shvit_s1", num_classes=3))
+    again, _ = lightspine.load_model(lightspine.save_checkpoint(model, tmp_path / "mine.safetensors"))
+    assert torch.equal(again.state_dict()["head.fc.weight"], model.state_dict()["_orig_mod.head.fc.weight"])
+
+
 def test_official_file_builds_its_model_from_the_tensors_alone(official, tmp_path):
     changed = official | {"head.l.weight": torch.zeros(7, 320), "head.l.bias": torch.zeros(7)}
     model, saved = lightspine.load_model(write_official_file(tmp_path / "unknown.pth", changed))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import lightspine
 from support.tiny_models import SMALLEST, tiny_images, tiny_model
 
 # Options whose layers the smallest models do not have.
@@ -195,6 +196,23 @@ def test_dynamically_quantized_linear_layers_run(model, images):
     with torch.no_grad():
         expected, actual = single(images.float()), quantized(images.float())
     assert 0 < (actual - expected).abs().max() < 0.2 * expected.abs().max()
+
+
+def quantizable(module: nn.Module, _name: str) -> bool:
+    # torchao fails for weights of shape (n, 1), which only these tiny models have.
+    return isinstance(module, nn.Linear) and module.in_features > 1
+
+
+@pytest.mark.parametrize("family", SMALLEST)
+def test_weights_quantized_by_torchao_are_kept_by_optimize(family, images):
+    quantization = pytest.importorskip("torchao.quantization")
+    single, images = build(family).float(), images.float()
+    quantized = copy.deepcopy(single)
+    quantization.quantize_(quantized, quantization.Int8WeightOnlyConfig(), filter_fn=quantizable)
+    with torch.no_grad():
+        expected, actual = single(images), quantized(images)
+        assert 0 < (actual - expected).abs().max() < 0.2 * expected.abs().max()
+        torch.testing.assert_close(lightspine.optimize(quantized)(images), actual, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,9 @@ def test_something_else_than_a_checkpoint_is_not_kept(
 def test_unreachable_server_is_one_sentence(tmp_path: Path) -> None:
     with file_server() as stopped:
         url = f"{stopped.url}/a.pth"
-    with pytest.raises(LightspineError, match=r"cannot download http.*Connection refused"):
+    with pytest.raises(
+        LightspineError, match=r"cannot download http.*Connection refused; .* save the file as .*a\.pth"
+    ):
         download(url, tmp_path)
 
 
@@ -250,6 +252,24 @@ def test_model_saved_in_timm_layout_is_created_from_its_folder(tmp_path: Path) -
     assert type(again).__module__ == "lightspine.models.shvit"
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(again(x), model(x))
+
+
+def test_timm_builds_the_model_that_was_saved_and_not_its_own_of_this_name(tmp_path: Path) -> None:
+    model = lightspine.create_model("shvit_s1", num_classes=3).eval()
+    timm.models.save_for_hf(model, str(tmp_path), model_args={"num_classes": 3}, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert type(again) is type(model)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(x), model(x))
+
+
+def test_model_is_created_by_its_name_in_timm() -> None:
+    model = lightspine.create_model("lightspine_shvit_s1.in1k", num_classes=3)
+    assert type(model).__module__ == "lightspine.models.shvit"
+    assert model.init_args["name"] == "shvit_s1"
+    assert lightspine.optimize(model.eval()).pretrained_cfg["architecture"] == "lightspine_shvit_s1"
+    # timm's own model keeps its name.
+    assert type(timm.create_model("shvit_s1")).__module__ == "timm.models.shvit"
 
 
 def test_folder_without_a_model_is_one_sentence(tmp_path: Path) -> None:

@@ -263,6 +263,15 @@ def test_layer_with_a_hook_stays_as_it_is():
 
 
 @torch.inference_mode()
+def test_layer_with_another_forward_stays_as_it_is():
+    model = disturb(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.ReLU()))
+    inner = model[2].forward
+    model[2].forward = lambda x: inner(x) + 1
+    x = torch.randn(1, 3, 5, 5)
+    assert relative_l2(lightspine.optimize(model)(x), model(x)) < TOLERANCE
+
+
+@torch.inference_mode()
 def test_dropout_is_removed():
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.ReLU()).eval()
     optimized = lightspine.optimize(model)

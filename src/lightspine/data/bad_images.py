@@ -77,7 +77,8 @@ class BadImageLog:
         self._reported = len(self.reasons)
         reasons = list(self.reasons.values())
         more = f"; and {len(reasons) - _NAMED_IN_LOG} more" if len(reasons) > _NAMED_IN_LOG else ""
-        logger.warning("skipped %d images: %s%s", len(reasons), "; ".join(reasons[:_NAMED_IN_LOG]), more)
+        images = "1 image" if len(reasons) == 1 else f"{len(reasons)} images"
+        logger.warning("skipped %s: %s%s", images, "; ".join(reasons[:_NAMED_IN_LOG]), more)
 
 
 class BadImageTolerantDataset(Dataset[ItemT], Generic[ItemT]):

@@ -150,12 +150,12 @@ def list_images(
             `class_names`.
     """
     root = Path(root)
-    found = find_class_folders(root)
+    own = ImageListing(root) if listing is None else listing
+    found = find_class_folders(root, own)
     # Class names are saved with the model, so they must not depend on the locale as file names do.
     texts = [text_from_path(name) for name in found]
     names = list(class_names) if class_names is not None else texts
     indices = {name: number for number, name in enumerate(names)}
-    own = ImageListing(root) if listing is None else listing
     samples = []
     for folder, name in zip(found, texts, strict=True):
         index = indices.get(name, indices.get(synset_description(name) or name))
@@ -171,8 +171,12 @@ def list_images(
     return names, samples
 
 
-def find_class_folders(root: Path) -> list[str]:
+def find_class_folders(root: Path, listing: ImageListing | None = None) -> list[str]:
     """Return the sorted names of a folder's sub-folders; hidden ones are left out.
+
+    Args:
+        root: the folder.
+        listing: listing that counts what is left out.
 
     Raises:
         UsageError: the folder is missing or has no sub-folder.
@@ -181,7 +185,7 @@ def find_class_folders(root: Path) -> list[str]:
         raise UsageError(
             f"expected a folder of images, but {root} {'is a file' if root.exists() else 'is missing'}"
         )
-    found = list_folders(root)
+    found = list_folders(root) if listing is None else listing.list_folders(root)
     if not found:
         raise UsageError(
             f"expected a folder with one sub-folder per class, but {root} has no sub-folder; "

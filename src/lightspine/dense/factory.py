@@ -24,6 +24,7 @@ from lightspine.heads.segmenters import Segmenter, SegmenterName
 from lightspine.models.checkpoint import RUN_KEY, Checkpoint, Weights, check_arguments, read_checkpoint
 from lightspine.models.dense_weights import DENSE_WEIGHTS
 from lightspine.models.factory import create_model
+from lightspine.models.loading import frozen_without_weights
 from lightspine.models.registry import list_models
 
 _BACKBONE_OPTIONS = ("model_args", "norm", "freeze_batch_norm")
@@ -289,7 +290,7 @@ def _create_backbone(
         if name in arguments:
             raise UsageError(f"expected model_args without {name}, which the head determines")
     if frozen_stages is not None and checkpoint is None and not arguments.get("pretrained"):
-        raise UsageError(f"frozen stages of {model} would keep random weights: give a checkpoint")
+        raise frozen_without_weights(model)
     classifier = None if checkpoint is None or checkpoint.is_dense else checkpoint
     try:
         maps = create_model(model, checkpoint=classifier, weights=weights, features_only=True, **arguments)

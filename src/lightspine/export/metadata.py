@@ -11,6 +11,7 @@ from torch import nn
 
 from lightspine._version import __version__
 from lightspine.models.checkpoint import WEIGHTS_KEY, default_preprocessing
+from lightspine.models.registry import own_name
 
 METADATA_PREFIX = "lightspine."
 
@@ -99,7 +100,7 @@ def model_name(model: nn.Module) -> str:
     if init_args:
         return str(init_args["name"])
     cfg: Any = getattr(_module_with_cfg(model), "pretrained_cfg", None) or {}
-    return str(cfg.get("architecture") or type(model).__name__)
+    return own_name(str(cfg.get("architecture") or type(model).__name__))
 
 
 def source_commit() -> str | None:

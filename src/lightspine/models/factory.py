@@ -38,7 +38,7 @@ from lightspine.models.loading import (
     shapes_of,
 )
 from lightspine.models.pickle_check import check_pickled_file
-from lightspine.models.registry import find_record, get_record, timm_name
+from lightspine.models.registry import find_record, get_record, own_name, timm_name
 from lightspine.models.weights import check_hub_pickle, hub_errors
 
 # Arguments that name the initial weights, not the model.
@@ -116,11 +116,12 @@ def _resolve_name(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any
         if scheme not in ("hf-hub", "hf_hub", "local-dir"):
             raise UsageError(f"expected a model name, hf-hub:ORG/NAME or local-dir:PATH, received {name!r}")
         cfg, name, arguments = _read_timm_config(scheme, place, kwargs.get("cache_dir"))
-        return name, {**arguments, "pretrained_cfg": cfg, **kwargs}
+        return own_name(name), {**arguments, "pretrained_cfg": cfg, **kwargs}
     base, _, tag = name.partition(".")
+    base = own_name(base)
     if tag and find_record(base):
         return base, {"pretrained_cfg": tag, **kwargs}
-    return name, kwargs
+    return own_name(name), kwargs
 
 
 def _read_timm_config(

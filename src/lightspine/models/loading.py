@@ -15,7 +15,7 @@ from torch import Tensor
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import EMA_ENTRIES, CheckpointSource, Weights, read_checkpoint
 from lightspine.models.dense_weights import DENSE_WEIGHTS
-from lightspine.models.registry import find_record, get_record, list_models, published_cfgs
+from lightspine.models.registry import find_record, get_record, list_models, own_name, published_cfgs
 from lightspine.models.weights import TIMM_FILES, WeightsFile, fetch_weights
 
 FilterFn = Callable[[dict[str, Any], nn.Module], dict[str, Any]]
@@ -136,7 +136,7 @@ def load_checkpoint(
             infinity; the model is then unchanged.
     """
     checkpoint = read_checkpoint(source)
-    name = getattr(model, "default_cfg", {}).get("architecture", type(model).__name__)
+    name = own_name(getattr(model, "default_cfg", {}).get("architecture", type(model).__name__))
     record = find_record(name) if type(model).__module__.startswith("lightspine.") else None
     entry = checkpoint.select(weights, record.published.weights if record else "model")
     found = checkpoint.entries[entry]
@@ -156,6 +156,14 @@ def load_checkpoint(
     model.load_state_dict(fitted, strict=False)
     report.loaded = [key for key in model.state_dict() if key in fitted]
     return report
+
+
+def frozen_without_weights(name: str) -> UsageError:
+    """Return the error for a model whose frozen stages would keep random weights."""
+    return UsageError(
+        f"frozen stages of {name} would keep random weights: give a checkpoint, or set frozen_stages to null "
+        "(None in Python) to train every layer"
+    )
 
 
 FEATURE_OPTIONS = ("features_only", "out_indices", "feature_cls")

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -67,14 +68,16 @@ class ModelRecord:
 
 
 _RECORDS: dict[str, ModelRecord] = {}
+# Names in timm's registry of the models whose own name is that of a model of timm.
+_NAMES_IN_TIMM: dict[str, str] = {}
 
 
 def register_model(*, params: int, published: Published) -> Callable[[EntryPoint], EntryPoint]:
     """Register the decorated entry function under its own name.
 
     The function's module must define `default_cfgs` (timm's `generate_default_cfgs`) with an entry of that
-    name, and `checkpoint_filter_fn`, both above the function. The model is registered in timm as well, unless
-    timm has a model of the same name: timm's own models are never replaced.
+    name, and `checkpoint_filter_fn`, both above the function. The model is registered in timm as well, with
+    the prefix `lightspine_` if timm has a model of the same name: timm's own models are never replaced.
 
     Args:
         params: exact number of parameters with 3 input channels and 1000 classes.
@@ -100,11 +103,35 @@ def register_model(*, params: int, published: Published) -> Callable[[EntryPoint
             checkpoint_filter_fn=module.checkpoint_filter_fn,
             infer_kwargs=getattr(module, "infer_kwargs", None),
         )
-        if not timm.is_model(name):
+        if timm.is_model(name):
+            _NAMES_IN_TIMM[name] = f"lightspine_{name}"
+            timm.models.register_model(_renamed(fn, _NAMES_IN_TIMM[name]))
+        else:
             timm.models.register_model(fn)
         return fn
 
     return decorate
+
+
+def _renamed(fn: EntryPoint, name: str) -> EntryPoint:
+    """Return an entry function of another name, which its module then has, too."""
+
+    @functools.wraps(fn)
+    def entry(*args: Any, **kwargs: Any) -> nn.Module:
+        return fn(*args, **kwargs)
+
+    entry.__name__ = entry.__qualname__ = name
+    setattr(sys.modules[fn.__module__], name, entry)
+    return entry
+
+
+def own_name(name: str) -> str:
+    """Return the registered name of a model by its name in timm's registry; other names unchanged.
+
+    Args:
+        name: such as `lightspine_shvit_s1`, the model that timm cannot call `shvit_s1`.
+    """
+    return next((own for own, in_timm in _NAMES_IN_TIMM.items() if name == in_timm), name)
 
 
 def build_model(
@@ -174,7 +201,8 @@ def _resolve_cfg(variant: str, cfg: Any, published: DefaultCfg) -> PretrainedCfg
     elif cfg is None:
         tag = next(iter(published.tags))
         cfg = dataclasses.replace(published.default, tag=tag)
-    return dataclasses.replace(cfg, architecture=variant)
+    # timm saves the architecture in `config.json`, and builds the model of this name from it.
+    return dataclasses.replace(cfg, architecture=_NAMES_IN_TIMM.get(variant, variant))
 
 
 # Arguments of timm's builder.

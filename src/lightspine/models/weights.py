@@ -201,7 +201,7 @@ def _append(url: str, part: Path) -> int | None:
     headers = {"User-Agent": "lightspine"}
     if received:
         headers |= {"Range": f"bytes={received}-", "If-Range": tag}
-    with _open_url(url, headers) as response:
+    with _open_url(url, headers, part.parent) as response:
         if "text/html" in response.headers.get("Content-Type", ""):
             raise LightspineError(f"{url} is a web page, expected a checkpoint: {_by_hand(part.parent, url)}")
         if response.status != http.client.PARTIAL_CONTENT:
@@ -221,21 +221,23 @@ def _append(url: str, part: Path) -> int | None:
     return total
 
 
-def _open_url(url: str, headers: dict[str, str]) -> Any:
+def _open_url(url: str, headers: dict[str, str], folder: Path) -> Any:
     if not url.startswith(("https://", "http://")):
         raise UsageError(f"expected an http or https address, received {url}")
     try:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and "Range" in headers:
-            return _open_url(url, {name: text for name, text in headers.items() if name == "User-Agent"})
+            whole = {name: text for name, text in headers.items() if name == "User-Agent"}
+            return _open_url(url, whole, folder)
         raise LightspineError(
             f"cannot download {url}: the server answered {error.code} {error.reason}"
         ) from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
         raise LightspineError(
-            f"cannot download {url}: {getattr(reason, 'strerror', None) or reason}"
+            f"cannot download {url}: {getattr(reason, 'strerror', None) or reason}; on a machine with a "
+            f"connection, {_by_hand(folder, url)}"
         ) from error
 
 
@@ -367,8 +369,18 @@ def hub_errors(what: str) -> Iterator[None]:
             ) from error
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise LightspineError(f"cannot download hf-hub:{what}: no space is left on the disk") from error
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise LightspineError(f"cannot download hf-hub:{what}: {lines[0]}") from error
+        if isinstance(error, LocalEntryNotFoundError):
+            # The message does not say why; the error that it was raised from does.
+            raise LightspineError(
+                f"cannot download hf-hub:{what}: {_first_line(error.__cause__ or error)}; copy the folder "
+                "~/.cache/huggingface/hub of a machine with a connection, or pass a file as checkpoint=PATH"
+            ) from error
+        raise LightspineError(f"cannot download hf-hub:{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
 
 
 def _record(name: str, path: Path, source: str, cfg: PretrainedCfg | None, sha256: str) -> WeightsFile:

@@ -92,6 +92,7 @@ def optimize(model: Module) -> Module:
       the two classifiers of a distilled model, the classifiers of EfficientViM's stages.
 
     A block with hooks, adapters (LoRA), parametrizations or quantized weights inside keeps its own form.
+    Quantize before: the packed layers are no `nn.Linear`, so `torchao.quantization.quantize_` skips them.
 
     The copy keeps timm's `forward`, `forward_features`, `forward_head`, `forward_intermediates` and the
     attributes of the model. It is for inference only: its parameters require no gradient, its state dict
@@ -152,7 +153,7 @@ class _Optimization:
                 setattr(module, name, form)
         if register is not None:
             result = register(module)
-        elif type(module) in _INACTIVE_IN_EVALUATION and not _has_hooks(module):
+        elif type(module) in _INACTIVE_IN_EVALUATION and not _is_changed(module):
             result = nn.Identity()
         for names in _call_sequences(result):
             for start in range(len(names)):
@@ -165,7 +166,7 @@ class _Optimization:
         layers = []
         for name in names:
             layer = owner.get_submodule(name)
-            if self.occurrences[layer] > 1 or _has_hooks(layer):
+            if self.occurrences[layer] > 1 or _is_changed(layer):
                 break
             layers.append(layer)
         if not layers:
@@ -221,15 +222,18 @@ def _is_customized(module: nn.Module) -> bool:
         package = type(part).__module__.partition(".")[0]
         if part is not module and package not in _KNOWN_PACKAGES and type(part) not in _INFERENCE_FORMS:
             return True
-        if _has_hooks(part) or "forward" in part.__dict__ or hasattr(part, "parametrizations"):
-            return True
-        if any(is_traceable_wrapper_subclass(tensor) for tensor in part._parameters.values()):
+        if _is_changed(part):
             return True
     return False
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_changed(module: nn.Module) -> bool:
+    """Return whether a module itself has hooks, another `forward`, parametrizations or quantized weights."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return True
+    if hasattr(module, "parametrizations"):
+        return True
+    return any(is_traceable_wrapper_subclass(tensor) for tensor in module._parameters.values())
 
 
 def _normalizes_output(norm: Any, layer: Any) -> bool:
@@ -265,7 +269,7 @@ def _is_plain_sequential(module: nn.Module | None) -> bool:
         isinstance(module, nn.Sequential)
         and type(module).forward is nn.Sequential.forward
         and len(list(module.named_children())) == len(module)
-        and not _has_hooks(module)
+        and not _is_changed(module)
     )
 
 

@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm.models import group_parameters
 
 from lightspine.errors import UsageError
-from lightspine.models.loading import LoadReport
+from lightspine.models.loading import LoadReport, frozen_without_weights
 
 
 def freeze_stages(model: nn.Module, stages: int) -> list[str]:
@@ -107,7 +107,7 @@ def _check_pretrained(model: nn.Module) -> None:
     init_args: dict[str, Any] | None = getattr(model, "init_args", None)
     if init_args is None or hasattr(model, "load_report") or init_args.get("pretrained"):
         return
-    raise UsageError(f"frozen stages of {init_args['name']} would keep random weights: give a checkpoint")
+    raise frozen_without_weights(str(init_args["name"]))
 
 
 def _model_name(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -53,6 +53,9 @@ _LISTED_ALREADY = "link to a file or folder that is listed already"
 
 _log = logging.getLogger(__name__)
 
+# Inside `ImageListing`, `list` is its method.
+Names: TypeAlias = list[str]
+
 
 def is_image_file(name: str) -> bool:
     """Return whether a file name has an image suffix and is not hidden."""
@@ -66,8 +69,7 @@ def is_visible_folder(name: str) -> bool:
 
 def list_folders(folder: Path) -> list[str]:
     """Return the sorted names of the visible sub-folders of a folder."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and is_visible_folder(entry.name))
+    return ImageListing(folder).list_folders(folder)
 
 
 class ImageListing:
@@ -125,6 +127,12 @@ class ImageListing:
         """Return the paths of the images in a folder and its sub-folders, sorted."""
         return sorted(Path(folder, name) for name in self.walk(folder))
 
+    def list_folders(self, folder: str | Path) -> Names:
+        """Return the sorted names of the visible sub-folders of a folder."""
+        with os.scandir(folder) as entries:
+            found = sorted((entry for entry in entries if entry.is_dir()), key=lambda entry: entry.name)
+        return [entry.name for entry in found if self._is_visible(entry)]
+
     def report(self) -> None:
         """Log a warning that names what was left out, if there is anything."""
         if self.left_out:
@@ -144,10 +152,16 @@ class ImageListing:
         self._folders.add(key)
         return True
 
+    def _is_visible(self, entry: os.DirEntry[str]) -> bool:
+        """Return whether a folder is visible; count it if not."""
+        if is_visible_folder(entry.name):
+            return True
+        kind = "hidden folder" if entry.name.startswith(".") else "folder of the operating system"
+        self.left_out.add(kind, entry.path)
+        return False
+
     def _accepts_folder(self, entry: os.DirEntry[str]) -> bool:
-        if not is_visible_folder(entry.name):
-            kind = "hidden folder" if entry.name.startswith(".") else "folder of the operating system"
-            self.left_out.add(kind, entry.path)
+        if not self._is_visible(entry):
             return False
         if entry.is_symlink():
             real = os.path.realpath(entry.path)
