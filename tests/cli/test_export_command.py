@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lightspine.dense import create_detector, save_network
 from lightspine_cli.main import main
 from lightspine_runtime import OnnxModel
 from support.checkpoints import save_small
@@ -63,6 +64,14 @@ BAD_CALLS = {
         ["shvit_s1", "m.pt2", "--to", "pt2", "--precision", "fp16"],
         "--precision is only for --to onnx, got --to pt2",
     ),
+    "a detector's option elsewhere": (
+        ["shvit_s1", "m.onnx", "--score-threshold", "0.3"],
+        "--score-threshold is for a whole detector in ONNX, got shvit_s1",
+    ),
+    "classes of a classifier": (
+        ["shvit_s1", "m.onnx", "--class-map"],
+        "expected a segmenter for a class map",
+    ),
     "another ending": (["shvit_s1", "m.bin"], "expected a file name that ends in .onnx"),
 }
 
@@ -80,3 +89,23 @@ def test_bad_call_is_one_sentence_and_status_2(
     *_, last = capsys.readouterr().err.splitlines()
     assert message in last
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--score-threshold", "2"], "expected a score_threshold from 0 to 1, got 2.0"),
+        (["--detections-per-image", "0"], "expected detections_per_image of at least 1, got 0"),
+        (["--features", "--resize", "64", "96"], "--resize is for a whole detector in ONNX"),
+    ],
+)
+def test_bad_option_of_a_detector_is_one_sentence(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detector = create_detector(
+        "retinanet", "test_efficientnet", 2, model_args={"out_indices": (2, 3, 4)}, channels=8
+    )
+    file = save_network(detector.eval(), tmp_path / "detector.safetensors")
+    assert main(["export", str(file), str(tmp_path / "m.onnx"), *options]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "m.onnx").exists()
