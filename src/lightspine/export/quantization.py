@@ -36,6 +36,8 @@ def to_half(model: Any, network: set[str] | None = None) -> Any:
     import onnx
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
+    if network is not None:
+        _separate_network(model, network)
     model = _separate_scan_inputs(model)
     weights = {tensor.name for tensor in model.graph.initializer}
     # The converter inserts casts around a scan only for values that are declared as float.
@@ -57,6 +59,41 @@ def to_half(model: Any, network: set[str] | None = None) -> Any:
         )
     del half.graph.value_info[:]
     return half
+
+
+def _separate_network(model: Any, network: set[str]) -> None:
+    """Declare the float values between the operators to convert and the others, for the casts between them.
+
+    Each of the others reads a value of its own, because the converter names casts after the value.
+
+    Args:
+        model: an `onnx.ModelProto`, modified in place.
+        network: names of the operators to convert.
+    """
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    floats = {v.name for v in inferred.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    inner = {name for node in model.graph.node if node.name in network for name in node.output} & floats
+    read = {name for node in model.graph.node if node.name in network for name in node.input} & floats
+    nodes, declared = [], []
+    for node in model.graph.node:
+        if node.name not in network:
+            for place, name in enumerate(node.input):
+                if name in inner:
+                    own = f"{name}_for_{node.output[0]}_{place}"
+                    nodes.append(onnx.helper.make_node("Identity", [name], [own], name=own))
+                    network.add(own)
+                    node.input[place] = own
+                    declared.append(own)
+            declared += [name for name in node.output if name in read]
+        nodes.append(node)
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    model.graph.value_info.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in declared
+    )
 
 
 def _separate_scan_inputs(model: Any) -> Any:
