@@ -31,6 +31,8 @@ DIVISOR = 32
 
 _EXAMPLE = 384, 320
 _FEW_CLASSES = 10
+# Where a path from a layer back to the image leaves the network: boxes, sizes and selections.
+_ENDS = ("RoiAlign", "Shape", "NonZero")
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _THRESHOLD = "score_thresh"
 # Inner names, which no part may use for another value.
@@ -176,7 +178,7 @@ def network_nodes(model: Any) -> set[str]:
     ]
     while open_nodes:
         node = open_nodes.pop()
-        if node.name in found or node.op_type == "RoiAlign":
+        if node.name in found or node.op_type in _ENDS:
             continue
         found.add(node.name)
         open_nodes += [producers[name] for name in node.input if name in producers]

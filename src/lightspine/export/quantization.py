@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightspine.errors import UsageError
+from lightspine.export.onnx_graph import define_scans
+from lightspine.export.verification import open_session
 from lightspine.ops.onnx import SCAN_FLOATS, SCAN_FUNCTIONS
 from lightspine.utils.image_files import list_image_files, open_image
 
@@ -72,10 +74,13 @@ def _separate_network(model: Any, network: set[str]) -> None:
     """
     import onnx
 
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    floats = {v.name for v in inferred.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
-    inner = {name for node in model.graph.node if node.name in network for name in node.output} & floats
-    read = {name for node in model.graph.node if node.name in network for name in node.input} & floats
+    made: dict[bool, set[str]] = {True: set(), False: set()}
+    used: dict[bool, set[str]] = {True: set(), False: set()}
+    for node in model.graph.node:
+        made[node.name in network].update(node.output)
+        used[node.name in network].update(node.input)
+    floats = _find_floats(model, (made[True] & used[False]) | (made[False] & used[True]))
+    inner, read = made[True] & floats, used[True] & floats
     nodes, declared = [], []
     for node in model.graph.node:
         if node.name not in network:
@@ -94,6 +99,19 @@ def _separate_network(model: Any, network: set[str]) -> None:
     model.graph.value_info.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in declared
     )
+
+
+def _find_floats(model: Any, names: set[str]) -> set[str]:
+    """Return which values of a model are float32, by the types that ONNX Runtime infers."""
+    import onnx
+
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names))
+    opset = next(entry.version for entry in model.opset_import if not entry.domain)
+    session = open_session(define_scans(probe, opset, inline=False).SerializeToString())
+    return {value.name for value in session.get_outputs() if value.type == "tensor(float)"}
 
 
 def _separate_scan_inputs(model: Any) -> Any:
