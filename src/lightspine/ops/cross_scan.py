@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from lightspine.ops import scan_orders, torch_scan
 from lightspine.ops.cpu.config import saved_states_shape
 from lightspine.ops.derivatives import differentiable_gradients, in_transform, refuse_forward_mode
-from lightspine.ops.dispatch import choose_backend, load_backend, saves_states
+from lightspine.ops.dispatch import choose_backend, load_backend, runs_on_cpu_kernels
 from lightspine.ops.flops import counted_backward, counted_forward, scan_flops
 from lightspine.ops.inputs import (
     CrossScanInputs,
@@ -302,7 +302,7 @@ def _(
     check_cross_scan(CrossScanInputs(x, delta, A, B, C, D, delta_bias))
     batch, height, width, dim = x.shape
     saved: tuple[int, ...] = (0,)
-    if save_states and saves_states(x.device.type, backend):
+    if save_states and runs_on_cpu_kernels(x.device.type, backend):
         saved = saved_states_shape(batch, height * width, A.shape[0], dim, A.shape[2])
     dtype = state_dtype(x.dtype)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(saved, dtype=dtype)

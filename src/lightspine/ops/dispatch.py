@@ -106,8 +106,11 @@ def load_backend(name: str) -> Any:
     return KernelScan(importlib.import_module(f"lightspine.ops.{name}.launch"))
 
 
-def saves_states(device_type: str, requested: str) -> bool:
-    """Return whether the forward of a backend saves states for its backward."""
+def runs_on_cpu_kernels(device_type: str, requested: str) -> bool:
+    """Return whether a scan runs on the CPU kernels.
+
+    Their forward saves states for the backward, and their results have the memory layout of the inputs.
+    """
     return device_type == "cpu" and requested in ("auto", "cpu")
 
 

@@ -81,13 +81,13 @@ class GroupedInputs(NamedTuple):
     Attributes:
         sizes: B, L, K, D of a group, N.
         dtype: dtype of the state: float32, or float64 for float64 input.
-        x: input, (B, L, K, D), channels contiguous.
-        delta: dt before bias and softplus, (B, L, K, D), channels contiguous.
+        x: input, (B, L, K, D), channels contiguous; the CPU kernels take contiguous positions, too.
+        delta: dt before bias and softplus, (B, L, K, D), likewise.
         A: state matrices, (K, D, N) or (K D, N).
         B: input projections, (B, L, K, N).
         C: output projections, (B, L, K, N).
         D: skip connections, (K, D) or (K D,).
-        z: gate, (B, L, K, D), channels contiguous.
+        z: gate, (B, L, K, D), likewise.
         delta_bias: added to delta, in the shape of D.
         delta_softplus: apply softplus to dt.
         reversed_groups: without an order, bit k means that group k is scanned from the last position to the
@@ -129,6 +129,11 @@ class ParameterGradients(NamedTuple):
     C: Tensor
     D: Tensor | None
     delta_bias: Tensor | None
+
+
+def positions_innermost(t: Tensor) -> bool:
+    """Return whether a sequence (B, D, L) has positions instead of channels innermost in memory."""
+    return t.stride(2) == 1 and t.stride(1) != 1 and t.shape[1] > 1
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,6 +15,7 @@ from lightspine.ops.inputs import (
     SelectiveScanInputs,
     Strided,
     check_directions,
+    positions_innermost,
     state_dtype,
 )
 from lightspine.ops.scan_orders import scan_order
@@ -29,14 +30,18 @@ class KernelScan:
 
     def __init__(self, launch: ModuleType) -> None:
         self._forward, self._backward = launch.grouped_scan, launch.grouped_scan_backward
+        self._in_place: bool = launch.READS_SEQUENCES
 
     def selective_scan(
         self, inputs: SelectiveScanInputs, delta_softplus: bool, reverse: bool, save_states: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the output (B, D, L), channels innermost, the last state (B, D, N) and the saved states."""
-        grouped = _group_sequence(inputs, delta_softplus, reverse)
-        out = _empty_tokens(inputs.u, grouped)
-        state, saved_states = self._forward(grouped, _tokens(out, grouped), save_states)
+        """Return the output (B, D, L), the last state (B, D, N) and the saved states.
+
+        The output has the memory layout of u where the kernels read it in place, else channels innermost.
+        """
+        grouped = _group_sequence(inputs, delta_softplus, reverse, self._in_place)
+        out = self._empty(inputs.u, inputs.u.dtype)
+        state, saved_states = self._forward(grouped, self._tokens(out, grouped), save_states)
         state = state.transpose(2, 3).contiguous().view(out.shape[0], *inputs.A.shape)
         return out, state, saved_states
 
@@ -49,20 +54,26 @@ class KernelScan:
         delta_softplus: bool,
         reverse: bool,
     ) -> SelectiveScanInputs:
-        """Return the gradients of all inputs in their shapes and dtypes, channels innermost in memory."""
-        _, delta, A, B, C, D, z, delta_bias = inputs
-        grouped = _group_sequence(inputs, delta_softplus, reverse)
+        """Return the gradients of all inputs in their shapes and dtypes.
+
+        Those of u, delta and z have the memory layouts of these where the kernels read them in place, else
+        channels innermost.
+        """
+        u, delta, A, B, C, D, z, delta_bias = inputs
+        grouped = _group_sequence(inputs, delta_softplus, reverse, self._in_place)
         batch, _, groups, dim, states = grouped.sizes
-        grad_u, grad_delta = (_empty_tokens(t.tensor, grouped) for t in (grouped.x, grouped.delta))
-        grad_z = None if grouped.z is None else _empty_tokens(grouped.z.tensor, grouped)
+        grad_u, grad_delta = (
+            self._empty(t, read.tensor.dtype) for t, read in ((u, grouped.x), (delta, grouped.delta))
+        )
+        grad_z = None if z is None or grouped.z is None else self._empty(z, grouped.z.tensor.dtype)
         grads = self._backward(
-            _tokens(grad_out, grouped),
+            self._tokens(grad_out, grouped),
             grad_state.to(grouped.dtype).view(batch, groups, dim, states).transpose(2, 3).contiguous(),
             grouped,
             saved_states,
-            _tokens(grad_u, grouped),
-            _tokens(grad_delta, grouped),
-            None if grad_z is None else _tokens(grad_z, grouped),
+            self._tokens(grad_u, grouped),
+            self._tokens(grad_delta, grouped),
+            None if grad_z is None else self._tokens(grad_z, grouped),
         )
         return SelectiveScanInputs(
             grad_u,
@@ -75,6 +86,16 @@ class KernelScan:
             None if delta_bias is None else grads.delta_bias.view(delta_bias.shape).to(delta_bias.dtype),
         )
 
+    def _empty(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Allocate a result in the shape of a sequence (B, D, L), and in its layout or as tokens."""
+        batch, dim, length = t.shape
+        if self._in_place and positions_innermost(t):
+            return torch.empty(batch, dim, length, dtype=dtype, device=t.device)
+        return torch.empty(batch, length, dim, dtype=dtype, device=t.device).transpose(1, 2)
+
+    def _tokens(self, t: Tensor, inputs: GroupedInputs) -> Strided:
+        return _as_tokens(t, inputs.sizes[3], inputs.dtype, self._in_place)
+
     def bidirectional_scan(self, inputs: SelectiveScanInputs, delta_softplus: bool) -> Tensor:
         """Return the sum of both directions, (B, D, L), channels innermost; Triton kernels only.
 
@@ -83,8 +104,8 @@ class KernelScan:
             delta_softplus: apply softplus to dt.
         """
         grouped = _group_directions(inputs, delta_softplus)
-        out = _empty_tokens(inputs.u, grouped)
-        self._forward(grouped, _tokens(out, grouped), False)
+        out = self._empty(inputs.u, inputs.u.dtype)
+        self._forward(grouped, self._tokens(out, grouped), False)
         forward, backward = out.chunk(2, dim=1)
         return forward + backward
 
@@ -94,16 +115,17 @@ class KernelScan:
         """Return the gradients of all inputs in their shapes and dtypes, channels innermost in memory."""
         _, delta, A, B, C, D, z, delta_bias = inputs
         grouped = _group_directions(inputs, delta_softplus)
-        grad_u, grad_delta = (_empty_tokens(t.tensor, grouped) for t in (grouped.x, grouped.delta))
-        grad_z = None if grouped.z is None else _empty_tokens(grouped.z.tensor, grouped)
+        grad_u, grad_delta = (self._empty(t.tensor, t.tensor.dtype) for t in (grouped.x, grouped.delta))
+        both = inputs.u.shape
+        grad_z = None if z is None else z.new_empty(both[0], both[2], both[1]).transpose(1, 2)
         grads = self._backward(
-            _as_tokens(grad_out, grouped.sizes[3], grouped.dtype)._replace(group=0),
+            _as_tokens(grad_out, grouped.sizes[3], grouped.dtype, False)._replace(group=0),
             None,
             grouped,
             grad_u.new_empty(0),
-            _tokens(grad_u, grouped),
-            _tokens(grad_delta, grouped),
-            None if grad_z is None else _tokens(grad_z, grouped),
+            self._tokens(grad_u, grouped),
+            self._tokens(grad_delta, grouped),
+            None if grad_z is None else self._tokens(grad_z, grouped),
         )
         if grad_z is not None:
             forward, backward = grad_z.chunk(2, dim=1)
@@ -176,7 +198,9 @@ class KernelScan:
         )
 
 
-def _group_sequence(inputs: SelectiveScanInputs, delta_softplus: bool, reverse: bool) -> GroupedInputs:
+def _group_sequence(
+    inputs: SelectiveScanInputs, delta_softplus: bool, reverse: bool, in_place: bool
+) -> GroupedInputs:
     u, delta, A, B, C, D, z, delta_bias = inputs
     batch, dim, length = u.shape
     groups, states = B.shape[1], B.shape[2]
@@ -184,13 +208,13 @@ def _group_sequence(inputs: SelectiveScanInputs, delta_softplus: bool, reverse: 
     return GroupedInputs(
         (batch, length, groups, channels, states),
         dtype,
-        _as_tokens(u, channels, dtype),
-        _as_tokens(delta, channels, dtype),
+        _as_tokens(u, channels, dtype, in_place),
+        _as_tokens(delta, channels, dtype, in_place),
         A,
         _as_projection(B),
         _as_projection(C),
         D,
-        None if z is None else _as_tokens(z, channels, dtype),
+        None if z is None else _as_tokens(z, channels, dtype, in_place),
         delta_bias,
         delta_softplus,
         -1 if reverse else 0,
@@ -200,7 +224,7 @@ def _group_sequence(inputs: SelectiveScanInputs, delta_softplus: bool, reverse: 
 
 def _group_directions(inputs: SelectiveScanInputs, delta_softplus: bool) -> GroupedInputs:
     """Group 0 scans forward, group 1 from the last position to the first; both read the same z."""
-    grouped = _group_sequence(inputs, delta_softplus, False)
+    grouped = _group_sequence(inputs, delta_softplus, False, False)
     z = None if grouped.z is None else grouped.z._replace(group=0)
     return grouped._replace(z=z, reversed_groups=0b10)
 
@@ -229,20 +253,15 @@ def _group_map(inputs: CrossScanInputs, delta_softplus: bool, order: str) -> Gro
     )
 
 
-def _empty_tokens(like: Tensor, inputs: GroupedInputs) -> Tensor:
-    """Allocate (B, D, L) with channels innermost in memory."""
-    batch, length, groups, dim, _ = inputs.sizes
-    return torch.empty(batch, length, groups * dim, dtype=like.dtype, device=like.device).transpose(1, 2)
+def _as_tokens(t: Tensor, channels: int, dtype: torch.dtype, in_place: bool) -> Strided:
+    """(B, D, L) as (B, L, K, D / K) with contiguous channels; copied unless it is stored as tokens.
 
-
-def _tokens(t: Tensor, inputs: GroupedInputs) -> Strided:
-    return _as_tokens(t, inputs.sizes[3], inputs.dtype)
-
-
-def _as_tokens(t: Tensor, channels: int, dtype: torch.dtype) -> Strided:
-    """(B, D, L) as (B, L, K, D / K) with contiguous channels; copied unless it is stored as tokens."""
+    With `in_place`, contiguous positions are not copied either.
+    """
     t = _readable(t, dtype)
     batch, channel, position = t.stride()
+    if in_place and positions_innermost(t):
+        return Strided(t, batch, position, channels * channel, channel)
     if channel != 1 and t.shape[1] > 1:
         t = t.transpose(1, 2).contiguous()
         batch, position, channel = t.stride()

@@ -18,9 +18,14 @@ from lightspine.errors import UsageError
 from lightspine.ops import torch_scan
 from lightspine.ops.cpu.config import saved_states_shape
 from lightspine.ops.derivatives import differentiable_gradients, in_transform, refuse_forward_mode
-from lightspine.ops.dispatch import choose_backend, load_backend, saves_states
+from lightspine.ops.dispatch import choose_backend, load_backend, runs_on_cpu_kernels
 from lightspine.ops.flops import counted_backward, counted_forward, scan_flops
-from lightspine.ops.inputs import SelectiveScanInputs, check_selective_scan, state_dtype
+from lightspine.ops.inputs import (
+    SelectiveScanInputs,
+    check_selective_scan,
+    positions_innermost,
+    state_dtype,
+)
 from lightspine.ops.reference import selective_scan_reference
 
 __all__ = ["scan", "selective_scan"]
@@ -45,7 +50,8 @@ def selective_scan(
 
     The arguments are those of `mamba_ssm`'s `selective_scan_fn`. The state, A and dt are float32 (float64 for
     float64 input) also under autocast; u, delta, B, C and z may be bfloat16 or float16. Tensors need not be
-    contiguous; the fastest layout is channels innermost, a `transpose(1, 2)` of (B, L, D) tokens.
+    contiguous; the fastest layout is channels innermost, a `transpose(1, 2)` of (B, L, D) tokens. The CPU
+    kernels also read contiguous sequences (B, D, L) in place.
 
     Args:
         u: input, (B, D, L).
@@ -176,9 +182,10 @@ def selective_scan_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output (B, D, L), the last state (B, D, N) and the saved states.
 
-    The arguments are those of `selective_scan`. Output and gradients have the memory layout of tokens,
-    channels innermost, on every backend, so that the strides which a compiler is told hold. Which states are
-    saved for the backward, if any, is up to the backend.
+    The arguments are those of `selective_scan`. On the CPU kernels output and gradients have the memory
+    layouts of u, delta and z if positions are innermost there; otherwise, and on every other backend,
+    channels are innermost. A compiler is told these strides. Which states are saved for the backward, if any,
+    is up to the backend.
     """
     refuse_forward_mode("selective_scan")
     inputs = SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)
@@ -239,9 +246,14 @@ def _(
     dtype = state_dtype(u.dtype)
     batch, dim, length = u.shape
     saved: tuple[int, ...] = (0,)
-    if save_states and saves_states(u.device.type, backend):
+    on_cpu_kernels = runs_on_cpu_kernels(u.device.type, backend)
+    if save_states and on_cpu_kernels:
         saved = saved_states_shape(batch, length, B.shape[1], dim // B.shape[1], A.shape[1])
-    return _empty_tokens(u), u.new_empty(batch, *A.shape, dtype=dtype), u.new_empty(saved, dtype=dtype)
+    return (
+        _empty_sequence(u, on_cpu_kernels),
+        u.new_empty(batch, *A.shape, dtype=dtype),
+        u.new_empty(saved, dtype=dtype),
+    )
 
 
 @selective_scan_backward_op.register_fake
@@ -261,7 +273,9 @@ def _(
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return or_empty(empty_gradients(SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)), u)
+    keeps_layout = runs_on_cpu_kernels(u.device.type, backend)
+    inputs = SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)
+    return or_empty(empty_gradients(inputs, keeps_layout), u)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -293,8 +307,10 @@ def _run_plain(*tensors: Any, delta_softplus: bool, reverse: bool) -> tuple[Tens
 selective_scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _empty_tokens(t: Tensor) -> Tensor:
+def _empty_sequence(t: Tensor, keeps_layout: bool) -> Tensor:
     batch, dim, length = t.shape
+    if keeps_layout and positions_innermost(t):
+        return t.new_empty(batch, dim, length)
     return t.new_empty(batch, length, dim).transpose(1, 2)
 
 
@@ -303,17 +319,22 @@ def _empty_projection(t: Tensor) -> Tensor:
     return t.new_empty(batch, length, groups, states).permute(0, 2, 3, 1)
 
 
-def empty_gradients(inputs: SelectiveScanInputs) -> SelectiveScanInputs:
-    """Allocate the gradients of a scan in the memory layout in which every backend returns them."""
+def empty_gradients(inputs: SelectiveScanInputs, keeps_layout: bool = False) -> SelectiveScanInputs:
+    """Allocate the gradients of a scan in the memory layout in which the backends return them.
+
+    Args:
+        inputs: tensors of the scan.
+        keeps_layout: those of u, delta and z have the layouts of these, as on the CPU kernels.
+    """
     u, delta, A, B, C, D, z, delta_bias = inputs
     return SelectiveScanInputs(
-        _empty_tokens(u),
-        _empty_tokens(delta),
+        _empty_sequence(u, keeps_layout),
+        _empty_sequence(delta, keeps_layout),
         A.new_empty(A.shape),
         _empty_projection(B),
         _empty_projection(C),
         None if D is None else D.new_empty(D.shape),
-        None if z is None else _empty_tokens(z),
+        None if z is None else _empty_sequence(z, keeps_layout),
         None if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
     )
 

@@ -9,6 +9,10 @@ VECTORS_PER_POSITION = 4
 # Positions whose dt a forward with a projection computes in advance: they stay in the first-level cache.
 PROJECTED_POSITIONS = 64
 
+# Positions of sequences (B, D, L), positions innermost in memory, that are transposed into scratch memory at
+# once: a multiple of the channels in a register; the tensors of a scan then stay in the first-level cache.
+TRANSPOSED_POSITIONS = 128
+
 
 def chunk_length(length: int, states: int) -> int:
     """Return how many positions of a chunk fit into the scratch memory, with chunks of even length."""

@@ -3,7 +3,9 @@
 A kernel processes one register of channels at a time, 16 float32 or 8 float64, over the whole sequence. It
 receives all tensors in one table of integers: sizes, then addresses and strides. Only the channels have to be
 contiguous, so tokens, feature maps and slices of a projection are read in place. `order` lists the position
-that each scan step visits, so a direction needs no copy.
+that each scan step visits, so a direction needs no copy. Where positions instead of channels are contiguous,
+as in the sequences (B, D, L) of mamba_ssm, a kernel transposes blocks of positions and channels into scratch
+memory, and its results back.
 
 The backward recomputes states and decays chunk by chunk into scratch memory of a fixed size, then goes
 through the chunk in reverse with the gradient of the state. The states at the starts of the chunks were saved
@@ -25,9 +27,17 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 from lightspine.ops.cpu.cache import kernel
-from lightspine.ops.cpu.config import VECTORS_PER_POSITION
+from lightspine.ops.cpu.config import TRANSPOSED_POSITIONS, VECTORS_PER_POSITION
 from lightspine.ops.cpu.openmp import run_on_openmp
-from lightspine.ops.cpu.simd import VECTOR_BYTES, broadcast, lane_sums, load, load_broadcast, store
+from lightspine.ops.cpu.simd import (
+    VECTOR_BYTES,
+    broadcast,
+    lane_sums,
+    load,
+    load_broadcast,
+    store,
+    transpose_tile,
+)
 from lightspine.ops.cpu.vector_math import LOG2_E, exp, exp2, sigmoid, softplus, softplus_and_slope
 
 # Positions that `_project_dt` computes together.
@@ -42,7 +52,8 @@ class Rows(NamedTuple):
         batch: stride of B.
         position: stride of L.
         group: stride of K; 0 where all groups share the memory.
-        last: stride of X: of the states of B and C; 1 for channels.
+        last: stride of X: of the states of B and C; 1 for channels, or their distance where positions are
+            contiguous.
     """
 
     memory: Any
@@ -100,6 +111,20 @@ class Operands(NamedTuple):
 
 # Entries of the table for `Operands`: nine numbers, five `Rows`, four addresses.
 OPERANDS = 9 + 5 * 5 + 4
+
+
+class _Column(NamedTuple):
+    """One register of channels of an operand along the sequence: `memory[at + position * step]` and on.
+
+    Attributes:
+        memory: of the operand, or scratch memory with the positions of a part in scan order.
+        at: first channel at position 0.
+        step: distance of positions.
+    """
+
+    memory: Any
+    at: int
+    step: int
 
 
 @intrinsic
@@ -177,6 +202,13 @@ def forward_tasks(first: int, last: int, table: Any, types: tuple[Any, ...], ord
     lanes = VECTOR_BYTES // inputs.A.itemsize
     width = _slice_width(dim, inputs.slices, lanes)
     saved_chunks = (inputs.length - 1) // inputs.chunk
+    transposed = _reads_sequences(inputs) or out.last != 1
+    scratch = _scratch_size(transposed, lanes)
+    x_scratch, delta_scratch = (
+        np.empty(scratch, inputs.x.memory.dtype),
+        np.empty(scratch, inputs.delta.memory.dtype),
+    )
+    z_scratch, out_scratch = np.empty(scratch, inputs.z.memory.dtype), np.empty(scratch, out.memory.dtype)
     # Two rows per state: A, scaled for powers of 2 in place of e, and the running state.
     rows = np.empty(2 * states * lanes, inputs.A.dtype)
     # The projected dt of a part of the sequence, and the columns of `dt_weight` that they need.
@@ -188,6 +220,11 @@ def forward_tasks(first: int, last: int, table: Any, types: tuple[Any, ...], ord
             positions = order[k if order.shape[0] > 1 else 0]
             for c in range(start, min(start + width, dim), lanes):
                 count = dim - c
+                x = _column(inputs.x, x_scratch, transposed, b, k, c, lanes)
+                delta = _column(inputs.delta, delta_scratch, transposed, b, k, c, lanes)
+                z = _column(inputs.z, z_scratch, transposed, b, k, c, lanes)
+                y = _column(out, out_scratch, transposed, b, k, c, lanes)
+                accumulate = k > 0 and out.group == 0
                 for n in range(states):
                     row = load(inputs.A, (k * states + n) * dim + c, count) * LOG2_E
                     store(rows, 2 * n * lanes, row, lanes)
@@ -199,11 +236,113 @@ def forward_tasks(first: int, last: int, table: Any, types: tuple[Any, ...], ord
                     if t > 0 and saves_states:
                         saved = (b * groups + k) * saved_chunks + t // inputs.chunk - 1
                         _copy_states(rows, saved_states, saved * states * dim + c, states, dim, count)
-                    part = positions[t : t + inputs.chunk]
-                    if inputs.rank:
-                        _project_dt(inputs, weight, dts, part, b, k, c)
-                    _scan_part(inputs, rows, dts, part, b, k, c, out)
+                    end = min(t + inputs.chunk, inputs.length)
+                    for first_step in range(t, end, TRANSPOSED_POSITIONS if transposed else inputs.chunk):
+                        part = positions[first_step:end]
+                        if transposed:
+                            part = part[:TRANSPOSED_POSITIONS]
+                            _gather_inputs(
+                                inputs, x_scratch, delta_scratch, z_scratch, part, b, k, c, inputs.gated
+                            )
+                        if inputs.rank:
+                            _project_dt(inputs, weight, dts, part, b, k, c)
+                        _scan_part(inputs, rows, dts, part, b, k, c, x, delta, z, y, transposed, accumulate)
+                        if transposed:
+                            _scatter(out, out_scratch, part, b, k, c, count, lanes)
                 _copy_states(rows, state, (b * groups + k) * states * dim + c, states, dim, count)
+
+
+@njit(forceinline=True)
+def _reads_sequences(inputs: Operands) -> bool:
+    """Return whether an input has positions instead of channels innermost in memory."""
+    return inputs.x.last != 1 or inputs.delta.last != 1 or (inputs.gated and inputs.z.last != 1)
+
+
+@njit(forceinline=True)
+def _scratch_size(transposed: bool, lanes: int) -> int:
+    """Return the elements of the scratch memory of an operand: a part of the sequence, and two tiles."""
+    return (TRANSPOSED_POSITIONS + 2 * lanes) * lanes if transposed else 0
+
+
+@njit(forceinline=True)
+def _column(rows: Rows, scratch: Any, transposed: bool, b: int, k: int, c: int, lanes: int) -> _Column:
+    """Return the register of channels from `c` on: in its memory, or in scratch memory."""
+    return _Column(
+        scratch if transposed else rows.memory,
+        0 if transposed else b * rows.batch + k * rows.group + c,
+        lanes if transposed else rows.position,
+    )
+
+
+@njit(forceinline=True)
+def _gather_inputs(
+    inputs: Operands,
+    x: Any,
+    delta: Any,
+    z: Any,
+    part: Any,
+    b: int,
+    k: int,
+    c: int,
+    with_z: bool,
+) -> None:
+    """Copy a register of channels of x, delta and perhaps z at the positions `part` to scratch memory."""
+    count, lanes = inputs.dim - c, VECTOR_BYTES // inputs.A.itemsize
+    _gather(inputs.x, x, part, b, k, c, count, lanes)
+    _gather(inputs.delta, delta, part, b, k, c, count, lanes)
+    if with_z:
+        _gather(inputs.z, z, part, b, k, c, count, lanes)
+
+
+@njit
+def _gather(rows: Rows, scratch: Any, part: Any, b: int, k: int, c: int, count: int, lanes: int) -> None:
+    """Copy a register of channels at the positions `part` to scratch memory, (positions, lanes)."""
+    at = b * rows.batch + k * rows.group + c * rows.last
+    if rows.last == 1:
+        for i in range(part.size):
+            store(scratch, i * lanes, load(rows.memory, at + part[i] * rows.position, count), lanes)
+        return
+    tile = TRANSPOSED_POSITIONS * lanes
+    for i in range(0, part.size, lanes):
+        n = min(lanes, part.size - i)
+        low, backward = min(part[i], part[i + n - 1]), part[i] > part[i + n - 1]
+        if n == lanes and count >= lanes:
+            first, step = (i + lanes - 1 if backward else i), (-lanes if backward else lanes)
+            transpose_tile(rows.memory, at + low, rows.last, scratch, first * lanes, step)
+        else:
+            for r in range(lanes):
+                # No element is read of a channel that does not exist.
+                row = load(rows.memory, at + low + r * rows.last, n if r < count else 0)
+                store(scratch, tile + r * lanes, row, lanes)
+            transpose_tile(scratch, tile, lanes, scratch, tile + lanes * lanes, lanes)
+            for j in range(n):
+                to = i + (n - 1 - j if backward else j)
+                store(scratch, to * lanes, load(scratch, tile + (lanes + j) * lanes, lanes), lanes)
+
+
+@njit
+def _scatter(rows: Rows, scratch: Any, part: Any, b: int, k: int, c: int, count: int, lanes: int) -> None:
+    """Copy scratch memory (positions, lanes) to a register of channels at the positions `part`."""
+    at = b * rows.batch + k * rows.group + c * rows.last
+    if rows.last == 1:
+        for i in range(part.size):
+            store(rows.memory, at + part[i] * rows.position, load(scratch, i * lanes, lanes), count)
+        return
+    tile = TRANSPOSED_POSITIONS * lanes
+    for i in range(0, part.size, lanes):
+        n = min(lanes, part.size - i)
+        low, backward = min(part[i], part[i + n - 1]), part[i] > part[i + n - 1]
+        if n == lanes and count >= lanes:
+            first, step = (i + lanes - 1 if backward else i), (-lanes if backward else lanes)
+            transpose_tile(scratch, first * lanes, step, rows.memory, at + low, rows.last)
+        else:
+            for j in range(n):
+                of = i + (n - 1 - j if backward else j)
+                store(scratch, tile + j * lanes, load(scratch, of * lanes, lanes), lanes)
+            transpose_tile(scratch, tile, lanes, scratch, tile + lanes * lanes, lanes)
+            for r in range(min(count, lanes)):
+                row = load(scratch, tile + (lanes + r) * lanes, lanes)
+                store(rows.memory, at + low + r * rows.last, row, n)
 
 
 @njit(forceinline=True)
@@ -236,24 +375,36 @@ def _project_dt(inputs: Operands, weight: Any, dts: Any, part: Any, b: int, k: i
 
 
 @njit(forceinline=True)
-def _scan_part(inputs: Operands, rows: Any, dts: Any, part: Any, b: int, k: int, c: int, out: Rows) -> None:
+def _scan_part(
+    inputs: Operands,
+    rows: Any,
+    dts: Any,
+    part: Any,
+    b: int,
+    k: int,
+    c: int,
+    x: _Column,
+    delta: _Column,
+    z: _Column,
+    out: _Column,
+    transposed: bool,
+    accumulate: bool,
+) -> None:
     """Scan a part of the sequence with the states in `rows` and write the output."""
-    x, delta, B, C, z = inputs.x, inputs.delta, inputs.B, inputs.C, inputs.z
+    B, C = inputs.B, inputs.C
     lanes, count = VECTOR_BYTES // rows.itemsize, inputs.dim - c
     bias = load(inputs.delta_bias, k * inputs.dim + c, count)
     skip = load(inputs.D, k * inputs.dim + c, count)
-    row_x, row_delta = b * x.batch + k * x.group + c, b * delta.batch + k * delta.group + c
     row_B, row_C = b * B.batch + k * B.group, b * C.batch + k * C.group
-    row_z, row_out = b * z.batch + k * z.group + c, b * out.batch + k * out.group + c
-    accumulate = k > 0 and out.group == 0
     A_0, h_0 = load(rows, 0, lanes), load(rows, lanes, lanes)
     for i in range(part.size):
         p = part[i]
+        q = i if transposed else p
         if inputs.rank:
             dt = load(dts, i * lanes, lanes)
         else:
-            dt = _load_dt(delta.memory, row_delta + p * delta.position, bias, inputs.softplus, count)
-        x_p = load(x.memory, row_x + p * x.position, count)
+            dt = _load_dt(delta.memory, delta.at + q * delta.step, bias, inputs.softplus, count)
+        x_p = load(x.memory, x.at + q * x.step, count)
         dt_x, y = dt * x_p, skip * x_p
         at_B, at_C = row_B + p * B.position, row_C + p * C.position
         if inputs.states == 1:
@@ -267,9 +418,9 @@ def _scan_part(inputs: Operands, rows: Any, dts: Any, part: Any, b: int, k: int,
                 store(rows, (2 * n + 1) * lanes, h_n, lanes)
                 y = y + h_n * load_broadcast(C.memory, at_C + n * C.last)
         if inputs.gated:
-            gate = load(z.memory, row_z + p * z.position, count)
+            gate = load(z.memory, z.at + q * z.step, count)
             y = y * (gate * sigmoid(gate))
-        at_out = row_out + p * out.position
+        at_out = out.at + q * out.step
         if accumulate:
             y = y + load(out.memory, at_out, count)
         store(out.memory, at_out, y, count)
@@ -386,6 +537,13 @@ def backward_tasks(first: int, last: int, table: Any, types: tuple[Any, ...], or
         np.empty(chunk * VECTORS_PER_POSITION * lanes, inputs.A.dtype),
         np.empty(3 * per_position, inputs.A.dtype),
     )
+    transposed = _reads_sequences(inputs) or _writes_sequences(grads, inputs.gated)
+    size = _scratch_size(transposed, lanes)
+    x_scratch, delta_scratch = np.empty(size, types[0].dtype), np.empty(size, types[1].dtype)
+    z_scratch, out_scratch = np.empty(size, types[3].dtype), np.empty(size, types[4].dtype)
+    grad_x_scratch = np.empty(size, types[5].dtype)
+    # A chunk is a whole number of parts but for its last part.
+    step = TRANSPOSED_POSITIONS if transposed else chunk
     for task in range(first, last):
         b, s = task // inputs.slices, task % inputs.slices
         for k in range(groups):
@@ -393,33 +551,53 @@ def backward_tasks(first: int, last: int, table: Any, types: tuple[Any, ...], or
             at_projection = ((s * inputs.batch + b) * length * groups + k) * states
             for c in range(s * width, min((s + 1) * width, dim), lanes):
                 count = dim - c
+                x = _column(inputs.x, x_scratch, transposed, b, k, c, lanes)
+                delta = _column(inputs.delta, delta_scratch, transposed, b, k, c, lanes)
+                z = _column(inputs.z, z_scratch, transposed, b, k, c, lanes)
+                grad_out = _column(grads.out, out_scratch, transposed, b, k, c, lanes)
+                # The gradients of z and delta overwrite them in scratch memory.
+                grad_z = _column(grads.z, z_scratch, transposed, b, k, c, lanes)
+                grad_delta = _column(grads.delta, delta_scratch, transposed, b, k, c, lanes)
+                grad_x = _column(grads.x, grad_x_scratch, transposed, b, k, c, lanes)
+                accumulate = k > 0 and grads.x.group == 0
                 _begin(inputs, scratch, grads.state, b, k, c)
-                if not has_saved:
-                    _recompute_starts(inputs, scratch, positions, b, k, c)
+                for t in range(0, 0 if has_saved else (chunks - 1) * chunk, step):
+                    part = positions[t : min(t + step, (chunks - 1) * chunk)]
+                    if transposed:
+                        _gather_inputs(inputs, x_scratch, delta_scratch, z_scratch, part, b, k, c, False)
+                    _recompute_starts(inputs, scratch, part, t, b, k, c, x, delta, transposed)
                 grad_D, grad_bias = broadcast(inputs.A.dtype.type(0)), broadcast(inputs.A.dtype.type(0))
                 for j in range(chunks - 1, -1, -1):
                     part = positions[j * chunk : (j + 1) * chunk]
-                    for n in range(states):
-                        start = broadcast(inputs.A.dtype.type(0))
-                        if j > 0 and has_saved:
-                            row = ((b * groups + k) * (chunks - 1) + j - 1) * states + n
-                            start = load(saved_states, row * dim + c, count)
-                        elif j > 0:
-                            start = load(scratch.starts, j * per_position + n * lanes, lanes)
-                        store(scratch.states, n * lanes, start, lanes)
-                    _recompute_chunk(inputs, scratch, part, grads.out, grads.z, b, k, c)
-                    chunk_D, chunk_bias = _scan_chunk_backward(inputs, scratch, part, grads, b, k, c)
-                    grad_D, grad_bias = grad_D + chunk_D, grad_bias + chunk_bias
+                    row = ((b * groups + k) * (chunks - 1) + j - 1) * states
+                    _load_start(scratch, saved_states, has_saved, j, row * dim + c, states, dim, count)
+                    for t in range(0, part.size, step):
+                        piece = part[t : t + step]
+                        if transposed:
+                            _gather_inputs(
+                                inputs, x_scratch, delta_scratch, z_scratch, piece, b, k, c, inputs.gated
+                            )
+                            _gather(grads.out, out_scratch, piece, b, k, c, count, lanes)
+                        _recompute_chunk(
+                            inputs, scratch, piece, t, b, k, c, x, delta, z, grad_out, grad_z, transposed
+                        )
+                        if transposed and inputs.gated:
+                            _scatter(grads.z, z_scratch, piece, b, k, c, count, lanes)
+                    for t in range((part.size - 1) // step * step, -1, -step):
+                        piece = part[t : t + step]
+                        piece_D, piece_bias = _scan_chunk_backward(
+                            inputs, scratch, piece, t, b, k, c, grad_x, grad_delta, transposed, accumulate
+                        )
+                        grad_D, grad_bias = grad_D + piece_D, grad_bias + piece_bias
+                        if transposed:
+                            _scatter(grads.x, grad_x_scratch, piece, b, k, c, count, lanes)
+                            _scatter(grads.delta, delta_scratch, piece, b, k, c, count, lanes)
                     _add_lane_sums(scratch.decays, 0, part, states, grads.B, at_projection, groups * states)
                     _add_lane_sums(
                         scratch.states, per_position, part, states, grads.C, at_projection, groups * states
                     )
                 at = (b * groups + k) * (states + 2) * dim + c
-                for n in range(states):
-                    row = load(scratch.rows, (3 * n + 2) * lanes, lanes)
-                    store(grads.parameters, at + n * dim, row, count)
-                store(grads.parameters, at + states * dim, grad_D, count)
-                store(grads.parameters, at + (states + 1) * dim, grad_bias, count)
+                _store_parameters(scratch.rows, grads.parameters, at, states, dim, grad_D, grad_bias, count)
 
 
 @kernel
@@ -428,6 +606,47 @@ def backward_on_openmp(
 ) -> int:
     """Run `backward_tasks` for all tasks on PyTorch's OpenMP threads; see `run_on_openmp`."""
     return run_on_openmp(enter, threads, tasks, backward_tasks, (table, types, order))
+
+
+@njit(forceinline=True)
+def _writes_sequences(grads: _Gradients, gated: bool) -> bool:
+    """Return whether a gradient has positions instead of channels innermost in memory."""
+    inner = grads.out.last != 1 or grads.x.last != 1 or grads.delta.last != 1
+    return inner or (gated and grads.z.last != 1)
+
+
+@njit(forceinline=True)
+def _load_start(
+    scratch: _Scratch,
+    saved_states: Any,
+    has_saved: bool,
+    j: int,
+    at_saved: int,
+    states: int,
+    dim: int,
+    count: int,
+) -> None:
+    """Load the states at the start of chunk `j`, saved by the forward or found by one more scan."""
+    lanes = VECTOR_BYTES // scratch.states.itemsize
+    for n in range(states):
+        start = broadcast(scratch.states.dtype.type(0))
+        if j > 0 and has_saved:
+            start = load(saved_states, at_saved + n * dim, count)
+        elif j > 0:
+            start = load(scratch.starts, (j * states + n) * lanes, lanes)
+        store(scratch.states, n * lanes, start, lanes)
+
+
+@njit(forceinline=True)
+def _store_parameters(
+    rows: Any, to: Any, at: int, states: int, dim: int, grad_D: Any, grad_bias: Any, count: int
+) -> None:
+    """Store the gradients of A, D and delta_bias."""
+    lanes = VECTOR_BYTES // rows.itemsize
+    for n in range(states):
+        store(to, at + n * dim, load(rows, (3 * n + 2) * lanes, lanes), count)
+    store(to, at + states * dim, grad_D, count)
+    store(to, at + (states + 1) * dim, grad_bias, count)
 
 
 @njit(forceinline=True)
@@ -443,21 +662,33 @@ def _begin(inputs: Operands, scratch: _Scratch, grad_state: Any, b: int, k: int,
 
 
 @njit(forceinline=True)
-def _recompute_starts(inputs: Operands, scratch: _Scratch, positions: Any, b: int, k: int, c: int) -> None:
-    """Scan all chunks but the last to find the state at the start of each."""
-    x, delta, B = inputs.x, inputs.delta, inputs.B
+def _recompute_starts(
+    inputs: Operands,
+    scratch: _Scratch,
+    part: Any,
+    first: int,
+    b: int,
+    k: int,
+    c: int,
+    x: _Column,
+    delta: _Column,
+    transposed: bool,
+) -> None:
+    """Scan a part of the sequence, from step `first` on, to find the state at the start of each chunk."""
+    B = inputs.B
     states, chunk = inputs.states, inputs.chunk
     lanes, count = VECTOR_BYTES // inputs.A.itemsize, inputs.dim - c
     bias = load(inputs.delta_bias, k * inputs.dim + c, count)
-    at_x, at_delta = b * x.batch + k * x.group + c, b * delta.batch + k * delta.group + c
     row_B = b * B.batch + k * B.group
     state = scratch.states
-    for n in range(states):
-        store(state, n * lanes, broadcast(state.dtype.type(0)), lanes)
-    for t in range((inputs.length - 1) // chunk * chunk):
-        p = positions[t]
-        dt = _load_dt(delta.memory, at_delta + p * delta.position, bias, inputs.softplus, count)
-        dt_x = dt * load(x.memory, at_x + p * x.position, count)
+    if first == 0:
+        for n in range(states):
+            store(state, n * lanes, broadcast(state.dtype.type(0)), lanes)
+    for i in range(part.size):
+        p, t = part[i], first + i
+        q = i if transposed else p
+        dt = _load_dt(delta.memory, delta.at + q * delta.step, bias, inputs.softplus, count)
+        dt_x = dt * load(x.memory, x.at + q * x.step, count)
         at_B = row_B + p * B.position
         boundary = (t + 1) % chunk == 0
         for n in range(states):
@@ -471,42 +702,55 @@ def _recompute_starts(inputs: Operands, scratch: _Scratch, positions: Any, b: in
 
 @njit(forceinline=True)
 def _recompute_chunk(
-    inputs: Operands, scratch: _Scratch, part: Any, grad_out: Rows, grad_z: Rows, b: int, k: int, c: int
+    inputs: Operands,
+    scratch: _Scratch,
+    part: Any,
+    first: int,
+    b: int,
+    k: int,
+    c: int,
+    x: _Column,
+    delta: _Column,
+    z: _Column,
+    grad_out: _Column,
+    grad_z: _Column,
+    transposed: bool,
 ) -> None:
-    """Recompute the states and decays of a chunk and load its inputs; write the gradient of z."""
-    x, delta, B, C, z, states = inputs.x, inputs.delta, inputs.B, inputs.C, inputs.z, inputs.states
+    """Recompute the states and decays of a part of a chunk, from step `first` on, and load its inputs.
+
+    Writes the gradient of z.
+    """
+    B, C, states = inputs.B, inputs.C, inputs.states
     lanes, count = VECTOR_BYTES // inputs.A.itemsize, inputs.dim - c
     bias = load(inputs.delta_bias, k * inputs.dim + c, count)
     skip = load(inputs.D, k * inputs.dim + c, count)
-    at_x, at_delta = b * x.batch + k * x.group + c, b * delta.batch + k * delta.group + c
     row_B, row_C = b * B.batch + k * B.group, b * C.batch + k * C.group
-    at_z, at_grad_z = b * z.batch + k * z.group + c, b * grad_z.batch + k * grad_z.group + c
-    at_out = b * grad_out.batch + k * grad_out.group + c
     for i in range(part.size):
         p = part[i]
-        dt = load(delta.memory, at_delta + p * delta.position, count) + bias
+        q = i if transposed else p
+        dt = load(delta.memory, delta.at + q * delta.step, count) + bias
         slope = broadcast(inputs.A.dtype.type(1))
         if inputs.softplus:
             dt, slope = softplus_and_slope(dt)
-        x_p = load(x.memory, at_x + p * x.position, count)
+        x_p = load(x.memory, x.at + q * x.step, count)
         dt_x, y = dt * x_p, skip * x_p
         at_B, at_C = row_B + p * B.position, row_C + p * C.position
         for n in range(states):
-            at = (i * states + n) * lanes
+            at = ((first + i) * states + n) * lanes
             decay = exp(dt * load(scratch.rows, 3 * n * lanes, lanes))
             h = decay * load(scratch.states, at, lanes) + dt_x * B.memory[at_B + n * B.last]
             store(scratch.decays, at, decay, lanes)
             store(scratch.states, at + states * lanes, h, lanes)
             if inputs.gated:
                 y = y + h * C.memory[at_C + n * C.last]
-        grad_y = load(grad_out.memory, at_out + p * grad_out.position, count)
+        grad_y = load(grad_out.memory, grad_out.at + q * grad_out.step, count)
         if inputs.gated:
-            gate = load(z.memory, at_z + p * z.position, count)
+            gate = load(z.memory, z.at + q * z.step, count)
             opened = sigmoid(gate)
             grad_gate = grad_y * y * opened * (1.0 + gate * (1.0 - opened))
-            store(grad_z.memory, at_grad_z + p * grad_z.position, grad_gate, count)
+            store(grad_z.memory, grad_z.at + q * grad_z.step, grad_gate, count)
             grad_y = grad_y * (gate * opened)
-        at = i * VECTORS_PER_POSITION * lanes
+        at = (first + i) * VECTORS_PER_POSITION * lanes
         store(scratch.inputs, at, dt, lanes)
         store(scratch.inputs, at + lanes, slope, lanes)
         store(scratch.inputs, at + 2 * lanes, x_p, lanes)
@@ -515,33 +759,44 @@ def _recompute_chunk(
 
 @njit(forceinline=True)
 def _scan_chunk_backward(
-    inputs: Operands, scratch: _Scratch, part: Any, grads: _Gradients, b: int, k: int, c: int
+    inputs: Operands,
+    scratch: _Scratch,
+    part: Any,
+    first: int,
+    b: int,
+    k: int,
+    c: int,
+    grad_x: _Column,
+    grad_delta: _Column,
+    transposed: bool,
+    accumulate: bool,
 ) -> tuple[Any, Any]:
-    """Go through a chunk in reverse with the gradient of the state; write the gradients of x and delta.
+    """Go through a part of a chunk in reverse with the gradient of the state, down to step `first`.
+
+    Writes the gradients of x and delta.
 
     Leaves the contribution of each channel to the gradients of B and C in the scratch, in place of decays and
     states.
 
     Returns:
-        The gradients of D and delta_bias from this chunk.
+        The gradients of D and delta_bias from this part.
     """
-    x, delta, B, C, states = grads.x, grads.delta, inputs.B, inputs.C, inputs.states
+    B, C, states = inputs.B, inputs.C, inputs.states
     lanes, count = VECTOR_BYTES // inputs.A.itemsize, inputs.dim - c
     skip = load(inputs.D, k * inputs.dim + c, count)
     row_B, row_C = b * B.batch + k * B.group, b * C.batch + k * C.group
-    at_x, at_delta = b * x.batch + k * x.group + c, b * delta.batch + k * delta.group + c
-    accumulate = k > 0 and x.group == 0
     grad_D = grad_bias = broadcast(inputs.A.dtype.type(0))
     for i in range(part.size - 1, -1, -1):
         p = part[i]
-        at = i * VECTORS_PER_POSITION * lanes
+        q = i if transposed else p
+        at = (first + i) * VECTORS_PER_POSITION * lanes
         dt, x_p = load(scratch.inputs, at, lanes), load(scratch.inputs, at + 2 * lanes, lanes)
         grad_y = load(scratch.inputs, at + 3 * lanes, lanes)
         dt_x = dt * x_p
         grad_dt_x = grad_decay = broadcast(inputs.A.dtype.type(0))
         at_B, at_C = row_B + p * B.position, row_C + p * C.position
         for n in range(states):
-            row, before = 3 * n * lanes, (i * states + n) * lanes
+            row, before = 3 * n * lanes, ((first + i) * states + n) * lanes
             after = before + states * lanes
             grad_h = grad_y * C.memory[at_C + n * C.last] + load(scratch.rows, row + lanes, lanes)
             carried = grad_h * load(scratch.decays, before, lanes)
@@ -555,13 +810,14 @@ def _scan_chunk_backward(
             store(scratch.rows, row + 2 * lanes, grad_A, lanes)
             grad_dt_x = grad_dt_x + grad_h * B.memory[at_B + n * B.last]
             grad_decay = grad_decay + grad_exponent * load(scratch.rows, row, lanes)
-        grad_delta = (grad_dt_x * x_p + grad_decay) * load(scratch.inputs, at + lanes, lanes)
-        store(delta.memory, at_delta + p * delta.position, grad_delta, count)
-        grad_D, grad_bias = grad_D + grad_y * x_p, grad_bias + grad_delta
-        grad_x = grad_dt_x * dt + skip * grad_y
+        grad_dt = (grad_dt_x * x_p + grad_decay) * load(scratch.inputs, at + lanes, lanes)
+        store(grad_delta.memory, grad_delta.at + q * grad_delta.step, grad_dt, count)
+        grad_D, grad_bias = grad_D + grad_y * x_p, grad_bias + grad_dt
+        grad_input = grad_dt_x * dt + skip * grad_y
+        at_x = grad_x.at + q * grad_x.step
         if accumulate:
-            grad_x = grad_x + load(x.memory, at_x + p * x.position, count)
-        store(x.memory, at_x + p * x.position, grad_x, count)
+            grad_input = grad_input + load(grad_x.memory, at_x, count)
+        store(grad_x.memory, at_x, grad_input, count)
     return grad_D, grad_bias
 
 

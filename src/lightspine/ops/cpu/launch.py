@@ -18,6 +18,8 @@ from lightspine.ops.cpu.parallel import run_tasks
 from lightspine.ops.cpu.simd import VECTOR_BYTES
 from lightspine.ops.inputs import GroupedInputs, ParameterGradients, Strided
 
+# They transpose sequences (B, D, L) in blocks.
+READS_SEQUENCES = True
 # Below this many state updates, waking a second thread costs more than it saves.
 _UPDATES_WORTH_A_THREAD = 32_768
 # numba has no 16-bit floats: the kernels tell the two formats apart by the sign of the integers.
@@ -34,8 +36,8 @@ def grouped_scan(inputs: GroupedInputs, out: Strided, save_states: bool) -> tupl
 
     Args:
         inputs: the tensors of the scan.
-        out: receives the output, (B, L, K, D), channels contiguous; with a group stride of 0 the groups are
-            summed.
+        out: receives the output, (B, L, K, D), channels or positions contiguous; with a group stride of 0
+            the groups are summed.
         save_states: save the states that the backward of the same inputs starts its chunks from.
 
     Returns:
@@ -155,16 +157,19 @@ def _operands(inputs: GroupedInputs) -> tuple[Strided | Tensor | None, ...]:
     D, bias = (zeros if t is None else t.to(dtype).contiguous() for t in (inputs.D, inputs.delta_bias))
     # Without a weight, any address is valid: the kernel does not read it.
     weight = A if inputs.dt_weight is None else inputs.dt_weight
-    B, C = _in_state_dtype(inputs.B, inputs), _in_state_dtype(inputs.C, inputs)
+    B, C = _readable_projection(inputs.B, inputs), _readable_projection(inputs.C, inputs)
     return inputs.x, inputs.delta, B, C, inputs.z, A, D, bias, weight
 
 
-def _in_state_dtype(projection: Strided, inputs: GroupedInputs) -> Strided:
-    """Return B or C, copied where its dtype is not that of the state."""
+def _readable_projection(projection: Strided, inputs: GroupedInputs) -> Strided:
+    """Return B or C, copied where its dtype is not that of the state, or where positions are innermost.
+
+    Every register of channels reads it again, and states that lie far apart share no cache line.
+    """
     t = projection.tensor
-    if t.dtype == inputs.dtype:
-        return projection
     batch, length, groups, _, states = inputs.sizes
+    if t.dtype == inputs.dtype and (projection.position != 1 or states == 1):
+        return projection
     view = t.as_strided((batch, length, groups, states), projection[1:], t.storage_offset())
     copy = view.to(inputs.dtype, memory_format=torch.contiguous_format)
     return Strided(copy, *copy.stride())

@@ -265,6 +265,55 @@ def lane_sums(typingctx: Any, array: types.Array, index: types.Integer) -> Any:
     return vector(array, types.intp), codegen
 
 
+@intrinsic
+def transpose_tile(
+    typingctx: Any,
+    source: types.Array,
+    index: types.Integer,
+    stride: types.Integer,
+    target: types.Array,
+    target_index: types.Integer,
+    target_stride: types.Integer,
+) -> Any:
+    """Transpose a square of as many rows as a register has lanes, between flat arrays of one dtype.
+
+    Rows begin `stride` elements apart from `index` on, those of the result `target_stride` apart from
+    `target_index` on; strides may be negative.
+    """
+    lanes = _memory_vector(source.dtype).lanes
+
+    def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:
+        size = sig.args[0].dtype.bitwidth
+        # Only bits move: as integers, 16-bit floats need no support by the machine.
+        memory = ir.VectorType(ir.IntType(size), lanes)
+
+        def row(array: int, number: int) -> Any:
+            data = context.make_array(sig.args[array])(context, builder, args[array]).data
+            offset = builder.mul(args[array + 2], ir.Constant(args[array + 2].type, number))
+            pointer = builder.gep(data, [builder.add(args[array + 1], offset)])
+            return builder.bitcast(pointer, memory.as_pointer())
+
+        rows = [builder.load(row(0, i), align=size // 8) for i in range(lanes)]
+        width = 1
+        while width < lanes:
+            # Exchange the off-diagonal blocks of every pair of blocks of `width` rows and columns.
+            upper = [j + lanes - width if j & width else j for j in range(lanes)]
+            lower = [j + lanes if j & width else j + width for j in range(lanes)]
+            near, far = (ir.Constant(ir.VectorType(_I32, lanes), block) for block in (upper, lower))
+            for i in range(lanes):
+                if not i & width:
+                    first, second = rows[i], rows[i + width]
+                    rows[i] = builder.shuffle_vector(first, second, near)
+                    rows[i + width] = builder.shuffle_vector(first, second, far)
+            width *= 2
+        for i, value in enumerate(rows):
+            builder.store(value, row(3, i), align=size // 8)
+        return context.get_dummy_value()
+
+    signature = types.void(source, types.intp, types.intp, target, types.intp, types.intp)
+    return signature, codegen
+
+
 def _declare_limit(comparison: str, doc: str) -> Any:
     def function(typingctx: Any, vector: VectorType, limit: types.Float) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: tuple) -> Any:

@@ -30,6 +30,9 @@ from lightspine.ops.triton.kernels import (
 )
 from lightspine.ops.triton.scan_backward_kernel import chunk_scan_bwd_kernel
 
+# Sequences (B, D, L) are copied to tokens.
+READS_SEQUENCES = False
+
 
 class _Launcher:
     """The launches of one scan: its sizes, its configuration and the arguments that its kernels share."""
