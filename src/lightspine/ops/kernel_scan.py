@@ -113,11 +113,13 @@ class KernelScan:
         self, grad_out: Tensor, inputs: SelectiveScanInputs, delta_softplus: bool
     ) -> SelectiveScanInputs:
         """Return the gradients of all inputs in their shapes and dtypes, channels innermost in memory."""
-        _, delta, A, B, C, D, z, delta_bias = inputs
+        u, delta, A, B, C, D, z, delta_bias = inputs
         grouped = _group_directions(inputs, delta_softplus)
-        grad_u, grad_delta = (self._empty(t.tensor, t.tensor.dtype) for t in (grouped.x, grouped.delta))
-        both = inputs.u.shape
-        grad_z = None if z is None else z.new_empty(both[0], both[2], both[1]).transpose(1, 2)
+        grad_u, grad_delta = (
+            self._empty(t, read.tensor.dtype) for t, read in ((u, grouped.x), (delta, grouped.delta))
+        )
+        # One gradient of the shared z per direction.
+        grad_z = None if grouped.z is None else self._empty(u, grouped.z.tensor.dtype)
         grads = self._backward(
             _as_tokens(grad_out, grouped.sizes[3], grouped.dtype, False)._replace(group=0),
             None,
