@@ -117,7 +117,10 @@ def _run_on_each(args: argparse.Namespace, handle: "ModelHandle", files: list[Pa
         if len(on_sheet) < _MAX_SHEET_ROWS:
             on_sheet.append(result)
     if len(files) > 1:
-        save_figure(draw_results(on_sheet), args.out / "contact_sheet")
+        save_figure(
+            draw_results(on_sheet, [names[file] for file in files[: len(on_sheet)]]),
+            args.out / "contact_sheet",
+        )
         print_text(
             f"wrote maps of {len(files)} images to {args.out}, {len(on_sheet)} of them on contact_sheet.png"
         )

@@ -73,6 +73,9 @@ def test_folder_gives_every_image_its_files_and_a_contact_sheet(
     assert sorted(path.name for path in out.glob("*.npz")) == ["blue_0.npz", "green_0.npz", "red_0.npz"]
     with Image.open(out / "contact_sheet.png") as sheet:
         assert sheet.height > 400
+    # All images are called 0.jpg: a row has the name of its files. Matplotlib writes text as a comment, too.
+    drawn = (out / "contact_sheet.svg").read_text()
+    assert all(f"<!-- {name}_0 -->" in drawn for name in ("blue", "green", "red"))
     said = capsys.readouterr().out
     assert "maps of 3 images" in said
     assert "40x40 px seen as 64x64" in said

@@ -199,3 +199,12 @@ def test_averages_are_missing_with_several_correct_classes() -> None:
     metrics.update(torch.eye(3)[:2], torch.tensor([0, 1]))
     found = metrics.compute()
     assert [found[name] for name in ("macro_recall", "macro_f1", "majority_baseline")] == [None] * 3
+
+
+def test_labels_of_a_confusion_matrix_are_inside_the_picture(tmp_path: Path) -> None:
+    names = ["Gänse blume", "Löwenzahn", "Rose", "rose", "tulip"]
+    draw_confusion_matrix(8 * np.eye(5, dtype=int), names, tmp_path / "a.png", title="title", unit="images")
+    with Image.open(tmp_path / "a.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    for border in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+        assert border.min() == 255

@@ -377,3 +377,11 @@ def test_safetensors_file_of_a_few_bytes_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.safetensors").write_bytes(b"\x10\x00\x00")
     with pytest.raises(LightspineError, match="damaged"):
         read_checkpoint(tmp_path / "short.safetensors")
+
+
+def test_file_in_place_of_a_name_is_said(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(
+        UsageError, match=r"expected the name of a model, received the file .*model\.safetensors"
+    ):
+        lightspine.create_model(str(tmp_path / "model.safetensors"))

@@ -61,11 +61,13 @@ def test_accumulated_steps_are_resumed_exactly(tmp_path: Path) -> None:
     assert _log(parts.folder) == _log(whole.folder)
 
 
-def test_finished_run_is_only_exported_again(tmp_path: Path) -> None:
+def test_finished_run_is_only_exported_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     first = run(tmp_path / "run", task=make_task(ema_decay=0.9))
     kept = first.weights.rename(tmp_path / "kept.safetensors")
     again = run(tmp_path / "run", task=make_task(ema_decay=0.9), resume="auto")
     assert same_weights(again.weights, kept)
+    assert "epochs: only its files are written again" in caplog.text
 
 
 def test_auto_begins_where_there_is_no_checkpoint(tmp_path: Path) -> None:

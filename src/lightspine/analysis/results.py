@@ -57,11 +57,12 @@ class ImageResult(ABC):
         return draw_results([self])
 
 
-def draw_results(results: Sequence[ImageResult]) -> "Figure":
+def draw_results(results: Sequence[ImageResult], names: Sequence[str] | None = None) -> "Figure":
     """Draw one image with its maps, or a contact sheet with one row per image.
 
     Args:
         results: results of the same analysis.
+        names: names of the rows of a contact sheet; default: the names of the images.
 
     Raises:
         UsageError: the list is empty.
@@ -72,7 +73,7 @@ def draw_results(results: Sequence[ImageResult]) -> "Figure":
     if len(results) == 1:
         return draw_grid(_single_image_rows(first), heading=first.heading(), caption=first.caption())
     rows = [[each.image_panel(), *(panel for row in each.rows() for panel in row)] for each in results]
-    names = [each.image.name for each in results]
+    names = [each.image.name for each in results] if names is None else names
     return draw_grid(rows, names=names, heading=first.model, caption=first.caption())
 
 

@@ -261,7 +261,7 @@ def draw_confusion_matrix(
     bar = figure.colorbar(display.im_, ax=axes, fraction=0.046, pad=0.02, ticks=ticks)
     bar.set_label(f"% of the {unit} of a true class", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    _save(figure, path)
+    _save(figure, path, tight=True)
 
 
 def _canvas(image: Image.Image, *, legend: bool, rows: int = 0) -> tuple[Figure, Axes, float]:
@@ -427,6 +427,7 @@ def _truncate(name: str, length: int = _MAX_NAME_LENGTH) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def _save(figure: Figure, path: str | Path, *, tight: bool = False) -> None:
     with atomic_write(Path(path)) as file:
-        figure.savefig(file, format="png")
+        # The layout of axes with a fixed aspect ratio may leave a label outside of the figure.
+        figure.savefig(file, format="png", bbox_inches="tight" if tight else None)

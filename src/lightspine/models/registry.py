@@ -5,6 +5,7 @@ import difflib
 import fnmatch
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -327,6 +328,8 @@ def find_timm_cfg(name: str) -> PretrainedCfg | None:
 
 def unknown_model(name: str) -> UsageError:
     """Return the error for a name that neither lightspine nor timm knows; it suggests similar names."""
+    if os.path.isfile(name):
+        return UsageError(f"expected the name of a model, received the file {name} (see `lightspine list`)")
     suggestions = difflib.get_close_matches(name, _RECORDS, n=4, cutoff=0.6)
     # timm has over a thousand names: search them only when no name of this library is similar.
     suggestions = suggestions or difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.6)

@@ -1,6 +1,7 @@
 """Resume a run: its folder, its checkpoint, the mid-epoch state, and messages after an interruption."""
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from lightspine.data.loader import ResumableLoader
 from lightspine.errors import LightspineError, UsageError
 from lightspine.training.checkpoint import LAST
 from lightspine.utils.folder_lock import LOCK_FILE
+
+_log = logging.getLogger(__name__)
 
 AUTO = "auto"
 """Value of `resume` that resumes from `last.ckpt` in the folder, if it exists."""
@@ -71,6 +74,8 @@ def find_checkpoint(folder: Path, resume: str | Path | None, max_epochs: int | N
         raise UsageError(
             f"expected more epochs to train, but {path} was already trained for {done} of {max_epochs} epochs"
         )
+    if max_epochs is not None and 0 <= max_epochs <= done:
+        _log.info("the run has finished its %d epochs: only its files are written again", max_epochs)
     return path
 
 
