@@ -58,7 +58,11 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
 
-@pytest.fixture(scope="module", params=HEADS)
+# An export takes half a minute.
+@pytest.fixture(
+    scope="module",
+    params=["retinanet", "mask_rcnn", pytest.param("cascade_mask_rcnn", marks=pytest.mark.slow)],
+)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A small detector of each head and its file, which takes pixels of one size and resizes them."""
     detector = small_detector(request.param)
