@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 
 from lightspine.export import export_onnx
 from lightspine.export.verification import open_session
 from support.exporting import small_model
-
-openvino = pytest.importorskip("openvino", reason="needs the extra openvino")
 
 
 @pytest.mark.slow
