@@ -53,7 +53,7 @@ def softplus(x, FAST_MATH: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(x, FAST_MATH: tl.constexpr):
+def sigmoid(x, FAST_MATH: tl.constexpr = False):
     """Return 1 / (1 + e^-x)."""
     one_plus = 1.0 + tl.exp2(x * -LOG2_E)
     # Triton's division scales denormal numbers, which do not occur here.
