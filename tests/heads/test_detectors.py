@@ -113,7 +113,7 @@ def test_images_are_normalised_as_the_backbone_was_trained():
     torch.testing.assert_close(detector.transform([image])[0].tensors[0], (image - mean) / std)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", [*DETECTORS[:2], pytest.param(DETECTORS[2], marks=pytest.mark.slow)])
 def test_autocast_keeps_boxes_in_full_precision(name):
     detector = make_detector(name, "efficientmod", score_threshold=0.0).train()
     images, targets = scene()
