@@ -27,7 +27,7 @@ COMMANDS = {
     "train": "train a model from a recipe",
     "evaluate": "evaluate a checkpoint on annotated images",
     "compare": "train several models on the same images and compare them",
-    "convert-data": "convert VOC, YOLO or mask datasets to what train reads",
+    "convert-data": "convert VOC, YOLO, LabelMe or mask datasets to what train reads",
     "show": "draw images with their ground truth as the trainer sees them",
     "convert": "convert an official checkpoint to safetensors",
     "export": "export a model to ONNX, torch.export or Core ML",

@@ -15,8 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lightspine.benchmark.interleaved_timing import Timing
 from lightspine.errors import LightspineError
-from lightspine.utils.files import atomic_write_text
-from lightspine.utils.json_text import parse_json
+from lightspine.utils.files import atomic_write_text, parse_json
 from lightspine.utils.printable import printable
 
 FORMAT = 1

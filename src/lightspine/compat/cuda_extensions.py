@@ -57,7 +57,9 @@ def mamba_fwd(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> list[Tensor]:
-    """`selective_scan_cuda.fwd`: the output before the gate, the states, and with `z` the gated output.
+    """Selective scan forward, as mamba_ssm's `selective_scan_cuda.fwd`.
+
+    Returns the output before the gate, the states, and with `z` the gated output.
 
     mamba_ssm fills the states (B, D, chunks, 2 N) for its own `bwd`. Here they hold only the last state, at
     `[:, :, -1, 1::2]`, and zeros.
@@ -91,9 +93,10 @@ def mamba_bwd(
     delta_softplus: bool,
     recompute_out_z: bool,
 ) -> list[Tensor | None]:
-    """`selective_scan_cuda.bwd`: gradients of all tensors, that of z last, then the gated output.
+    """Selective scan backward, as mamba_ssm's `selective_scan_cuda.bwd`.
 
-    The states are recomputed: `x` is not read.
+    Returns the gradients of all tensors, that of z last, then the gated output with
+    `recompute_out_z`. The states are recomputed: `x` is not read.
 
     Args:
         u: like all tensors up to `delta_bias`, as in the forward.
@@ -139,7 +142,9 @@ def core_fwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor]:
-    """`fwd` of VMamba's `selective_scan_cuda_core` and `_nrow`: the output in the dtype of u, and the states.
+    """Selective scan forward, as `fwd` of VMamba's `selective_scan_cuda_core` and `_nrow`.
+
+    Returns the output, in the dtype of u, and the states of `mamba_fwd`.
 
     Raises:
         UsageError: a complex A, or shapes, dtypes or devices that do not fit.
@@ -159,7 +164,9 @@ def oflex_fwd(
     nrows: int = 1,
     out_float: bool = True,
 ) -> list[Tensor]:
-    """`fwd` of VMamba's `selective_scan_cuda_oflex`: as `core_fwd`, with `out_float` in at least float32.
+    """Selective scan forward, as `fwd` of VMamba's `selective_scan_cuda_oflex`.
+
+    Returns the same as `core_fwd`, with `out_float` in at least float32.
 
     delta and delta_bias may have D / r channels, each of which belongs to r neighboring channels of u.
 
@@ -184,9 +191,9 @@ def core_bwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor | None]:
-    """`bwd` of VMamba's `selective_scan_cuda_core`, `_nrow` and `_oflex`: gradients of u to delta_bias.
+    """Selective scan backward, as `bwd` of VMamba's `selective_scan_cuda_core`, `_nrow` and `_oflex`.
 
-    The states are recomputed: `x` is not read.
+    Returns the gradients of u, delta, A, B, C, D and delta_bias. The states are recomputed: `x` is not read.
 
     Raises:
         UsageError: a complex A, or shapes, dtypes or devices that do not fit.
@@ -207,7 +214,9 @@ def ndstate_fwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor]:
-    """`fwd` of VMamba's `selective_scan_cuda_ndstate`: one state without an axis: A (D,), B and C (B, G, L).
+    """Selective scan forward with one state, as `fwd` of VMamba's `selective_scan_cuda_ndstate`.
+
+    The state has no axis: A is (D,), B and C are (B, G, L).
 
     Raises:
         UsageError: a complex A, or shapes, dtypes or devices that do not fit.
@@ -230,7 +239,9 @@ def ndstate_bwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor | None]:
-    """`bwd` of VMamba's `selective_scan_cuda_ndstate`; gradients in the shapes of the arguments.
+    """Selective scan backward with one state, as `bwd` of VMamba's `selective_scan_cuda_ndstate`.
+
+    Returns the gradients in the shapes of the arguments.
 
     Raises:
         UsageError: a complex A, or shapes, dtypes or devices that do not fit.
@@ -264,10 +275,7 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor]:
     """Scan without a gate; return the output (B, D, L) in the dtype of u, and the states of `mamba_fwd`."""
     check_real(name, A)
-    repeats = _channels_per_delta(name, u, delta)
-    if repeats > 1:
-        delta = delta.repeat_interleave(repeats, dim=1)
-        delta_bias = None if delta_bias is None else delta_bias.repeat_interleave(repeats)
+    delta, delta_bias, _ = _repeat_delta(name, u, delta, delta_bias)
     out, state = selective_scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus, True)
     batch, dim, length = u.shape
     states = state.new_zeros(batch, dim, -(-length // _CHUNK), 2 * A.shape[1])
@@ -290,13 +298,9 @@ def scan_backward(
 ) -> Gradients:
     """Return the gradients of a scan with an optional gate, given that of its output, (B, D, L)."""
     check_real(name, A)
-    repeats = _channels_per_delta(name, u, delta)
+    step, step_bias, repeats = _repeat_delta(name, u, delta, delta_bias)
     if dout.shape != u.shape:
         raise UsageError(f"{name} expects dout of shape {tuple(u.shape)}, received {tuple(dout.shape)}")
-    step, step_bias = delta, delta_bias
-    if repeats > 1:
-        step = delta.repeat_interleave(repeats, dim=1)
-        step_bias = None if delta_bias is None else delta_bias.repeat_interleave(repeats)
     B_groups, C_groups = grouped_projections(u, A, B, C)
     # The output, whose gradient this is, may be float32 where u has 16 bits.
     x = u.to(torch.promote_types(u.dtype, dout.dtype))
@@ -331,14 +335,20 @@ def scan_backward(
     )
 
 
-def _channels_per_delta(name: str, u: Tensor, delta: Tensor) -> int:
-    """Return the number of channels that share one channel of delta."""
+def _repeat_delta(
+    name: str, u: Tensor, delta: Tensor, delta_bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, int]:
+    """Repeat delta and its bias for every channel of u; return them and how many channels share one."""
     if u.dim() != 3 or delta.dim() != 3 or delta.shape[1] == 0 or u.shape[1] % delta.shape[1]:
         raise UsageError(
             f"{name} expects u of shape (B, D, L) and delta of shape (B, D, L) or (B, D / r, L), received "
             f"{tuple(u.shape)} and {tuple(delta.shape)}"
         )
-    return u.shape[1] // delta.shape[1]
+    repeats = u.shape[1] // delta.shape[1]
+    if repeats > 1:
+        delta = delta.repeat_interleave(repeats, dim=1)
+        delta_bias = None if delta_bias is None else delta_bias.repeat_interleave(repeats)
+    return delta, delta_bias, repeats
 
 
 def _projection_gradient(grad: Tensor, projection: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from lightspine.compat.modules import MODULES, is_package, packages
 
 
 class Replacement(NamedTuple):
-    """A package whose name now belongs to lightspine.
+    """A package that lightspine replaces, and why.
 
     Attributes:
         name: top-level name, such as "mamba_ssm".
@@ -30,7 +30,7 @@ class Replacement(NamedTuple):
 
 
 class CompatModule(ModuleType):
-    """Module that says what it has when it is asked for something else."""
+    """Replacement module; the error for a missing attribute lists the attributes that exist."""
 
     def __getattr__(self, name: str) -> Any:
         # Python and its tools look for optional attributes such as __path__ and __wrapped__.
@@ -63,7 +63,7 @@ def _is_import_statement() -> bool:
 
 
 class _Importer(MetaPathFinder, Loader):
-    """Imports the modules of the packages that it has been given.
+    """Import hook for the replaced packages.
 
     Attributes:
         packages: top-level names.
@@ -97,7 +97,7 @@ _IMPORTER = _Importer()
 
 
 def install(override: bool = False) -> list[Replacement]:
-    """Offer lightspine's scan to code that imports mamba_ssm, causal_conv1d or VMamba's extension modules.
+    """Replace mamba_ssm, causal_conv1d and VMamba's extension modules where they are missing or do not work.
 
     A package that is missing or does not work here is replaced in `sys.modules`; one that works is left
     alone. It works if it can be imported, and if its scan or convolution of a tiny tensor raises no error, on
@@ -148,7 +148,7 @@ def _find_fault(name: str) -> str | None:
 
 
 def _remove(name: str) -> None:
-    """Forget a package that has been imported, completely or in part."""
+    """Remove a package and its submodules from `sys.modules`."""
     for module in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
         del sys.modules[module]
 

@@ -203,7 +203,7 @@ class Mamba(nn.Module):
         return self.out_proj(y.transpose(1, 2))
 
     def _scan_slices(self, xz: Tensor) -> Tensor:
-        """Scan the first tokens of all slices, then the second ones, and so on."""
+        """Scan across slices: the first token of every slice, then the second of every slice, and so on."""
         length = xz.shape[2]
         if length % self.nslices:
             raise UsageError(
@@ -258,7 +258,7 @@ class Mamba(nn.Module):
         return self.out_proj(y.transpose(1, 2))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map (..., D) to dt without its bias, (..., D), B and C, (..., N)."""
+        """Project tokens (..., D) to dt (..., D), without its bias, and to B and C (..., N)."""
         low_rank, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return F.linear(low_rank, self.dt_proj.weight), B, C
 

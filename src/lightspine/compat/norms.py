@@ -94,7 +94,7 @@ def rms_norm_fn(
     residual_in_fp32: bool = False,
     return_dropout_mask: bool = False,
 ) -> Any:
-    """RMSNorm with a residual; arguments and results of `layer_norm_fn`."""
+    """RMSNorm with an optional residual: `layer_norm_fn` with `is_rms_norm=True`."""
     return layer_norm_fn(
         x,
         weight,
@@ -140,7 +140,7 @@ class RMSNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the weight to ones."""
+        """Initialize the weight to ones."""
         nn.init.ones_(self.weight)
 
     def forward(

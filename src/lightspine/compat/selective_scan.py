@@ -252,7 +252,7 @@ def check_level(function: str, level: int) -> bool:
 
 
 def project_out(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Map (B, D, L) to tokens (B, L, C)."""
+    """Apply the output projection to (B, D, L); returns tokens (B, L, C)."""
     dtype = autocast_dtype(y)
     if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)

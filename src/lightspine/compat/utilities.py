@@ -33,7 +33,7 @@ class InferenceParams:
     lengths_per_sample: Tensor | None = None
 
     def reset(self, max_seqlen: int, max_batch_size: int) -> None:
-        """Start another sequence; the states are kept."""
+        """Reset the sequence position; the cached states are kept."""
         self.max_seqlen = max_seqlen
         self.max_batch_size = max_batch_size
         self.seqlen_offset = 0
@@ -54,14 +54,14 @@ class GenerationMixin:
 
 
 def load_config_hf(model_name: str) -> Any:
-    """Return the configuration `config.json` of a folder or of a repository of the Hugging Face Hub."""
+    """Load `config.json` from a local folder or a Hugging Face Hub repository."""
     return json.loads(_find_file(model_name, "config.json").read_text())
 
 
 def load_state_dict_hf(
     model_name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Return the weights `pytorch_model.bin` of a folder or of a repository of the Hugging Face Hub.
+    """Load the state dict `pytorch_model.bin` from a local folder or a Hugging Face Hub repository.
 
     Only tensors are read from the file; no code in it is run.
     """

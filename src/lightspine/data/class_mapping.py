@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 from lightspine.data.image_folder import find_class_folders
 from lightspine.errors import LightspineError, UsageError
-from lightspine.utils.files import text_from_path
+from lightspine.utils.files import parse_json, text_from_path
 from lightspine.utils.image_files import ImageListing, list_image_files
-from lightspine.utils.json_text import parse_json
 
 _NUMBER = re.compile(r"(\d+)$")
 

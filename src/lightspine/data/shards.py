@@ -16,9 +16,8 @@ import numpy as np
 from PIL import Image
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.utils.files import atomic_write
+from lightspine.utils.files import atomic_write, parse_json
 from lightspine.utils.image_files import IMAGE_SUFFIXES, decode_image
-from lightspine.utils.json_text import parse_json
 from lightspine.utils.packed_strings import PackedStrings
 
 MAX_IMAGE_BYTES = 1 << 28

@@ -209,7 +209,7 @@ def create_train_transform(
 def create_batch_transform(
     preprocessing: Preprocessing, augmentation: AugmentationName | Augmentation
 ) -> Callable[[Tensor], Tensor] | None:
-    """Create the normalization and random erasing that follow Mixup and CutMix (`erasing_after_mixing`).
+    """Create the normalization and random erasing of a batch after Mixup and CutMix.
 
     The transform, or `None` without that setting, maps uint8 images (N, 3, H, W) to float32.
 

@@ -7,8 +7,7 @@ from typing import Any, Literal, get_args
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from lightspine.dense.class_layers import differs_by_classes
-from lightspine.dense.official import describe_official, load_official
+from lightspine.dense.official import describe_official, differs_by_classes, load_official
 from lightspine.errors import LightspineError, UsageError
 from lightspine.heads.detectors import DetectorName
 from lightspine.heads.mask_rcnn import MaskRCNN
@@ -25,7 +24,7 @@ from lightspine.models.checkpoint import (
     write_safetensors,
 )
 from lightspine.models.loading import LoadReport
-from lightspine.utils.json_text import parse_json
+from lightspine.utils.files import parse_json
 
 DenseNetwork = RetinaNet | MaskRCNN | Segmenter
 

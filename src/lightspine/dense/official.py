@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from lightspine.data.published_classes import ade20k_class_names, coco_class_names
-from lightspine.dense.class_layers import differs_by_classes
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import OPENMMLAB_CLASSES_KEY, Checkpoint, Weights, read_checkpoint
 from lightspine.models.factory import create_model
@@ -160,6 +159,26 @@ def load_official(network: Any, source: str | Path | Checkpoint, *, weights: Wei
     report.loaded = list(fitting)
     network.load_state_dict(fitting, strict=False)
     return report
+
+
+def differs_by_classes(found: Tensor, expected: Tensor, in_file: int, in_network: int) -> bool:
+    """Return whether the shapes of two weights or biases differ by the numbers of classes alone.
+
+    The first dimension of a class layer is a multiple of the number of classes, with or without the
+    background.
+
+    Args:
+        found: tensor of a file.
+        expected: tensor of the network.
+        in_file: number of classes of the file.
+        in_network: number of classes of the network.
+    """
+    if in_file == in_network or found.shape[1:] != expected.shape[1:]:
+        return False
+    return any(
+        len(found) * (in_network + background) == len(expected) * (in_file + background)
+        for background in (0, 1)
+    )
 
 
 def refuse_detectron2(checkpoint: Checkpoint) -> None:

@@ -29,7 +29,7 @@ from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.draw import draw_classes, draw_detections, draw_image_grid
 from lightspine.recipes import find_recipe
 from lightspine.training.class_paths import read_recipe
-from lightspine.utils.json_text import parse_json
+from lightspine.utils.files import parse_json
 from lightspine.utils.progress import progress_bar
 
 _log = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ traced, moves boxes and masks to the original image.
 """
 
 import copy
-import warnings
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,8 +14,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from lightspine.errors import LightspineError
 from lightspine.export.onnx_graph import to_onnx
+from lightspine.export.program import export_program
 from lightspine.export.quantization import to_half
 from lightspine.heads.detection_transform import DetectionTransform, paste_whole_masks, resized_size
 from lightspine.heads.mask_rcnn import MaskRCNN
@@ -27,7 +26,7 @@ from lightspine.optimize import optimize
 Detector: TypeAlias = RetinaNet | MaskRCNN
 
 DIVISOR = 32
-"""The sides of images are padded to multiples of it."""
+"""Padding of images: their sides become multiples of this."""
 
 _EXAMPLE = 384, 320
 _FEW_CLASSES = 10
@@ -73,7 +72,7 @@ def detection_settings(detector: Detector) -> DetectionSettings:
 
 
 def detector_outputs(detector: Detector) -> tuple[str, ...]:
-    """Return the names of the outputs of an exported detector."""
+    """Return the ONNX output names of a detector: boxes, scores, labels and perhaps masks."""
     names = ("boxes", "scores", "labels")
     return names if isinstance(detector, RetinaNet) else (*names, "masks")
 
@@ -256,29 +255,18 @@ def _transform(detector: Detector) -> DetectionTransform:
     return transform
 
 
-def _trace(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any) -> ExportedProgram:
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            # The exporter and torchvision's operators warn about internals of PyTorch.
-            warnings.simplefilter("ignore")
-            return torch.export.export(module, inputs, dynamic_shapes=dynamic)
-    except Exception as error:
-        raise LightspineError(
-            f"PyTorch cannot export this detector: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        ) from error
-
-
 def _trace_core(core: nn.Module, channels: int, padded: tuple[int, ...] | None) -> ExportedProgram:
     sides = padded or _EXAMPLE
     dynamic: Any = None
     if padded is None:
         # Whole multiples keep the sizes of all levels simple, without which tracing takes minutes.
         dynamic = ({2: DIVISOR * Dim("rows"), 3: DIVISOR * Dim("columns")}, {})
-    return _trace(core, (torch.randn(1, channels, *sides), torch.tensor(sides)), dynamic)
+    inputs = torch.randn(1, channels, *sides), torch.tensor(sides)
+    return export_program(core, inputs, dynamic, "detector")
 
 
 def _placement(opset: int, image_name: str, axes: tuple[int | str, ...], resizes: bool, masks: bool) -> Any:
-    """Return the last part as an `onnx.ModelProto`."""
+    """Return the mapping of boxes and masks to the original image as an `onnx.ModelProto`."""
     channels_last = image_name == "pixels"
     example = [side if isinstance(side, int) else 96 + 32 * place for place, side in enumerate(axes)]
     image = torch.zeros(*example, dtype=torch.uint8 if channels_last else torch.float32)
@@ -302,7 +290,7 @@ def _placement(opset: int, image_name: str, axes: tuple[int | str, ...], resizes
     if masks:
         names[_INNER_MASKS] = ("detections", 1, 28, 28)
     return to_onnx(
-        _trace(_Placement(resizes, channels_last), inputs, dynamic),
+        export_program(_Placement(resizes, channels_last), inputs, dynamic, "detector"),
         opset=opset,
         scan="loop",
         inputs=names,
@@ -351,7 +339,7 @@ def _preparation(
     pixels: bool,
     axes: tuple[int | str, ...],
 ) -> Any:
-    """Return the first part as an `onnx.ModelProto`."""
+    """Return the image preprocessing as an `onnx.ModelProto`."""
     import onnx
 
     resizes = pixels and settings.resize is not None

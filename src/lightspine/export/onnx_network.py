@@ -97,7 +97,7 @@ class OnnxDetector(OnnxModule):
         self.detections_per_image = most if detections_per_image is None else detections_per_image
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Return the predictions for images."""
+        """Detect objects in a list of images (3, H, W); returns one dictionary per image."""
         return [self._detect(image) for image in images]
 
     def _detect(self, image: Tensor) -> dict[str, Tensor]:

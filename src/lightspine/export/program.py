@@ -180,14 +180,31 @@ def trace(network: nn.Module, images: Tensor, *, fixed: bool, fixed_batch: bool 
     sides = (1, 2) if images.dtype == torch.uint8 else (2, 3)
     axes = (*(() if fixed_batch else (0,)), *(() if fixed else sides))
     dynamic: dict[int, Any] = dict.fromkeys(axes, Dim.DYNAMIC)
+    return export_program(network, (images,), (dynamic,), type(network).__name__)
+
+
+def export_program(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any, what: str) -> ExportedProgram:
+    """Export a module with `torch.export`, without gradients.
+
+    Args:
+        module: in evaluation mode.
+        inputs: example inputs.
+        dynamic: `dynamic_shapes` of `torch.export.export`.
+        what: name of what is exported, for the error.
+
+    Raises:
+        LightspineError: PyTorch cannot export the module.
+    """
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            # The exporter warns about its own internals.
-            warnings.simplefilter("ignore")
-            return torch.export.export(network, (images,), dynamic_shapes=(dynamic,))
+            # PyTorch and torchvision warn about their own internals.
+            warnings.filterwarnings("ignore", module=r"(torch|torchvision|copyreg)(\.|$)")
+            return torch.export.export(module, inputs, dynamic_shapes=dynamic)
     except Exception as error:
+        # The rest of the message is a report of many lines.
+        reason = str(error).partition("\n")[0]
         raise LightspineError(
-            f"PyTorch cannot export this {type(network).__name__}: {type(error).__name__}: {error}"
+            f"PyTorch cannot export this {what}: {type(error).__name__}: {reason}"
         ) from error
 
 

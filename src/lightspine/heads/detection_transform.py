@@ -217,7 +217,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def paste_whole_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Paste masks as `paste_masks` does, without a loop over the boxes, so that `torch.export` can trace it.
+    """Paste masks into an image without a loop over the boxes: `paste_masks` for `torch.export`.
 
     Returns:
         Probabilities (N, height, width).

@@ -63,7 +63,7 @@ class StridedAnchors(AnchorGenerator):
         return [anchors for _ in image_list.image_sizes]
 
     def level_anchors(self, feature_maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return the anchors (N, 4) of each level."""
+        """Return the anchor boxes (N, 4) of each pyramid level."""
         device = feature_maps[0].device
         # float32 even for half-precision maps: half precision cannot hold pixel coordinates.
         self.set_cell_anchors(torch.promote_types(feature_maps[0].dtype, torch.float32), device)

@@ -28,8 +28,7 @@ from torch import Tensor
 from lightspine._version import __version__
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.pickle_check import check_pickled_file
-from lightspine.utils.files import atomic_write, is_file_name
-from lightspine.utils.json_text import parse_json
+from lightspine.utils.files import atomic_write, is_file_name, parse_json
 
 Weights = Literal["auto", "model", "ema"]
 """Weights to load: "model" as trained, "ema" for their moving average, "auto" for the published ones."""

@@ -27,8 +27,7 @@ from timm.models import PretrainedCfg
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.pickle_check import check_pickled_file
-from lightspine.utils.files import atomic_write_text
-from lightspine.utils.json_text import parse_json
+from lightspine.utils.files import atomic_write_text, parse_json
 from lightspine.utils.progress import byte_progress
 
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -1,5 +1,6 @@
-"""Atomic file writes."""
+"""Atomic file writes; names and JSON documents that come with the files of others."""
 
+import json
 import os
 import secrets
 import shutil
@@ -7,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lightspine.errors import LightspineError, UsageError
 
@@ -16,12 +17,24 @@ _LONGEST_NAME = 255
 
 
 def is_file_name(name: str) -> bool:
-    """Return whether a string from a file can name a file in a given folder, and nothing outside it."""
+    """Return whether a string is a plain file name: no separators, no `..`, not too long."""
     return (
         name not in ("", ".", "..")
         and not any(character in "/\\" or ord(character) < 32 for character in name)
         and len(name.encode("utf-8", "surrogatepass")) <= _LONGEST_NAME
     )
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse a JSON document, as `json.loads` does.
+
+    Raises:
+        ValueError: the text is not JSON, not UTF-8, or nested more deeply than Python's stack allows.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_resource_error(error: BaseException) -> str | None:
-    """Return a sentence about a lack of memory or a loader worker that died, or None for other errors."""
+    """Describe an out-of-memory error or a dead data loader worker; return None for other errors."""
     if isinstance(error, WorkerDiedError):
         return str(error)
     if isinstance(error, LightspineError):

@@ -18,10 +18,9 @@ from lightspine.data.convert.output import (
 from lightspine.data.convert.sources import SourceFiles, choose_split
 from lightspine.data.detection.coco_values import to_float
 from lightspine.errors import LightspineError, UsageError
-from lightspine.utils.files import path_from_text
+from lightspine.utils.files import parse_json, path_from_text
 from lightspine.utils.image_files import read_image_size
 from lightspine.utils.issues import Issues
-from lightspine.utils.json_text import parse_json
 from lightspine.utils.progress import progress_bar
 
 

@@ -19,10 +19,9 @@ from lightspine.data.detection.masks import (
     normalize_segmentation,
 )
 from lightspine.errors import LightspineError, UsageError
-from lightspine.utils.files import path_from_text
+from lightspine.utils.files import parse_json, path_from_text
 from lightspine.utils.image_files import read_image_size
 from lightspine.utils.issues import Issues
-from lightspine.utils.json_text import parse_json
 from lightspine.utils.packed_strings import PackedStrings
 from lightspine.utils.progress import progress_bar
 

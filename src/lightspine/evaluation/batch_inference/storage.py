@@ -13,8 +13,7 @@ import numpy as np
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.batch_inference.outputs import Table
-from lightspine.utils.files import atomic_write, atomic_write_text
-from lightspine.utils.json_text import parse_json
+from lightspine.utils.files import atomic_write, atomic_write_text, parse_json
 from lightspine.utils.printable import printable
 
 BAD_IMAGES = "bad_images.csv"

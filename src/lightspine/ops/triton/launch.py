@@ -274,9 +274,10 @@ def grouped_scan_backward(
 def _states_at_chunks(
     launcher: _Launcher, grad_out: Strided, grad_state: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the state before each chunk, or `None` for zeros, the adjoint at its end and its sum of dt.
+    """Compute the states between chunks for the backward.
 
-    The backward writes to the last two.
+    Returns the state before each chunk (`None` for zeros), the adjoint at its end, and its sum of dt. The
+    backward writes to the last two.
     """
     config = launcher.config
     shape = (launcher.batch, launcher.groups, config.chunks)
