@@ -304,7 +304,7 @@ def mix_bidirectionally(
     z: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor,
-    projections: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
     dt_weight: Tensor,
     A: Tensor,
     D: Tensor,
@@ -317,7 +317,8 @@ def mix_bidirectionally(
         z: gate, (B, L, D).
         conv_weight: filters of both directions, (2, D, W).
         conv_bias: (2, D).
-        projections: `x_proj` of each direction, to dt, B and C.
+        project: maps the convolved tokens of both directions, (B, L, 2 D), to the inputs of dt, (B, L, 2 R),
+            and to B and C of the scan, (B, 2, N, L).
         dt_weight: block-diagonal projection of both dt, (2 D, 2 R).
         A: state matrices, (2 D, N).
         D: skip connections, (2 D,).
@@ -327,14 +328,8 @@ def mix_bidirectionally(
         (B, L, D).
     """
     u = causal_conv1d(x.transpose(1, 2), conv_weight, conv_bias, silu=True, reverse=(False, True))
-    rank, states = dt_weight.shape[1] // 2, A.shape[1]
-    split = [
-        project(half).split([rank, states, states], dim=-1)
-        for project, half in zip(projections, u.transpose(1, 2).chunk(2, dim=-1), strict=True)
-    ]
-    low_rank, *B_and_C = zip(*split, strict=True)
-    delta = F.linear(torch.cat(low_rank, dim=-1), dt_weight).transpose(1, 2)
-    B, C = (torch.stack(pair, dim=2).permute(0, 2, 3, 1) for pair in B_and_C)
+    low_rank, B, C = project(u.transpose(1, 2))
+    delta = F.linear(low_rank, dt_weight).transpose(1, 2)
     return bidirectional_scan(u, delta, A, B, C, D, z.transpose(1, 2), dt_bias, True).transpose(1, 2)
 
 
@@ -447,12 +442,23 @@ class VimMixer(nn.Module):
             z,
             torch.cat([d.conv1d.weight.transpose(0, 1) for d in directions]),
             torch.stack([d.conv1d.bias for d in directions]),
-            (self.ahead.x_proj, self.back.x_proj),
+            self._project_both,
             torch.block_diag(*(d.dt_proj.weight for d in directions)),
             -torch.exp(at_least_float32(torch.cat([d.A_log for d in directions]))),
             torch.cat([d.D for d in directions]),
             torch.cat([d.dt_proj.bias for d in directions]),
         )
+
+    @torch.jit.unused
+    def _project_both(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        directions: Any = (self.ahead, self.back)
+        split = [
+            d.x_proj(half).split([d.dt_rank, d.state_dim, d.state_dim], dim=-1)
+            for d, half in zip(directions, u.chunk(2, dim=-1), strict=True)
+        ]
+        low_rank, *B_and_C = zip(*split, strict=True)
+        B, C = (torch.stack(pair, dim=2).permute(0, 2, 3, 1) for pair in B_and_C)
+        return torch.cat(low_rank, dim=-1), B, C
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, C, H, W), or tokens (B, L, C) with `layout="NLC"`."""

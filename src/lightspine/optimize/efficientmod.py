@@ -5,13 +5,16 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
+from lightspine.layers.attention import attention
 from lightspine.models.efficientmod import (
     Attention,
     ConvNorm,
+    EfficientMod,
     EfficientModAttentionBlock,
     EfficientModBlock,
     ModulationMlp,
 )
+from lightspine.optimize import target
 from lightspine.optimize.folding import scale_output, set_weights
 from lightspine.optimize.general import register_inference_form
 from lightspine.optimize.packed import PackedBinaryLinear, PackedConv2d, PackedLinear
@@ -62,15 +65,21 @@ class FoldedEfficientModBlock(nn.Module):
 
 @register_inference_form(Attention)
 class FoldedAttention(nn.Module):
-    """`Attention` with residual connection; the scale of the queries is folded into their projection."""
+    """`Attention` with residual connection.
+
+    On a CPU the attention is two products, with the scale of the queries folded into their projection. On a
+    CUDA device it is PyTorch's fused kernel, which never writes the matrix of weights.
+    """
 
     def __init__(self, module: Attention):
         super().__init__()
         self.num_heads = module.num_heads
         self.inner = module.num_heads * module.head_dim
-        weight = module.qkv.weight.double().clone()
-        weight[: self.inner] *= module.head_dim**-0.5
-        set_weights(module.qkv, weight, None)
+        self.fused = target.on_cuda(module.qkv.weight)
+        if not self.fused:
+            weight = module.qkv.weight.double().clone()
+            weight[: self.inner] *= module.head_dim**-0.5
+            set_weights(module.qkv, weight, None)
         self.qkv = PackedLinear(module.qkv)
         self.proj = PackedBinaryLinear(module.proj, "add")
 
@@ -81,7 +90,7 @@ class FoldedAttention(nn.Module):
             part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for part in tokens.split(self.inner, dim=2)
         )
-        out = (q @ k.transpose(2, 3)).softmax(dim=3) @ v
+        out = attention(q, k, v) if self.fused else (q @ k.transpose(2, 3)).softmax(dim=3) @ v
         out = out.transpose(1, 2).flatten(2).unflatten(1, (x.shape[1], x.shape[2]))
         return self.proj(out, add)
 
@@ -110,3 +119,10 @@ def pack_convolution(module: Any) -> nn.Module:
     """Pack the convolution of the stem or a downsampling."""
     module.conv = PackedConv2d(module.conv)
     return module
+
+
+@register_inference_form(EfficientMod)
+def store_channels_last(model: EfficientMod) -> EfficientMod:
+    """Store the weights of the convolutions in the memory format of the maps."""
+    target.convolve_channels_last(model)
+    return model

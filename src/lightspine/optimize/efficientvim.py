@@ -18,6 +18,8 @@ from lightspine.models.efficientvim import (
     StatefulEfficientViMBlock,
     Stem,
 )
+from lightspine.ops.derivatives import in_transform
+from lightspine.optimize import target
 from lightspine.optimize.folding import add_identity, merge_distillation_heads, scale_output
 from lightspine.optimize.general import register_inference_form
 from lightspine.optimize.packed import PackedConv2d, PackedLinear, PackedPointwise, pack_sequence
@@ -39,6 +41,7 @@ class _FoldedMixer(nn.Module):
         self.bcdt_proj = PackedPointwise(module.bcdt_proj)
         self.dwconv = PackedConv2d(module.dwconv)
         self.register_buffer("skip", module.D)
+        self.on_cuda = target.on_cuda(module.D)
 
     skip: Tensor
 
@@ -68,7 +71,9 @@ class FoldedHSMSSD(_FoldedMixer):
         state = self.out_proj(h * (F.silu(z) + self.skip))  # B N C
         # The gate is applied to N states instead of L positions.
         x = x.permute(0, 2, 3, 1) * kept
-        y = torch.baddbmm(x.flatten(1, 2), read, state * self.gate)
+        # In place on a CUDA device: otherwise PyTorch copies x before it adds the product.
+        add_product = Tensor.baddbmm_ if self.on_cuda and not in_transform() else torch.baddbmm
+        y = add_product(x.flatten(1, 2), read, state * self.gate)
         return y.view(x.shape).permute(0, 3, 1, 2), state.transpose(1, 2)
 
 
@@ -87,8 +92,9 @@ class FoldedNCSSD(_FoldedMixer):
         u, z = self.uz_proj(tokens).chunk(2, dim=2)
         state = write.transpose(1, 2) @ u  # B N C
         y = self.out_proj((read @ state + self.skip * u) * F.silu(z))
-        x = x.permute(0, 2, 3, 1) * kept
-        return (x + y.view(x.shape)).permute(0, 3, 1, 2), state.transpose(1, 2)
+        x = x.permute(0, 2, 3, 1)
+        y = torch.addcmul(y.view(x.shape), x, kept)
+        return y.permute(0, 3, 1, 2), state.transpose(1, 2)
 
 
 @register_inference_form(EfficientViMBlock)
@@ -106,14 +112,18 @@ class FoldedEfficientViMBlock(nn.Module):
         self.fc1 = PackedPointwise(module.ffn.fc1.conv, module.ffn.fc1.act)
         self.fc2 = PackedPointwise(module.ffn.fc2.conv)
         self.register_buffer("kept", (1 - gates[[1, 3]]).to(module.alpha.dtype))
+        self.on_cuda = target.on_cuda(module.alpha)
 
     kept: Tensor
 
     def forward_with_state(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the map (B, C, H, W) and the mixer's hidden state (B, C, N)."""
         x, state = self.mixer(self.dwconv1(x), self.kept[0])
-        x = self.dwconv2(x)
-        return self.fc2(self.fc1(x), x * self.kept[1, :, None, None]), state
+        x, kept = self.dwconv2(x), self.kept[1, :, None, None]
+        if self.on_cuda:
+            # One launch scales and adds. A CPU adds within the product instead.
+            return torch.addcmul(self.fc2(self.fc1(x)), x, kept), state
+        return self.fc2(self.fc1(x), x * kept), state
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, H, W)."""
@@ -165,5 +175,6 @@ def merge_classifiers(module: FusionHead) -> nn.Linear:
 
 @register_inference_form(EfficientViM)
 def merge_heads(module: EfficientViM) -> EfficientViM:
-    """Merge the two classifiers of a distilled model."""
+    """Merge the two classifiers of a distilled model, and store convolutions in the format of the maps."""
+    target.convolve_channels_last(module)
     return merge_distillation_heads(module)

@@ -1,4 +1,4 @@
-"""Linear layers and convolutions with weights packed for oneDNN and a fused activation or binary operation.
+"""Linear layers and convolutions with packed weights and a fused activation or binary operation.
 
 On a CPU, PyTorch computes float32 matrix products with MKL, which on AMD processors is slower than oneDNN,
 and reorders the weights of convolutions and bfloat16 products at every call. oneDNN also applies an
@@ -6,10 +6,14 @@ activation, or adds or multiplies by a second tensor, before the result leaves t
 are those that `torch.compile` uses for a frozen model. They are not part of PyTorch's public interface, so
 `packing_available` checks for them.
 
+On a CUDA device nothing is packed. Products with a bias and a ReLU, or in bfloat16 a GELU, are one launch of
+cuBLAS, 1x1 convolutions of channels-last maps are products, and additions overwrite the result of a product
+instead of allocating another one.
+
 Each layer falls back to the plain one, with the same weights, on another device or dtype, under autocast,
-while gradients are recorded, under `torch.func` transforms, and in a trace or an export. It therefore keeps
-both forms of its weights in memory. The packed form follows `to`, `load_state_dict`, copies and pickles, but
-no in-place change of `weight`.
+while gradients are recorded, under `torch.func` transforms, and in a trace, a compiler or an export. On a CPU
+it therefore keeps both forms of its weights in memory. The packed form follows `to`, `load_state_dict`,
+copies and pickles, but no in-place change of `weight`.
 """
 
 from collections.abc import Iterator
@@ -24,6 +28,7 @@ from torch import Tensor
 
 from lightspine.errors import UsageError
 from lightspine.ops.derivatives import in_transform
+from lightspine.optimize import target
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -91,7 +96,8 @@ class _PackedLayer(nn.Module):
         # Plain attributes, because nn.Module looks up parameters several times more slowly.
         self._dtype = weight.dtype
         self._bias = None if self.bias is None else self.bias.detach()
-        self.can_pack = weight.device.type == "cpu" and packing_available()[0]
+        self.on_cuda = target.on_cuda(weight)
+        self.can_pack = weight.device.type == "cpu" and not self.on_cuda and packing_available()[0]
         if self.can_pack and weight.dtype == torch.bfloat16:
             self.can_pack = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         elif weight.dtype != torch.float32:
@@ -100,19 +106,35 @@ class _PackedLayer(nn.Module):
 
     def _takes(self, x: Any) -> bool:
         """Return whether a call with this input can use the packed weights."""
+        return self.can_pack and self._is_inference(x) and bool(x.is_cpu)
+
+    def _fuses(self, x: Any) -> bool:
+        """Return whether a call with this input can use the fused operations of a CUDA device."""
+        return self.on_cuda and self._is_inference(x) and target.on_cuda(x)
+
+    def _is_inference(self, x: Any) -> bool:
+        """Return whether a call only computes values, in the dtype of the weights."""
         # Compilers, tracers and exporters must see the plain layer. Tracing is checked first, because a proxy
         # has no dtype.
         tracing = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()  # type: ignore[attr-defined]
         return (
-            self.can_pack
-            and not tracing
+            not tracing
             and not torch.compiler.is_compiling()
             and not in_transform()
-            and x.is_cpu
             and x.dtype == self._dtype
             and not (torch.is_grad_enabled() and x.requires_grad)
-            and not torch.is_autocast_enabled("cpu")
+            and not torch.is_autocast_enabled(x.device.type)
         )
+
+    def _multiply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Return `activation(x @ matrix^T + bias)`, in as few launches of a CUDA device as possible."""
+        # In bfloat16 the GELU of cuBLAS, by the hyperbolic tangent, differs by less than the rounding.
+        fused = self.attribute == "relu" or (self.attribute == "gelu" and x.dtype == torch.bfloat16)
+        if not fused or self._bias is None:
+            return self.activation(F.linear(x, matrix, self._bias))
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch._addmm_activation(self._bias, rows, matrix.t(), use_gelu=self.attribute == "gelu")
+        return y.view(*x.shape[:-1], -1)
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed tensors can be neither copied nor pickled; __setstate__ makes them again.
@@ -161,6 +183,8 @@ class PackedLinear(_PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
+        if self._fuses(x):
+            return self._multiply(x, self.weight)
         if not self._takes(x) or x.numel() < self._few_numbers:
             return self.activation(F.linear(x, self.weight, self.bias))
         return torch.ops.mkldnn._linear_pointwise.default(
@@ -187,6 +211,8 @@ class PackedBinaryLinear(PackedLinear):
                 x, other, self._packed, self._bias, self.operation
             )
         y = F.linear(x, self.weight, self.bias)
+        if self._fuses(x) and other.dtype == y.dtype:
+            return y.add_(other) if self.operation == "add" else y.mul_(other)
         return y + other if self.operation == "add" else y * other
 
 
@@ -201,6 +227,9 @@ class _PackedConv(_PackedLayer):
 
     def _takes(self, x: Any) -> bool:
         return super()._takes(x) and not (self.keep_layout and not _stays_channels_last(x))
+
+    def _fuses(self, x: Any) -> bool:
+        return super()._fuses(x) and _stays_channels_last(x)
 
 
 def _stays_channels_last(x: Tensor) -> bool:
@@ -314,6 +343,9 @@ class PackedPointwise(_PackedConv):
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Map (B, in_channels, H, W) to `activation(conv(x))`, or to `activation(conv(x)) + add`."""
+        if self._fuses(x):
+            y = self._multiply(x.permute(0, 2, 3, 1), self._matrix).permute(0, 3, 1, 2)
+            return y if add is None else y.add_(add) if add.dtype == y.dtype else y + add
         if not self._takes(x):
             y = self.activation(F.conv2d(x, self.weight, self.bias))
             return y if add is None else y + add

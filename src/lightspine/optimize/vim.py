@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightspine.models.vim import ScanDirection, Vim, VimMixer, at_least_float32, mix_bidirectionally
 from lightspine.ops.dispatch import runs_on_triton
 from lightspine.ops.memory_format import channels_last
 from lightspine.ops.selective_scan import scan
+from lightspine.optimize import target
 from lightspine.optimize.folding import scale_output, set_weights
 from lightspine.optimize.general import register_inference_form
 from lightspine.optimize.packed import PackedConv2d, PackedLinear
@@ -62,6 +64,70 @@ class FoldedScanDirection(nn.Module):
         return y.transpose(1, 2)
 
 
+class BothDirections(nn.Module):
+    """Parameters of both directions of a mixer, joined for the kernels that run them at once.
+
+    Both projections to dt, B and C are one product with a block-diagonal matrix, whose rows are ordered so
+    that its output is read in place: dt of both directions, B of both, C of both.
+    """
+
+    def __init__(self, ahead: FoldedScanDirection, back: FoldedScanDirection):
+        super().__init__()
+        directions: Any = (ahead, back)
+        self.sizes = [2 * size for size in ahead.sizes]
+        self.state_dim = ahead.sizes[1]
+        joined = {
+            "conv_weight": torch.cat([d.filters() for d in directions]),
+            "conv_bias": torch.stack([d.conv.bias for d in directions]),
+            "x_weight": _interleave(*(d.x_proj.weight for d in directions), ahead.sizes),
+            "dt_weight": torch.block_diag(*(d.dt_proj.weight for d in directions)),
+            "A": torch.cat([d.A for d in directions]),
+            "D": torch.cat([d.D for d in directions]),
+            "dt_bias": torch.cat([d.dt_bias for d in directions]),
+        }
+        for name, tensor in joined.items():
+            self.register_buffer(name, tensor.detach().contiguous())
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_weight: Tensor
+    dt_weight: Tensor
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor
+
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map convolved tokens (B, L, 2 D) to the inputs of dt, (B, L, 2 R), and B and C, (B, 2, N, L)."""
+        low_rank, *B_and_C = F.linear(u, self.x_weight).split(self.sizes, dim=2)
+        B, C = (part.unflatten(2, (2, self.state_dim)).permute(0, 2, 3, 1) for part in B_and_C)
+        return low_rank, B, C
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Run both directions on tokens x and multiply by SiLU(z); all (B, L, D)."""
+        return mix_bidirectionally(
+            x,
+            z,
+            self.conv_weight,
+            self.conv_bias,
+            self.project,
+            self.dt_weight,
+            self.A,
+            self.D,
+            self.dt_bias,
+        )
+
+
+def _interleave(ahead: Tensor, back: Tensor, sizes: list[int]) -> Tensor:
+    """Return the matrix that maps both inputs (2 D) to the parts of both outputs, part by part."""
+    zeros = torch.zeros_like(ahead)
+    rows = zip(
+        torch.cat([ahead, zeros], dim=1).split(sizes),
+        torch.cat([zeros, back], dim=1).split(sizes),
+        strict=True,
+    )
+    return torch.cat([part for pair in rows for part in pair])
+
+
 @register_inference_form(VimMixer)
 class FoldedVimMixer(nn.Module):
     """`VimMixer` with the halving of the sum and the layer scale folded into the last projection."""
@@ -76,33 +142,33 @@ class FoldedVimMixer(nn.Module):
         if module.gamma is not None:
             scale_output(out_proj, module.gamma)
         self.out_proj = PackedLinear(out_proj)
-        # Two products instead of one, so that both halves are contiguous for the convolution and the scan.
-        self.x_part, self.z_part = (PackedLinear(half) for half in _halves(module.in_proj))
+        self.in_proj: nn.Module | None = None
+        self.both: nn.Module | None = None
+        if target.on_cuda(module.in_proj.weight):
+            # Its kernels read both halves in place.
+            self.in_proj = PackedLinear(module.in_proj)
+            if self.back is not None:
+                self.both = BothDirections(self.ahead, self.back)
+        else:
+            # Two products instead of one: both halves are contiguous for the convolution and the scan.
+            self.x_part, self.z_part = (PackedLinear(half) for half in _halves(module.in_proj))
         self.A_back: Tensor | None
         log = module.A_log_back
         self.register_buffer("A_back", None if log is None else -torch.exp(at_least_float32(log)))
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """Mix tokens (B, L, C)."""
-        x, z = self.x_part(x), self.z_part(x)
+        if self.in_proj is None:
+            x, z = self.x_part(x), self.z_part(x)
+        else:
+            x, z = self.in_proj(x).chunk(2, dim=2)
         if self.A_back is not None:
             return self.out_proj(self._scan_shared(x, z, self.A_back))
         return self.out_proj(self._scan_directions(x, z))
 
     def _scan_directions(self, x: Tensor, z: Tensor) -> Tensor:
-        if self.back is not None and runs_on_triton(x):
-            directions: Any = (self.ahead, self.back)
-            return mix_bidirectionally(
-                x,
-                z,
-                torch.cat([d.filters() for d in directions]),
-                torch.stack([d.conv.bias for d in directions]),
-                tuple(d.x_proj for d in directions),
-                torch.block_diag(*(d.dt_proj.weight for d in directions)),
-                torch.cat([d.A for d in directions]),
-                torch.cat([d.D for d in directions]),
-                torch.cat([d.dt_bias for d in directions]),
-            )
+        if self.both is not None and runs_on_triton(x):
+            return self.both(x, z)
         y = self.ahead(x, z)
         return y if self.back is None else y + self.back(x, z)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightspine.models.vmamba import SS2D, VMamba
 from lightspine.ops.cross_scan import projected_cross_scan
+from lightspine.optimize import target
 from lightspine.optimize.general import register_inference_form
 from lightspine.optimize.packed import PackedConv2d, PackedLinear, can_fuse
 
@@ -68,4 +69,5 @@ def pack_convolutions(model: VMamba) -> VMamba:
         for name, layer in list(part.named_children()):
             if isinstance(layer, nn.Conv2d):
                 setattr(part, name, PackedConv2d(layer))
+    target.convolve_channels_last(model)
     return model
