@@ -8,10 +8,11 @@ own module.
 import importlib
 import pkgutil
 
+from lightspine.optimize.cuda_graph import CudaGraphModel as CudaGraphModel
 from lightspine.optimize.general import optimize as optimize
 from lightspine.optimize.general import register_inference_form as register_inference_form
 
-__all__ = ["optimize", "register_inference_form"]
+__all__ = ["CudaGraphModel", "optimize", "register_inference_form"]
 
 # Importing every module here registers the forms of all families, so that a new one needs no entry in a list.
 for _module in pkgutil.iter_modules(__path__):

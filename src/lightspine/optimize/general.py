@@ -10,16 +10,18 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 import torch.fx
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, DropPath
 from timm.models import reparameterize_model
+from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightspine.errors import UsageError
+from lightspine.optimize.cuda_graph import CudaGraphModel, check_capture
 from lightspine.optimize.folding import (
     BATCH_NORMS,
     FOLDABLE_LAYERS,
@@ -71,8 +73,16 @@ def register_inference_form(kind: type[nn.Module]) -> Callable[[InferenceFormTyp
     return decorate
 
 
+@overload
+def optimize(model: Module, example: None = None, *, cuda_graph: Literal[False] = False) -> Module: ...
+
+
+@overload
+def optimize(model: nn.Module, example: Tensor, *, cuda_graph: Literal[True]) -> CudaGraphModel: ...
+
+
 @torch.no_grad()
-def optimize(model: Module) -> Module:
+def optimize(model: nn.Module, example: Tensor | None = None, *, cuda_graph: bool = False) -> nn.Module:
     """Return a copy of a model for inference that computes the same output within rounding error.
 
     The copy is made for the device of the model: move the model before. For any model:
@@ -113,9 +123,15 @@ def optimize(model: Module) -> Module:
     Args:
         model: any module in evaluation mode, such as a model of lightspine or timm, also with
             `features_only=True`, a detector or a segmenter; it is not changed.
+        example: images of the shape, dtype and device of all calls, for `cuda_graph`.
+        cuda_graph: capture the forward pass for the example into a CUDA graph, and return a
+            `lightspine.optimize.CudaGraphModel`. Small batches spend most of their time launching kernels,
+            which a graph launches all at once. The result takes images of that shape, dtype and device only
+            and refuses others; its attribute `model` is the optimized copy, which takes any.
 
     Raises:
-        UsageError: the model or a part of it is in training mode.
+        UsageError: the model or a part of it is in training mode; an example without `cuda_graph`; a CUDA
+            graph without an example, or of a model or an example on another device.
 
     Examples:
         >>> import lightspine, torch
@@ -124,13 +140,18 @@ def optimize(model: Module) -> Module:
         >>> fast(torch.zeros(1, 3, 224, 224)).shape
         torch.Size([1, 1000])
     """
+    if cuda_graph:
+        check_capture(model, example)
+    elif example is not None:
+        raise UsageError("an example is used with cuda_graph=True only, received one without it")
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
         raise UsageError(f"expected a model in evaluation mode (model.eval()), but {training[0]} is training")
     pass_ = _Optimization(reparameterize_model(copy.deepcopy(model), inplace=True))
     optimized = pass_.replace(pass_.model)
     pass_.pack_layers(optimized)
-    return optimized.eval().requires_grad_(False)
+    optimized = optimized.eval().requires_grad_(False)
+    return optimized if example is None else CudaGraphModel(optimized, example)
 
 
 class _Fusion(NamedTuple):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightspine.ops.scan_orders import scan_order
 from lightspine.ops.triton import cross_scan_kernels as kernels
+from lightspine.ops.triton.constants import use_constant
 from lightspine.ops.triton.launch import launch
 from lightspine.ops.triton.tile_language import INTERPRETED
 
@@ -156,7 +157,7 @@ class _Scan:
             "p_W": self.dt_weight,
             "p_A": self.A,
             "p_bias": self.dt_bias,
-            "p_order": self.walk.order,
+            "p_order": use_constant(self.walk.order),
             "length": self.length,
             "dim": self.dim,
             "rank": self.rank,

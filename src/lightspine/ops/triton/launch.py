@@ -23,6 +23,7 @@ from lightspine.ops.triton.config import (
     ScanConfig,
     choose_config,
 )
+from lightspine.ops.triton.constants import use_constant
 from lightspine.ops.triton.kernels import (
     chunk_adjoint_kernel,
     chunk_scan_fwd_kernel,
@@ -63,7 +64,9 @@ class _Launcher:
             "p_C": inputs.C.tensor,
             "p_bias": self.delta_bias,
             "p_z": None if inputs.z is None else inputs.z.tensor,
-            "p_order": None if inputs.order is None else _on_device(inputs.order, self.A.device),
+            "p_order": None
+            if inputs.order is None
+            else use_constant(_on_device(inputs.order, self.A.device)),
             "dt_strides": inputs.delta[1:],
             "C_strides": inputs.C[1:],
             "z_strides": (0, 0, 0, 0) if inputs.z is None else inputs.z[1:],
