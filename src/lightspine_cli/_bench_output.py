@@ -13,6 +13,7 @@ _MODEL_COLUMNS = (
     ">size",
     ">median ms",
     ">p90 ms",
+    ">p99 ms",
     ">images/s",
     ">MiB",
     ">params",
@@ -23,7 +24,7 @@ _MODEL_COLUMNS = (
     ">published top-1",
     ">published images/s",
 )
-_TRAIN_COLUMNS = (">train ms", ">train MiB")
+_TRAIN_COLUMNS = (">train ms", ">train images/s", ">train MiB")
 _TIME_COLUMNS = (
     "shape",
     ">batch",
@@ -81,9 +82,11 @@ def print_models(result: Any) -> None:
     """Print a `lightspine.benchmark.results.BenchResult`."""
     system = result.system
     rates = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in result.matmul_gflops.items())
+    devices = [name for name in system["devices"] if name.startswith("cuda")]
     print_pairs(
         [
             ("processor", f"{system['processor']}, threads: {result.settings['threads']}"),
+            *[("device", name) for name in devices if result.settings["device"] == "cuda"],
             ("torch, timm", f"{system['versions']['torch']}, {system['versions']['timm']}, {system['date']}"),
             ("load before", _load_text(system.get("load_average"))),
             ("matrix product", rates),
@@ -211,6 +214,7 @@ def _model_cells(row: Any) -> tuple[str, ...]:
         *_row_conditions(row),
         _format_number(forward and forward.median_ms, 1),
         _format_number(forward and forward.p90_ms, 1),
+        _format_number(forward and forward.p99_ms, 1),
         _format_number(forward and forward.images_per_s, 1),
         _format_number(row.peak_memory_mib, 0),
         with_thousands(row.parameters),
@@ -221,6 +225,7 @@ def _model_cells(row: Any) -> tuple[str, ...]:
         _format_number(published and published.top1, 1),
         _format_number(published and published.throughput, 0),
         _format_number(row.train_step and row.train_step.median_ms, 1),
+        _format_number(row.train_step and row.train_step.images_per_s, 1),
         _format_number(row.train_memory_mib, 0),
     )
 

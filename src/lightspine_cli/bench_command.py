@@ -102,6 +102,12 @@ def _parse_numbers(text: str) -> tuple[int, ...]:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     # Options that a preset may set have no default here; `BenchSettings` has the defaults.
     parser.add_argument("--preset", metavar="NAME", help="the models and settings of a paper's table")
+    parser.add_argument(
+        "--only",
+        type=_parse_names,
+        metavar="A,B",
+        help="of the preset's models measure these, as named in the preset (NAME or timm/NAME)",
+    )
     parser.add_argument("--list-presets", action="store_true", help="list the presets and exit")
     parser.add_argument("--batch", type=_parse_numbers, metavar="1,8", help="batch sizes (default: 1)")
     parser.add_argument(
@@ -282,8 +288,32 @@ def _select_models(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]
     if args.preset is not None:
         preset = find_preset(args.preset)
         specs, settings = list(preset.specs), preset.settings
+        if args.only is not None:
+            specs = _select_rows(specs, args.only, args.preset)
+    elif args.only is not None:
+        raise UsageError("--only selects models of a preset: give --preset too")
     named = [with_published(parse_model(name)) for name in dict.fromkeys(args.models)]
     return specs + [spec for spec in named if spec not in specs], settings
+
+
+def _select_rows(specs: list[Any], names: tuple[str, ...], preset: str) -> list[Any]:
+    """Return the rows of a preset with these names.
+
+    Raises:
+        UsageError: the preset has no model of a name.
+    """
+    from lightspine.benchmark.model_specs import TIMM_PREFIX
+    from lightspine.errors import UsageError
+
+    by_name: dict[str, list[Any]] = {}
+    for spec in specs:
+        name = f"{TIMM_PREFIX}{spec.name}" if spec.source == "timm" else spec.name
+        by_name.setdefault(name, []).append(spec)
+    if unknown := [name for name in names if name not in by_name]:
+        raise UsageError(
+            f"expected --only with models of the preset {preset}, {', '.join(by_name)}, got {unknown[0]}"
+        )
+    return [spec for name in names for spec in by_name[name]]
 
 
 def _run_ops(args: argparse.Namespace) -> int:

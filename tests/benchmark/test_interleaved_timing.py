@@ -141,6 +141,11 @@ def test_median_and_p90_are_those_of_the_durations() -> None:
     assert found.images_per_s is None
 
 
+def test_p99_is_the_slowest_but_one_of_a_hundred_calls() -> None:
+    found = summarize([0.001 * step for step in range(100, 0, -1)])
+    assert (found.p90_ms, found.p99_ms) == pytest.approx((90.0, 99.0))
+
+
 def test_images_per_second_are_the_batch_over_the_median() -> None:
     assert summarize([0.02, 0.01, 0.05], batch=4).images_per_s == pytest.approx(200)
 

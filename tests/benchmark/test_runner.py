@@ -254,6 +254,16 @@ def test_group_holds_all_that_is_compared_at_one_batch_and_size() -> None:
     assert all(len(group) == 4 for group in groups)
 
 
+def test_each_model_is_a_group_of_its_own_on_a_gpu() -> None:
+    settings = BenchSettings(device="cuda", batches=(128, 1), modes=("eager", "compile"))
+    groups = plan_groups(_specs("shvit_s1", "vim_tiny"), settings)
+    assert [[(job.row.model, job.row.batch, job.row.mode) for job in group] for group in groups] == [
+        [(model, batch, mode) for mode in ("eager", "compile")]
+        for batch in (128, 1)
+        for model in ("shvit_s1", "vim_tiny")
+    ]
+
+
 def test_absent_model_is_a_row_with_its_reason() -> None:
     spec = ModelSpec(name="EdgeViT-XXS", source="timm", absent="timm has no such model")
     [row] = absent_rows([spec], BenchSettings())

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lightspine.benchmark.results import load_results
 from lightspine_cli import bench_command
 from lightspine_cli.main import main
 
@@ -50,6 +52,11 @@ def test_help_of_ops_names_its_options(capsys: pytest.CaptureFixture[str]) -> No
         (["bench", "shvit_s1", "--device", "abacus"], "expected devices from cpu, cuda, got abacus"),
         (["bench", "shvit_s1", "--resume"], "expected --out with the folder of the run to resume"),
         (["bench", "--preset", "vim-resolutions"], "the closest are vim-resolution"),
+        (
+            ["bench", "--preset", "gpu-table", "--only", "resnet18"],
+            "preset gpu-table, vmamba_tiny, timm/swin",
+        ),
+        (["bench", "shvit_s1", "--only", "shvit_s1"], "--only selects models of a preset"),
         (["bench", "ops", "--shapes", "vmamba-9"], "got vmamba-9"),
         (["bench", "ops", "--batch", "one"], "expected numbers such as 1,8, got 'one'"),
         (["bench", "ops", "--batch", "0"], "must be at least 1, got 0"),
@@ -63,6 +70,37 @@ def test_wrong_use_is_one_sentence_and_status_2(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert part in lines[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_table_of_a_gpu_without_one_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--preset", "gpu-table", "--out", str(tmp_path / "out")]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "device 'cuda' is not available" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_table_of_a_gpu_runs_on_a_cpu_with_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lightspine.benchmark.runner.can_measure_memory", lambda: False)
+    arguments = ["--device", "cpu", "--only", "shvit_s1,timm/shvit_s1", "--batch", "2", "--size", "64"]
+    arguments += ["--mode", "eager", "--repeats", "2", "--warmup", "1", "--threads", "1"]
+    assert main(["bench", "--preset", "gpu-table", *arguments, "--out", str(tmp_path)]) == 0
+    rows = load_results(tmp_path).rows
+    assert [(row.source, row.dtype, row.batch, row.status) for row in rows] == [
+        ("lightspine", "bfloat16", 2, "ok"),
+        ("timm", "bfloat16", 2, "ok"),
+    ]
+    for row in rows:
+        assert row.forward is not None
+        assert row.forward.p99_ms is not None
+        assert row.train_step is not None
+        assert row.matmul_share is not None
+        assert row.matmul_share > 0
+    assert "train images/s" in capsys.readouterr().out
 
 
 def test_list_of_presets_tells_how_many_models_each_has(capsys: pytest.CaptureFixture[str]) -> None:

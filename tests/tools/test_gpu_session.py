@@ -10,6 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from lightspine.benchmark.presets import find_preset
+
 TOOL = Path(__file__).parents[2] / "tools" / "gpu_session.py"
 
 
@@ -47,6 +49,20 @@ def test_no_step_starts_after_the_limit(session: ModuleType, tmp_path: Path) -> 
 
 def test_session_takes_at_most_six_minutes(session: ModuleType) -> None:
     assert session.LIMIT_S <= 360
+
+
+def test_models_of_the_session_are_in_the_preset(session: ModuleType, tmp_path: Path) -> None:
+    specs = find_preset("gpu-table").specs
+    known = {f"timm/{spec.name}" if spec.source == "timm" else spec.name for spec in specs}
+    assert known.issuperset(session.MODELS)
+    assert known.issuperset(session.COMPILED)
+    assert [step.name for step in session.plan_steps(tmp_path)] == [
+        "ops",
+        "tests",
+        "models",
+        "compiled",
+        "verify",
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

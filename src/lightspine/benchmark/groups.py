@@ -137,7 +137,7 @@ def _prepare(
             train = tools.settings.train and entry.row.status == "ok"
             entry.prepared = prepare_row(job, onnx_file, train=train)
             if tools.settings.device == "cuda":
-                entry.row = _with_cuda_memory(entry.row, entry.prepared)
+                _measure_cuda_memory(entry, entry.prepared)
     except MemoryServerError:
         raise
     except Exception as error:
@@ -201,13 +201,20 @@ def _with_memory(row: Row, reading: MemoryReading) -> Row:
     )
 
 
-def _with_cuda_memory(row: Row, prepared: PreparedRow) -> Row:
+def _measure_cuda_memory(entry: _RowInProgress, prepared: PreparedRow) -> None:
     forward = prepared.held_bytes + _peak_cuda_bytes(prepared.forward)
-    train = None
-    if prepared.train_step is not None:
+    entry.row = replace(entry.row, peak_memory_mib=forward / 2**20)
+    if prepared.train_step is None:
+        return
+    try:
         prepared.train_step()
-        train = (prepared.train_step.held_bytes + _peak_cuda_bytes(prepared.train_step)) / 2**20
-    return replace(row, peak_memory_mib=forward / 2**20, train_memory_mib=train)
+        train = prepared.train_step.held_bytes + _peak_cuda_bytes(prepared.train_step)
+    except Exception as error:
+        entry.fail(error, f"{_TRAIN}: ")
+        # The forward pass is still timed.
+        entry.prepared = replace(prepared, train_step=None)
+    else:
+        entry.row = replace(entry.row, train_memory_mib=train / 2**20)
 
 
 def _peak_cuda_bytes(call: Callable[[], object]) -> int:

@@ -25,16 +25,18 @@ class Timing:
         p90_ms: 90th percentile (nearest rank) in milliseconds.
         repeats: number of timed calls.
         images_per_s: batch size divided by the median; `None` if the call does not process a batch.
+        p99_ms: 99th percentile (nearest rank), the slowest call of fewer than 100; `None` in older results.
     """
 
     median_ms: float
     p90_ms: float
     repeats: int
     images_per_s: float | None = None
+    p99_ms: float | None = None
 
 
 def summarize(seconds: list[float], *, batch: int | None = None) -> Timing:
-    """Return median and 90th percentile of one or more durations.
+    """Return median, 90th and 99th percentile of one or more durations.
 
     Args:
         seconds: duration of each call.
@@ -44,10 +46,15 @@ def summarize(seconds: list[float], *, batch: int | None = None) -> Timing:
     median_ms = 1000 * statistics.median(ordered)
     return Timing(
         median_ms=median_ms,
-        p90_ms=1000 * ordered[max(0, -(-9 * len(ordered) // 10) - 1)],
+        p90_ms=1000 * _percentile(ordered, 90),
+        p99_ms=1000 * _percentile(ordered, 99),
         repeats=len(ordered),
         images_per_s=None if batch is None else 1000 * batch / median_ms,
     )
+
+
+def _percentile(ordered: list[float], percent: int) -> float:
+    return ordered[max(0, -(-percent * len(ordered) // 100) - 1)]
 
 
 def collect_durations(

@@ -92,13 +92,16 @@ class Job:
 def plan_groups(specs: Sequence[ModelSpec], settings: BenchSettings) -> list[list[Job]]:
     """Return the rows to measure in groups: all models, modes and dtypes at one batch and image size.
 
-    The rows of a group are timed interleaved. Results are saved after each group.
+    The rows of a group are timed interleaved. Results are saved after each group. On CUDA each model is a
+    group: all of them might not fit into the memory, and the device is not shared.
     """
     available = [spec for spec in specs if spec.absent is None]
+    together = [[spec] for spec in available] if settings.device == "cuda" else [available]
     return [
-        list(_plan_group(available, settings, batch, size))
+        list(_plan_group(group, settings, batch, size))
         for batch in settings.batches
         for size in settings.sizes
+        for group in together
     ]
 
 

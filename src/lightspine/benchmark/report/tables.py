@@ -150,6 +150,7 @@ _COLUMNS = (
     _published("top-1 %", "top1"),
     _measured("median ms", _timing("forward", "median_ms")),
     _measured("p90 ms", _timing("forward", "p90_ms")),
+    _measured("p99 ms", _timing("forward", "p99_ms")),
     _measured("images/s", _timing("forward", "images_per_s")),
     _published("images/s", "throughput"),
     _published("measured on", "throughput_device"),
