@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from lightspine.errors import UsageError
+from lightspine.errors import LightspineError, UsageError
 from lightspine.training.base import seed_generators
 from lightspine.training.lr_schedules import CosineSchedule
 from support.training import make_task, read_weights, run
@@ -181,6 +181,21 @@ def test_agc_leaves_small_gradients_alone() -> None:
         before[name] = parameter.grad.clone()
     task.configure_gradient_clipping(torch.optim.SGD(task.parameters()))
     assert all(torch.equal(p.grad, before[name]) for name, p in task.model.named_parameters())
+
+
+def test_gradients_of_a_fused_optimizer_are_clipped_in_mixed_precision(tmp_path: Path) -> None:
+    probe = AtStep(global_norm)
+    run(tmp_path / "run", epochs=1, precision="bf16-mixed", gradient_clip=0.1, callbacks=[probe])
+    assert probe.seen == pytest.approx([0.1] * 6, rel=1e-3)
+
+
+def test_skipped_steps_are_read_before_the_validation_and_the_checkpoint(tmp_path: Path) -> None:
+    task = make_task(max_bad_steps=5)
+    task.guard.deferred = True
+    task.model.register_forward_hook(lambda _, __, logits: logits * float("nan"))
+    with pytest.raises(LightspineError, match=r"6 non-finite steps in a row.*first: .*step 0 \(epoch 0\)"):
+        run(tmp_path / "run", task=task, epochs=1)
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_two_ways_of_clipping_are_refused(tmp_path: Path) -> None:

@@ -162,6 +162,99 @@ def test_infinite_gradient_is_the_scalers_business_while_its_scale_is_high(
     assert guard.skipped == counted
 
 
+def _deferred(
+    middle: nn.Module, images: Tensor, kind: str = "adamw", read_every: int = 5, **options: int
+) -> tuple[nn.Module, NonFiniteGuard, torch.optim.Optimizer]:
+    net, guard, _ = _prepare(middle, images, **options)
+    guard.deferred = True
+    guard.start(net, read_every=read_every)
+    kinds = {
+        "adamw": torch.optim.AdamW(net.parameters(), lr=0.1, fused=True),
+        "sgd": torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True),
+    }
+    return net, guard, kinds[kind]
+
+
+def _deferred_step(
+    net: nn.Module,
+    guard: NonFiniteGuard,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    where: str = "step 3",
+) -> None:
+    loss = net(images).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    guard.check_loss(loss, net, images)
+    guard.check_step(net, optimizer, where=where)
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_optimizer_skips_a_bad_step_that_is_not_read_yet(images: Tensor, kind: str) -> None:
+    with_bad, alone = (_deferred(nn.Identity(), images, kind) for _ in range(2))
+    for batch in (images, torch.full_like(images, float("nan")), images):
+        _deferred_step(*with_bad, batch)
+    for batch in (images, images):
+        _deferred_step(*alone, batch)
+    assert all(map(torch.equal, with_bad[0].state_dict().values(), alone[0].state_dict().values()))
+    states = [[*optimizer.state_dict()["state"].values()] for _, _, optimizer in (with_bad, alone)]
+    assert all(torch.equal(one[key], two[key]) for one, two in zip(*states, strict=True) for key in one)
+    with_bad[1].read()
+    assert with_bad[1].skipped == 1
+
+
+def test_guard_that_reads_later_takes_the_steps_of_one_that_reads_at_once(images: Tensor) -> None:
+    batches = [images, images + 1, torch.full_like(images, float("inf")), images + 2, images]
+    later, at_once = _deferred(nn.Identity(), images), _deferred(nn.Identity(), images)
+    at_once[1].deferred = False
+    for prepared in (later, at_once):
+        for batch in batches:
+            _deferred_step(*prepared, batch)
+    assert all(map(torch.equal, later[0].state_dict().values(), at_once[0].state_dict().values()))
+
+
+def test_first_bad_step_is_named_when_the_results_are_read(
+    images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepared = _deferred(nn.Identity(), images, read_every=4)
+    bad = torch.full_like(images, float("nan"))
+    for step, batch in enumerate((images, bad, images)):
+        _deferred_step(*prepared, batch, f"step {step}")
+    assert not caplog.text
+    _deferred_step(*prepared, bad, "step 3")
+    assert "skipped 2 steps; first: non-finite loss at step 1; last: the input images are not" in caplog.text
+
+
+def test_steps_after_a_bad_one_are_read_at_once(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    prepared = _deferred(nn.Identity(), images, read_every=2)
+    bad = torch.full_like(images, float("nan"))
+    for step, batch in enumerate((bad, images, bad)):
+        _deferred_step(*prepared, batch, f"step {step}")
+    assert "skipped a step: non-finite loss at step 2; the input images are not finite" in caplog.text
+    assert prepared[1].skipped == 2
+
+
+def test_guard_reads_many_steps_together_again_after_good_ones(images: Tensor) -> None:
+    prepared = _deferred(nn.Identity(), images, read_every=2)
+    bad = torch.full_like(images, float("nan"))
+    for batch in (bad, images, images, images, bad):
+        _deferred_step(*prepared, batch)
+    assert prepared[1].skipped == 1
+    prepared[1].read()
+    assert prepared[1].skipped == 2
+
+
+def test_run_stops_with_the_first_bad_step_when_the_results_are_read(images: Tensor) -> None:
+    prepared = _deferred(nn.Identity(), images, read_every=5, max_bad_steps=3)
+    bad = torch.full_like(images, float("nan"))
+    for step, batch in enumerate((images, bad, bad, bad)):
+        _deferred_step(*prepared, batch, f"step {step}")
+    with pytest.raises(LightspineError, match=r"3 non-finite steps in a row.*first: .* step 1.*lower the"):
+        prepared[1].read()
+
+
 def test_counts_are_restored() -> None:
     guard, again = NonFiniteGuard(), NonFiniteGuard()
     guard.skipped, guard.in_a_row = 7, 2

@@ -23,8 +23,9 @@ ROW = {
 
 def test_row_has_percentages_with_two_decimals_below_a_header() -> None:
     header, line = EpochTable(METRICS).lines(ROW, 30)
-    assert re.split(r"  +", header) == ["epoch", "train_loss", "val_loss", "val_top1 %", "lr", "time"]
-    assert line.split() == ["1/30", "2.3121", "2.1000", "0.00", "1.00e-03", "1:23"]
+    names = ["epoch", "train_loss", "val_loss", "val_top1 %", "lr", "time", "data wait"]
+    assert re.split(r"  +", header) == names
+    assert line.split() == ["1/30", "2.3121", "2.1000", "0.00", "1.00e-03", "1:23", "5", "%"]
     assert len(header) == len(line)
 
 
@@ -33,11 +34,6 @@ def test_header_is_printed_again_only_for_other_columns() -> None:
     without = {name: value for name, value in ROW.items() if not name.startswith("val_")}
     lengths = [len(table.lines(row, 30)) for row in (ROW, ROW, without, without, ROW)]
     assert lengths == [2, 1, 2, 1, 2]
-
-
-def test_long_wait_for_images_is_noted() -> None:
-    line = EpochTable(METRICS).lines(ROW | {"data_share": 0.4}, 30)[1]
-    assert line.endswith("(data wait 40 %)")
 
 
 def test_lines_tell_the_position_the_loss_and_the_remaining_time(

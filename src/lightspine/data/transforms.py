@@ -220,13 +220,16 @@ def create_batch_transform(
     if not isinstance(augmentation, Augmentation) or not augmentation.erasing_after_mixing:
         return None
 
+    # Like timm's loader: statistics in units of the 8-bit values. A copy per device, because a copy for every
+    # batch would wait for the device.
+    host = 255 * torch.tensor([preprocessing.mean, preprocessing.std], dtype=torch.float64)
+    statistics: dict[torch.device, Tensor] = {}
+
     def finish(images: Tensor) -> Tensor:
-        # Like timm's loader: statistics in units of the 8-bit values.
-        mean, std = (
-            torch.tensor([255 * value for value in values], dtype=torch.float32, device=images.device)
-            for values in (preprocessing.mean, preprocessing.std)
-        )
-        normalized = images.to(torch.float32).sub_(mean[:, None, None]).div_(std[:, None, None])
+        if images.device not in statistics:
+            statistics[images.device] = host.to(images.device, torch.float32)[..., None, None]
+        mean, std = statistics[images.device]
+        normalized = images.to(torch.float32).sub_(mean).div_(std)
         erase = RandomErasing(
             augmentation.erasing,
             mode=augmentation.erasing_mode,

@@ -4,12 +4,14 @@ import json
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.utils import adaptive_clip_grad
 from torch import Tensor, nn
@@ -217,16 +219,21 @@ class LightspineTask(pl.LightningModule):
                 f"{self.trainer.gradient_clip_val})"
             )
         self._log_length_mismatch()
-        self.guard.start(self.model)
+        self.guard.start(self.model, read_every=self.trainer.log_every_n_steps)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002  Lightning's signature
         """Seed by epoch, batch and rank, so that a resumed run reproduces an uninterrupted one."""
         seed_generators(self.seed, self.current_epoch, batch_idx, self.global_rank)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Skip a step with a non-finite loss or gradient."""
         where = f"step {self.global_step} (epoch {self.current_epoch}), learning rate {self.current_lr():.3g}"
-        self.guard.check_gradients(self.model, scaler=self._scaler(), where=where)
+        self.guard.check_step(self.model, optimizer, scaler=self._scaler(), where=where)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Read the results of the epoch's last steps before the validation."""
+        if self.trainer.is_last_batch:
+            self.guard.read()
 
     def configure_gradient_clipping(
         self,
@@ -235,15 +242,24 @@ class LightspineTask(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Apply adaptive gradient clipping if `agc` is set, else the trainer's clipping."""
-        if self.agc is None:
+        if self.agc is not None:
+            adaptive_clip_grad([p for p in self.model.parameters() if p.grad is not None], self.agc)
+        elif self._scaler() is not None or not gradient_clip_val:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
-            adaptive_clip_grad([p for p in self.model.parameters() if p.grad is not None], self.agc)
+            # Lightning's mixed precision refuses to clip for a fused optimizer, even without a scaler.
+            Precision.clip_gradients(
+                self.trainer.precision_plugin,
+                optimizer,
+                gradient_clip_val,
+                GradClipAlgorithmType(gradient_clip_algorithm or "norm"),
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and its learning-rate scheduler, which is updated every step."""
         # With a gradient scaler, a fused optimizer would unscale only after the guard and the clipping.
-        optimizer = self.create_optimizer(fused=self.device.type == "cpu" and self._scaler() is None)
+        fused = self.device.type in ("cpu", "cuda") and self._scaler() is None
+        optimizer = self.create_optimizer(fused=fused)
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):
             raise UsageError("expected trainer.max_epochs or trainer.max_steps, got neither")
@@ -281,6 +297,7 @@ class LightspineTask(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the counters of the non-finite guard, and the metadata that every file of the run has."""
+        self.guard.read()
         checkpoint["guard"] = self.guard.state_dict()
         data = getattr(self.trainer, "datamodule", None)
         # Without a data module there are no class names: such a file can be resumed, but not evaluated.
@@ -316,6 +333,26 @@ class LightspineTask(pl.LightningModule):
         """Check a loss with the non-finite guard and return it; `inputs` are those of the model."""
         self.guard.check_loss(loss, self.model, *inputs)
         return loss
+
+    def log_train_losses(self, losses: Mapping[str, Tensor], images: int) -> None:
+        """Log the losses of a batch as means over the epoch, and the learning rate, without a host read.
+
+        Batches whose "train_loss" is not finite are left out, because the guard skips their steps.
+
+        Args:
+            losses: metric name -> scalar loss, with "train_loss".
+            images: number of images of the batch.
+        """
+        finite = torch.isfinite(losses["train_loss"].detach())
+        # Lightning multiplies the value by the batch size, which may be a tensor.
+        weight: Any = finite * images
+        for name, value in losses.items():
+            kept = torch.where(finite, value.detach(), 0.0)
+            shown = name == "train_loss"
+            self.log(name, kept, on_step=False, on_epoch=True, prog_bar=shown, batch_size=weight)
+        # A tensor in the memory of the host: Lightning would copy a number to the device and wait for it,
+        # and the progress bar would wait again to read it.
+        self.log("lr", torch.tensor(self.current_lr()), prog_bar=True)
 
     def record_bad_images(self, bad: Iterable[BadImage]) -> None:
         """Record images that could not be used."""

@@ -3,17 +3,19 @@
 import csv
 import io
 import logging
+import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from lightspine.errors import UsageError
 from lightspine.training.base import LightspineTask
 from lightspine.training.progress import EpochTable
-from lightspine.utils.devices import peak_memory_mib
+from lightspine.utils.devices import peak_memory_mib, synchronize
 from lightspine.utils.files import atomic_write_text
 from lightspine.utils.progress import print_line
 
@@ -53,11 +55,11 @@ class RunLog(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Start the timers of an epoch that is resumed midway."""
-        self._start_epoch()
+        self._start_epoch(pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Start the timers."""
-        self._start_epoch()
+        self._start_epoch(pl_module)
 
     def on_train_batch_start(
         self,
@@ -98,6 +100,8 @@ class RunLog(pl.Callback):
             for name, value in trainer.callback_metrics.items()
             if self._validated or not name.startswith("val_")
         }
+        # The mean of an epoch without a finite training loss is 0 / 0.
+        row = {name: value for name, value in row.items() if not math.isnan(value)}
         row["data_share"] = self._data_timer.wait_share()
         peak = peak_memory_mib(pl_module.device)
         if peak is not None:
@@ -112,10 +116,10 @@ class RunLog(pl.Callback):
                 for line in self._table.lines(row, trainer.max_epochs):
                     print_line(line)
 
-    def _start_epoch(self) -> None:
+    def _start_epoch(self, module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
         self._validated = False
-        self._data_timer = DataTimer()
+        self._data_timer = DataTimer(module.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows for the checkpoint."""
@@ -127,26 +131,28 @@ class RunLog(pl.Callback):
 
 
 class DataTimer:
-    """Timer of the fraction of the step time that is spent waiting for data."""
+    """Timer of the fraction of the step time that is spent waiting for data.
 
-    def __init__(self) -> None:
-        self._waited = 0.0
-        self._worked = 0.0
-        self._since: float | None = None
+    On a CUDA device the times between the steps are those of the device, from events in its stream: while the
+    host waits for a batch, the device may still be at work. Nothing waits for the device before `wait_share`.
+
+    Args:
+        device: device of the training; None is the CPU.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._waits: list[tuple[Any, Any]] = []
+        self._steps: list[tuple[Any, Any]] = []
+        self._since: Any = None
 
     def batch_ready(self) -> None:
         """Record that a batch has arrived. The wait for the first one, when workers start, does not count."""
-        now = time.perf_counter()
-        if self._since is not None:
-            self._waited += now - self._since
-        self._since = now
+        self._record(self._waits)
 
     def step_done(self) -> None:
         """Record that a step has ended and the next batch is requested."""
-        now = time.perf_counter()
-        if self._since is not None:
-            self._worked += now - self._since
-        self._since = now
+        self._record(self._steps)
 
     def pause(self) -> None:
         """Exclude the time until the next batch."""
@@ -154,8 +160,22 @@ class DataTimer:
 
     def wait_share(self) -> float:
         """Return the fraction of the time spent waiting, from 0 to 1; 0 before the second batch."""
-        total = self._waited + self._worked
-        return self._waited / total if total else 0.0
+        if self._device is not None:
+            synchronize(self._device)
+        waited, worked = (
+            sum(start.elapsed_time(end) if self._device is not None else end - start for start, end in spans)
+            for spans in (self._waits, self._steps)
+        )
+        return waited / (waited + worked) if waited + worked else 0.0
+
+    def _record(self, spans: list[tuple[Any, Any]]) -> None:
+        now: Any = time.perf_counter()
+        if self._device is not None:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record(torch.cuda.current_stream(self._device))
+        if self._since is not None:
+            spans.append((self._since, now))
+        self._since = now
 
 
 class GradientAccumulation(pl.Callback):

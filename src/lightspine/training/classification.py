@@ -130,10 +130,7 @@ class ClassificationTask(LightspineTask):
         if images.dtype == torch.uint8:
             images = self._finish_images(images)
         loss = self.check_loss(self.training_loss(images, targets), images)
-        # A non-finite loss would make the mean of the epoch NaN; the guard skips its step.
-        if torch.isfinite(loss):
-            self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
-        self.log("lr", self.current_lr(), prog_bar=True)
+        self.log_train_losses({"train_loss": loss}, len(images))
         return loss
 
     def training_loss(self, images: Tensor, targets: Tensor) -> Tensor:

@@ -121,13 +121,10 @@ class DenseTask(LightspineTask):
     def log_losses(self, losses: dict[str, Tensor], images: int) -> Tensor:
         """Log the terms of the loss and return their sum."""
         loss = torch.stack(list(losses.values())).sum()
-        # A non-finite loss would make the mean of the epoch NaN; the guard skips its step.
-        if torch.isfinite(loss):
-            parts = {name if name.startswith("loss_") else f"loss_{name}": v for name, v in losses.items()}
-            self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=images)
-            for name, value in parts.items():
-                self.log(f"train_{name}", value, on_step=False, on_epoch=True, batch_size=images)
-        self.log("lr", self.current_lr(), prog_bar=True)
+        parts = {name if name.startswith("loss_") else f"loss_{name}": v for name, v in losses.items()}
+        self.log_train_losses(
+            {"train_loss": loss} | {f"train_{name}": value for name, value in parts.items()}, images
+        )
         return loss
 
     def log_scores(self, scores: dict[str, float | None]) -> None:

@@ -100,6 +100,7 @@ class Distiller:
         # ((x * std + mean) - teacher_mean) / teacher_std, as one factor and one shift per channel.
         pairs = zip(mean, std, self._teacher_mean, self._teacher_std, strict=True)
         self._factor_and_shift = [(s / ts, (m - tm) / ts) for m, s, tm, ts in pairs]
+        self._moved: tuple[torch.device, torch.dtype, Tensor] | None = None
 
     def prepare_student(self, model: nn.Module) -> None:
         """Check the number of heads of the student, and enable the output of both heads in training.
@@ -157,9 +158,7 @@ class Distiller:
         Raises:
             UsageError: the teacher has a fixed input size that differs.
         """
-        # The teacher is not a submodule, so Lightning does not move it to the device.
-        self.teacher.to(device=images.device, dtype=images.dtype)
-        factor, shift = images.new_tensor(self._factor_and_shift).T[..., None, None]
+        factor, shift = self._move_to(images.device, images.dtype)
         if self.image_size is not None and tuple(images.shape[2:]) != (self.image_size, self.image_size):
             images = F.interpolate(
                 images, size=(self.image_size, self.image_size), mode="bicubic", antialias=True
@@ -168,6 +167,16 @@ class Distiller:
         if any(pair != (1.0, 0.0) for pair in self._factor_and_shift):
             images = images * factor + shift
         return self.teacher(images)
+
+    def _move_to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Move the teacher to a device and dtype; return the factors and shifts (2, C, 1, 1) there."""
+        # The teacher is not a submodule, so Lightning does not move it. Once, and not for every batch: a copy
+        # to the device would wait for it.
+        if self._moved is None or self._moved[:2] != (device, dtype):
+            self.teacher.to(device=device, dtype=dtype)
+            table = torch.tensor(self._factor_and_shift, device=device, dtype=dtype).T[..., None, None]
+            self._moved = device, dtype, table
+        return self._moved[2]
 
     def _check_image_size(self, images: Tensor) -> None:
         cfg = getattr(self.teacher, "pretrained_cfg", None) or {}

@@ -4,11 +4,13 @@ A checkpoint has the EMA weights in `state_dict` and the raw weights in `current
 exported; `export_weights` of the task selects which are validated and saved as `model.safetensors`.
 """
 
+from itertools import chain
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from torch import nn
+from torch import Tensor, nn
 
 from lightspine.errors import UsageError
 from lightspine.training.precision import convert_to_true_precision
@@ -28,7 +30,11 @@ class WeightAverage(EMAWeightAveraging):
 
     def __init__(self, decay: float, export_weights: ExportedWeights) -> None:
         super().__init__(decay=decay)
+        self.decay = decay
         self.export_weights = export_weights
+        # Pairs of lists of tensors, those of the average and of the model.
+        self._averaged: tuple[list[Tensor], list[Tensor]] = [], []
+        self._copied: tuple[list[Tensor], list[Tensor]] = [], []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Copy the initial weights, in the precision and on the device of the run."""
@@ -40,6 +46,44 @@ class WeightAverage(EMAWeightAveraging):
         if self._average_model is not None:
             # At 0, torch's AveragedModel would replace the initial weights by those after the first step.
             self._average_model.n_averaged.fill_(1)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Collect the tensors of the model and of the average, when the model is on its device."""
+        assert self._average_model is not None
+        average = self._average_model.module
+        pairs = list(
+            zip(
+                chain(average.parameters(), average.buffers()),
+                chain(pl_module.parameters(), pl_module.buffers()),
+                strict=True,
+            )
+        )
+
+        def lists(floating: bool) -> tuple[list[Tensor], list[Tensor]]:
+            chosen = [pair for pair in pairs if pair[0].is_floating_point() == floating]
+            return [mean.detach() for mean, _ in chosen], [value.detach() for _, value in chosen]
+
+        self._averaged, self._copied = lists(True), lists(False)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Update the average after an optimizer step, with a few operations for all tensors.
+
+        `torch.optim.swa_utils.AveragedModel`, which Lightning's callback calls, updates them one by one and
+        reads its counter from the device. Integers, such as BatchNorm's counter of batches, are copied.
+        """
+        if trainer.global_step <= self._latest_update_step:
+            return
+        torch._foreach_lerp_(*self._averaged, 1 - self.decay)
+        if self._copied[0]:
+            torch._foreach_copy_(*self._copied)
+        self._latest_update_step = trainer.global_step
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap in the averaged weights."""

@@ -1,7 +1,7 @@
 """Non-finite losses and gradients (NaN, infinity): skip the step and trace the module that caused it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,35 +21,56 @@ _ADVICE = (
 class NonFiniteGuard:
     """Skips optimizer steps whose loss or gradient is NaN or infinite.
 
-    Call `start` when training begins, `check_loss` with every loss, and `check_gradients` when the gradients
-    are accumulated and unscaled but not yet clipped (Lightning's `on_before_optimizer_step`). A skipped step
+    Call `start` when training begins, `check_loss` with every loss, and `check_step` when the gradients are
+    accumulated and unscaled but not yet clipped (Lightning's `on_before_optimizer_step`). A skipped step
     changes neither the weights, nor the buffers (BatchNorm statistics), nor the optimizer state; the
     learning-rate schedule advances. In distributed training all ranks skip the step together.
 
+    On a CPU every step is read at once. On other devices a read would wait for the device and leave it
+    without work. There the fused optimizer skips the step on the device (`found_inf`, as under PyTorch's
+    gradient scaler), and the guard reads the results of many steps together: every `read_every` steps, and
+    when `read` is called. After a bad step it reads every step, until `read_every` steps in a row were good,
+    so that the cause of the next one can be traced. It always reads every step of an optimizer without a
+    fused implementation, and with a gradient scaler, which reads every step itself.
+
     Args:
         max_bad_steps: number of consecutive non-finite steps after which the run stops.
+        deferred: read the results of many steps together. Default: on all devices but the CPU.
 
     Attributes:
-        skipped: number of skipped steps.
-        in_a_row: number of consecutive skipped steps up to now.
+        skipped: number of skipped steps, as of the last read.
+        in_a_row: number of consecutive skipped steps, as of the last read.
 
     Raises:
         UsageError: `max_bad_steps` is below 1.
     """
 
-    def __init__(self, max_bad_steps: int = 10) -> None:
+    def __init__(self, max_bad_steps: int = 10, *, deferred: bool | None = None) -> None:
         if max_bad_steps < 1:
             raise UsageError(f"expected max_bad_steps of at least 1, got {max_bad_steps}")
         self.max_bad_steps = max_bad_steps
+        self.deferred = deferred
         self.skipped = 0
         self.in_a_row = 0
+        self._read_every = 1
+        # Steps that are still to be read one by one.
+        self._watched = 0
+        # Result of every step since the last read, on the device, and descriptions of these steps.
+        self._results: Tensor | None = None
+        self._unread: list[str] = []
         self._bad_loss: Tensor | None = None
         self._forward: RecordedForward | None = None
-        self._good_buffers: list[Tensor] = []
+        self._buffers: _GoodBuffers | None = None
 
-    def start(self, module: nn.Module) -> None:
-        """Copy the buffers of the model before the first step."""
-        self._good_buffers = [buffer.detach().clone() for buffer in module.buffers()]
+    def start(self, module: nn.Module, *, read_every: int = 50) -> None:
+        """Copy the buffers of the model before the first step.
+
+        Args:
+            module: the model.
+            read_every: number of steps whose results are read together; see the class.
+        """
+        self._buffers = _GoodBuffers(module)
+        self._read_every = max(1, read_every)
 
     def check_loss(self, loss: Tensor, module: nn.Module, *inputs: Any) -> None:
         """Record whether a loss is finite, without synchronizing the device.
@@ -66,10 +87,52 @@ class NonFiniteGuard:
         if inputs:
             self._forward = RecordedForward(module, *inputs)
 
+    def check_step(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        scaler: Any = None,
+        where: str = "",
+    ) -> None:
+        """Make the optimizer skip its next step if the loss or a gradient is not finite.
+
+        Args:
+            module: the model whose gradients are checked.
+            optimizer: the optimizer that is about to update the model.
+            scaler: the gradient scaler of 16-mixed precision.
+            where: description of the step for messages, such as "step 17 (epoch 1), learning rate 0.001".
+
+        Raises:
+            LightspineError: the last `max_bad_steps` steps were non-finite.
+        """
+        skips: Any = optimizer  # `found_inf` and `_step_supports_amp_scaling` are no part of the type
+        flags = self._check_all_ranks(p for group in optimizer.param_groups for p in group["params"])
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        deferred = flags.device.type != "cpu" if self.deferred is None else self.deferred
+        if not deferred or not fused or scaler is not None or self._watched:
+            if fused and scaler is None:
+                skips.found_inf = None
+            good = self._finish_step(module, flags, scaler=scaler, where=where)
+            if self._watched:
+                self._watched = self._watched - 1 if good else self._read_every
+            return
+        assert self._buffers is not None, "call start before the first step"
+        bad = flags.to(torch.bool).any()
+        skips.found_inf = bad.float()
+        self._buffers.restore_where(bad)
+        if self._results is None:
+            self._results = torch.zeros(self._read_every, 2, dtype=torch.uint8, device=flags.device)
+        self._results[len(self._unread)].copy_(flags)
+        self._unread.append(where)
+        forward, self._forward, self._bad_loss = self._forward, None, None
+        if len(self._unread) == self._read_every:
+            self._read(module, forward)
+
     def check_gradients(self, module: nn.Module, *, scaler: Any = None, where: str = "") -> bool:
         """Return whether loss and gradients are finite; if not, set all gradients to None.
 
-        Optimizers skip parameters whose gradient is None.
+        Optimizers skip parameters whose gradient is None. Waits for the device; see `check_step`.
 
         Args:
             module: the model whose gradients are checked.
@@ -80,29 +143,18 @@ class NonFiniteGuard:
         Raises:
             LightspineError: the last `max_bad_steps` steps were non-finite.
         """
-        bad_loss, bad_gradient = self._check_all_ranks(module)
-        self._bad_loss = None
-        forward, self._forward = self._forward, None
-        if not bad_loss and not bad_gradient:
-            self.in_a_row = 0
-            for good, buffer in zip(self._good_buffers, module.buffers(), strict=True):
-                good.copy_(buffer)
-            return True
-        if not bad_loss and scaler is not None and scaler.get_scale() >= 1:
-            _drop_gradients(module)
-            return False
-        what = "loss" if bad_loss else "gradient"
-        cause = _first_over_ranks(trace_forward(forward) if bad_loss else trace_gradients(module))
-        for good, buffer in zip(self._good_buffers, module.buffers(), strict=True):
-            buffer.copy_(good)
-        _drop_gradients(module)
-        self.skipped += 1
-        self.in_a_row += 1
-        message = f"non-finite {what}{' at ' + where if where else ''}{'; ' + cause if cause else ''}"
-        if self.in_a_row >= self.max_bad_steps:
-            raise LightspineError(f"{self.in_a_row} non-finite steps in a row; last: {message}; {_ADVICE}")
-        _log.warning("skipped a step: %s", message)
-        return False
+        flags = self._check_all_ranks(module.parameters())
+        return self._finish_step(module, flags, scaler=scaler, where=where)
+
+    def read(self) -> None:
+        """Read the results of the steps since the last read: count and report the skipped ones.
+
+        Call it before `skipped` is used or a checkpoint is written. Waits for the device.
+
+        Raises:
+            LightspineError: `max_bad_steps` consecutive steps were non-finite.
+        """
+        self._read(None, None)
 
     def state_dict(self) -> dict[str, int]:
         """Return the counters for a checkpoint."""
@@ -112,9 +164,70 @@ class NonFiniteGuard:
         """Restore the counters from a checkpoint."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
-    def _check_all_ranks(self, module: nn.Module) -> tuple[bool, bool]:
-        """Return whether the loss and the gradients are non-finite on any rank."""
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    def _finish_step(self, module: nn.Module, flags: Tensor, *, scaler: Any, where: str) -> bool:
+        """Read the flags of a step; if one is set, restore the buffers and set all gradients to None."""
+        bad_loss, bad_gradient = flags.tolist()
+        self._bad_loss = None
+        forward, self._forward = self._forward, None
+        if not bad_loss and not bad_gradient:
+            self.in_a_row = 0
+            if self._buffers is not None:
+                self._buffers.save()
+            return True
+        if not bad_loss and scaler is not None and scaler.get_scale() >= 1:
+            _drop_gradients(module)
+            return False
+        cause = _first_over_ranks(trace_forward(forward) if bad_loss else trace_gradients(module))
+        if self._buffers is not None:
+            self._buffers.restore()
+        _drop_gradients(module)
+        self.skipped += 1
+        self.in_a_row += 1
+        message = _describe_step(bad_loss, where, cause)
+        if self.in_a_row >= self.max_bad_steps:
+            raise LightspineError(f"{self.in_a_row} non-finite steps in a row; last: {message}; {_ADVICE}")
+        _log.warning("skipped a step: %s", message)
+        return False
+
+    def _read(self, module: nn.Module | None, forward: "RecordedForward | None") -> None:
+        """Read the unread results.
+
+        Args:
+            module: the model with the gradients of the last step, to trace its cause, or None.
+            forward: forward pass of the last step, or None.
+        """
+        if not self._unread:
+            return
+        assert self._results is not None
+        results, steps = self._results[: len(self._unread)].tolist(), self._unread
+        self._unread = []
+        bad = [step for step, flags in enumerate(results) if any(flags)]
+        longest = 0
+        for flags in results:
+            self.in_a_row = self.in_a_row + 1 if any(flags) else 0
+            longest = max(longest, self.in_a_row)
+        if not bad:
+            return
+        self.skipped += len(bad)
+        bad_loss = bool(results[bad[0]][0])
+        cause = None
+        # The last step can still be traced: it was skipped, so its weights are unchanged.
+        if any(results[-1]) and module is not None:
+            cause = _first_over_ranks(trace_forward(forward) if results[-1][0] else trace_gradients(module))
+        if len(bad) == 1:
+            message = f"skipped a step: {_describe_step(bad_loss, steps[bad[0]], cause)}"
+        else:
+            message = f"skipped {len(bad)} steps; first: {_describe_step(bad_loss, steps[bad[0]], None)}"
+            if cause:
+                message += f"; last: {cause}"
+        if longest >= self.max_bad_steps:
+            raise LightspineError(f"{longest} non-finite steps in a row; {message}; {_ADVICE}")
+        _log.warning("%s", message)
+        self._watched = self._read_every
+
+    def _check_all_ranks(self, parameters: Iterable[Tensor]) -> Tensor:
+        """Return whether the loss and the gradients are non-finite on any rank, as two numbers (uint8)."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         device = norm.device if self._bad_loss is None else self._bad_loss.device
         bad_gradient = ~torch.isfinite(norm.detach().to(device))
@@ -122,8 +235,34 @@ class NonFiniteGuard:
         flags = torch.stack([bad_loss, bad_gradient]).to(torch.uint8)
         if _is_distributed():
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        loss_flag, gradient_flag = flags.tolist()
-        return bool(loss_flag), bool(gradient_flag)
+        return flags
+
+
+class _GoodBuffers:
+    """Copy of the buffers of a model after its last good step, in one tensor per dtype and device."""
+
+    def __init__(self, module: nn.Module) -> None:
+        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for buffer in module.buffers():
+            groups.setdefault((buffer.dtype, buffer.device), []).append(buffer.detach())
+        self._groups = [(buffers, _flatten(buffers)) for buffers in groups.values()]
+
+    def save(self) -> None:
+        """Copy the buffers of the model."""
+        for buffers, copy in self._groups:
+            torch._foreach_copy_(_split_like(copy, buffers), buffers)
+
+    def restore(self) -> None:
+        """Copy the saved values back to the model."""
+        for buffers, copy in self._groups:
+            torch._foreach_copy_(buffers, _split_like(copy, buffers))
+
+    def restore_where(self, bad: Tensor) -> None:
+        """Restore the buffers if `bad`, a boolean scalar on the device, is true; else save them."""
+        for buffers, copy in self._groups:
+            # Not a product: NaN times zero is NaN.
+            copy.copy_(torch.where(bad, copy, _flatten(buffers)))
+        self.restore()
 
 
 class RecordedForward:
@@ -193,6 +332,21 @@ def trace_gradients(module: nn.Module) -> str | None:
     # The backward pass runs from the last module to the first, so the last bad gradient came first.
     bad = [name for name, p in module.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
     return f"the first parameter with a non-finite gradient is {bad[-1]}" if bad else None
+
+
+def _flatten(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _split_like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Return views of a flat tensor with the shapes of the tensors from which it was made."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _describe_step(bad_loss: bool, where: str, cause: str | None) -> str:
+    what = "loss" if bad_loss else "gradient"
+    return f"non-finite {what}{' at ' + where if where else ''}{'; ' + cause if cause else ''}"
 
 
 def _drop_gradients(module: nn.Module) -> None:

@@ -37,8 +37,8 @@ def create_optimizer(
         lr: peak learning rate; with `layer_decay` that of the classifier.
         weight_decay: weight decay of the decayed parameters.
         layer_decay: factor between the learning rates of neighboring layers; see `layer_lr_scales`.
-        fused: use the fused AdamW kernel, which updates all weights in one pass. On a CPU the unfused step
-            takes half as long as a forward pass.
+        fused: use the fused kernel of AdamW or SGD, which updates all weights in one pass. LAMB has none. On
+            a CPU the unfused step takes half as long as a forward pass.
 
     Raises:
         UsageError: `layer_decay` is out of range.
@@ -200,4 +200,4 @@ def _check_layer_decay(layer_decay: float) -> None:
 
 
 def _fused_option(name: OptimizerName, fused: bool) -> dict[str, Any]:
-    return {"fused": True} if fused and name == "adamw" else {}
+    return {"fused": True} if fused and name in ("adamw", "sgd") else {}

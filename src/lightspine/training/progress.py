@@ -10,13 +10,13 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from lightspine.utils.progress import LINE_SECONDS, LineTimer, format_seconds, print_line
 
-# Share of the step time spent waiting for images from which it is worth a note.
-_SLOW_DATA = 0.2
 _WIDTH = 12
 
 
 class EpochTable:
     """Table of the metrics of a run, printed row by row; metrics.csv has further columns.
+
+    The last column is the fraction of the step time spent waiting for data.
 
     Args:
         metrics: names of the metrics to show, if an epoch has them. Names that end in "loss" are losses, "lr"
@@ -46,8 +46,9 @@ class EpochTable:
             line += _format(name, row[name]).rjust(column)
         header += "time".rjust(9)
         line += format_seconds(row["seconds"]).rjust(9)
-        if row.get("data_share", 0.0) >= _SLOW_DATA:
-            line += f"  (data wait {100 * row['data_share']:.0f} %)"
+        if "data_share" in row:
+            header += "data wait".rjust(_WIDTH)
+            line += f"{100 * row['data_share']:.0f} %".rjust(_WIDTH)
         changed, self._header = header != self._header, header
         return [header, line] if changed else [line]
 
