@@ -162,6 +162,36 @@ def print_ops(report: Any) -> None:
         )
 
 
+def print_loading(report: Any) -> None:
+    """Print a `lightspine.benchmark.data_loading.LoadingReport`."""
+    system = report.system
+    print_pairs(
+        [
+            ("folder", report.folder),
+            ("batches", f"{report.batch} images, {report.size} px, augmentation {report.augmentation}"),
+            ("processor", f"{system['processor']}, usable: {system['processors_usable']}"),
+            ("load before", _load_text(report.load_before)),
+        ]
+    )
+    print_text()
+    print_table(
+        ("part", ">workers", ">images", ">images/s", ">images/s per core", ">ms of a core per image"),
+        [
+            (
+                row.part,
+                str(row.workers),
+                str(row.images),
+                f"{row.images_per_s:,.0f}",
+                f"{row.images_per_core_s:,.0f}",
+                f"{1000 / row.images_per_core_s:.2f}",
+            )
+            for row in report.rows
+        ],
+    )
+    print_text()
+    print_pairs([("per core", "images per second of processor time of all processes")])
+
+
 def print_cuda_ops(report: Any) -> None:
     """Print a `lightspine.benchmark.ops_cuda.CudaOpsReport`."""
     versions, rate = report.system["versions"], report.copy_bytes_per_s

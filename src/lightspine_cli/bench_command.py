@@ -1,4 +1,4 @@
-"""Benchmark models (`lightspine bench MODEL ...`) or the scan operators (`lightspine bench ops`)."""
+"""Benchmark models (`lightspine bench MODEL ...`), the scan operators (`ops`) or data loading (`data`)."""
 
 import argparse
 import sys
@@ -29,13 +29,14 @@ Benchmark latency, memory and multiply-adds of models of lightspine (NAME) and t
 checkpoints (a file, or published weights as NAME.TAG). The calls of all models are interleaved. Keep the
 machine otherwise idle.
 
-`lightspine bench ops` benchmarks the scan operators (see its --help)."""
+`lightspine bench ops` benchmarks the scan operators, `lightspine bench data FOLDER` how fast the images of a
+folder are loaded (see their --help)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `lightspine bench` and the subcommands `ops` and `export`."""
+    """Add the options of `lightspine bench` and the subcommands `ops`, `data` and `export`."""
     _add_model_options(parser)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="ops")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="ops|data")
     _add_ops_options(
         kinds.add_parser(
             "ops",
@@ -43,6 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             description="Measure time and memory of the scan operators: on the CPU beside the same scans in "
             "plain PyTorch, on a CUDA device beside the time of copying their inputs and outputs and of "
             "computing their exponentials.",
+            allow_abbrev=False,
+        )
+    )
+    _add_data_options(
+        kinds.add_parser(
+            "data",
+            help="the loading of an image folder",
+            description="Measure how many images per second and core the trainer reads from an image folder: "
+            "decoding alone, and batches with augmentation. With fewer images per second than the training "
+            "step takes, the device waits for data.",
             allow_abbrev=False,
         )
     )
@@ -66,10 +77,11 @@ def run(args: argparse.Namespace) -> int:
     parser = SentenceParser(
         prog="lightspine bench", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    if args.arguments and args.arguments[0] in ("ops", "export"):
+    kinds = {"ops": _run_ops, "data": _run_data, "export": _run_export}
+    if args.arguments and args.arguments[0] in kinds:
         add_arguments(parser)
         chosen = parser.parse_args(args.arguments)
-        return _run_ops(chosen) if chosen.kind == "ops" else _run_export(chosen)
+        return kinds[chosen.kind](chosen)
     parser.description = _DESCRIPTION
     parser.add_argument("models", nargs="*", metavar="MODEL", help="NAME, timm/NAME, NAME.TAG or a file")
     _add_model_options(parser)
@@ -172,6 +184,29 @@ def _add_ops_options(parser: argparse.ArgumentParser) -> None:
         type=_parse_names,
         metavar="A,B",
         help=f"any of {', '.join(PARTS)} (default: all); on cuda time and memory only",
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="train/CLASS/* and val/CLASS/*, or CLASS/*")
+    parser.add_argument("--size", type=int, default=224, help="side in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--augmentation",
+        default="medium",
+        metavar="NAME",
+        help="none, light, medium or strong (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=_parse_numbers,
+        default=(0, 2),
+        metavar="0,2",
+        help="worker processes (default: 0,2)",
+    )
+    parser.add_argument("--batch", type=int, default=64, help="images per batch (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=int, default=1000, help="images of each measurement (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
@@ -282,7 +317,9 @@ def _select_models(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]
     from lightspine.errors import UsageError
 
     if args.preset is None and not args.models:
-        raise UsageError("expected models, --preset, --list-presets or ops (see `lightspine bench --help`)")
+        raise UsageError(
+            "expected models, --preset, --list-presets, ops or data (see `lightspine bench --help`)"
+        )
     specs: list[Any] = []
     settings: dict[str, Any] = {}
     if args.preset is not None:
@@ -352,6 +389,31 @@ def _run_ops(args: argparse.Namespace) -> int:
     from lightspine_cli._bench_output import print_ops
 
     print_ops(report)
+    return 0
+
+
+def _run_data(args: argparse.Namespace) -> int:
+    from lightspine.benchmark.data_loading import measure_loading
+    from lightspine.benchmark.noise import describe_busy_machine
+
+    with _progress() as (set_total, advance):
+        set_total(1 + len(args.workers))
+        report = measure_loading(
+            args.folder,
+            size=args.size,
+            augmentation=args.augmentation,
+            workers=args.workers,
+            batch=args.batch,
+            images=args.images,
+            on_step=advance,
+        )
+    warn(describe_busy_machine(report.load_before, max(1, *args.workers)))
+    if args.json:
+        print_json(report.as_dict())
+    else:
+        from lightspine_cli._bench_output import print_loading
+
+        print_loading(report)
     return 0
 
 

@@ -10,6 +10,7 @@ import torch
 from lightspine.benchmark.results import load_results
 from lightspine_cli import bench_command
 from lightspine_cli.main import main
+from support.images import write_folder
 
 TINY = ["bench", "ops", "--shapes", "vmamba-4", "--batch", "1", "--threads", "1", "--repeats", "1"]
 
@@ -39,6 +40,18 @@ def test_help_of_ops_names_its_options(capsys: pytest.CaptureFixture[str]) -> No
     assert all(option in shown for option in ("--shapes", "--batch", "--threads", "--repeats", "--json"))
 
 
+def test_table_of_data_loading_has_decoding_and_batches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(write_folder(tmp_path / "images", count=4, splits=("train", "val")))
+    options = ["--size", "32", "--batch", "4", "--images", "8", "--workers", "0"]
+    assert main(["bench", "data", folder, *options]) == 0
+    shown = capsys.readouterr().out
+    rows = [line.split() for line in shown.splitlines() if line.startswith(("decode ", "load "))]
+    assert [row[:3] for row in rows if row[1] == "0"] == [["decode", "0", "8"], ["load", "0", "8"]]
+    assert "images/s per core" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
@@ -61,6 +74,8 @@ def test_help_of_ops_names_its_options(capsys: pytest.CaptureFixture[str]) -> No
         (["bench", "ops", "--batch", "one"], "expected numbers such as 1,8, got 'one'"),
         (["bench", "ops", "--batch", "0"], "must be at least 1, got 0"),
         (["bench", "ops", "--parts", "speed"], "got speed"),
+        (["bench", "data", "nowhere"], "nowhere"),
+        (["bench", "data", "nowhere", "--images", "100"], "at least two batches of 64 images, got 100"),
     ],
 )
 def test_wrong_use_is_one_sentence_and_status_2(
