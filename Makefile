@@ -35,12 +35,12 @@ $(STAMP): pyproject.toml runtime/pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=")'
 	@if command -v uv >/dev/null 2>&1; then \
 		test -d $(VENV) || uv venv --python $(PYTHON) $(VENV); \
-		uv pip install --python $(BIN)/python -e ./runtime -e '.[dev]'; \
+		uv pip install --python $(BIN)/python -e './runtime[fast]' -e '.[dev]'; \
 	else \
 		test -d $(VENV) || $(PYTHON) -m venv $(VENV); \
 		echo "installing lightspine and its dependencies into $(VENV); PyTorch is a large download"; \
 		$(BIN)/python tools/install.py $(VENV)/install.log \
-			$(BIN)/python -m pip install --disable-pip-version-check -e ./runtime -e '.[dev]'; \
+			$(BIN)/python -m pip install --disable-pip-version-check -e './runtime[fast]' -e '.[dev]'; \
 	fi
 	@touch $@
 

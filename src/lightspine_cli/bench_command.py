@@ -129,7 +129,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="image sizes in pixels, or HxW (default: each model's evaluation size)",
     )
     parser.add_argument(
-        "--mode", type=_parse_names, metavar="A,B", help="eager, optimized, compile, onnx (default: eager)"
+        "--mode",
+        type=_parse_names,
+        metavar="A,B",
+        help="eager, optimized, compile, onnx, runtime (default: eager)",
     )
     parser.add_argument(
         "--dtype", type=_parse_names, metavar="A,B", help="float32, bfloat16, float16 (default: float32)"

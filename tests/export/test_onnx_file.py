@@ -67,6 +67,15 @@ def test_file_has_standard_operators_and_scans_as_functions(exported: tuple[nn.M
     assert called == {function.name for function in content.functions}
 
 
+def test_compiled_scans_give_the_values_of_the_loops(exported: tuple[nn.Module, ExportReport]) -> None:
+    model, path = exported[0], exported[1].path
+    compiled = OnnxModel(path)
+    assert compiled.compiled_scans == (path.stem in ("vmamba", "vim"))
+    run = session_function(compiled.session)
+    for found in compare(model, run, random_batches(3, [(1, 97, 61), (3, 32, 32), (2, 64, 64)])):
+        assert found.relative < TOLERANCE, found
+
+
 def test_inlined_scans_leave_no_function(tmp_path: Path) -> None:
     export_onnx(small_model("vim", depth=1), tmp_path / "m.onnx", scan="inlined", fixed_size=(32, 32))
     content = onnx.load(tmp_path / "m.onnx")

@@ -8,6 +8,8 @@ import pytest
 
 from lightspine.errors import UsageError
 from lightspine.export import export_onnx
+from lightspine.export.verification import compare, random_batches, session_function
+from lightspine_runtime import OnnxModel
 from support.exporting import small_model
 from support.images import write_folder
 
@@ -28,6 +30,11 @@ def test_half_precision_halves_the_file(family: str, options: dict[str, Any], tm
     assert 0.01 < report.bytes / report.weight_bytes < (0.6 if family == "shvit" else 1.2)
     # Half precision has 11 bits; a half-precision scan would be far less accurate.
     assert report.differences[0].relative < 5e-3
+    # The float32 scans of the file have compiled kernels.
+    compiled = OnnxModel(report.path)
+    assert compiled.compiled_scans == (family != "shvit")
+    run = session_function(compiled.session)
+    assert compare(model, run, random_batches(3, [(1, 64, 96)]))[0].relative < 5e-3
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """An exported model that ONNX Runtime runs on the CPU."""
 
+import importlib.util
 import json
+import logging
+import mmap
 import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -24,7 +27,13 @@ from lightspine_runtime.errors import LightspineError, UsageError
 from lightspine_runtime.images import open_image
 from lightspine_runtime.preprocessing import Preprocessing, normalize, resize_and_crop
 
+if TYPE_CHECKING:
+    from lightspine_runtime.scan_session import ScanSession
+
 _METADATA_PREFIX = "lightspine."
+_FAST_PACKAGES = ("numba", "onnx")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,14 +65,23 @@ class OnnxModel:
         detection: settings of a detector, else `None`.
         outputs: names of the outputs.
         metadata: all entries of the file as text: version, commit, precision, source and others.
-        session: the `onnxruntime.InferenceSession`.
+        compiled_scans: whether the scans of VMamba and Vim are computed by kernels of this package instead of
+            the loops in the file.
+        session: the `onnxruntime.InferenceSession`, or a `lightspine_runtime.scan_session.ScanSession`, which
+            has the same `run`, with compiled scans.
 
     Args:
         path: the file.
-        threads: number of threads of ONNX Runtime; by default one per core.
+        threads: number of threads of ONNX Runtime and of compiled scans; by default one per core, with
+            compiled scans at most 16.
+        compiled_scans: compute the scans by kernels that numba compiles, which takes some seconds when such a
+            file is opened for the first time on a machine. By default if the file has scans as functions and
+            numba and onnx are installed (`pip install 'lightspine-runtime[fast]'`); `False` leaves the scans
+            to ONNX Runtime.
 
     Raises:
-        UsageError: the file does not exist or was not written by lightspine.
+        UsageError: the file does not exist or was not written by lightspine, or compiled_scans is `True` and
+            they cannot be used for the file.
         LightspineError: ONNX Runtime cannot run the file, or its metadata is damaged.
 
     Examples:
@@ -73,9 +91,12 @@ class OnnxModel:
         ClassScore(name='7', probability=0.98)
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, threads: int | None = None, compiled_scans: bool | None = None
+    ) -> None:
         self.path = Path(path)
-        self.session = _create_session(self.path, threads)
+        self.session = _create_session(self.path, threads, compiled_scans)
+        self.compiled_scans = not isinstance(self.session, onnxruntime.InferenceSession)
         entries, self.outputs, inputs = _describe_session(self.session, str(path))
         self.metadata = {
             key.removeprefix(_METADATA_PREFIX): value
@@ -102,6 +123,12 @@ class OnnxModel:
         if len(inputs) != 1:
             raise UsageError(f"expected one input in {path}, found {len(inputs)}")
         self._input = inputs[0]
+
+    def __repr__(self) -> str:
+        return (
+            f"OnnxModel({str(self.path)!r}, name={self.name!r}, kind={self.kind!r}, "
+            f"compiled_scans={self.compiled_scans})"
+        )
 
     @property
     def about(self) -> dict[str, str]:
@@ -292,7 +319,7 @@ def predict(
 
 
 def _describe_session(
-    session: onnxruntime.InferenceSession, path: str
+    session: "onnxruntime.InferenceSession | ScanSession", path: str
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """Return the metadata and the names of the outputs and inputs, which need not be UTF-8 in the file."""
     try:
@@ -317,9 +344,15 @@ def _check_types(path: str, class_names: Any, pixels: Any) -> None:
         )
 
 
-def _create_session(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+def _create_session(
+    path: Path, threads: int | None, compiled_scans: bool | None
+) -> "onnxruntime.InferenceSession | ScanSession":
     if not path.is_file():
         raise UsageError(f"expected an exported .onnx file, but {path} does not exist")
+    if compiled_scans is not False:
+        session = _compiled_session(path, threads, required=compiled_scans is True)
+        if session is not None:
+            return session
     options = onnxruntime.SessionOptions()
     # 3 = errors: the warnings only concern how the graph could be optimized.
     options.log_severity_level = 3
@@ -334,3 +367,34 @@ def _create_session(path: Path, threads: int | None) -> onnxruntime.InferenceSes
                 "none: export the model again"
             ) from error
         raise LightspineError(f"ONNX Runtime cannot run {path}: {str(error).splitlines()[0]}") from error
+
+
+def _compiled_session(path: Path, threads: int | None, *, required: bool) -> "ScanSession | None":
+    """Open a file with compiled scans; `None` where they are not required and cannot be used."""
+    if not _names_scans(path):
+        if required:
+            raise UsageError(
+                f"expected scans as functions of the file for compiled_scans, but {path} has none"
+            )
+        return None
+    missing = [name for name in _FAST_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        reason = f"{' and '.join(missing)} cannot be imported: pip install 'lightspine-runtime[fast]'"
+        level = logging.INFO
+    else:
+        from lightspine_runtime.scan_session import CannotSplitError, ScanSession
+
+        try:
+            return ScanSession(path, threads)
+        except CannotSplitError as error:
+            reason, level = str(error), logging.WARNING
+    if required:
+        raise UsageError(f"expected a file and packages for compiled_scans, but with {path} {reason}")
+    log.log(level, "ONNX Runtime computes the scans of %s, not compiled kernels: %s", path, reason)
+    return None
+
+
+def _names_scans(path: Path) -> bool:
+    """Return whether the bytes of a file contain the name of a scan function; saves parsing most files."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return any(content.find(name) >= 0 for name in (b"GroupedScan", b"SequenceScan"))

@@ -12,7 +12,7 @@ from lightspine.benchmark.interleaved_timing import collect_durations, summarize
 from lightspine.benchmark.macs import Macs
 from lightspine.benchmark.memory import MemoryReading, MemoryServer, MemoryServerError, describe_failure
 from lightspine.benchmark.prepare import PreparedRow, count_row_macs, prepare_row, unsupported_reason
-from lightspine.benchmark.results import Row
+from lightspine.benchmark.results import EXPORTED_MODES, Row
 from lightspine.benchmark.settings import BenchSettings, Job
 from lightspine.utils.devices import synchronize
 
@@ -126,7 +126,7 @@ def _prepare(
             macs_cache[key] = count_row_macs(job)
         macs, parameters = macs_cache[key]
         entry.row = replace(job.row, parameters=parameters, macs=macs.total, macs_scan=macs.scan)
-        onnx_file = tools.onnx_file_of(job) if job.row.mode == "onnx" else None
+        onnx_file = tools.onnx_file_of(job) if job.row.mode in EXPORTED_MODES else None
         if onnx_file is not None:
             entry.row = replace(entry.row, onnx_file_bytes=onnx_file.stat().st_size)
         if tools.server is not None:

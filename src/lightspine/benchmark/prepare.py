@@ -18,11 +18,12 @@ from torch import Tensor
 
 from lightspine.benchmark.macs import Macs, count_macs
 from lightspine.benchmark.model_specs import OFFICIAL_PREFIX, build_model
-from lightspine.benchmark.results import Row
+from lightspine.benchmark.results import EXPORTED_MODES, Row
 from lightspine.benchmark.settings import Job
 from lightspine.blocks import SS2D
 from lightspine.errors import LightspineError
 from lightspine.export.onnx_file import export_onnx
+from lightspine.export.onnx_network import open_exported
 from lightspine.export.verification import open_session
 from lightspine.ops.cross_scan import cross_scan, unfused_projection
 from lightspine.optimize import optimize
@@ -84,10 +85,10 @@ class TrainingStep:
 
 def unsupported_reason(row: Row) -> str | None:
     """Return why a combination of mode, dtype and device is not supported, or `None` if it is."""
-    if row.mode == "onnx" and row.dtype != "float32":
-        return f"mode onnx supports float32 only, got {row.dtype}"
-    if row.mode == "onnx" and row.device != "cpu":
-        return f"mode onnx runs on a CPU only, got {row.device}"
+    if row.mode in EXPORTED_MODES and row.dtype != "float32":
+        return f"mode {row.mode} supports float32 only, got {row.dtype}"
+    if row.mode in EXPORTED_MODES and row.device != "cpu":
+        return f"mode {row.mode} runs on a CPU only, got {row.device}"
     return None
 
 
@@ -130,7 +131,7 @@ def prepare_row(job: Job, onnx_file: Path | None, *, train: bool) -> PreparedRow
 
     Args:
         job: the row.
-        onnx_file: the exported file, for mode "onnx".
+        onnx_file: the exported file, for the modes "onnx" and "runtime".
         train: also prepare a training step.
     """
     row = job.row
@@ -197,7 +198,10 @@ def _onnx_forward(path: Path, row: Row, images: Tensor) -> Callable[[], object]:
     def run() -> object:
         # The session is opened in the first call, so that the forward pass includes its memory.
         if not sessions:
-            sessions.append(open_session(path, row.threads))
+            runtime = row.mode == "runtime"
+            sessions.append(
+                open_exported(path, row.threads).session if runtime else open_session(path, row.threads)
+            )
         session = sessions[0]
         return session.run(None, {session.get_inputs()[0].name: images.numpy()})
 

@@ -22,7 +22,8 @@ FORMAT = 1
 RESULTS_NAME, TABLE_NAME = "results.json", "results.csv"
 
 Source = Literal["lightspine", "timm"]
-Mode = Literal["eager", "optimized", "compile", "onnx"]
+Mode = Literal["eager", "optimized", "compile", "onnx", "runtime"]
+EXPORTED_MODES = ("onnx", "runtime")
 Status = Literal["ok", "out_of_memory", "failed", "absent"]
 
 
@@ -56,7 +57,7 @@ class Row:
         source: "lightspine" or "timm".
         variant: name of a configuration that differs from the registered one.
         note: description of a row whose name is not self-explanatory.
-        mode: "eager", "optimized", "compile" or "onnx".
+        mode: "eager", "optimized", "compile", "onnx" or "runtime".
         device: "cpu" or "cuda".
         dtype: "float32", "bfloat16" or "float16".
         threads: threads of torch or of ONNX Runtime.
@@ -74,7 +75,7 @@ class Row:
         macs_scan: multiply-adds of the scans alone.
         gflops_per_s: 10^9 operations per second at the median; two operations per multiply-add.
         matmul_share: `gflops_per_s` divided by the rate of the matrix product in the same group.
-        onnx_file_bytes: size of the exported file, in mode "onnx".
+        onnx_file_bytes: size of the exported file, in the modes "onnx" and "runtime".
         published: the authors' figures.
     """
 

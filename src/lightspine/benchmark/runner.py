@@ -12,11 +12,18 @@ from lightspine.benchmark.memory import MemoryServer, memory_server
 from lightspine.benchmark.model_specs import ModelSpec
 from lightspine.benchmark.peak_rss import can_measure_memory
 from lightspine.benchmark.prepare import temporary_onnx_files
-from lightspine.benchmark.results import RESULTS_NAME, BenchResult, load_results, save_results
+from lightspine.benchmark.results import (
+    EXPORTED_MODES,
+    RESULTS_NAME,
+    BenchResult,
+    load_results,
+    save_results,
+)
 from lightspine.benchmark.settings import BenchSettings, absent_rows, plan_groups
 from lightspine.benchmark.system import describe_system
 from lightspine.errors import UsageError
 from lightspine.export.onnx_file import check_installed
+from lightspine.export.onnx_network import check_runtime
 from lightspine.utils.devices import check_device, torch_threads
 
 # A run is resumed only on a system with the same values of these fields.
@@ -70,8 +77,10 @@ def bench_models(
     if not specs:
         raise UsageError("expected one or more models, got none")
     check_device(settings.device)
-    if "onnx" in settings.modes:
+    if set(EXPORTED_MODES) & set(settings.modes):
         check_installed("onnx", "onnxscript", "onnxruntime")
+    if "runtime" in settings.modes:
+        check_runtime("mode runtime")
     result = _start_or_resume(destination, settings.as_dict() | {"models": [_full_name(s) for s in specs]})
     done = {row.key for row in result.rows}
     groups = [[job for job in group if job.row.key not in done] for group in plan_groups(specs, settings)]

@@ -21,7 +21,7 @@ class BenchSettings:
     Attributes:
         batches: batch sizes.
         sizes: (height, width) in pixels; `None` for the size at which the authors evaluate each model.
-        modes: any of "eager", "optimized", "compile", "onnx".
+        modes: any of "eager", "optimized", "compile", "onnx", "runtime".
         dtypes: any of "float32", "bfloat16", "float16".
         device: "cpu" or "cuda".
         threads: threads of torch and of ONNX Runtime; by default `OMP_NUM_THREADS`, or 2.

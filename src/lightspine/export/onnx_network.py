@@ -178,7 +178,7 @@ def load_onnx(path: str | Path, *, threads: int | None = None) -> tuple[OnnxNetw
             package lightspine-runtime is not installed.
         LightspineError: ONNX Runtime cannot run the file.
     """
-    model = _open(path, threads)
+    model = open_exported(path, threads)
     if model.kind in ("segmenter", "detector"):
         raise UsageError(f"expected an exported classifier, but {path} holds a {model.kind}")
     network = OnnxNetwork(model)
@@ -205,7 +205,7 @@ def load_onnx_segmenter(
             package lightspine-runtime is not installed.
         LightspineError: ONNX Runtime cannot run the file.
     """
-    model = _open(path, threads)
+    model = open_exported(path, threads)
     if model.kind in ("classifier", "detector"):
         raise UsageError(f"expected an exported segmenter, but {path} holds a {model.kind}")
     return OnnxNetwork(model), _network_metadata(model, "segmenter")
@@ -235,7 +235,7 @@ def load_onnx_detector(
             package lightspine-runtime is not installed.
         LightspineError: ONNX Runtime cannot run the file.
     """
-    model = _open(path, threads)
+    model = open_exported(path, threads)
     network = OnnxDetector(model, score_threshold=score_threshold, detections_per_image=detections_per_image)
     metadata = _network_metadata(model, "detector")
     settings = model.detection
@@ -261,7 +261,7 @@ def _network_metadata(model: "OnnxModel", kind: str) -> NetworkMetadata:
 
 def read_onnx_metadata(path: str | Path) -> Checkpoint:
     """Return the metadata of an exported file as a checkpoint without tensors; raises as `load_onnx` does."""
-    return _as_checkpoint(_open(path, None))
+    return _as_checkpoint(open_exported(path, None, compiled_scans=False))
 
 
 def exported_score_threshold(metadata: Checkpoint) -> float | None:
@@ -279,16 +279,44 @@ def _as_checkpoint(model: "OnnxModel") -> Checkpoint:
     return Checkpoint(model.path, {}, {METADATA_PREFIX + key: value for key, value in model.metadata.items()})
 
 
-def _open(path: str | Path, threads: int | None) -> "OnnxModel":
+def check_runtime(purpose: str) -> None:
+    """Check that lightspine-runtime is installed.
+
+    Args:
+        purpose: what needs it, for the error message.
+
+    Raises:
+        UsageError: it is not.
+    """
     try:
-        from lightspine_runtime import OnnxModel
+        import lightspine_runtime  # noqa: F401
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"running {path} needs the package lightspine-runtime, but {error.name} is not installed: "
+            f"{purpose} needs the package lightspine-runtime, but {error.name} is not installed: "
             "pip install lightspine-runtime, or in a checkout pip install ./runtime"
         ) from error
+
+
+def open_exported(
+    path: str | Path, threads: int | None, *, compiled_scans: bool | None = None
+) -> "OnnxModel":
+    """Open an exported file with lightspine_runtime.
+
+    Args:
+        path: the file.
+        threads: number of threads of ONNX Runtime; by default one per core.
+        compiled_scans: see `lightspine_runtime.OnnxModel`.
+
+    Raises:
+        UsageError: the file does not exist or was not written by lightspine, or the package
+            lightspine-runtime is not installed.
+        LightspineError: ONNX Runtime cannot run the file.
+    """
+    check_runtime(f"running {path}")
+    from lightspine_runtime import OnnxModel
+
     with _runtime_errors_as_own():
-        return OnnxModel(path, threads=threads)
+        return OnnxModel(path, threads=threads, compiled_scans=compiled_scans)
 
 
 @contextmanager
