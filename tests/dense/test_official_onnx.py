@@ -33,6 +33,7 @@ def pycocotools_scores(truth: Path, results: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_exported_detector_scores_as_in_pytorch(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

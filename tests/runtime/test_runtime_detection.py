@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lightspine_runtime import Detections, DetectionSettings, LightspineError, UsageError, draw_detections
-from lightspine_runtime.detection import resize_masks, resized_size
+from lightspine_runtime.detection import place_label, resize_masks, resized_size
 
 
 def detections(count: int = 2, masks: bool = False) -> Detections:
@@ -96,3 +96,30 @@ def test_masks_are_resized_with_the_image() -> None:
     assert resized.shape == (1, 40, 60)
     assert resized[0, 12:18, 14:34].all()
     assert resized.sum() == pytest.approx(4 * masks.sum(), rel=0.05)
+
+
+def test_labels_of_objects_in_one_place_do_not_cover_each_other() -> None:
+    placed: list[tuple[float, float, float, float]] = []
+    for _ in range(6):
+        placed.append(place_label([40, 30, 140, 130], 45, 14, (200, 160), placed))
+    for place, one in enumerate(placed):
+        assert 0 <= one[0] < one[2] <= 200
+        assert 0 <= one[1] < one[3] <= 160
+        for other in placed[:place]:
+            assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
+
+def test_labels_of_equal_boxes_are_all_in_the_picture() -> None:
+    image = Image.new("RGB", (640, 480))
+    boxes = np.tile(np.array([[200, 150, 400, 350]], np.float32), (4, 1))
+
+    def white(count: int) -> int:
+        found = Detections(
+            boxes=boxes[:count],
+            scores=np.full(count, 0.5, np.float32),
+            labels=np.ones(count, np.int64),
+            names=["cat"] * count,
+        )
+        return int((np.asarray(draw_detections(image, found)) == 255).all(-1).sum())
+
+    assert white(4) == 4 * white(1)

@@ -1,7 +1,7 @@
 """Detections of an exported detector, resizing as in PyTorch, and drawings."""
 
 import colorsys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from lightspine_runtime.errors import LightspineError, UsageError
 
 _SHORTEST_PICTURE = 640
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+_Extent = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +152,8 @@ def draw_detections(
 ) -> Image.Image:
     """Draw detected objects: boxes with class and score and, if there are any, masks.
 
+    Labels are placed so that they do not cover each other, as far as there is room.
+
     Args:
         image: 8-bit RGB; small images are enlarged in the drawing.
         found: the objects, in pixels of the image.
@@ -179,8 +184,7 @@ def draw_detections(
         draw.rectangle(corners, outline=color, width=2)
     # Many labels would cover the objects.
     if len(found) <= 30:
-        for place in reversed(range(len(found))):
-            _draw_label(draw, found, place, factor, size)
+        _draw_labels(draw, found, factor, size)
     if path is not None:
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -190,18 +194,49 @@ def draw_detections(
     return picture
 
 
-def _draw_label(
-    draw: ImageDraw.ImageDraw, found: Detections, place: int, factor: float, size: tuple[int, int]
-) -> None:
-    text, font = f"{found.names[place]} {found.scores[place]:.2f}", ImageFont.load_default(12)
-    left, top = (float(value) * factor for value in found.boxes[place, :2])
-    extent = draw.textbbox((0, 0), text, font=font)
-    width, height = extent[2] + 4, extent[3] + 4
-    left, top = min(max(left, 0), size[0] - width), min(max(top - height, 0), size[1] - height)
-    draw.rectangle(
-        [left, top, left + width, top + height], fill="white", outline=_color(int(found.labels[place]))
-    )
-    draw.text((left + 2, top + 1), text, fill="black", font=font)
+def _draw_labels(draw: ImageDraw.ImageDraw, found: Detections, factor: float, size: tuple[int, int]) -> None:
+    """Write the labels, each where it covers as little as possible of the labels of better detections."""
+    font = ImageFont.load_default(12)
+    texts = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores, strict=True)]
+    placed: list[_Extent] = []
+    for text, box in zip(texts, (found.boxes * factor).tolist(), strict=True):
+        extent = draw.textbbox((0, 0), text, font=font)
+        placed.append(place_label(box, extent[2] + 4, extent[3] + 4, size, placed))
+    # The best one last, so that it stays readable where there is no room.
+    for text, extent, label in reversed(list(zip(texts, placed, found.labels.tolist(), strict=True))):
+        draw.rectangle(extent, fill="white", outline=_color(label))
+        draw.text((extent[0] + 2, extent[1] + 1), text, fill="black", font=font)
+
+
+def place_label(
+    box: Sequence[float], width: float, height: float, size: tuple[int, int], placed: Sequence[_Extent]
+) -> _Extent:
+    """Return the place of a label at its box that covers as little as possible of other labels.
+
+    Args:
+        box: left, top, right, bottom of the object.
+        width: width of the label.
+        height: height of the label.
+        size: width and height of the picture, which the label does not leave.
+        placed: the labels placed so far.
+
+    Returns:
+        Left, top, right, bottom of the label.
+    """
+    left, top, right, bottom = box
+    places = [
+        (min(max(x, 0), max(size[0] - width, 0)), min(max(y, 0), max(size[1] - height, 0)))
+        for y in (top - height, top, bottom, bottom - height, (top + bottom - height) / 2)
+        for x in (left, right - width)
+    ]
+    extents = [(x, y, x + width, y + height) for x, y in places]
+    return min(extents, key=lambda extent: sum(_shared_area(extent, other) for other in placed))
+
+
+def _shared_area(one: _Extent, other: _Extent) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(width, 0) * max(height, 0)
 
 
 def _color(label: int) -> tuple[int, int, int]:
