@@ -3,11 +3,11 @@
 import copy
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightspine
 from support.exporting import FAMILIES, small_model
@@ -25,6 +25,14 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def counting_backend() -> Any:
+    # Importing the compiler takes a second or two. aot_eager stops short of generating code: it needs no
+    # compiler on the machine.
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    return CompileCounterWithBackend("aot_eager")
+
+
 def draw(batch: int) -> Tensor:
     return torch.randn(batch, 3, 64, 96)
 
@@ -33,8 +41,7 @@ def draw(batch: int) -> Tensor:
 @every_family
 @torch.no_grad()
 def test_inference_compiles_at_most_twice_over_batch_sizes(family: str, form: str) -> None:
-    # aot_eager stops short of generating code: it needs no compiler on the machine.
-    model, counter = small_model(family), CompileCounterWithBackend("aot_eager")
+    model, counter = small_model(family), counting_backend()
     compiled = torch.compile(
         lightspine.optimize(model) if form == "optimized" else model, fullgraph=True, backend=counter
     )
@@ -53,7 +60,7 @@ def logits_and_gradients(run: nn.Module, model: nn.Module, images: Tensor) -> li
 
 @every_family
 def test_training_compiles_at_most_twice_over_batch_sizes(family: str) -> None:
-    model, counter = small_model(family).train(), CompileCounterWithBackend("aot_eager")
+    model, counter = small_model(family).train(), counting_backend()
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for batch in BATCHES:

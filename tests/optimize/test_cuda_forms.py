@@ -107,3 +107,20 @@ def test_shvit_computes_in_channels_last_format() -> None:
     maps = optimized.forward_intermediates(torch.randn(2, 3, 128, 128), intermediates_only=True)
     assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
     assert optimized.stem[1].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_forms_compile_in_one_graph_at_most_twice_over_batch_sizes(family: str) -> None:
+    # Importing the compiler takes a second or two.
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model, counter = small_model(family), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lightspine.optimize(model), fullgraph=True, backend=counter)
+    for batch in (1, 2, 3, 5):
+        images = torch.randn(batch, 3, 64, 96)
+        assert relative_l2(compiled(images), model(images)) < 1e-5
+    torch._dynamo.reset()
+    assert counter.frame_count <= 2
