@@ -15,6 +15,7 @@ import torch
 from lightspine.blocks import VimMixer
 from lightspine.errors import UsageError
 from lightspine.ops import bidirectional_scan, causal_conv1d
+from lightspine.ops.add_norm import add_norm
 from lightspine.ops.cross_scan import cross_scan
 from lightspine.ops.dispatch import load_backend
 from support.reference import relative_l2
@@ -146,6 +147,40 @@ def test_kernels_of_the_cross_scan_compile_without_a_device(compiled: dict[str, 
     out, saved = triton.cross_scan(inputs, True, "cross2d", True)
     triton.cross_scan_backward(out, inputs, saved, True, "cross2d")
     assert sorted(compiled) == KERNELS
+
+
+@compiled_only
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_kernel_of_the_norm_compiles_without_a_device(
+    compiled: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightspine.ops.triton import launch, norm_launch
+
+    monkeypatch.setattr(norm_launch, "launch", launch.launch)
+    x, weight = torch.zeros(5, 96), torch.zeros(96, dtype=dtype)
+    norm_launch.add_norm(x, x.to(dtype), weight, weight, 1e-5, False)
+    assert compiled["add_norm_kernel"].asm["cubin"]
+    norm_launch.add_norm(x, None, weight, None, 1e-5, True)
+    assert compiled["add_norm_kernel"].asm["cubin"]
+
+
+@pytest.mark.gpu
+@on_device
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rms", [False, True], ids=["layer norm", "RMS norm"])
+@pytest.mark.parametrize("dim", [3, 96, 192, 1024, 2048])
+def test_norm_on_a_device_equals_pytorch(dtype: torch.dtype, rms: bool, dim: int) -> None:
+    x, update = torch.randn(33, dim, dtype=torch.float64), torch.randn(33, dim, dtype=torch.float64)
+    weight, bias = torch.randn(2, dim, dtype=torch.float64)
+    tensors = [t.to(dtype).cuda() for t in (x, update, weight, bias)]
+    for added in (tensors[1], None):
+        inputs = [tensors[0], added, tensors[2], None if rms else tensors[3]]
+        exact = [None if t is None else t.double() for t in inputs]
+        actual = add_norm(*inputs, 1e-5, rms=rms)
+        expected = add_norm(*exact, 1e-5, rms=rms, backend="torch")
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert relative_l2(ours.double(), theirs) < TOLERANCE[dtype]
 
 
 def to_device(inputs: Any) -> Any:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from torch import Tensor
 import lightspine
 from lightspine.blocks import VimMixer
 from lightspine.ops import bidirectional_scan, causal_conv1d, cross_scan, register_scan_order
+from lightspine.ops.add_norm import add_norm
 from lightspine.ops.inputs import SelectiveScanInputs
+from lightspine.optimize import target
 from support.reference import read_figure, relative_l2
 from support.scans import (
     TOLERANCE,
@@ -79,7 +82,10 @@ def vim_mixer(*, optimized: bool = False, **options: Any) -> Report:
     torch.manual_seed(0)
     mixer = VimMixer(8, state_dim=3, **options).double()
     x = torch.randn(2, 8, 2, 3, dtype=F64, requires_grad=True)
-    run = lightspine.optimize(mixer.eval()) if optimized else mixer
+    run: Any = mixer
+    if optimized:
+        with mock.patch.object(target, "on_cuda", return_value=True):
+            run = lightspine.optimize(mixer.eval())
 
     def results() -> dict[str, Tensor]:
         out = run(x)
@@ -91,6 +97,30 @@ def vim_mixer(*, optimized: bool = False, **options: Any) -> Report:
     with cpu_tensors_on_triton():
         actual = results()
     return {name: (difference(t, expected[name]), 1e-10) for name, t in actual.items()}
+
+
+def compare_norm(
+    dtype: torch.dtype,
+    stream: torch.dtype | None = None,
+    *,
+    rms: bool = False,
+    bare: bool = False,
+    shape: tuple[int, ...] = (2, 3, 5),
+) -> Report:
+    """Compare the residual addition and norm with PyTorch's; without update and bias if `bare`."""
+    torch.manual_seed(0)
+    x, update = (torch.randn(shape, dtype=F64).to(kind) for kind in (stream or dtype, dtype))
+    weight, bias = torch.randn(2, shape[-1], dtype=F64).to(dtype)
+    optional = [None if bare or rms else bias, 1e-5]
+    inputs = [x, None if bare else update, weight, *optional]
+    exact = [t.double() if isinstance(t, Tensor) else t for t in inputs]
+    actual = add_norm(*inputs, rms=rms, backend="triton")
+    expected = add_norm(*exact, rms=rms, backend="torch")
+    assert [t.dtype for t in actual] == [x.dtype, dtype]
+    return {
+        name: (difference(t, e), TOLERANCE[t.dtype])
+        for name, t, e in zip(("sum", "norm"), actual, expected, strict=True)
+    }
 
 
 def hooked_mixer() -> Report:
@@ -291,6 +321,12 @@ FAST_CASES: dict[str, Callable[[], Report]] = {
         run_conv, without(conv_inputs(groups=1), "bias"), F64, reverse=(True,)
     ),
     "convolution bfloat16": lambda: compare_conv(torch.bfloat16, reverse=(False,)),
+    "norm after an addition": lambda: compare_norm(F64),
+    "norm alone": lambda: compare_norm(F64, bare=True),
+    "norm of more rows than a program has": lambda: compare_norm(F64, shape=(130, 17)),
+    "norm of one channel": lambda: compare_norm(F64, rms=True, shape=(3, 1)),
+    "RMS norm of a float32 stream": lambda: compare_norm(torch.bfloat16, torch.float32, rms=True),
+    "norm of a float32 map in bfloat16": lambda: compare_norm(torch.bfloat16, torch.float32, bare=True),
     "map cross2d": lambda: cut_cross(F64, height=2, width=3, dim=3),
     "map in a user's own order": lambda: cut_cross(F64, "snake", height=3, width=5, groups=1, dim=17),
     "map of one pixel": lambda: compare(run_cross, cross_inputs(1, 1, 1, 3, 3), F64),

@@ -109,7 +109,9 @@ def optimize(model: nn.Module, example: Tensor | None = None, *, cuda_graph: boo
     - SHViT computes in `torch.channels_last` format, as the other families with maps do everywhere, and their
       1x1 convolutions are matrix products;
     - attention is PyTorch's fused kernel, except for SHViT's maps of at most 64 positions;
-    - Vim's parameters of both directions are joined once instead of at every call.
+    - Vim's parameters of both directions are joined once instead of at every call;
+    - VMamba's and Vim's conversions to the dtype of the weights, and VMamba's residual additions before a
+      norm, are part of the norm's kernel.
 
     `torch.compile` compiles the copy in one graph; it sees plain layers, which it fuses by itself.
 

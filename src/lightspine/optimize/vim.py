@@ -7,13 +7,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightspine.models.vim import ScanDirection, Vim, VimMixer, at_least_float32, mix_bidirectionally
+from lightspine.models.vim import (
+    NORMS,
+    ScanDirection,
+    Vim,
+    VimBlock,
+    VimMixer,
+    at_least_float32,
+    mix_bidirectionally,
+)
 from lightspine.ops.dispatch import runs_on_triton
 from lightspine.ops.memory_format import channels_last
 from lightspine.ops.selective_scan import scan
 from lightspine.optimize import target
 from lightspine.optimize.folding import scale_output, set_weights
 from lightspine.optimize.general import register_inference_form
+from lightspine.optimize.norms import FusedNorm, can_fuse_norm
 from lightspine.optimize.packed import PackedConv2d, PackedLinear
 
 
@@ -185,6 +194,15 @@ class FoldedVimMixer(nn.Module):
         if self.layout == "NLC":
             return self.forward_tokens(x)
         return self.forward_tokens(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+
+@register_inference_form(VimBlock)
+def fuse_norm(module: VimBlock) -> VimBlock:
+    """On a CUDA device, normalize the float32 residual stream and convert it in one launch."""
+    if can_fuse_norm(module.norm, tuple(NORMS.values())):
+        norm: Any = FusedNorm(module.norm)
+        module.norm = norm
+    return module
 
 
 @register_inference_form(Vim)

@@ -6,10 +6,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lightspine.models.vmamba import SS2D, VMamba
+from lightspine.models.vmamba import SS2D, VMamba, VSSBlock
 from lightspine.ops.cross_scan import projected_cross_scan
 from lightspine.optimize import target
 from lightspine.optimize.general import register_inference_form
+from lightspine.optimize.norms import FusedNorm, can_fuse_norm
 from lightspine.optimize.packed import PackedConv2d, PackedLinear, can_fuse
 
 
@@ -32,6 +33,10 @@ class FoldedSS2D(nn.Module):
             self.conv = conv if fused else nn.Sequential(conv, module.act)
         self.x_proj = PackedLinear(module.x_proj)
         self.out_norm, self.out_act = module.out_norm, module.out_act
+        self.converts = can_fuse_norm(module.out_norm)
+        if self.converts:
+            norm: Any = module.out_norm
+            self.out_norm = FusedNorm(norm)
         self.out_norm_takes_nchw = module.out_norm_takes_nchw
         self.out_proj = PackedLinear(module.out_proj)
         self.dt_bias = module.dt_bias
@@ -50,7 +55,8 @@ class FoldedSS2D(nn.Module):
         u = self.conv(self.in_proj(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         projected = self.x_proj(u).unflatten(3, (self.directions, -1))
         y = projected_cross_scan(u, projected, self.dt_weight, self.A, self.D, self.dt_bias, self.scan_order)
-        y = y.to(u.dtype)
+        if not self.converts:
+            y = y.to(u.dtype)
         if self.out_norm_takes_nchw:
             y = self.out_norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         else:
@@ -59,6 +65,28 @@ class FoldedSS2D(nn.Module):
         if self.gated:
             y = y * self.gate_proj(x)
         return self.out_proj(y).permute(0, 3, 1, 2)
+
+
+@register_inference_form(VSSBlock)
+def fuse_residual(module: VSSBlock) -> nn.Module:
+    """On a CUDA device, add to the residual stream and normalize the sum in one launch."""
+    return FusedVSSBlock(module) if can_fuse_norm(module.norm2) else module
+
+
+class FusedVSSBlock(nn.Module):
+    """`VSSBlock` with the first residual addition and the second norm fused."""
+
+    def __init__(self, module: Any):
+        super().__init__()
+        self.norm1, self.ssm, self.mlp = module.norm1, module.ssm, module.mlp
+        self.norm2 = FusedNorm(module.norm2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W)."""
+        tokens = x.permute(0, 2, 3, 1)
+        update = self.ssm(self.norm1(tokens).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        tokens, normed = self.norm2.add(tokens, update)
+        return (tokens + self.mlp(normed)).permute(0, 3, 1, 2)
 
 
 @register_inference_form(VMamba)
