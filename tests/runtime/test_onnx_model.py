@@ -97,9 +97,14 @@ def test_file_is_a_network_like_any_other(place: Path) -> None:
     assert saved.preprocessing["input_size"] == [3, 32, 32]
 
 
-def test_network_needs_normalised_images(place: Path) -> None:
-    with pytest.raises(UsageError, match=r"expected a file that takes normalized images, but .*pixels\.onnx"):
-        load_onnx(place / "pixels.onnx")
+def test_network_of_a_file_that_takes_pixels_takes_normalized_images_too(place: Path) -> None:
+    network, _ = load_onnx(place / "pixels.onnx")
+    model, saved = lightspine.load_model(place / "model.safetensors")
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    preprocessing = lightspine_runtime.Preprocessing.from_mapping(saved.preprocessing, "test")
+    images = torch.from_numpy(normalize(np.asarray(pixels)[None], preprocessing))
+    with torch.inference_mode():
+        torch.testing.assert_close(network(images), model(images), atol=1e-5, rtol=1e-4)
 
 
 def test_missing_file_is_named() -> None:

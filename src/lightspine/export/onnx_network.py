@@ -118,44 +118,59 @@ class OnnxDetector(OnnxModule):
 class OnnxNetwork(OnnxModule):
     """A classifier or segmenter that ONNX Runtime runs.
 
+    A file that takes pixels receives the images without their normalization, rounded to 8 bits. A segmenter
+    that returns classes gives logits of 1 for the class of a pixel and 0 for the others: at the size of the
+    file's output they have its classes, and where they are resized or averaged, its pixels vote.
+
     Args:
         model: the opened file.
+        num_classes: number of classes of a segmenter that returns classes.
 
     Shape:
         Normalized images `(B, C, H, W)`, of the sizes that the file takes, to logits `(B, classes)` or, for a
         segmenter, `(B, classes, H, W)`.
 
     Raises:
-        UsageError: the file has no logits, or takes pixels instead of normalized images.
+        UsageError: the file has neither logits nor classes.
     """
 
-    def __init__(self, model: "OnnxModel"):
+    def __init__(self, model: "OnnxModel", num_classes: int | None = None):
         super().__init__(model)
-        if model.outputs == ["classes"]:
-            raise UsageError(
-                f"expected logits, which evaluation resizes and averages, but {model.path} holds a segmenter "
-                "that returns classes: export it without --class-map, or pass the checkpoint"
-            )
+        self.default_cfg = self.pretrained_cfg = json.loads(model.metadata["preprocessing"])
+        if model.outputs == ["classes"] and num_classes is not None:
+            self.num_classes = num_classes
+            return
         if model.outputs != ["logits"]:
             raise UsageError(
                 f"expected an exported classifier or segmenter, but {model.path} holds "
                 f"{_KINDS.get(model.kind, 'no classifier')}; pass the checkpoint that it was exported from"
             )
-        if model.pixels:
-            raise UsageError(
-                f"expected a file that takes normalized images, but {model.path} takes pixels and normalizes "
-                "them itself"
-            )
         shape = model.session.get_outputs()[0].shape or []
         if len(shape) < 2 or not isinstance(shape[1], int) or shape[1] < 1:
             raise LightspineError(f"expected logits of shape (batch, classes) in {model.path}, found {shape}")
         self.num_classes = shape[1]
-        self.default_cfg = self.pretrained_cfg = json.loads(model.metadata["preprocessing"])
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits of a batch of images."""
+        images = x.detach().cpu()
+        if self.model.pixels:
+            images = self._to_pixels(images)
         with _runtime_errors_as_own():
-            return torch.from_numpy(self.model.run(x.detach().cpu().contiguous().numpy())[0])
+            found = torch.from_numpy(self.model.run(images.contiguous().numpy())[0])
+        if self.model.outputs == ["logits"]:
+            return found
+        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < self.num_classes:
+            raise LightspineError(
+                f"expected classes from 0 to {self.num_classes - 1} from {self.model.path}, got "
+                f"{int(found.min())} to {int(found.max())}"
+            )
+        return torch.nn.functional.one_hot(found, self.num_classes).permute(0, 3, 1, 2).float()
+
+    def _to_pixels(self, images: Tensor) -> Tensor:
+        """Return normalized images (B, 3, H, W) as 8-bit pixels (B, H, W, 3)."""
+        preprocessing = self.model.preprocessing
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+        return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def is_onnx_file(path: str | Path) -> bool:
@@ -208,7 +223,8 @@ def load_onnx_segmenter(
     model = open_exported(path, threads)
     if model.kind in ("classifier", "detector"):
         raise UsageError(f"expected an exported segmenter, but {path} holds a {model.kind}")
-    return OnnxNetwork(model), _network_metadata(model, "segmenter")
+    metadata = _network_metadata(model, "segmenter")
+    return OnnxNetwork(model, metadata.num_classes), metadata
 
 
 def load_onnx_detector(
