@@ -1,6 +1,6 @@
 """Inference forms of Vim's blocks."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -88,7 +88,7 @@ class BothDirections(nn.Module):
         joined = {
             "conv_weight": torch.cat([d.filters() for d in directions]),
             "conv_bias": torch.stack([d.conv.bias for d in directions]),
-            "x_weight": _interleave(*(d.x_proj.weight for d in directions), ahead.sizes),
+            "x_weight": _interleave([d.x_proj.weight for d in directions], ahead.sizes),
             "dt_weight": torch.block_diag(*(d.dt_proj.weight for d in directions)),
             "A": torch.cat([d.A for d in directions]),
             "D": torch.cat([d.D for d in directions]),
@@ -126,8 +126,9 @@ class BothDirections(nn.Module):
         )
 
 
-def _interleave(ahead: Tensor, back: Tensor, sizes: list[int]) -> Tensor:
+def _interleave(weights: list[Tensor], sizes: list[int]) -> Tensor:
     """Return the matrix that maps both inputs (2 D) to the parts of both outputs, part by part."""
+    ahead, back = weights
     zeros = torch.zeros_like(ahead)
     rows = zip(
         torch.cat([ahead, zeros], dim=1).split(sizes),
@@ -157,7 +158,8 @@ class FoldedVimMixer(nn.Module):
             # Its kernels read both halves in place.
             self.in_proj = PackedLinear(module.in_proj)
             if self.back is not None:
-                self.both = BothDirections(self.ahead, self.back)
+                ahead, back = cast(tuple[FoldedScanDirection, ...], (self.ahead, self.back))
+                self.both = BothDirections(ahead, back)
         else:
             # Two products instead of one: both halves are contiguous for the convolution and the scan.
             self.x_part, self.z_part = (PackedLinear(half) for half in _halves(module.in_proj))
