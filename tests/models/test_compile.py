@@ -63,7 +63,8 @@ def test_training_compiles_at_most_twice_over_batch_sizes(family: str) -> None:
     model, counter = small_model(family).train(), counting_backend()
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for batch in BATCHES:
+    # A BatchNorm of pooled features has no statistics of one image.
+    for batch in BATCHES[1:]:
         images = draw(batch)
         actual = logits_and_gradients(compiled, model, images)
         expected = logits_and_gradients(eager, eager, images)
