@@ -12,8 +12,14 @@ from PIL import Image
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.export import export_onnx
-from lightspine.export.detection import DetectionSettings, WholeDetector, detection_settings
+from lightspine.export.detection import (
+    DetectionSettings,
+    WholeDetector,
+    detection_settings,
+    preparation_model,
+)
 from lightspine.export.onnx_network import OnnxDetector
+from lightspine.export.verification import open_session
 from lightspine.heads import build_detector
 from lightspine.heads.detection_transform import resize_rounded
 from lightspine_runtime import OnnxModel
@@ -218,6 +224,20 @@ def test_runtime_resizes_as_pytorch_does(size: tuple[int, int], rounding: str) -
         )[0]
     found = resize_pixels(pixels, settings).transpose(2, 0, 1) / 255
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(56, 84), (112, 168), (32, 32), (128, 192)], ids=str)
+def test_file_rounds_resized_pixels_as_pytorch_does(size: tuple[int, int]) -> None:
+    # With these ratios of the sides, many resized pixels of noise are exactly between two 8-bit values.
+    detector = small_detector("retinanet")
+    axes = (1, "height", "width", 3)
+    model = preparation_model(detector.transform, detection_settings(detector), 20, 3, True, axes)
+    pixels = torch.randint(
+        0, 256, (1, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    (batch, *_) = open_session(model.SerializeToString()).run(None, {"pixels": pixels.numpy()})
+    expected, _ = detector.transform([pixels[0].permute(2, 0, 1) / 255])
+    np.testing.assert_allclose(batch, expected.tensors.numpy(), atol=1e-5)
 
 
 def test_wrong_detections_leave_no_file(

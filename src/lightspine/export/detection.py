@@ -137,7 +137,7 @@ def to_detector_onnx(
     masks = "masks" in detector_outputs(detector)
     size = fixed_size or ("height", "width")
     axes = (1, *size, channels) if pixels else (1, channels, *size)
-    first = _preparation(transform, settings, opset, channels, pixels, axes)
+    first = preparation_model(transform, settings, opset, channels, pixels, axes)
     resizes = pixels and settings.resize is not None
     padded = None
     if fixed_size is not None:
@@ -299,7 +299,6 @@ def _placement(opset: int, image_name: str, axes: tuple[int | str, ...], resizes
 
 
 _SHAPES = """
-  first_axes = Shape<start=0, end=2>(image)
   {original} = Shape<start=2, end=4>(image)
 """
 
@@ -317,8 +316,42 @@ _RESIZE = """
   floored = Floor(shifted)
   whole = Cast<to=7>(floored)
   {size} = Max(whole, one)
-  resized_shape = Concat<axis=0>(first_axes, {size})
-  resized = Resize<mode="linear", coordinate_transformation_mode="half_pixel">(image, , , resized_shape)
+"""
+
+# Bilinear resizing along one axis, with positions in float64. ONNX Runtime's `Resize` has them in float32: a
+# value in the middle of two 8-bit values, frequent where the sides have a ratio such as 7 to 8, is then
+# rounded to the other one than in PyTorch.
+_RESIZE_AXIS = """
+  {name}_index = Constant<value_int={index}>()
+  {name}_length = Gather<axis=0>({original}, {name}_index)
+  {name}_new_length = Gather<axis=0>({size}, {name}_index)
+  {name}_from = Cast<to=11>({name}_length)
+  {name}_to = Cast<to=11>({name}_new_length)
+  {name}_ratio = Div({name}_from, {name}_to)
+  {name}_zero = Constant<value_int=0>()
+  {name}_one = Constant<value_int=1>()
+  {name}_steps = Range({name}_zero, {name}_new_length, {name}_one)
+  {name}_numbers = Cast<to=11>({name}_steps)
+  {name}_centers = Add({name}_numbers, half)
+  {name}_scaled = Mul({name}_centers, {name}_ratio)
+  {name}_shifted = Sub({name}_scaled, half)
+  {name}_positions = Max({name}_shifted, nothing)
+  {name}_whole = Floor({name}_positions)
+  {name}_share = Sub({name}_positions, {name}_whole)
+  {name}_share_32 = Cast<to=1>({name}_share)
+  {name}_shares_shape = Constant<value_ints={shape}>()
+  {name}_second_share = Reshape({name}_share_32, {name}_shares_shape)
+  {name}_first_share = Sub(all, {name}_second_share)
+  {name}_last = Sub({name}_length, {name}_one)
+  {name}_floored = Cast<to=7>({name}_whole)
+  {name}_first = Min({name}_floored, {name}_last)
+  {name}_next = Add({name}_first, {name}_one)
+  {name}_second = Min({name}_next, {name}_last)
+  {name}_first_pixels = Gather<axis={axis}>({source}, {name}_first)
+  {name}_second_pixels = Gather<axis={axis}>({source}, {name}_second)
+  {name}_first_part = Mul({name}_first_pixels, {name}_first_share)
+  {name}_second_part = Mul({name}_second_pixels, {name}_second_share)
+  {result} = Add({name}_first_part, {name}_second_part)
 """
 
 _PAD = """
@@ -331,7 +364,7 @@ _PAD = """
 """
 
 
-def _preparation(
+def preparation_model(
     transform: DetectionTransform,
     settings: DetectionSettings,
     opset: int,
@@ -339,13 +372,30 @@ def _preparation(
     pixels: bool,
     axes: tuple[int | str, ...],
 ) -> Any:
-    """Return the image preprocessing as an `onnx.ModelProto`."""
+    """Return the image preprocessing of a detector as an `onnx.ModelProto`.
+
+    Args:
+        transform: mean and standard deviation of the images.
+        settings: size and rounding of resized images.
+        opset: version of the ONNX operator set.
+        channels: number of channels.
+        pixels: take 8-bit images (1, H, W, C), which are resized; otherwise prepared ones, (1, C, H, W).
+        axes: sizes or names of the input's dimensions.
+    """
     import onnx
 
     resizes = pixels and settings.resize is not None
     lines = _SHAPES
     if resizes:
         lines += _RESIZE
+        places = {"original": _ORIGINAL, "size": _SIZE}
+        # First along rows, as PyTorch does.
+        lines += _RESIZE_AXIS.format(
+            name="width", index=1, axis=3, shape="[-1]", source="image", result="widened", **places
+        )
+        lines += _RESIZE_AXIS.format(
+            name="height", index=0, axis=2, shape="[-1, 1]", source="widened", result="resized", **places
+        )
     else:
         lines += "  {size} = Identity({original})\n  resized = Identity(image)\n"
     if pixels:
@@ -382,6 +432,9 @@ def _preparation(
             "shorter": (onnx.TensorProto.DOUBLE, [float(settings.resize[0])], []),
             "longer": (onnx.TensorProto.DOUBLE, [float(settings.resize[1])], []),
             "rounding": (onnx.TensorProto.DOUBLE, [0.5 if settings.rounding == "nearest" else 0.0], []),
+            "half": (onnx.TensorProto.DOUBLE, [0.5], []),
+            "nothing": (onnx.TensorProto.DOUBLE, [0.0], []),
+            "all": (onnx.TensorProto.FLOAT, [1.0], []),
         }
     for constant, (dtype, values, dims) in constants.items():
         model.graph.initializer.append(onnx.helper.make_tensor(constant, dtype, dims, values))

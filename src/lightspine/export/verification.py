@@ -23,6 +23,13 @@ The int8 tolerances only detect broken files: 8-bit weights and activations chan
 with random weights by tens of percent. Measure the accuracy of a quantized model with `lightspine evaluate`.
 """
 
+RESIZED_TOLERANCE = 5e-4
+"""Minimum of the tolerance for a detector whose file resizes 8-bit images.
+
+A resized pixel close to the middle of two 8-bit values may be rounded to the other one, which changes the
+scores of a trained detector by 1e-5 to 1e-4.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionTolerance:
