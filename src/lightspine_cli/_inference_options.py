@@ -41,6 +41,7 @@ PREDICT_TASKS = _SHARED_TASKS | {
     "data": _CLASSIFIER,
     "resume": _CLASSIFIER,
     "devices": _CLASSIFIER,
+    "rank_timeout": _CLASSIFIER,
     "part_size": _CLASSIFIER,
     "format": _CLASSIFIER,
     "batch_size": _CLASSIFIER,
@@ -92,6 +93,14 @@ def add_batch_inference_options(parser: argparse.ArgumentParser, formats: tuple[
         default=1,
         metavar="N",
         help="number of processes, one device each (default: %(default)s)",
+    )
+    group.add_argument(
+        "--rank-timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds after which the run ends if a process does not answer, or computes no batch while the "
+        "others wait (default: %(default)g)",
     )
     group.add_argument(
         "--batch-size", type=int, default=64, help="images per forward pass (default: %(default)s)"
@@ -263,6 +272,7 @@ def inference_options(args: argparse.Namespace, checkpoint: Path | None) -> Any:
         num_workers=args.workers,
         device=args.device,
         devices=args.devices,
+        rank_timeout=args.rank_timeout,
         resume=args.resume,
         progress=True,
         **preprocessing_arguments(args),

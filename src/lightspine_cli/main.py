@@ -9,6 +9,7 @@ import importlib
 import io
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -70,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 for success, 1 for a failure, 2 for a usage error, 130 for an interrupt.
     """
     if argv is None:
+        if "LIGHTSPINE_LAUNCHER_PID" in os.environ:
+            # A rank of a training run: at Ctrl-C the rank that started it ends it.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         _print_any_name()
     status = _run(list(sys.argv[1:] if argv is None else argv), own_process=argv is None)
     try:

@@ -72,13 +72,55 @@ def test_killed_worker_ends_the_run_with_a_sentence(place: Path, whole: bytes) -
     command = _command(place, "worker", "--devices", "2")
     process = subprocess.Popen(command, env=_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     _wait_for_parts(place / "worker", 5)
-    workers = [pid for pid in _children(process.pid) if b"spawn_main" in _command_line(pid)]
-    os.kill(workers[0], signal.SIGKILL)
+    os.kill(_ranks(process)[0], signal.SIGKILL)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
     assert re.search(rb"rank \d was killed by SIGKILL; finished parts are kept", error)
     subprocess.run([*command, "--resume"], check=True, env=_env(), capture_output=True)
     assert (place / "worker" / "predictions.csv").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_rank_that_hangs_is_named(place: Path) -> None:
+    command = _command(place, "hang", "--devices", "2", "--rank-timeout", "5")
+    process = subprocess.Popen(command, env=_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _wait_for_parts(place / "hang", 2)
+    os.kill(_ranks(process)[1], signal.SIGSTOP)
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert b"rank 1 of 2 has not answered for 5 seconds; finished parts are kept" in error
+    assert len(_sentences(error)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("connected", [False, True], ids=["connecting", "computing"])
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (signal.SIGINT, "interrupted"),
+        (signal.SIGTERM, "the run was ended by SIGTERM; finished parts are kept: resume the run to continue"),
+    ],
+)
+def test_signal_to_all_processes_ends_them_with_one_sentence(
+    place: Path, number: signal.Signals, sentence: str, connected: bool
+) -> None:
+    out = f"signal-{number}-{connected}"
+    command = _command(place, out, "--devices", "2", "--workers", "1")
+    process = subprocess.Popen(
+        command, env=_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    while len(_ranks(process)) < 2:
+        time.sleep(0.05)
+    if connected:
+        _wait_for_parts(place / out, 2)
+    started = _ranks(process)
+    # As a terminal does at Ctrl-C.
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert _sentences(error) == [f"lightspine: {sentence}"]
+    assert b"Traceback" not in error
+    _wait_until_gone(started)
 
 
 @pytest.mark.slow
@@ -89,6 +131,16 @@ def test_processes_of_torchrun_share_the_work(place: Path, whole: bytes) -> None
     assert done.returncode == 0, done.stderr
     assert (place / "torchrun" / "predictions.csv").read_bytes() == whole
     assert json.loads((place / "torchrun" / "run.json").read_text())["devices"] == 2
+
+
+def _ranks(process: "subprocess.Popen[bytes]") -> list[int]:
+    return [pid for pid in _children(process.pid) if b"spawn_main" in _command_line(pid)]
+
+
+def _sentences(error: bytes) -> list[str]:
+    """Return the messages on standard error; progress bars are redrawn behind a carriage return."""
+    lines = [line.strip() for line in error.decode().replace("\r", "\n").splitlines()]
+    return [line for line in lines if line.startswith("lightspine:")]
 
 
 def _command(place: Path, out: str, *more: str) -> list[str]:

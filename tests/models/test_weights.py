@@ -5,10 +5,12 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from safetensors.torch import save
 import lightspine
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.registry import published_cfgs
-from lightspine.models.weights import WeightsFile, cached_weights, download
+from lightspine.models.weights import WeightsFile, cached_weights, download, hub_download
 from support.file_server import FileServer, file_server
 from support.reference import fill_checkpoint, read_figure
 
@@ -375,6 +377,36 @@ def test_hub_repositories(server: FileServer, tmp_path: Path, hub_files: dict[st
     assert {key: again[key] for key in ("several", "ours", "ours weights")} == {
         key: out[key] for key in ("several", "ours", "ours weights")
     }
+
+
+def test_hub_that_cannot_be_reached_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # huggingface_hub tries 6 times, with pauses of 1 to 8 seconds; time is not measured here.
+    monkeypatch.setattr(
+        "huggingface_hub.utils._http.time.sleep", lambda _: pytest.fail("another try to connect")
+    )
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+    with pytest.raises(
+        LightspineError, match=r"cannot download hf-hub:us/absent/a\.pth: .*Connection refused"
+    ):
+        hub_download("us/absent", "a.pth", tmp_path)
+    overlay = {"hf_hub_id": "us/absent"}
+    for name in ("vim_tiny", "timm/test_vit"):
+        with pytest.raises(LightspineError, match=r"cannot download hf-hub:.*Connection refused"):
+            lightspine.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path)
+
+
+@pytest.mark.slow
+def test_files_of_a_hub_that_cannot_be_reached_come_from_the_cache(
+    server: FileServer, tmp_path: Path, hub_files: dict[str, dict[str, bytes]]
+) -> None:
+    server.add_repository("us/ours", hub_files["us/ours"])
+    online = run_hub(server, tmp_path)
+    server.url = "http://127.0.0.1:9"
+    offline = run_hub(server, tmp_path)
+    assert offline["ours weights"] == online["ours weights"] == 5.0
+    assert "Connection refused" in str(offline["absent"])
 
 
 def test_record_survives_json() -> None:

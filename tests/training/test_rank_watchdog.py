@@ -34,6 +34,8 @@ def _trainer(rank: int, ports: "list[int]", known: threading.Event) -> Any:
     loop = Trainer(epoch_loop=Trainer())
     return Trainer(
         world_size=2,
+        num_devices=2,
+        num_nodes=1,
         global_rank=rank,
         strategy=strategy,
         fit_loop=loop,
@@ -46,7 +48,6 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[RankWatchdog, RankW
     """Two connected ranks in one process, of which rank 1 receives its signals, and the trainer of rank 0."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
     ports: list[int] = []
     known = threading.Event()
     trainers = [_trainer(rank, ports, known) for rank in (0, 1)]
@@ -54,12 +55,12 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[RankWatchdog, RankW
     module: Any = None
     first = threading.Thread(target=watchdogs[0].setup, args=(trainers[0], module, "fit"))
     first.start()
-    watchdogs[1].setup(trainers[1], module, "fit")
-    first.join()
-    yield *watchdogs, trainers[0]
-    for watchdog, trainer in zip(watchdogs, trainers, strict=True):
-        watchdog.teardown(trainer, module, "fit")
-    signal.signal(signal.SIGTERM, before)
+    with watchdogs[1].signals_handled(trainers[1]):
+        watchdogs[1].setup(trainers[1], module, "fit")
+        first.join()
+        yield *watchdogs, trainers[0]
+        for watchdog, trainer in zip(watchdogs, trainers, strict=True):
+            watchdog.teardown(trainer, module, "fit")
     dist.destroy_process_group()
 
 
@@ -76,12 +77,13 @@ def _is_stopped(trainer: Any) -> bool:
     return False
 
 
-def test_sigterm_to_one_rank_ends_the_next_step_of_rank_0(
-    ranks: tuple[RankWatchdog, RankWatchdog, Any],
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_one_rank_ends_the_next_step_of_rank_0(
+    ranks: tuple[RankWatchdog, RankWatchdog, Any], number: signal.Signals
 ) -> None:
     *_, trainer = ranks
     assert not _is_stopped(trainer)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     # The signal travels from rank 1 to rank 0 in a moment.
     assert any(_is_stopped(trainer) or time.sleep(0.01) for _ in range(1000))
 

@@ -1,6 +1,7 @@
 """Create models by name or from a checkpoint file, and convert checkpoint files."""
 
 import pickle
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -39,7 +40,7 @@ from lightspine.models.loading import (
 )
 from lightspine.models.pickle_check import check_pickled_file
 from lightspine.models.registry import find_record, get_record, own_name, timm_name
-from lightspine.models.weights import check_hub_pickle, hub_errors
+from lightspine.models.weights import check_hub_pickle, hub_errors, hub_reached_or_cached
 
 # Arguments that name the initial weights, not the model.
 _WEIGHTS_OPTIONS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
@@ -197,7 +198,10 @@ def _build_from_config(label: str, name: str, kwargs: dict[str, Any]) -> Any:
 
 def _build(name: str, kwargs: dict[str, Any]) -> Any:
     theirs = timm_name(name)
-    return timm.create_model(theirs, **kwargs) if theirs else get_record(name).create(**kwargs)
+    if theirs is None:
+        return get_record(name).create(**kwargs)
+    with hub_reached_or_cached(f"timm/{theirs}") if kwargs.get("pretrained") else nullcontext():
+        return timm.create_model(theirs, **kwargs)
 
 
 def _create_feature_extractor(

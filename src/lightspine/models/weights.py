@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import json
 import shutil
+import socket
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -40,6 +41,7 @@ _CHECKPOINT_HEADS = (b"PK", b"\x80")
 _BLOCK = 1 << 20
 _ATTEMPTS = 3
 _TIMEOUT_S = 30.0
+_CONNECT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,7 +362,10 @@ def hub_errors(what: str) -> Iterator[None]:
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        yield
+        with hub_reached_or_cached(what):
+            yield
+    except LightspineError:
+        raise
     except Exception as error:
         if _is_offline() and isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
             raise UsageError(
@@ -370,11 +375,57 @@ def hub_errors(what: str) -> Iterator[None]:
             raise LightspineError(f"cannot download hf-hub:{what}: no space is left on the disk") from error
         if isinstance(error, LocalEntryNotFoundError):
             # The message does not say why; the error that it was raised from does.
-            raise LightspineError(
-                f"cannot download hf-hub:{what}: {_first_line(error.__cause__ or error)}; copy the folder "
-                "~/.cache/huggingface/hub of a machine with a connection, or pass a file as checkpoint=PATH"
-            ) from error
+            raise _not_reached(what, error.__cause__ or error) from error
         raise LightspineError(f"cannot download hf-hub:{what}: {_first_line(error)}") from error
+
+
+@contextmanager
+def hub_reached_or_cached(what: str) -> Iterator[None]:
+    """Take files from the cache of the Hugging Face hub alone if the hub cannot be reached.
+
+    huggingface_hub would try to connect again and again, for 23 seconds per file.
+
+    Args:
+        what: file or repository, for the message.
+
+    Raises:
+        LightspineError: the hub cannot be reached, and the file is not in the cache.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    problem = None if _is_offline() else _connection_problem(constants.ENDPOINT)
+    if problem is None:
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise _not_reached(what, problem) from error
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+def _connection_problem(url: str) -> OSError | None:
+    """Return why no connection to the host of an address can be opened, or None."""
+    parts = urllib.parse.urlsplit(url)
+    host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+        # The proxy may reach it.
+        return None
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except OSError as error:
+        return error
+    return None
+
+
+def _not_reached(what: str, reason: BaseException) -> LightspineError:
+    return LightspineError(
+        f"cannot download hf-hub:{what}: {_first_line(reason)}; copy the folder ~/.cache/huggingface/hub of "
+        "a machine with a connection, or pass a file as checkpoint=PATH"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -38,10 +38,10 @@ from lightspine.training.detection import DetectionTask
 from lightspine.training.fit import TRAINER_DEFAULTS, Export, TrainResult, run_callbacks, run_training
 from lightspine.training.log_filters import filter_lightning_logs, has_terminal, show_info_logs
 from lightspine.training.lr_schedules import CosineSchedule, DecaySchedule, MilestoneSchedule
-from lightspine.training.rank_watchdog import RANK_TIMEOUT_S
 from lightspine.training.resume import AUTO, prepare_folder
 from lightspine.training.segmentation import SegmentationTask
 from lightspine.training.short_flags import expand_short_flags, suggest_flag
+from lightspine.utils.rank_monitor import RANK_TIMEOUT_S
 
 _LOG = logging.getLogger(__name__)
 _KEY = re.compile(r'Parser key "([^"]+)"')

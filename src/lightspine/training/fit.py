@@ -27,7 +27,7 @@ from lightspine.training.checkpoint import BEST, LAST, AtomicCheckpointIO, BestC
 from lightspine.training.finetuning import describe_start
 from lightspine.training.log_filters import filter_lightning_logs, has_terminal
 from lightspine.training.progress import LineProgress, RunProgressBar
-from lightspine.training.rank_watchdog import RANK_TIMEOUT_S, RankWatchdog
+from lightspine.training.rank_watchdog import RankWatchdog
 from lightspine.training.resume import (
     EpochState,
     TrainingInterruptedError,
@@ -37,6 +37,7 @@ from lightspine.training.resume import (
 )
 from lightspine.training.resume_check import check_resumed
 from lightspine.utils.folder_lock import lock_folder
+from lightspine.utils.rank_monitor import RANK_TIMEOUT_S
 from lightspine.utils.resource_errors import resource_errors
 
 __all__ = ["Export", "TrainResult", "TrainingInterruptedError", "run_callbacks", "run_training", "train"]
@@ -229,7 +230,11 @@ def run_training(
     with lock_folder(log.folder) if trainer.is_global_zero else contextlib.nullcontext():
         started = time.perf_counter()
         try:
-            with filter_lightning_logs(), report_last_checkpoint(log.folder / LAST):
+            with (
+                filter_lightning_logs(),
+                report_last_checkpoint(log.folder / LAST),
+                _find_callback(trainer, RankWatchdog).signals_handled(trainer),
+            ):
                 _fit(trainer, task, data, checkpoint)
         except TrainingInterruptedError as error:
             # All ranks stop; rank 0 says so.

@@ -8,15 +8,17 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch.distributed as dist
 
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.rank_monitor import RANK_TIMEOUT_S, RankMonitor
 
-# Long enough to wait for the slowest rank; torchrun's agent handles dead ranks.
+# Long enough to wait for the slowest rank; the agent handles ranks that die, and the monitor those that hang.
 _BARRIER_TIMEOUT = timedelta(days=30)
 _KEPT = "finished parts are kept: resume the run to continue"
 
@@ -29,11 +31,13 @@ class Rank:
         rank: global rank.
         world_size: number of ranks.
         local_rank: rank on this machine.
+        monitor: finds ranks that hang; None outside `join_ranks` and if there is one rank.
     """
 
     rank: int
     world_size: int
     local_rank: int
+    monitor: RankMonitor | None = None
 
     def barrier(self) -> None:
         """Wait until every rank has reached this point.
@@ -43,10 +47,23 @@ class Rank:
         """
         if self.world_size == 1:
             return
+        self.wait_is_allowed()
         try:
             dist.barrier()
         except RuntimeError as error:
             raise LightspineError(f"another rank of this run ended early; {_KEPT}") from error
+        if self.monitor is not None:
+            self.monitor.begin_step()
+
+    def wait_is_allowed(self) -> None:
+        """Let the others wait until the next barrier: this rank has work of any duration, or none."""
+        if self.monitor is not None:
+            self.monitor.finish_step()
+
+    def proceed(self) -> None:
+        """Tell the others that this rank has done a part of its work."""
+        if self.monitor is not None:
+            self.monitor.advance()
 
     def device(self, device: str) -> str:
         """Return the device of this rank; "cuda" gives every rank of a machine its own GPU."""
@@ -63,24 +80,52 @@ def read_rank() -> Rank:
 
 
 @contextmanager
-def join_ranks() -> Iterator[Rank]:
-    """Initialize the process group under torchrun; outside torchrun there is none."""
+def join_ranks(timeout_s: float = RANK_TIMEOUT_S) -> Iterator[Rank]:
+    """Initialize the process group under torchrun; outside torchrun there is none.
+
+    Args:
+        timeout_s: seconds after which a rank that hangs ends the run; see `RankMonitor`.
+    """
     rank = read_rank()
     if rank.world_size == 1:
         yield rank
         return
     # Gloo suffices on GPUs too: only barriers are used, no tensors.
     dist.init_process_group("gloo", timeout=_BARRIER_TIMEOUT)
+    monitor = RankMonitor(timeout_s, _give_up)
+    monitor.connect(rank.rank, rank.world_size, _broadcast)
+    monitor.watch()
     try:
-        yield rank
+        yield replace(rank, monitor=monitor)
     finally:
+        monitor.close(goodbye=True)
         dist.destroy_process_group()
+
+
+def _broadcast(value: int | None) -> int:
+    values = [value]
+    dist.broadcast_object_list(values)
+    assert values[0] is not None
+    return values[0]
+
+
+def _give_up(rank: int, died: bool, message: str) -> None:  # noqa: ARG001
+    """End this rank, which may wait for one that hangs; the agent reads the message from the error file."""
+    if died:
+        # torchrun's agent knows of what, and ends the others.
+        return
+    # Importing it takes half a second.
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(LightspineError(f"{message}; {_KEPT}"))
+    os._exit(1)
 
 
 def launch_ranks(function: Callable[..., Any], *args: Any, ranks: int) -> Any:
     """Run a function in several processes of this machine, as `torchrun --standalone` does.
 
     When a rank fails, torchrun's agent ends the others; when this process dies, the ranks end themselves.
+    SIGINT and SIGTERM end all of them without a word.
 
     Args:
         function: module-level function; `join_ranks` inside it joins the process group.
@@ -93,6 +138,7 @@ def launch_ranks(function: Callable[..., Any], *args: Any, ranks: int) -> Any:
     Raises:
         UsageError: raised by a rank.
         LightspineError: raised by a rank, or a rank failed or was killed.
+        InterruptedRunError: this process received SIGTERM, SIGHUP or SIGQUIT.
         KeyboardInterrupt: this process was interrupted.
     """
     # Importing these takes half a second.
@@ -113,13 +159,48 @@ def launch_ranks(function: Callable[..., Any], *args: Any, ranks: int) -> Any:
             logs_specs=DefaultLogsSpecs(log_dir=log_dir),
         )
         try:
-            return elastic_launch(config, function)(*args)[0]
+            with _interrupts_blocked():
+                return elastic_launch(config, _run_rank)(function, *args)[0]
         except ChildFailedError as error:
             raise _as_lightspine_error(error.get_first_failure()[1]) from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
-            raise SystemExit(128 + error.sigval) from None
+            raise InterruptedRunError(error.sigval) from None
+
+
+class InterruptedRunError(LightspineError):
+    """A signal ended the run."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(f"the run was ended by {number.name}; {_KEPT}")
+        self.exit_status = 128 + number
+
+
+def _run_rank(function: Callable[..., Any], *args: Any) -> Any:
+    """Run the function of a rank, which SIGINT ends without a traceback, as does the death of the agent."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    return function(*args)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Start processes with SIGINT blocked, so that none prints a traceback while it imports its modules.
+
+    The signal reaches this process in another thread; its Python handler runs in the main thread as usual.
+    """
+    # Starting the resource tracker would unblock the signal.
+    resource_tracker.ensure_running()
+    finished = threading.Event()
+    receiver = threading.Thread(target=finished.wait, daemon=True)
+    receiver.start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        finished.set()
 
 
 def _as_lightspine_error(failure: Any) -> LightspineError:

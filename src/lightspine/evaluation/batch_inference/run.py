@@ -30,6 +30,7 @@ from lightspine.evaluation.common import describe_environment, hash_file
 from lightspine.utils.devices import check_device
 from lightspine.utils.folder_lock import lock_folder
 from lightspine.utils.progress import progress_bar
+from lightspine.utils.rank_monitor import RANK_TIMEOUT_S
 from lightspine.utils.resource_errors import resource_errors
 
 _PREDICTION_FORMATS = {"csv": Csv, "parquet": Parquet}
@@ -54,6 +55,8 @@ class InferenceOptions:
         device: PyTorch device; "cuda" gives each rank its own GPU.
         devices: number of ranks to start on this machine. They are spawned, so a script that sets more than 1
             needs `if __name__ == "__main__"`. Leave it at 1 under torchrun, whose ranks share the work.
+        rank_timeout: seconds after which a run of several ranks ends if one does not answer, or computes no
+            batch while the others wait for it.
         resume: continue the run in the folder; a finished run is left unchanged.
         progress: show a progress bar on standard error (of rank 0).
 
@@ -71,6 +74,7 @@ class InferenceOptions:
     num_workers: int = 0
     device: str = "cpu"
     devices: int = 1
+    rank_timeout: float = RANK_TIMEOUT_S
     resume: bool = False
     progress: bool = False
 
@@ -83,6 +87,8 @@ class InferenceOptions:
         ):
             if value < minimum:
                 raise UsageError(f"expected {name} of at least {minimum}, got {value}")
+        if not self.rank_timeout > 0:
+            raise UsageError(f"expected a rank timeout above 0 seconds, received {self.rank_timeout:g}")
         if self.devices > 1 and ":" in self.device:
             raise UsageError(f"expected a device type such as cuda for several devices, got {self.device}")
 
@@ -208,7 +214,7 @@ def _run_rank(job: _Job, threads: int | None = None) -> dict[str, Any]:
     options, folder = job.options, job.folder
     if threads is not None:
         torch.set_num_threads(threads)
-    with join_ranks() as rank:
+    with join_ranks(options.rank_timeout) as rank:
         device = rank.device(options.device)
         check_device(device)
         if rank.rank == 0:
@@ -220,6 +226,8 @@ def _run_rank(job: _Job, threads: int | None = None) -> dict[str, Any]:
         )
         with lock_folder(folder.path) if rank.rank == 0 else contextlib.nullcontext():
             if rank.rank == 0:
+                # Listing millions of images takes a while.
+                rank.wait_is_allowed()
                 _prepare_folder(job, metadata.name, preprocessing)
             rank.barrier()
             if folder.outcome is None:
@@ -270,6 +278,7 @@ def _run_pending(job: _Job, compute: Compute, preprocessing: Preprocessing, devi
     rank.barrier()
     seconds = time.perf_counter() - started
     if rank.rank == 0:
+        rank.wait_is_allowed()
         computed = sum(len(parts[number]) for number in pending)
         folder.finish(
             len(parts),
@@ -316,6 +325,7 @@ def _compute_parts(
         tables: list[Table] = []
         bad: dict[str, str] = {}
         for batch in itertools.islice(batches, -(-len(part) // options.batch_size)):
+            rank.proceed()
             bad |= {image.path: image.reason for image in batch.bad}
             if len(batch.images):
                 table, finite = _compute_batch(batch, compute, device)
