@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lightspine.analysis.figure_grid import Panel, draw_grid
+from lightspine.compare.contact_sheet import draw_contact_sheet
 from lightspine.errors import LightspineError, UsageError
-from lightspine.evaluation import draw
+from lightspine.evaluation import ClassScore, draw
 from lightspine.evaluation.draw import draw_classes, draw_detections
 
 GREY = Image.new("RGB", (640, 480), (120, 120, 120))
@@ -162,3 +164,17 @@ def test_number_of_drawn_detections_is_limited_by_score(tmp_path: Path) -> None:
     assert (picture[465:, 560:] != 120).any(), "a note says how many are drawn"
     with pytest.raises(UsageError, match="max_drawn of at least 1, got 0"):
         draw_detections(GREY, found, NAMES, tmp_path / "a.png", max_drawn=0)
+
+
+# matplotlib takes the first two for formulas and fails at the third and the first.
+@pytest.mark.parametrize("name", [r"$\frac{$", "$5 or $6", "cat\udcff", "a\x1b[31m"])
+def test_class_names_are_drawn_as_they_are_written(name: str, tmp_path: Path) -> None:
+    image = Image.new("RGB", (96, 64))
+    found = {"boxes": [[8, 8, 60, 50]], "labels": [1], "scores": [0.9]}
+    draw_detections(image, found, [name], tmp_path / "boxes.png")
+    draw_classes(image, np.zeros((64, 96), dtype=np.uint8), [name], tmp_path / "classes.png")
+    draw.draw_confusion_matrix([[3]], [name], tmp_path / "confusion.png", title=name)
+    draw.draw_image_grid([image], [name], tmp_path / "images.png")
+    draw_contact_sheet([image], [name], {name: [ClassScore(name, 0.9)]}, tmp_path / "sheet.png", title=name)
+    draw_grid([[Panel(name, np.ones((4, 4)))]], names=[name], heading=name, caption=name)
+    assert len(list(tmp_path.glob("*.png"))) == 5

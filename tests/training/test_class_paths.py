@@ -8,8 +8,9 @@ import jsonargparse
 import pytest
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.training.class_paths import check_recipe_text, limit_class_paths
+from lightspine.training.class_paths import limit_class_paths
 from lightspine.training.cli import main
+from lightspine.utils.yaml_text import check_yaml_text
 
 RECIPE = """\
 seed: 0
@@ -151,8 +152,8 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 def test_recipe_that_would_fill_the_memory_is_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check_recipe_text(text)
+        check_yaml_text(text, "recipe")
 
 
 def test_usual_aliases_pass() -> None:
-    check_recipe_text("a: &size {x: 1}\nb: *size\nc: [*size, *size]\n")
+    check_yaml_text("a: &size {x: 1}\nb: *size\nc: [*size, *size]\n", "recipe")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightspine.analysis.image_input import ImageInput
+from lightspine.utils.printable import figure_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,8 +85,10 @@ def draw_grid(
     width = max(left + count * cell, 0.056 * len(caption), 0.08 * len(heading)) + _MARGIN_INCHES
     height = _HEAD_INCHES + sum(_PANEL_INCHES * ratio + _TITLE_INCHES for ratio in ratios) + _FOOT_INCHES
     figure = new_figure(width, height)
-    figure.text(_MARGIN_INCHES / width, 1 - 0.2 / height, heading, fontsize=10.5, va="center")
-    figure.text(_MARGIN_INCHES / width, 0.08 / height, caption, fontsize=7.5, va="bottom", color="0.25")
+    figure.text(_MARGIN_INCHES / width, 1 - 0.2 / height, figure_text(heading), fontsize=10.5, va="center")
+    figure.text(
+        _MARGIN_INCHES / width, 0.08 / height, figure_text(caption), fontsize=7.5, va="bottom", color="0.25"
+    )
     top = height - _HEAD_INCHES
     for number, (row, ratio) in enumerate(zip(rows, ratios, strict=True)):
         bottom = top - _TITLE_INCHES - _PANEL_INCHES * ratio
@@ -97,7 +100,8 @@ def draw_grid(
         if names:
             middle = (bottom + _PANEL_INCHES * ratio / 2) / height
             name = names[number] if len(names[number]) <= 24 else f"{names[number][:23]}…"
-            figure.text(0.18 / width, middle, name, rotation=90, ha="center", va="center", fontsize=8)
+            shown = figure_text(name)
+            figure.text(0.18 / width, middle, shown, rotation=90, ha="center", va="center", fontsize=8)
         top = bottom
     return figure
 
@@ -136,7 +140,7 @@ def draw_panel(axes: "Axes", panel: Panel) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_linewidth(0.5)
-    axes.set_title(panel.title, fontsize=8, pad=3)
+    axes.set_title(figure_text(panel.title), fontsize=8, pad=3)
 
 
 def _aspect_ratio(row: Sequence[Panel | None]) -> float:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from lightspine.errors import UsageError
 from lightspine.evaluation import ClassScore
+from lightspine.utils.printable import figure_text
 
 _CELL_INCHES = 1.25
 _NAME_INCHES = 1.9
@@ -48,7 +49,7 @@ def draw_contact_sheet(
     height = 0.45 + _CELL_INCHES + _ROW_INCHES * (len(predictions) + 1)
     figure = Figure(figsize=(width, height), dpi=130)
     FigureCanvasAgg(figure)
-    figure.text(0.1 / width, 1 - 0.27 / height, title, fontsize=11, va="center")
+    figure.text(0.1 / width, 1 - 0.27 / height, figure_text(title), fontsize=11, va="center")
     for column, image in enumerate(images):
         left = (_NAME_INCHES + (column + 0.05) * _CELL_INCHES) / width
         bottom = 1 - (0.45 + 0.95 * _CELL_INCHES) / height
@@ -73,7 +74,7 @@ def _draw_table(
         _write_cell(axes, column, 0, _shorten(label), weight="bold")
     for row, (name, answers) in enumerate(predictions.items(), start=1):
         axes.axhline(row, color="#dddddd", linewidth=0.7)
-        axes.text(0.1, row + 0.5, name, fontsize=9, va="center")
+        axes.text(0.1, row + 0.5, figure_text(name), fontsize=9, va="center")
         for column, (label, answer) in enumerate(zip(labels, answers, strict=True)):
             text = f"{_shorten(answer.name)}\n{100 * answer.probability:.0f} %"
             if answer.name == label:
@@ -89,7 +90,8 @@ def _write_cell(
     axes: Axes, column: int, row: int, text: str, *, weight: str = "normal", color: str = "black"
 ) -> None:
     x = _NAME_INCHES + (column + 0.5) * _CELL_INCHES
-    axes.text(x, row + 0.5, text, fontsize=7.5, ha="center", va="center", weight=weight, color=color)
+    shown = figure_text(text)
+    axes.text(x, row + 0.5, shown, fontsize=7.5, ha="center", va="center", weight=weight, color=color)
 
 
 def _frame_cell(axes: Axes, column: int, row: int) -> None:

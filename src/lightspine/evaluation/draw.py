@@ -22,6 +22,7 @@ from sklearn.metrics import ConfusionMatrixDisplay
 
 from lightspine.errors import UsageError
 from lightspine.utils.files import atomic_write
+from lightspine.utils.printable import figure_text
 
 _DPI = 100
 _LEGEND_INCHES = 2.6
@@ -186,7 +187,7 @@ def draw_image_grid(images: Sequence[Image.Image], titles: Sequence[str], path: 
         axes.set_axis_off()
     for axes, image, title in zip(grid, images, titles, strict=False):
         axes.imshow(image)
-        axes.set_title(_truncate(title, 24), fontsize=9)
+        axes.set_title(figure_text(_truncate(title, 24)), fontsize=9)
     _save(figure, path)
 
 
@@ -237,8 +238,9 @@ def draw_confusion_matrix(
         if value < 0.5:
             text.set_text("<1" if counts[row, column] else "")
     if count <= _MAX_NAMES:
-        shown = [_truncate(name, 22) for name in names]
-        axes.set_xticks(range(count), shown, rotation=90 if max(map(len, shown)) > 2 else 0)
+        short = [_truncate(name, 22) for name in names]
+        shown = list(map(figure_text, short))
+        axes.set_xticks(range(count), shown, rotation=90 if max(map(len, short)) > 2 else 0)
         axes.set_yticks(
             range(count), [f"{name} ({total})" for name, total in zip(shown, totals, strict=True)]
         )
@@ -256,7 +258,7 @@ def draw_confusion_matrix(
         axes.set_xticklabels(map(str, range(0, count, step)), rotation=0)
         axes.set_yticklabels(map(str, range(0, count, step)))
         axes.set(xlabel="predicted class index", ylabel="true class index")
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(figure_text(title), loc="left", fontsize=11)
     ticks = [0, 1, 5, 10, 20, 40, 60, 80, 100]
     bar = figure.colorbar(display.im_, ax=axes, fraction=0.046, pad=0.02, ticks=ticks)
     bar.set_label(f"% of the {unit} of a true class", fontsize=8)
@@ -326,7 +328,12 @@ def _draw_label(
 ) -> None:
     """Write the label of a box where it covers as little as possible of the labels placed so far."""
     label = axes.text(
-        0, 0, text, fontsize=5 if small else 8, color="black", va="top", ha="left", bbox=_LABEL_BOX
+        *(0, 0, figure_text(text)),
+        fontsize=5 if small else 8,
+        color="black",
+        va="top",
+        ha="left",
+        bbox=_LABEL_BOX,
     )
     label.set_clip_on(True)
     extent = label.get_window_extent()
@@ -357,7 +364,7 @@ def _overlap(extent: _Extent, others: Sequence[_Extent]) -> float:
 def _legend_name(number: int, class_names: Sequence[str]) -> str:
     """Return the index and the name of a class; a name that is the index is written once."""
     name = _truncate(class_names[number])
-    return name if name == str(number) else f"{number} {name}"
+    return figure_text(name if name == str(number) else f"{number} {name}")
 
 
 def _fill_class(axes: Axes, mask: np.ndarray, number: int, opacity: float) -> Patch:

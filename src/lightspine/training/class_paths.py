@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import _common, set_parsing_settings
 
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.yaml_text import check_yaml_text
 
 # Modules with classes for a recipe; what is below them is allowed, too.
 ALLOWED = (
@@ -36,10 +37,6 @@ ALLOWED = (
 # Calls functions by their import path.
 _DENIED = ("lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function")
 _REFUSED = re.compile(r"Importing '([\w.]+)' is not allowed")
-
-_LONGEST_RECIPE = 2**20
-_DEEPEST_RECIPE = 50
-_MOST_NODES = 100_000
 
 
 @contextmanager
@@ -101,7 +98,7 @@ def read_recipe(path: Path) -> Any:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        check_recipe_text(text)
+        check_yaml_text(text, "recipe")
         return yaml.safe_load(text)
     except OSError as error:
         raise LightspineError(f"cannot read {path}: {error.strerror or error}") from error
@@ -111,45 +108,3 @@ def read_recipe(path: Path) -> Any:
     except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"expected a recipe in YAML, but {path} is not: {reason}") from error
-
-
-def check_recipe_text(text: str) -> None:
-    """Check the size and nesting of a YAML text, with its aliases expanded, before it is loaded.
-
-    Raises:
-        UsageError: it is too large or too deep.
-    """
-    if len(text) > _LONGEST_RECIPE:
-        raise UsageError(f"expected a recipe of up to {_LONGEST_RECIPE:,} characters, received {len(text):,}")
-    sizes: dict[str, int] = {}
-    # Size and anchor of each open mapping or sequence.
-    open_nodes: list[tuple[int, str | None]] = [(0, None)]
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.CollectionStartEvent):
-                open_nodes.append((1, event.anchor))
-            elif isinstance(event, yaml.CollectionEndEvent):
-                size, anchor = open_nodes.pop()
-                if anchor is not None:
-                    sizes[anchor] = size
-                _add(open_nodes, size)
-            elif isinstance(event, yaml.AliasEvent):
-                _add(open_nodes, sizes.get(event.anchor, 1))
-            elif isinstance(event, yaml.ScalarEvent):
-                _add(open_nodes, 1)
-            if len(open_nodes) > _DEEPEST_RECIPE:
-                raise UsageError(
-                    f"expected a recipe nested up to {_DEEPEST_RECIPE} times, received a deeper one"
-                )
-            if open_nodes[-1][0] > _MOST_NODES:
-                raise UsageError(
-                    f"expected a recipe of up to {_MOST_NODES:,} values, received more by its aliases"
-                )
-    except yaml.YAMLError:
-        # The loader reports it with the key that it stands for.
-        return
-
-
-def _add(open_nodes: list[tuple[int, str | None]], size: int) -> None:
-    total, anchor = open_nodes[-1]
-    open_nodes[-1] = total + size, anchor

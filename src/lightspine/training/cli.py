@@ -28,7 +28,6 @@ from lightspine.recipes import find_recipe, recipe_name
 from lightspine.recipes.deprecated import upgrade_flags, upgrade_recipe
 from lightspine.training.base import LightspineTask
 from lightspine.training.class_paths import (
-    check_recipe_text,
     limit_class_paths,
     refusal,
     refused_class_path,
@@ -42,6 +41,7 @@ from lightspine.training.resume import AUTO, prepare_folder
 from lightspine.training.segmentation import SegmentationTask
 from lightspine.training.short_flags import expand_short_flags, suggest_flag
 from lightspine.utils.rank_monitor import RANK_TIMEOUT_S
+from lightspine.utils.yaml_text import check_yaml_text
 
 _LOG = logging.getLogger(__name__)
 _KEY = re.compile(r'Parser key "([^"]+)"')
@@ -138,7 +138,7 @@ def load_recipe(text: str) -> Any:
 
     jsonargparse also parses the values of flags with it, which need not be mappings.
     """
-    check_recipe_text(text)
+    check_yaml_text(text, "recipe")
     content = get_loader("yaml")(text)
     return upgrade_recipe(content) if isinstance(content, dict) else content
 

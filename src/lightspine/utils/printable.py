@@ -27,6 +27,19 @@ def printable(text: str, *, keep_newlines: bool = False) -> str:
     return pattern.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def figure_text(text: str) -> str:
+    r"""Return a text for a matplotlib figure: escaped as by `printable`, and not taken for a formula.
+
+    matplotlib sets what is between two dollar signs as mathematics and fails if it is none, such as
+    `$\frac{$`; it also fails on the surrogates of file names that are not UTF-8.
+
+    Args:
+        text: a class or file name, or a text with one.
+    """
+    visible = printable(text, keep_newlines=True).encode("utf-8", "backslashreplace").decode("utf-8")
+    return visible.replace("$", r"\$")
+
+
 def printable_json(text: str) -> str:
     r"""Return JSON with the control characters in its strings as JSON's escapes, such as `\u202e`.
 

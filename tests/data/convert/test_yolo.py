@@ -1,6 +1,7 @@
 """Conversion of YOLO annotations."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from lightspine.data.convert import convert_yolo
 from lightspine.data.detection import read_coco, select_images
 from lightspine.data.modules import CocoDataModule
-from lightspine.errors import UsageError
+from lightspine.errors import LightspineError, UsageError
 from support.coco import real_annotations
 from support.images import write_image
 
@@ -173,3 +174,36 @@ def test_notes_of_roboflow_are_no_labels(tmp_path: Path) -> None:
     for name in ("README.roboflow.txt", "README.dataset.txt"):
         (root / name).write_text("exported\n")
     assert not convert_yolo(root, tmp_path / "out").issues
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{key}: &{key} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, key in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "sentence"),
+    [
+        (f"{BOMB}{YAML}train: *i\n", "received more by its aliases"),
+        (f"{YAML}x: {'[' * 60}{']' * 60}\n", "nested up to 50 times"),
+    ],
+    ids=["aliases", "depth"],
+)
+def test_yaml_file_that_stands_for_gigabytes_is_refused(yaml: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(LightspineError, match=sentence):
+        convert_yolo(_write(tmp_path / "in", _four(BOX), yaml=yaml), tmp_path / "out")
+
+
+def test_split_of_an_impossible_name_is_missing(tmp_path: Path) -> None:
+    source = _write(tmp_path / "in", _four(BOX), yaml=f'{YAML}train: "\\0"\n')
+    with pytest.raises(UsageError, match="expected the train split"):
+        convert_yolo(source, tmp_path / "out")
+
+
+def test_named_pipe_among_the_labels_is_counted(tmp_path: Path) -> None:
+    source = _write(tmp_path / "in", _four(BOX))
+    (source / "labels" / "0.txt").unlink()
+    os.mkfifo(source / "labels" / "0.txt")
+    found = convert_yolo(source, tmp_path / "out")
+    assert found.issues.counts["annotation file that is no ordinary file"] == 1

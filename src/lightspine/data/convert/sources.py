@@ -35,7 +35,13 @@ class SourceFiles:
         self.root = root
         listing = ImageListing(root)
         self.images = listing.list(root)
-        self.annotations = sorted(_walk(root, suffixes))
+        self.annotations = []
+        for path in sorted(_walk(root, suffixes)):
+            # Reading a named pipe or a device would never end.
+            if path.is_file():
+                self.annotations.append(path)
+            else:
+                issues.add("annotation file that is no ordinary file", str(path))
         for kind, count in listing.left_out.counts.items():
             # Annotation files are files of another type only for the listing of images.
             if not any(kind.endswith(suffix) for suffix in {*suffixes, ".txt", ".yaml", ".xml", ".json"}):

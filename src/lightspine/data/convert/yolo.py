@@ -25,6 +25,7 @@ from lightspine.utils.files import path_from_text
 from lightspine.utils.image_files import read_image_size
 from lightspine.utils.issues import Issues
 from lightspine.utils.progress import progress_bar
+from lightspine.utils.yaml_text import check_yaml_text
 
 _CLASS_FILES = ("classes.txt", "obj.names", "classes.names", "_darknet.labels")
 _NOT_LABELS = frozenset({*_CLASS_FILES, "requirements.txt", "labels.txt"})
@@ -115,7 +116,11 @@ def _read_config(source: Path) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
+        check_yaml_text(text, "YAML file")
+        content = yaml.safe_load(text)
+    except UsageError as error:
+        raise LightspineError(f"cannot read {file}: {error}") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise LightspineError(f"cannot read {file}: it is not YAML") from error
     return content if isinstance(content, dict) else {}
@@ -244,8 +249,12 @@ def _find_entry(source: Path, config: dict[str, Any], entry: str) -> Path | None
     candidates += [source.joinpath(*parts[start:]) for start in range(len(parts))]
     root = source.resolve()
     for candidate in candidates:
-        resolved = candidate.resolve()
-        if candidate.exists() and root in resolved.parents:
+        try:
+            resolved = candidate.resolve(strict=True)
+        # ValueError: a null character.
+        except (OSError, ValueError, RuntimeError):
+            continue
+        if root in resolved.parents:
             return source / resolved.relative_to(root)
     return None
 
