@@ -69,7 +69,7 @@ def _signal_when(
         time.sleep(0.02)
     others = _descendants(process.pid)
     (os.kill if alone else os.killpg)(process.pid, number)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=120)
     deadline = time.monotonic() + 60
     while any(_runs(pid) for pid in others):
         assert time.monotonic() < deadline, f"{others} outlive {process.pid}"
@@ -93,7 +93,7 @@ def test_interrupted_training_resumes(place: Path) -> None:
     ]
     limits = ("--trainer.max_steps", "6", "--trainer.limit_train_batches", "6")
     resumed = _start(*train, *short, *files, "--epochs", "50", *limits, "--resume", last)
-    _, error = resumed.communicate(timeout=200)
+    _, error = resumed.communicate(timeout=400)
     assert resumed.returncode == 0, error
     assert (folder / "model.safetensors").exists()
 

@@ -115,3 +115,19 @@ def test_death_of_a_worker_stops_the_loader_though_its_own_error_is_swallowed() 
 
     with pytest.raises(LightspineError, match=r"data loader worker .* was killed or crashed"):
         read_all()
+
+
+class _Masks(Dataset[list[int]]):
+    """Returns the signals that are blocked in the process that loads."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> list[int]:
+        return [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])]
+
+
+def test_workers_do_not_receive_interrupts() -> None:
+    loader = WatchedLoader(_Masks(), batch_size=None, num_workers=1)
+    assert all(signal.SIGINT in blocked for blocked in loader)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sized
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightspine.data.samplers import EpochSampler
 from lightspine.errors import UsageError
+from lightspine.utils.interrupts import interrupts_blocked
 from lightspine.utils.resource_errors import WorkerDiedError, resource_errors, watch_workers, worker_message
 from lightspine.utils.seeding import seeded_generators
 
@@ -61,7 +63,8 @@ class WatchedLoader(DataLoader):
         Raises:
             LightspineError: a worker died, or there is not enough memory.
         """
-        with resource_errors():
+        # At Ctrl-C this process ends the workers.
+        with resource_errors(), interrupts_blocked() if self.num_workers else nullcontext():
             batches = super().__iter__()
         watch_workers(batches)
         while True:

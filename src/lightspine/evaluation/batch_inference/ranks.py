@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from multiprocessing import resource_tracker
 from typing import Any
 
 import torch.distributed as dist
 
 from lightspine.errors import LightspineError, UsageError
+from lightspine.utils.interrupts import interrupts_blocked
 from lightspine.utils.rank_monitor import RANK_TIMEOUT_S, RankMonitor
 
 # Long enough to wait for the slowest rank; the agent handles ranks that die, and the monitor those that hang.
@@ -159,7 +159,7 @@ def launch_ranks(function: Callable[..., Any], *args: Any, ranks: int) -> Any:
             logs_specs=DefaultLogsSpecs(log_dir=log_dir),
         )
         try:
-            with _interrupts_blocked():
+            with _interrupts_for_this_process():
                 return elastic_launch(config, _run_rank)(function, *args)[0]
         except ChildFailedError as error:
             raise _as_lightspine_error(error.get_first_failure()[1]) from None
@@ -185,21 +185,17 @@ def _run_rank(function: Callable[..., Any], *args: Any) -> Any:
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Start processes with SIGINT blocked, so that none prints a traceback while it imports its modules.
+def _interrupts_for_this_process() -> Iterator[None]:
+    """Start ranks with SIGINT blocked, while a thread of this process keeps receiving it.
 
-    The signal reaches this process in another thread; its Python handler runs in the main thread as usual.
+    The Python handler of the signal runs in the main thread as usual.
     """
-    # Starting the resource tracker would unblock the signal.
-    resource_tracker.ensure_running()
     finished = threading.Event()
-    receiver = threading.Thread(target=finished.wait, daemon=True)
-    receiver.start()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    threading.Thread(target=finished.wait, daemon=True).start()
     try:
-        yield
+        with interrupts_blocked():
+            yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         finished.set()
 
 
