@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.utils import adaptive_clip_grad
@@ -219,7 +219,8 @@ class LightspineTask(pl.LightningModule):
                 f"{self.trainer.gradient_clip_val})"
             )
         self._log_length_mismatch()
-        self.guard.start(self.model, read_every=self.trainer.log_every_n_steps)
+        trainer: Any = self.trainer  # `log_every_n_steps` is unknown to its types
+        self.guard.start(self.model, read_every=trainer.log_every_n_steps)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002  Lightning's signature
         """Seed by epoch, batch and rank, so that a resumed run reproduces an uninterrupted one."""
@@ -244,16 +245,14 @@ class LightspineTask(pl.LightningModule):
         """Apply adaptive gradient clipping if `agc` is set, else the trainer's clipping."""
         if self.agc is not None:
             adaptive_clip_grad([p for p in self.model.parameters() if p.grad is not None], self.agc)
-        elif self._scaler() is not None or not gradient_clip_val:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        plugin = self.trainer.precision_plugin
+        if type(plugin) is MixedPrecision and plugin.scaler is None and gradient_clip_val:
+            # It refuses to clip for a fused optimizer, even without a scaler.
+            kind = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, kind)
         else:
-            # Lightning's mixed precision refuses to clip for a fused optimizer, even without a scaler.
-            Precision.clip_gradients(
-                self.trainer.precision_plugin,
-                optimizer,
-                gradient_clip_val,
-                GradClipAlgorithmType(gradient_clip_algorithm or "norm"),
-            )
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and its learning-rate scheduler, which is updated every step."""
