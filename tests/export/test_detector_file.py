@@ -67,7 +67,12 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 # An export takes half a minute.
 @pytest.fixture(
     scope="module",
-    params=["retinanet", "mask_rcnn", pytest.param("cascade_mask_rcnn", marks=pytest.mark.slow)],
+    params=[
+        "retinanet",
+        "mask_rcnn",
+        # The export takes two minutes of CPU time, longer beside other programs.
+        pytest.param("cascade_mask_rcnn", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
 )
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A small detector of each head and its file, which takes pixels of one size and resizes them."""
