@@ -10,10 +10,10 @@ demo: $(STAMP)
 	$(BIN)/lightspine demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 gpu: $(STAMP)
 	$(BIN)/python tools/gpu_session.py gpu-results

@@ -82,7 +82,7 @@ class RankMonitor:
         """Whether there are other ranks."""
         return bool(self._connections)
 
-    def connect(self, rank: int, world_size: int, broadcast: Callable[[int | None], int]) -> None:
+    def connect(self, rank: int, world_size: int, broadcast: Callable[[Any], Any]) -> None:
         """Connect the ranks; all of them call it.
 
         Args:
