@@ -131,3 +131,9 @@ def test_workers_do_not_receive_interrupts() -> None:
     loader = WatchedLoader(_Masks(), batch_size=None, num_workers=1)
     assert all(signal.SIGINT in blocked for blocked in loader)
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_workers_start_where_signals_cannot_be_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "pthread_sigmask")  # as on Windows
+    loader = WatchedLoader([1, 2], batch_size=None, num_workers=1)
+    assert list(loader) == [1, 2]

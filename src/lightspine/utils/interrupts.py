@@ -12,6 +12,10 @@ def interrupts_blocked() -> Iterator[None]:
 
     Otherwise each of them prints a traceback if the signal comes while it is starting.
     """
+    if not hasattr(signal, "pthread_sigmask"):
+        # On Windows.
+        yield
+        return
     # Starting this process, which is needed to start others, would unblock the signal.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
