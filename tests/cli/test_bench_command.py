@@ -97,6 +97,7 @@ def test_table_of_a_gpu_without_one_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_table_of_a_gpu_runs_on_a_cpu_with_other_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

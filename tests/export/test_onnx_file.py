@@ -145,16 +145,16 @@ def test_features_only_model_gives_its_maps(family: str, tmp_path: Path) -> None
     check(model, tmp_path / "maps.onnx", (1, 64, 96), (2, 97, 65))
 
 
-def dense_cases(*heads: str) -> list[Any]:
-    """Every backbone with every head; all but SHViT's are marked slow."""
+def dense_cases(*heads: str, slow: str = "") -> list[Any]:
+    """Every backbone with every head; all but SHViT's, and those of the head `slow`, are marked slow."""
     return [
-        pytest.param(family, head, marks=() if family == "shvit" else pytest.mark.slow)
+        pytest.param(family, head, marks=() if family == "shvit" and head != slow else pytest.mark.slow)
         for family in MEMBERS
         for head in heads
     ]
 
 
-@pytest.mark.parametrize(("family", "head"), dense_cases("retinanet", "mask_rcnn"))
+@pytest.mark.parametrize(("family", "head"), dense_cases("retinanet", "mask_rcnn", slow="mask_rcnn"))
 def test_detector_gives_its_pyramid(family: str, head: Any, tmp_path: Path) -> None:
     detector = disturb(build_detector(head, backbone(family), 3, channels=16))
     export_onnx(detector.backbone, tmp_path / "pyramid.onnx", shapes=[(1, 64, 64)])

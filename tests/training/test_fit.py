@@ -262,6 +262,8 @@ def test_table_of_the_epochs_is_printed_without_a_terminal(
         "%",
         "lr",
         "time",
+        "data",
+        "wait",
     ]
     assert [row.split()[0] for row in rows] == ["1/2", "2/2"]
     shown = [float(row.split()[3]) for row in rows]
