@@ -61,6 +61,7 @@ def test_killed_run_resumes_to_the_same_bytes(place: Path, whole: bytes, sharing
     assert 0 < outcome["computed"] < outcome["images"] == 3 * COUNT
     assert (place / out / "predictions.csv").read_bytes() == whole
     assert {path.name for path in (place / out).iterdir()} == {
+        ".lock",
         "predictions.csv",
         "bad_images.csv",
         "run.json",
