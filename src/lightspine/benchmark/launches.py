@@ -261,7 +261,7 @@ class _FusedAttention(TorchFunctionMode):
 def _count_operator(
     func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> tuple[int, int]:
-    """Return the launches of an operator and the bytes that they move."""
+    """Return the kernel launches of an operator, and the bytes that they read and write."""
     schema = func._schema
     writes = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)

@@ -57,7 +57,7 @@ def mamba_fwd(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> list[Tensor]:
-    """Selective scan forward, as mamba_ssm's `selective_scan_cuda.fwd`.
+    """Compute the selective scan; the counterpart of mamba_ssm's `selective_scan_cuda.fwd`.
 
     Returns the output before the gate, the states, and with `z` the gated output.
 
@@ -93,7 +93,7 @@ def mamba_bwd(
     delta_softplus: bool,
     recompute_out_z: bool,
 ) -> list[Tensor | None]:
-    """Selective scan backward, as mamba_ssm's `selective_scan_cuda.bwd`.
+    """Compute the gradients of the selective scan; the counterpart of mamba_ssm's `selective_scan_cuda.bwd`.
 
     Returns the gradients of all tensors, that of z last, then the gated output with
     `recompute_out_z`. The states are recomputed: `x` is not read.
@@ -142,7 +142,7 @@ def core_fwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor]:
-    """Selective scan forward, as `fwd` of VMamba's `selective_scan_cuda_core` and `_nrow`.
+    """Compute the selective scan; the counterpart of VMamba's `selective_scan_cuda_core.fwd` and `_nrow`.
 
     Returns the output, in the dtype of u, and the states of `mamba_fwd`.
 
@@ -164,7 +164,7 @@ def oflex_fwd(
     nrows: int = 1,
     out_float: bool = True,
 ) -> list[Tensor]:
-    """Selective scan forward, as `fwd` of VMamba's `selective_scan_cuda_oflex`.
+    """Compute the selective scan; the counterpart of VMamba's `selective_scan_cuda_oflex.fwd`.
 
     Returns the same as `core_fwd`, with `out_float` in at least float32.
 
@@ -191,7 +191,7 @@ def core_bwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor | None]:
-    """Selective scan backward, as `bwd` of VMamba's `selective_scan_cuda_core`, `_nrow` and `_oflex`.
+    """Compute the gradients of the selective scan; the counterpart of `bwd` of VMamba's `selective_scan_cuda_core`, `_nrow` and `_oflex`.
 
     Returns the gradients of u, delta, A, B, C, D and delta_bias. The states are recomputed: `x` is not read.
 

@@ -15,7 +15,7 @@ from lightspine.compat.modules import MODULES, is_package, packages
 
 
 class Replacement(NamedTuple):
-    """A package that lightspine replaces, and why.
+    """Package that `install` replaced by `lightspine.compat`, with the reason.
 
     Attributes:
         name: top-level name, such as "mamba_ssm".

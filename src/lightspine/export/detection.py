@@ -26,7 +26,7 @@ from lightspine.optimize import optimize
 Detector: TypeAlias = RetinaNet | MaskRCNN
 
 DIVISOR = 32
-"""Padding of images: their sides become multiples of this."""
+"""Size divisor: images are padded to multiples of it, in pixels."""
 
 _EXAMPLE = 384, 320
 _FEW_CLASSES = 10

@@ -184,7 +184,7 @@ def trace(network: nn.Module, images: Tensor, *, fixed: bool, fixed_batch: bool 
 
 
 def export_program(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any, what: str) -> ExportedProgram:
-    """Export a module with `torch.export`, without gradients.
+    """Trace a module with `torch.export` for inference, with dynamic shapes.
 
     Args:
         module: in evaluation mode.

@@ -65,7 +65,7 @@ class FoldedEfficientModBlock(nn.Module):
 
 @register_inference_form(Attention)
 class FoldedAttention(nn.Module):
-    """`Attention` with residual connection.
+    """Inference form of EfficientMod's attention, with the residual addition inside.
 
     On a CPU the attention is two products, with the scale of the queries folded into their projection. On a
     CUDA device it is PyTorch's fused kernel, which never writes the matrix of weights.

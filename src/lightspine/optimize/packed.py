@@ -1,4 +1,4 @@
-"""Linear layers and convolutions with packed weights and a fused activation or binary operation.
+"""Linear layers and convolutions fused with the operation that follows, with weights packed for oneDNN.
 
 On a CPU, PyTorch computes float32 matrix products with MKL, which on AMD processors is slower than oneDNN,
 and reorders the weights of convolutions and bfloat16 products at every call. oneDNN also applies an

@@ -226,7 +226,7 @@ class NonFiniteGuard:
         self._watched = self._read_every
 
     def _check_all_ranks(self, parameters: Iterable[Tensor]) -> Tensor:
-        """Return whether the loss and the gradients are non-finite on any rank, as two numbers (uint8)."""
+        """Return two flags (uint8): non-finite loss and non-finite gradients, on any rank."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         device = norm.device if self._bad_loss is None else self._bad_loss.device
@@ -339,7 +339,7 @@ def _flatten(tensors: list[Tensor]) -> Tensor:
 
 
 def _split_like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """Return views of a flat tensor with the shapes of the tensors from which it was made."""
+    """Split a flat tensor into views of the shapes of the given tensors (the inverse of concatenation)."""
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 

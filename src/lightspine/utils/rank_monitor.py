@@ -106,7 +106,7 @@ class RankMonitor:
             self._add(hub, 0)
 
     def watch(self, signals: "SignalPipe | None" = None) -> None:
-        """Start the thread.
+        """Start the monitoring thread, which sends and receives heartbeats.
 
         Args:
             signals: pipe of signals that tell all ranks to stop.
@@ -259,7 +259,7 @@ class RankMonitor:
 
 
 class SignalPipe:
-    """Pipe by which a thread reads SIGINT and SIGTERM, even while the main thread waits in native code.
+    """Self-pipe for SIGINT and SIGTERM: a thread reads them even while the main thread is in native code.
 
     Created and closed in the main thread. The signals do nothing else until it is closed.
     """

@@ -39,7 +39,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_resource_error(error: BaseException) -> str | None:
-    """Describe an out-of-memory error or a dead data loader worker; return None for other errors."""
+    """Return the message of an out-of-memory error or a killed data loader worker, None for other errors."""
     if isinstance(error, WorkerDiedError):
         return str(error)
     if isinstance(error, LightspineError):

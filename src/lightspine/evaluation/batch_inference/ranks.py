@@ -56,7 +56,7 @@ class Rank:
             self.monitor.begin_step()
 
     def wait_is_allowed(self) -> None:
-        """Let the others wait until the next barrier: this rank has work of any duration, or none."""
+        """Exempt this rank from the rank timeout until the next barrier; its work may take any time."""
         if self.monitor is not None:
             self.monitor.finish_step()
 

@@ -1,4 +1,4 @@
-"""Tensors that launches keep on the device for later calls, such as scan orders."""
+"""Cached device tensors that kernels read, such as scan orders; apart from `launch`, which needs Triton."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
