@@ -191,7 +191,7 @@ def core_bwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor | None]:
-    """Compute the gradients of the selective scan; the counterpart of `bwd` of VMamba's `selective_scan_cuda_core`, `_nrow` and `_oflex`.
+    """Compute the gradients of the selective scan; the counterpart of `bwd` of VMamba's three modules.
 
     Returns the gradients of u, delta, A, B, C, D and delta_bias. The states are recomputed: `x` is not read.
 
@@ -214,7 +214,7 @@ def ndstate_fwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor]:
-    """Selective scan forward with one state, as `fwd` of VMamba's `selective_scan_cuda_ndstate`.
+    """Compute the selective scan with one state; the counterpart of `fwd` of VMamba's `selective_scan_cuda_ndstate`.
 
     The state has no axis: A is (D,), B and C are (B, G, L).
 
@@ -239,7 +239,7 @@ def ndstate_bwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor | None]:
-    """Selective scan backward with one state, as `bwd` of VMamba's `selective_scan_cuda_ndstate`.
+    """Compute its gradients; the counterpart of `bwd` of VMamba's `selective_scan_cuda_ndstate`.
 
     Returns the gradients in the shapes of the arguments.
 

@@ -1,4 +1,4 @@
-"""The device that `optimize` chooses layers for, and the memory layout on it."""
+"""Device checks and channels-last conversion for `optimize`."""
 
 import torch
 import torch.nn as nn

@@ -1,4 +1,4 @@
-"""Ctrl-C with several processes: a terminal sends SIGINT to all of them, but one is to answer."""
+"""Block SIGINT (Ctrl-C) in child processes: a terminal sends it to all, and the main process handles it."""
 
 import signal
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Monitor of the ranks of a distributed run: notices ranks that die, hang or are told to end.
 
 Each rank is connected to rank 0 by TCP. The operating system closes the connections of a process that dies.
-The others send a sign of life every second, with their position in the run; it is missing if a process is
+The others send a heartbeat every second, with their position in the run; it is missing if a process is
 stopped or hangs in native code.
 """
 
@@ -37,7 +37,7 @@ _PARTS = 2**20
 
 
 class RankMonitor:
-    """Exchanges signs of life with the other ranks in a thread.
+    """Exchanges heartbeats with the other ranks in a thread.
 
     Args:
         timeout_s: seconds after which a rank is given up that does not answer, or that is behind the others
@@ -70,7 +70,7 @@ class RankMonitor:
         self._rank = 0
         self._world_size = 1
         self._position = 0
-        # By rank: its position in the run and when a sign of life came.
+        # By rank: its position in the run and when a heartbeat came.
         self._positions: dict[int, int] = {}
         self._heard: dict[int, float] = {}
         self._proceeded = 0.0
