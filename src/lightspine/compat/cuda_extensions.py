@@ -214,7 +214,7 @@ def ndstate_fwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor]:
-    """Compute the selective scan with one state; the counterpart of `fwd` of VMamba's `selective_scan_cuda_ndstate`.
+    """Compute the selective scan with one state; the counterpart of `selective_scan_cuda_ndstate.fwd`.
 
     The state has no axis: A is (D,), B and C are (B, G, L).
 
@@ -239,7 +239,7 @@ def ndstate_bwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor | None]:
-    """Compute its gradients; the counterpart of `bwd` of VMamba's `selective_scan_cuda_ndstate`.
+    """Compute its gradients; the counterpart of `selective_scan_cuda_ndstate.bwd`.
 
     Returns the gradients in the shapes of the arguments.
 
