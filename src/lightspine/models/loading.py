@@ -148,7 +148,7 @@ def load_checkpoint(
     _adapt_input_channels(report, fitted, model)
     _drop_mismatched_head(report, fitted, model, drop_head)
     report.dropped += checkpoint.left_out.get(entry, [])
-    _record_mismatches(report, fitted, model)
+    _record_mismatches(report, fitted, model.state_dict())
     left_out = set(_classifier_tensors(model)) if report.dropped_head else set()
     if not report.complete or not left_out.issuperset(report.missing):
         raise LightspineError(_mismatch_message(report, name, model, found))
@@ -344,8 +344,7 @@ def _drop_mismatched_head(
             report.converted.pop(key, None)
 
 
-def _record_mismatches(report: LoadReport, fitted: dict[str, Tensor], model: nn.Module) -> None:
-    expected = model.state_dict()
+def _record_mismatches(report: LoadReport, fitted: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     report.missing = [key for key in expected if key not in fitted]
     report.unexpected = [key for key in fitted if key not in expected]
     report.mismatched = {
@@ -406,6 +405,12 @@ def build_on_meta(name: str) -> nn.Module:
         return get_record(name).create()
 
 
+@cache
+def _tensors_on_meta(name: str) -> dict[str, Tensor]:
+    """Return the state dict of `build_on_meta`; shared, so not to be changed."""
+    return build_on_meta(name).state_dict()
+
+
 def shapes_of(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors of the same shapes and dtypes on the meta device."""
     return {key: torch.empty_like(tensor, device="meta") for key, tensor in state_dict.items()}
@@ -423,7 +428,7 @@ def identify_tensors(state_dict: dict[str, Tensor]) -> Identification | None:
         found = _compare(name, shapes)
         score = found.fitting / max(found.expected, found.received)
         # Variants may differ only in tensors that the filter function resizes or drops: compare the sizes.
-        distance = -abs(_count_numbers(shapes) - _count_numbers(build_on_meta(name).state_dict()))
+        distance = -abs(_count_numbers(shapes) - _count_numbers(_tensors_on_meta(name)))
         if best is None or (score, distance) > best[:2]:
             best = (score, distance, found)
     return best[2] if best is not None and best[0] > 0.5 else None
@@ -440,27 +445,26 @@ def _likely_models(shapes: dict[str, Tensor]) -> list[str]:
     """Return the models of the family whose tensor names the state dict has most of.
 
     The variants of a family have tensors of the same names, so that one of them stands for all: building
-    every registered model takes seconds.
+    every registered model takes seconds. Of tensors with unknown names only, none is returned.
     """
     families: dict[str, list[str]] = {}
     for name in list_models():
         families.setdefault(get_record(name).family, []).append(name)
     known = {family: _count_known_names(names[0], shapes) for family, names in families.items()}
     most = max(known.values(), default=0)
-    return [name for family, names in families.items() if known[family] == most for name in names]
+    return [name for family, names in families.items() if 0 < known[family] == most for name in names]
 
 
 def _count_known_names(name: str, shapes: dict[str, Tensor]) -> int:
-    model = build_on_meta(name)
-    fitted = get_record(name).checkpoint_filter_fn(dict(shapes), model)
-    return len(fitted.keys() & model.state_dict().keys())
+    fitted = get_record(name).checkpoint_filter_fn(dict(shapes), build_on_meta(name))
+    return len(fitted.keys() & _tensors_on_meta(name).keys())
 
 
 def _compare(name: str, shapes: dict[str, Tensor], model: nn.Module | None = None) -> Identification:
-    model, record = build_on_meta(name) if model is None else model, get_record(name)
-    fitted = record.checkpoint_filter_fn(dict(shapes), model)
+    record = get_record(name)
+    fitted = record.checkpoint_filter_fn(dict(shapes), build_on_meta(name) if model is None else model)
     report = LoadReport(source="", entry="", is_ema=False)
-    _record_mismatches(report, fitted, model)
+    _record_mismatches(report, fitted, _tensors_on_meta(name) if model is None else model.state_dict())
     fitting = len(fitted) - len(report.unexpected) - len(report.mismatched)
     expected = fitting + len(report.mismatched) + len(report.missing)
     return Identification(name, record.family, fitting, expected, len(fitted), report.mismatches())
