@@ -28,6 +28,7 @@ def test_readme_code_prints_what_its_comments_say(tmp_path, monkeypatch):
     assert broken_promises(pairs) == []
 
 
+@pytest.mark.slow
 def test_model_table_is_the_counted_one():
     assert written_table() == model_table(), "run `python tests/support/docs_tables.py`"
 

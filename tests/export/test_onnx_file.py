@@ -154,7 +154,9 @@ def dense_cases(*heads: str, slow: str = "") -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("family", "head"), dense_cases("retinanet", "mask_rcnn", slow="mask_rcnn"))
+# The file of a whole detector (test_detector_file.py) has the pyramid, too.
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "head"), dense_cases("retinanet", "mask_rcnn"))
 def test_detector_gives_its_pyramid(family: str, head: Any, tmp_path: Path) -> None:
     detector = disturb(build_detector(head, backbone(family), 3, channels=16))
     export_onnx(detector.backbone, tmp_path / "pyramid.onnx", shapes=[(1, 64, 64)])
@@ -166,7 +168,7 @@ def test_detector_gives_its_pyramid(family: str, head: Any, tmp_path: Path) -> N
     check(Levels(), tmp_path / "pyramid.onnx", (1, 64, 96), (2, 128, 160))
 
 
-@pytest.mark.parametrize(("family", "head"), dense_cases("semantic_fpn", "upernet"))
+@pytest.mark.parametrize(("family", "head"), dense_cases("semantic_fpn", "upernet", slow="upernet"))
 def test_segmenter_gives_its_logits(family: str, head: Any, tmp_path: Path) -> None:
     segmenter = disturb(build_segmenter(head, backbone(family), 3, channels=16))
     export_onnx(segmenter, tmp_path / "segmenter.onnx", shapes=[(1, 64, 64)])

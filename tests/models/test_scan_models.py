@@ -51,7 +51,7 @@ def use_backend(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @every_model
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "torch"])
 def test_fifty_steps_of_training_give_the_same_losses_on_every_backend(
     name: str, backend: str, use_backend: Any
 ) -> None:
