@@ -296,10 +296,7 @@ def chunk_scan_bwd_kernel(
                 b_C = rows_C.index(i_t).load(gl.SliceLayout(1, STATES))
                 decay = exp2(b_s[None, :] * A)
                 kept = decay * befores[i]
-                if i < TILE - 1:
-                    after = befores[i + 1]
-                else:
-                    after = kept + b_dtx[None, :] * b_B[:, None]
+                after = befores[i + 1] if i < TILE - 1 else kept + b_dtx[None, :] * b_B[:, None]
                 partial_C.index(i).store(warp_sums(b_grad[None, :] * after, WARPS))
                 adjoint += b_grad[None, :] * b_C[:, None]
                 partial_B.index(i).store(warp_sums(adjoint * b_dtx[None, :], WARPS))
