@@ -169,6 +169,7 @@ def print_loading(report: Any) -> None:
         [
             ("folder", report.folder),
             ("batches", f"{report.batch} images, {report.size} px, augmentation {report.augmentation}"),
+            ("loading decodes on", report.decode),
             ("processor", f"{system['processor']}, usable: {system['processors_usable']}"),
             ("load before", _load_text(report.load_before)),
         ]

@@ -211,6 +211,12 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=int, default=1000, help="images of each measurement (default: %(default)s)"
     )
+    parser.add_argument(
+        "--decode",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="decode and augment in the workers or on the GPU (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
@@ -408,6 +414,7 @@ def _run_data(args: argparse.Namespace) -> int:
             workers=args.workers,
             batch=args.batch,
             images=args.images,
+            decode=args.decode,
             on_step=advance,
         )
     warn(describe_busy_machine(report.load_before, max(1, *args.workers)))

@@ -1,10 +1,13 @@
 """Benchmark of data loading: rows, rates, and folders that cannot be measured."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from lightspine.benchmark.data_loading import measure_loading
+from lightspine.data.gpu_decoding import JpegDecoder
 from lightspine.errors import LightspineError, UsageError
 from support.images import truncate, write_folder
 
@@ -40,6 +43,26 @@ def test_damaged_image_is_named(folder: Path) -> None:
     truncate(folder / "train" / "red" / "0.jpg")
     with pytest.raises(LightspineError, match=r"red/0\.jpg"):
         measure_loading(folder, size=32, workers=(0,), batch=4, images=24)
+
+
+def test_row_of_loading_decodes_where_training_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[JpegDecoder] = []
+
+    def on_cpu(*arguments: Any) -> JpegDecoder:
+        made.append(JpegDecoder(*arguments, device_type="cpu"))
+        return made[-1]
+
+    monkeypatch.setattr("lightspine.data.modules.classification.JpegDecoder", on_cpu)
+    report = measure_loading(folder, size=32, workers=(0,), batch=8, images=24, decode="cuda")
+    assert report.decode == "cuda"
+    assert [row.images for row in report.rows] == [24, 24]
+    assert len(made) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_decoding_without_cuda_device_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match="decode=cuda needs a CUDA device"):
+        measure_loading(folder, workers=(0,), batch=8, images=24, decode="cuda")
 
 
 def test_too_few_images_are_refused(folder: Path) -> None:

@@ -57,6 +57,7 @@ def test_corrupt_row_is_named(tmp_path: Path) -> None:
     data = HuggingFaceDataModule(tmp_path / "saved", image_size=32, num_workers=0)
     with pytest.raises(LightspineError, match=r"\(val\), row 1: it is not an image"):
         data.val_source.open(1)
+    assert [data.val_source.read(row) for row in range(2)] == [stream.getvalue(), b"no image"]
 
 
 def test_missing_split_is_named(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def _two_shards(root: Path) -> str:
 def test_pattern_reads_all_shards_in_order(tmp_path: Path) -> None:
     source = ShardSource(_two_shards(tmp_path))
     assert [source.open(i).getpixel((3, 3)) for i in range(len(source))] == COLOURS
+    assert source.read(4) == _png(COLOURS[4])
     assert source.written_labels() == ["0", "1", "0", "1", "0"]
 
 

@@ -39,7 +39,7 @@ from lightspine.export.onnx_network import load_onnx
 from lightspine.models.checkpoint import read_checkpoint, read_model_metadata
 from lightspine.models.factory import identify_entry, load_model
 from lightspine.training import cli
-from lightspine.utils.image_files import open_image, read_image_size
+from lightspine.utils.image_files import find_nvjpeg_size, open_image, read_image_size
 from support.bench_results import a_result, a_row
 from support.checkpoints import save_small
 from support.fuzz_mutations import (
@@ -188,6 +188,8 @@ def _read_picture(path: Path) -> None:
     # It reads less of the file than `open_image`, which decides.
     with suppress(LightspineError):
         read_image_size(path)
+    with suppress(LightspineError):
+        find_nvjpeg_size(path.read_bytes(), str(path))
     open_image(path)
     lightspine_runtime.images.open_image(path)
 

@@ -1,6 +1,8 @@
 """`open_image`: any image file is decoded to upright 8-bit RGB or raises a LightspineError."""
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from PIL import Image
 
 from lightspine.data import decode_image, open_image
 from lightspine.errors import LightspineError, UsageError
-from lightspine.utils.image_files import read_image_size
+from lightspine.utils.image_files import find_nvjpeg_size, read_image_file, read_image_size
 from support.images import truncate, write_image
 
 
@@ -170,3 +172,85 @@ def test_open_image_does_not_run_postscript(tmp_path: Path) -> None:
     (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
     with pytest.raises(LightspineError, match=r"a\.jpg: it is not an image"):
         open_image(tmp_path / "a.jpg")
+
+
+def _jpeg(mode: str = "RGB", size: tuple[int, int] = (64, 48), **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 60).convert(mode).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def _exif(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def _without_jfif(data: bytes) -> bytes:
+    """Remove the JFIF header, which follows the first two bytes, as many cameras do."""
+    return data[:2] + data[4 + int.from_bytes(data[4:6]) :]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _jpeg(),
+        _jpeg("L"),
+        _jpeg(subsampling="4:4:4"),
+        _jpeg(progressive=True),
+        _jpeg(exif=_exif(1)),
+        _jpeg() + b"\0" * 8,
+        _without_jfif(_jpeg()),
+    ],
+    ids=["4:2:0", "gray", "4:4:4", "progressive", "upright", "padded", "without JFIF"],
+)
+def test_size_of_jpeg_for_nvjpeg_is_that_of_the_header(data: bytes) -> None:
+    assert find_nvjpeg_size(data, "a.jpg") == (48, 64)
+
+
+def _png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _png(),
+        _jpeg("CMYK"),
+        _jpeg(keep_rgb=True),
+        _jpeg(exif=_exif(6)),
+        _jpeg(exif=_exif(2)),
+        _jpeg()[:-40],
+        # Luma of a third of the resolution.
+        _jpeg().replace(b"\x01\x22\x00", b"\x01\x31\x00"),
+    ],
+    ids=["png", "cmyk", "rgb", "turned", "mirrored", "truncated", "3x1"],
+)
+def test_other_images_are_left_to_pillow(data: bytes) -> None:
+    assert find_nvjpeg_size(data, "a.jpg") is None
+
+
+def test_nvjpeg_gets_no_small_image() -> None:
+    with pytest.raises(UsageError, match=r"a\.jpg is 20x40 px, at least 32x32"):
+        find_nvjpeg_size(_jpeg(size=(20, 40)), "a.jpg")
+
+
+def test_nvjpeg_gets_no_image_above_the_limit_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(LightspineError, match=r"a\.jpg: .*decompression bomb"):
+        find_nvjpeg_size(_jpeg(), "a.jpg")
+
+
+def test_nvjpeg_gets_no_other_file() -> None:
+    with pytest.raises(LightspineError, match=r"a\.jpg: it is not an image"):
+        find_nvjpeg_size(b"%!PS-Adobe-3.0 EPSF-3.0", "a.jpg")
+
+
+def test_content_of_a_file_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_image(tmp_path / "a.png", (9, 9, 9))
+    assert read_image_file(path) == path.read_bytes()
+    monkeypatch.setattr("lightspine.utils.image_files.MAX_IMAGE_BYTES", 100)
+    with pytest.raises(LightspineError, match=r"a\.png: \d+ bytes exceed 100"):
+        read_image_file(path)

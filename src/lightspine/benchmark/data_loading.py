@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from lightspine.benchmark.system import describe_system, load_average
+from lightspine.data.gpu_decoding import DecodeDevice
 from lightspine.data.modules import ImageFolderDataModule
 from lightspine.data.samplers import EpochSampler
 from lightspine.data.transforms import AugmentationName
 from lightspine.errors import LightspineError, UsageError
-from lightspine.utils.devices import torch_threads
+from lightspine.utils.devices import synchronize, torch_threads
 
 DECODE, LOAD = "decode", "load"
 
@@ -49,6 +52,7 @@ class LoadingReport:
         size: side of the training images in pixels.
         augmentation: name of the training augmentation.
         batch: images per batch.
+        decode: where the JPEGs of the part "load" are decoded, "cpu" or "cuda".
         rows: one per part and number of workers.
         load_before: load average before the measurement.
         system: see `describe_system`.
@@ -58,6 +62,7 @@ class LoadingReport:
     size: int
     augmentation: str
     batch: int
+    decode: DecodeDevice
     rows: list[LoadingRow]
     load_before: float | None
     system: dict[str, Any]
@@ -75,6 +80,7 @@ def measure_loading(
     workers: Sequence[int] = (0, 2),
     batch: int = 64,
     images: int = 1000,
+    decode: DecodeDevice = "cpu",
     on_step: Callable[[str], None] = lambda _: None,
 ) -> LoadingReport:
     """Measure how fast the training images of an image folder are read, with one thread per process.
@@ -88,6 +94,7 @@ def measure_loading(
         workers: numbers of worker processes of the data loader.
         batch: images per batch.
         images: number of images of every row, rounded down to whole batches; a smaller folder is repeated.
+        decode: "cpu", or "cuda" to decode and augment on the GPU, as `--data.decode=cuda` in training.
         on_step: called with the name of every row before it is measured.
 
     Raises:
@@ -99,7 +106,7 @@ def measure_loading(
     if not workers:
         raise UsageError("expected a number of workers, got none")
     load_before = load_average()
-    modules = {count: _data(folder, size, augmentation, batch, count, images) for count in workers}
+    modules = {count: _data(folder, size, augmentation, batch, count, images, decode) for count in workers}
     with torch_threads(1):
         on_step("decoding")
         rows = [_measure_decoding(next(iter(modules.values())), images)]
@@ -112,6 +119,7 @@ def measure_loading(
         size=size,
         augmentation=augmentation,
         batch=batch,
+        decode=decode,
         rows=rows,
         load_before=load_before,
         system=system,
@@ -119,10 +127,21 @@ def measure_loading(
 
 
 def _data(
-    folder: str | Path, size: int, augmentation: AugmentationName, batch: int, workers: int, images: int
+    folder: str | Path,
+    size: int,
+    augmentation: AugmentationName,
+    batch: int,
+    workers: int,
+    images: int,
+    decode: DecodeDevice,
 ) -> ImageFolderDataModule:
     data = ImageFolderDataModule(
-        folder, image_size=size, augmentation=augmentation, batch_size=batch, num_workers=workers
+        folder,
+        image_size=size,
+        augmentation=augmentation,
+        batch_size=batch,
+        num_workers=workers,
+        decode=decode,
     )
     data.images_per_epoch = images
     return data
@@ -144,13 +163,17 @@ def _measure_batches(data: ImageFolderDataModule, workers: int) -> LoadingRow:
     cpu = _cpu_seconds()
     started = time.perf_counter()
     loaded = first = 0
-    for batch in loader:
+    device = torch.device("cpu" if data.jpeg_decoder is None else data.jpeg_decoder.device_type)
+    for encoded in loader:
+        batch = encoded if data.jpeg_decoder is None else data.transfer_batch_to_device(encoded, device, 0)
         if batch.bad:
-            raise LightspineError(f"cannot read image {batch.bad[0].name}: {batch.bad[0].reason}")
+            raise LightspineError(f"cannot read image {batch.bad[0].path}: {batch.bad[0].reason}")
         loaded += len(batch.images)
         if workers and not first:
             # Workers take time to start, once per epoch.
+            synchronize(device)
             first, started = loaded, time.perf_counter()
+    synchronize(device)
     seconds = time.perf_counter() - started
     # The loader has waited for its workers, whose processor time is that of all images.
     return _row(LOAD, workers, loaded, seconds, _cpu_seconds() - cpu, untimed=first)

@@ -63,6 +63,17 @@ class ImageSource(Protocol):
         """
 
 
+class EncodedImageSource(ImageSource, Protocol):
+    """Random access to labeled images and to the content of their files."""
+
+    def read(self, position: int) -> bytes:
+        """Read the content of an image file.
+
+        Raises:
+            LightspineError: it cannot be read.
+        """
+
+
 class ImageDataset(BadImageTolerantDataset[Item]):
     """Map-style dataset of transformed images and class indices.
 

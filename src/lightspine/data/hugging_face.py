@@ -9,7 +9,7 @@ from PIL import Image
 
 from lightspine.data.class_names import encode_labels, infer_class_names
 from lightspine.errors import LightspineError, UsageError
-from lightspine.utils.image_files import decode_image, open_image
+from lightspine.utils.image_files import decode_image, open_image, read_image_file
 
 
 def load_hugging_face(path: str | Path) -> Mapping[str, Any]:
@@ -100,9 +100,21 @@ class HuggingFaceSource:
             UsageError: the image is smaller than 32 px on a side.
             LightspineError: it cannot be read, or the row has no image.
         """
-        stored = self._rows[position][self._column]
-        if stored and stored.get("bytes"):
-            return decode_image(stored["bytes"], self.name(position))
-        if stored and stored.get("path"):
-            return open_image(stored["path"])
+        stored = self._stored(position)
+        return decode_image(stored, self.name(position)) if isinstance(stored, bytes) else open_image(stored)
+
+    def read(self, position: int) -> bytes:
+        """Read the content of an image file.
+
+        Raises:
+            LightspineError: it cannot be read, or the row has no image.
+        """
+        stored = self._stored(position)
+        return stored if isinstance(stored, bytes) else read_image_file(stored)
+
+    def _stored(self, position: int) -> bytes | str:
+        """Return the content or the path of an image."""
+        stored = self._rows[position][self._column] or {}
+        if found := stored.get("bytes") or stored.get("path"):
+            return found
         raise LightspineError(f"cannot read image {self.name(position)}: the row has no image")

@@ -20,7 +20,7 @@ from lightspine.data.split_names import (
 )
 from lightspine.errors import UsageError
 from lightspine.utils.files import text_from_path
-from lightspine.utils.image_files import ImageListing, list_folders, open_image
+from lightspine.utils.image_files import ImageListing, list_folders, open_image, read_image_file
 from lightspine.utils.packed_strings import PackedStrings
 
 _OTHER_LAYOUT = frozenset(
@@ -250,6 +250,10 @@ class FileSource:
     def open(self, position: int) -> Image.Image:
         """Read an image as 8-bit RGB; raises the errors of `open_image`."""
         return open_image(self.paths[position])
+
+    def read(self, position: int) -> bytes:
+        """Read the content of an image file; raises the errors of `read_image_file`."""
+        return read_image_file(self.paths[position])
 
 
 class ImageFolderDataset(ImageDataset):

@@ -17,11 +17,8 @@ from PIL import Image
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.utils.files import atomic_write, parse_json
-from lightspine.utils.image_files import IMAGE_SUFFIXES, decode_image
+from lightspine.utils.image_files import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, decode_image
 from lightspine.utils.packed_strings import PackedStrings
-
-MAX_IMAGE_BYTES = 1 << 28
-"""Largest image in a shard, 256 MiB; larger members count as unreadable."""
 
 INDEX_SUFFIX = ".index.npz"
 
@@ -91,10 +88,13 @@ class ShardSource:
         return f"{self.shards[shard]}/{self._indices[shard].names[member]}"
 
     def open(self, position: int) -> Image.Image:
-        """Read an image as 8-bit RGB.
+        """Read an image as 8-bit RGB; raises the errors of `read` and `decode_image`."""
+        return decode_image(self.read(position), self.name(position))
+
+    def read(self, position: int) -> bytes:
+        """Read the content of an image file.
 
         Raises:
-            UsageError: the image is smaller than 32 px on a side.
             LightspineError: it cannot be read or is larger than 256 MiB.
         """
         shard, member = self._locate(position)
@@ -107,10 +107,9 @@ class ShardSource:
             # Opened for each image, because forked workers would share the file position.
             with self.shards[shard].open("rb") as file:
                 file.seek(int(index.offsets[member]))
-                data = file.read(size)
+                return file.read(size)
         except OSError as error:
             raise LightspineError(f"cannot read image {name}: {error.strerror or error}") from error
-        return decode_image(data, name)
 
     def _locate(self, position: int) -> tuple[int, int]:
         """Return the shard of an image and its position in the shard."""

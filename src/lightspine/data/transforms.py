@@ -220,25 +220,34 @@ def create_batch_transform(
     if not isinstance(augmentation, Augmentation) or not augmentation.erasing_after_mixing:
         return None
 
-    # Like timm's loader: statistics in units of the 8-bit values. A copy per device, because a copy for every
-    # batch would wait for the device.
-    host = 255 * torch.tensor([preprocessing.mean, preprocessing.std], dtype=torch.float64)
-    statistics: dict[torch.device, Tensor] = {}
+    normalize = create_batch_normalization(preprocessing)
 
     def finish(images: Tensor) -> Tensor:
-        if images.device not in statistics:
-            statistics[images.device] = host.to(images.device, torch.float32)[..., None, None]
-        mean, std = statistics[images.device]
-        normalized = images.to(torch.float32).sub_(mean).div_(std)
         erase = RandomErasing(
             augmentation.erasing,
             mode=augmentation.erasing_mode,
             max_count=augmentation.erasing_count,
             device=images.device,
         )
-        return erase(normalized)
+        return erase(normalize(images))
 
     return finish
+
+
+def create_batch_normalization(preprocessing: Preprocessing) -> Callable[[Tensor], Tensor]:
+    """Create the normalization of a batch: values from 0 to 255 (N, 3, H, W) to float32, on any device."""
+    # Like timm's loader: statistics in units of the 8-bit values. A copy per device, because a copy for every
+    # batch would wait for the device.
+    host = 255 * torch.tensor([preprocessing.mean, preprocessing.std], dtype=torch.float64)
+    statistics: dict[torch.device, Tensor] = {}
+
+    def normalize(images: Tensor) -> Tensor:
+        if images.device not in statistics:
+            statistics[images.device] = host.to(images.device, torch.float32)[..., None, None]
+        mean, std = statistics[images.device]
+        return (images.to(torch.float32) - mean).div_(std)
+
+    return normalize
 
 
 def resolve_augmentation(augmentation: AugmentationName | Augmentation) -> Augmentation:

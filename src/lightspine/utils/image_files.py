@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -42,8 +42,16 @@ IMAGE_SUFFIXES = frozenset(
 MIN_SIDE = 32
 """Smallest height and width of an image in pixels that the models accept."""
 
+MAX_IMAGE_BYTES = 1 << 28
+"""Largest image file that is read as a whole, in a shard or for the GPU: 256 MiB."""
+
 # Values of the EXIF orientation that exchange height and width.
 _QUARTER_TURNS = (5, 6, 7, 8)
+# All values of the EXIF orientation that are not upright.
+_TURNS = range(2, 9)
+_END_OF_JPEG = b"\xff\xd9"
+# Some programs append a few bytes to a JPEG.
+_JPEG_TAIL = 64
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _SYSTEM_FOLDERS = frozenset(
     {"#recycle", "$recycle.bin", "@eadir", "__macosx", "lost+found", "system volume information"}
@@ -256,13 +264,34 @@ def open_image(path: str | Path) -> Image.Image:
         LightspineError: the file is not an image, is truncated, or has pixels of an unsupported type.
     """
     path = Path(path)
+    with _open_file(path) as file:
+        return decode_image(file, str(path))
+
+
+def read_image_file(path: str | Path) -> bytes:
+    """Read the content of an image file.
+
+    Raises:
+        UsageError: the file does not exist.
+        LightspineError: it cannot be read or is larger than 256 MiB.
+    """
+    path = Path(path)
+    with _open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_IMAGE_BYTES:
+            raise LightspineError(f"cannot read image {path}: {size} bytes exceed {MAX_IMAGE_BYTES}")
+        return file.read()
+
+
+@contextmanager
+def _open_file(path: Path) -> Iterator[BinaryIO]:
     if not path.is_file():
         raise UsageError(
             f"expected an image file, but {path} {'is a folder' if path.is_dir() else 'does not exist'}"
         )
     try:
         with path.open("rb") as file:
-            return decode_image(file, str(path))
+            yield file
     except OSError as error:
         raise LightspineError(f"cannot read image {path}: {error.strerror or error}") from error
 
@@ -283,10 +312,13 @@ def decode_image(data: bytes | BinaryIO, name: str) -> Image.Image:
     """
     with open_upright(data, f"image {name}") as upright:
         image = _convert_to_rgb(upright)
-    width, height = image.size
+    _check_side(*image.size, name)
+    return image
+
+
+def _check_side(width: int, height: int, name: str) -> None:
     if min(width, height) < MIN_SIDE:
         raise UsageError(f"image {name} is {width}x{height} px, at least {MIN_SIDE}x{MIN_SIDE} is needed")
-    return image
 
 
 @contextmanager
@@ -300,14 +332,25 @@ def open_upright(data: bytes | BinaryIO, name: str) -> Iterator[Image.Image]:
     Raises:
         LightspineError: it is not an image or is truncated, or a ValueError is raised inside the block.
     """
+    with _open(data, name) as file:
+        # A conversion may drop the EXIF block that holds the orientation, so rotate first.
+        yield ImageOps.exif_transpose(file)
+
+
+@contextmanager
+def _open(data: bytes | BinaryIO | str | Path, name: str) -> Iterator[Image.Image]:
+    """Open an image in one of the accepted formats without decoding it; the only call of Pillow's opener.
+
+    Raises:
+        LightspineError: it is not an image or has too many pixels, or an error is raised inside the block.
+    """
     try:
         # Pillow warns about harmless damage, such as an invalid EXIF block.
         with (
             warnings.catch_warnings(action="ignore", category=UserWarning),
             Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats()) as file,
         ):
-            # A conversion may drop the EXIF block that holds the orientation, so rotate first.
-            yield ImageOps.exif_transpose(file)
+            yield file
     # Pillow's decoders raise many types on damaged data: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
@@ -320,18 +363,49 @@ def read_image_size(path: str | Path) -> tuple[int, int]:
     Raises:
         LightspineError: the file is missing or not an image.
     """
-    try:
-        with (
-            warnings.catch_warnings(action="ignore", category=UserWarning),
-            Image.open(path, formats=_formats()) as file,
-        ):
-            width, height = file.size
-            # Pillow reports the upright size of a TIFF.
-            orientation = None if file.format == "TIFF" else file.getexif().get(ExifTags.Base.Orientation)
-    except Exception as error:
-        reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise LightspineError(f"cannot read image {path}: {reason or type(error).__name__}") from error
+    with _open(path, f"image {path}") as file:
+        width, height = file.size
+        # Pillow reports the upright size of a TIFF.
+        orientation = None if file.format == "TIFF" else file.getexif().get(ExifTags.Base.Orientation)
     return (width, height) if orientation in _QUARTER_TURNS else (height, width)
+
+
+def find_nvjpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
+    """Return the height and width of a JPEG that nvJPEG decodes to Pillow's image; `None` for other images.
+
+    Only the header is read. Left to Pillow are: other formats, CMYK, colors stored as RGB, an unusual chroma
+    subsampling, an EXIF orientation, and files that do not end as a JPEG should, because nvJPEG may decode a
+    truncated file without an error.
+
+    Args:
+        data: content of an image file.
+        name: name of the image in error messages.
+
+    Raises:
+        UsageError: the image is smaller than 32 px on a side.
+        LightspineError: it is not an image, or has too many pixels.
+    """
+    with _open(data, f"image {name}") as file:
+        if file.format != "JPEG" or _END_OF_JPEG not in data[-_JPEG_TAIL:] or not _is_plain_jpeg(file):
+            return None
+        width, height = file.size
+    _check_side(width, height, name)
+    return height, width
+
+
+def _is_plain_jpeg(file: Any) -> bool:
+    """Return whether an opened JPEG is upright, gray or YCbCr, with chroma of full or half resolution."""
+    if file.getexif().get(ExifTags.Base.Orientation) in _TURNS:
+        return False
+    if file.layers == 1:
+        return True
+    if len(file.layer) != 3:
+        return False
+    numbers, across, down, _ = zip(*file.layer, strict=True)
+    # libjpeg's rule for the color space: a JFIF header, else Adobe's marker, else the component numbers.
+    transform = file.info.get("adobe_transform")
+    is_ycbcr = "jfif" in file.info or transform == 1 or (transform is None and numbers == (1, 2, 3))
+    return is_ycbcr and across[0] in (1, 2) and down[0] in (1, 2) and {*across[1:], *down[1:]} == {1}
 
 
 @cache

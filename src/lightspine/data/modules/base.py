@@ -2,14 +2,14 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightspine.data.bad_images import BadImageLog
+from lightspine.data.bad_images import BadImage, BadImageLog
 from lightspine.data.class_names import similar_class_names
 from lightspine.data.dataset import Batch, collate_images
 from lightspine.data.loader import ResumableLoader, SeededDataset
@@ -100,14 +100,22 @@ class ImageDataModule(pl.LightningDataModule):
         Raises:
             LightspineError: more than `max_bad_share` of the epoch's images are unreadable.
         """
+        self._count_bad_images(batch.bad)
+        return batch
+
+    def _count_bad_images(self, bad: Iterable[BadImage]) -> None:
+        """Count unreadable images of the running epoch, each once.
+
+        Raises:
+            LightspineError: more than `max_bad_share` of the epoch's images are unreadable.
+        """
         stage = "train" if self.trainer is not None and self.trainer.training else "val"
         if self.trainer is not None and stage in self._epoch_images:
             epoch = self.trainer.current_epoch
             if self._counted_epoch.get(stage) != epoch:
                 self._counted_epoch[stage] = epoch
                 self._bad_images[stage].start_epoch(self._epoch_images[stage])
-            self._bad_images[stage].add(batch.bad)
-        return batch
+            self._bad_images[stage].add(bad)
 
     def _train_loader(self, dataset: Dataset, collate: Any = collate_images) -> DataLoader:
         """Create a shuffled loader whose augmentation depends on (seed, epoch, image) alone."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch.utils.data import DataLoader
 
 from lightspine.data.class_names import (
@@ -13,8 +14,16 @@ from lightspine.data.class_names import (
     infer_class_names,
     read_class_names,
 )
-from lightspine.data.dataset import ImageDataset, ImageSource
+from lightspine.data.dataset import EncodedImageSource, ImageDataset, ImageSource
 from lightspine.data.digits import CLASS_NAMES, DigitsDataset, digits_preprocessing
+from lightspine.data.gpu_decoding import (
+    DECODE_DEVICES,
+    DecodeDevice,
+    EncodedBatch,
+    EncodedImageDataset,
+    JpegDecoder,
+    collate_encoded,
+)
 from lightspine.data.hugging_face import HuggingFaceSource, load_hugging_face
 from lightspine.data.image_folder import FileSource, scan_image_folder
 from lightspine.data.image_list import split_image_list
@@ -56,8 +65,12 @@ class ClassificationDataModule(ImageDataModule):
         crop_mode: "center" (resize the shorter side, center crop), "squash" (resize both sides, changing the
             aspect ratio) or "border" (resize the longer side, pad); default: that of the preprocessing.
         max_bad_share: largest share of an epoch's images that may be unreadable before the run stops.
+        decode: where JPEGs are decoded for training: "cpu" (in the workers) or "cuda" (by nvJPEG, which also
+            moves crop, flip, color jitter and normalization to the device); see
+            `lightspine.data.gpu_decoding`. The validation images are always decoded by the workers.
 
     Attributes:
+        jpeg_decoder: decodes the training batches on the device, or `None` if the workers decode.
         batch_transform: normalizes and erases training batches after mixing; see `create_batch_transform`.
 
     Raises:
@@ -66,7 +79,7 @@ class ClassificationDataModule(ImageDataModule):
 
     def __init__(
         self,
-        train: ImageSource,
+        train: EncodedImageSource,
         val: ImageSource,
         class_names: list[str],
         *,
@@ -80,7 +93,10 @@ class ClassificationDataModule(ImageDataModule):
         crop_pct: float | None = None,
         crop_mode: CropMode | None = None,
         max_bad_share: float = 0.1,
+        decode: DecodeDevice = "cpu",
     ) -> None:
+        if decode not in DECODE_DEVICES:
+            raise UsageError(f"expected decode among {', '.join(DECODE_DEVICES)}, got {decode!r}")
         if image_size is not None and image_size < MIN_SIDE:
             raise UsageError(f"expected an image size of at least {MIN_SIDE} px, got {image_size}")
         if crop_pct is not None and not 0 < crop_pct <= 1:
@@ -96,6 +112,7 @@ class ClassificationDataModule(ImageDataModule):
         self.batch_transform = create_batch_transform(found, augmentation)
         # Created here, so that an invalid setting is reported before training starts.
         self._transforms = create_train_transform(found, augmentation), create_eval_transform(found)
+        self.jpeg_decoder = JpegDecoder(found, augmentation) if decode == "cuda" else None
 
     def _split_images(self) -> tuple[Sequence[str], Sequence[str]]:
         train, val = (
@@ -107,9 +124,22 @@ class ClassificationDataModule(ImageDataModule):
     def train_dataloader(self) -> DataLoader:
         """Return the training batches (images (N, 3, H, W), labels (N,), skipped images); N is constant.
 
-        The images are uint8 if the data module has a `batch_transform`.
+        The images are uint8 if the data module has a `batch_transform`. With `decode="cuda"` the batches are
+        encoded: `transfer_batch_to_device` decodes them.
         """
+        if self.jpeg_decoder is not None:
+            dataset = EncodedImageDataset(self.train_source, self.jpeg_decoder.transform)
+            return self._train_loader(dataset, collate_encoded)
         return self._train_loader(ImageDataset(self.train_source, self._transforms[0], replace_bad=True))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Copy a batch to the device; decode it there if it is encoded."""
+        if self.jpeg_decoder is None or not isinstance(batch, EncodedBatch):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        decoded = self.jpeg_decoder(batch, device)
+        self._count_bad_images(decoded.bad)
+        # Lightning has converted the batch to the precision of the run before, without the images.
+        return decoded if self.trainer is None else self.trainer.precision_plugin.convert_input(decoded)
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation batches (images (N, 3, H, W), labels (N,), skipped images)."""
