@@ -166,6 +166,19 @@ def test_jpegs_of_a_mixed_batch_come_first_with_their_labels(tmp_path: Path) -> 
     assert _differences(batch.images, expected.images[[1, 0, 2]]).mean((1, 2, 3)).max() < 1
 
 
+def test_batch_is_pinned_without_rebuilding_the_jpegs(
+    source: FileSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = _encoded(source, _decoder())
+    # Without a CUDA device, memory cannot be pinned.
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor + 0)
+    pinned = batch.pin_memory()
+    assert pinned.jpegs is batch.jpegs
+    assert pinned.data is not batch.data
+    assert torch.equal(pinned.data, batch.data)
+    assert torch.equal(pinned.labels, batch.labels)
+
+
 def test_truncated_jpeg_is_replaced_by_the_next_as_in_the_workers(source: FileSource) -> None:
     truncate(Path(source.name(2)))
     batch, expected = _decode(source), _by_workers(source, CROP)

@@ -96,6 +96,12 @@ class EncodedBatch(NamedTuple):
     labels: Tensor
     bad: list[BadImage]
 
+    def pin_memory(self) -> "EncodedBatch":
+        """Pin the tensors; called by DataLoader, which would otherwise rebuild the tuple of every JPEG."""
+        return self._replace(
+            data=self.data.pin_memory(), pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory()
+        )
+
 
 class EncodedImageDataset(BadImageTolerantDataset[EncodedItem]):
     """Map-style training dataset whose JPEGs are not decoded.
