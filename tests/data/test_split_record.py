@@ -65,3 +65,12 @@ def test_a_record_survives_json_and_damage_is_named(folder: Path) -> None:
     assert SplitRecord.from_dict(record.to_dict()) == record
     with pytest.raises(LightspineError, match="expected a record of the split with"):
         SplitRecord.from_dict({"train_sha256": ""})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("all_sha256", []), ("train_images", "many"), ("seed", 1.5), ("val_fraction", "x")]
+)
+def test_field_of_another_type_is_refused(name: str, value: object) -> None:
+    values = record_split(["/a/0.png"], ["/a/1.png"]).to_dict() | {name: value}
+    with pytest.raises(LightspineError, match=f"the record of the split has the {name}"):
+        SplitRecord.from_dict(values)

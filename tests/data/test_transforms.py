@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import lightspine
+import lightspine_runtime
 from lightspine.data import AUGMENTATIONS, Preprocessing, create_eval_transform, create_train_transform
 from lightspine.errors import UsageError
 
@@ -81,3 +82,13 @@ def test_squashing_eval_transform_resizes_without_crop(size: int) -> None:
     preprocessing = Preprocessing(input_size=(3, size, size), crop_pct=1.0, crop_mode="squash")
     wanted = _normalised(image.resize((size, size), Image.Resampling.BICUBIC))
     assert torch.allclose(create_eval_transform(preprocessing)(image), wanted, atol=1e-6)
+
+
+def test_long_image_is_refused_before_it_is_resized() -> None:
+    long = Image.new("RGB", (32, 2_000_000))
+    with pytest.raises(UsageError, match="usual proportions, got 32x2000000 px"):
+        create_eval_transform(Preprocessing())(long)
+    runtime = lightspine_runtime.preprocessing
+    settings = runtime.Preprocessing.from_mapping(Preprocessing().to_dict(), "a file")
+    with pytest.raises(lightspine_runtime.UsageError, match="usual proportions, got 32x2000000 px"):
+        runtime.resize_and_crop(long, settings)

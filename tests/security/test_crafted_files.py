@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lightspine
 import lightspine_runtime
@@ -198,6 +199,59 @@ def test_preprocessing_out_of_range_is_refused(tmp_path: Path, changes: dict[str
     file.metadata["lightspine.preprocessing"] = json.dumps(good | changes)
     with pytest.raises(LightspineError, match="its preprocessing has the"):
         read_model_metadata(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "hf-hub:org/name"}, "stands for another model"),
+        ({"kwargs": {"layers": [900] * 4}}, "describe more than .* layers"),
+        ({"kwargs": {"cardinality": 0}}, "stores wrong model arguments"),
+        ({"class_names": ["\ud800", "b", "c"]}, "not valid Unicode"),
+        ({"class_names": ["a" * 2**24, "b", "c"]}, "its metadata have more than"),
+        ({"preprocessing": {"mean": "123"}}, "its preprocessing has the mean"),
+        ({"preprocessing": {"mean": [0.5] * 4}}, "its preprocessing has the mean"),
+        ({"preprocessing": {"interpolation": "random"}}, "its preprocessing has the interpolation"),
+        ({"preprocessing": {"input_size": [3, 4096, 4096], "crop_pct": 0.05}}, "has the crop_pct"),
+        ({"run": {"data": 7}}, "its training run"),
+        ({"run": {"data": {"val_fraction": 0.2}}}, "its training run"),
+        ({"run": {"recipe": ["\x1b[2J"]}}, "its training run"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_metadata_of_a_checkpoint_are_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = save_small(tmp_path / "a.safetensors", classes=["a", "b", "c"])
+    strings = dict(read_checkpoint(path).metadata)
+    strings |= {
+        f"lightspine.{key}": value if isinstance(value, str) else json.dumps(value)
+        for key, value in changes.items()
+    }
+    save_file(load_file(path), path, strings)
+    with pytest.raises(LightspineError, match=message):
+        lightspine.load_model(path)
+
+
+def test_file_of_thousands_of_tensors_is_refused() -> None:
+    nothing = torch.zeros(0)
+    for tensors in ({str(i): nothing for i in range(20_001)}, {"module." * 80 + "weight": nothing}):
+        with pytest.raises(LightspineError, match="expected up to 20,000 with names of up to 500"):
+            lightspine.load_checkpoint(lightspine.create_model(SMALL_MODEL), tensors)
+
+
+def test_tensors_of_8_bits_are_checked_for_nan() -> None:
+    model = lightspine.create_model(SMALL_MODEL)
+    tensors = {name: value.to(torch.float8_e5m2) for name, value in model.state_dict().items()}
+    lightspine.load_checkpoint(model, tensors)
+    tensors["conv1.0.weight"][:] = float("nan")
+    with pytest.raises(LightspineError, match="holds NaN or infinity"):
+        lightspine.load_checkpoint(model, tensors)
+
+
+def test_first_convolution_of_another_rank_is_refused() -> None:
+    model = lightspine.create_model(SMALL_MODEL)
+    tensors = model.state_dict() | {"conv1.0.weight": torch.zeros(())}
+    with pytest.raises(LightspineError, match=r"conv1\.0\.weight is a scalar in the file"):
+        lightspine.load_checkpoint(model, tensors)
 
 
 def test_another_number_of_class_names_is_refused(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lightspine.data.modules import DigitsDataModule
-from lightspine.errors import UsageError
-from lightspine.training.callbacks import GradientAccumulation
+from lightspine.errors import LightspineError, UsageError
+from lightspine.training.callbacks import GradientAccumulation, RunLog
 from lightspine.training.classification import ClassificationTask
 from lightspine.training.fit import TrainResult, train
 from support.training import read_weights
@@ -60,3 +60,13 @@ def test_wrong_effective_batch_is_refused_before_the_first_step(
 def test_effective_batch_below_one_is_refused() -> None:
     with pytest.raises(UsageError, match="at least 1, got 0"):
         GradientAccumulation(0)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[{"epoch": 0.0, "=cmd|' /C calc'!A0": 1.0}], [{"epoch": "\x1b[2J"}], [{"loss": 1.0}], [7]],
+    ids=str,
+)
+def test_metrics_of_a_foreign_checkpoint_are_names_and_numbers(tmp_path: Path, rows: Any) -> None:
+    with pytest.raises(LightspineError, match="metrics of the epochs"):
+        RunLog(tmp_path).load_state_dict({"rows": rows})

@@ -14,7 +14,12 @@ import pytest
 import torch
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.training.checkpoint import AtomicCheckpointIO, BestCheckpoint, forget_foreign_files
+from lightspine.training.checkpoint import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    forget_foreign_files,
+    load_training_state,
+)
 from support.training import make_task, run
 
 KILLED_WHILE_WRITING = """
@@ -147,3 +152,29 @@ def test_checkpoint_of_somebody_else_deletes_nothing(tmp_path: Path, callback: s
     torch.save(stored, first.last_checkpoint)
     run(folder, epochs=2, resume=first.last_checkpoint)
     assert (victim / "photo.jpg").exists()
+
+
+def test_checkpoint_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("keep")
+    (tmp_path / "last.ckpt.part").symlink_to(tmp_path / "victim")
+    AtomicCheckpointIO().save_checkpoint({"a": torch.ones(1)}, tmp_path / "last.ckpt")
+    assert (tmp_path / "victim").read_text() == "keep"
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["a"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loops": {"fit_loop": {"epoch_progress": "many"}}}, "numbers of epochs and batches are damaged"),
+        ({"state_dict": {"weight": 7}}, "its weights or the states of its callbacks are damaged"),
+        ({"callbacks": 7}, "its weights or the states of its callbacks are damaged"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_training_state_of_wrong_types_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    usual = {"state_dict": {}, "loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []}
+    torch.save(usual | changes, tmp_path / "last.ckpt")
+    with pytest.raises(LightspineError, match=message):
+        load_training_state(tmp_path / "last.ckpt")

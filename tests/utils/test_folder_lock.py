@@ -59,3 +59,12 @@ def test_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LightspineError, match="cannot write"), lock_folder(tmp_path / "file"):
         pass
+
+
+def test_link_in_place_of_the_lock_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("keep")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / folder_lock.LOCK_FILE).symlink_to(tmp_path / "victim")
+    with pytest.raises(LightspineError, match="is a link: remove it"), lock_folder(tmp_path / "run"):
+        pass
+    assert (tmp_path / "victim").read_text() == "keep"

@@ -1,6 +1,7 @@
 """`open_image`: any image file is decoded to upright 8-bit RGB or raises a LightspineError."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import lightspine_runtime
 from lightspine.data import decode_image, open_image
 from lightspine.errors import LightspineError, UsageError
 from lightspine.utils.image_files import find_nvjpeg_size, read_image_file, read_image_size
@@ -254,3 +256,40 @@ def test_content_of_a_file_is_limited(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("lightspine.utils.image_files.MAX_IMAGE_BYTES", 100)
     with pytest.raises(LightspineError, match=r"a\.png: \d+ bytes exceed 100"):
         read_image_file(path)
+
+
+def _progressive(width: int, height: int, scans: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    last = content.rindex(b"\xff\xda")
+    return content[:-2] + (scans * content[last:-2]) + content[-2:]
+
+
+_ERRORS = (LightspineError, lightspine_runtime.LightspineError)
+
+
+def _decoders() -> list[Callable[[bytes, str], Image.Image]]:
+    return [decode_image, lightspine_runtime.images.decode_image]
+
+
+@pytest.mark.parametrize("decode", _decoders(), ids=["library", "runtime"])
+def test_small_file_that_decodes_its_pixels_thousands_of_times_is_refused(
+    decode: Callable[[bytes, str], Image.Image],
+) -> None:
+    with pytest.raises(
+        (LightspineError, lightspine_runtime.LightspineError), match="it decodes its 600x600 px"
+    ):
+        decode(_progressive(600, 600, 4000), "a.jpg")
+    assert decode(_progressive(60, 60, 1), "a.jpg").size == (60, 60)
+
+
+@pytest.mark.parametrize("decode", _decoders(), ids=["library", "runtime"])
+def test_more_pixels_than_the_limit_are_refused(
+    monkeypatch: pytest.MonkeyPatch, decode: Callable[[bytes, str], Image.Image]
+) -> None:
+    file = io.BytesIO()
+    Image.new("L", (50, 50)).save(file, "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    with pytest.raises(_ERRORS, match="more than 2,000 in all"):
+        decode(file.getvalue(), "a.png")

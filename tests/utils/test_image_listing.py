@@ -155,3 +155,13 @@ def test_class_folder_that_links_to_another_class_is_refused(tmp_path: Path) -> 
 def test_expand_image_paths_lists_each_file_once(tmp_path: Path) -> None:
     inside = [write_image(tmp_path / "d" / name, (1, 2, 3)) for name in ("a.png", "sub/b.png")]
     assert expand_image_paths([inside[0], tmp_path / "d", tmp_path / "d" / "sub"]) == inside
+
+
+def test_links_in_a_circle_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "self.png").symlink_to("self.png")
+    write_image(tmp_path / "c.png", (1, 2, 3))
+    listing = ImageListing(tmp_path)
+    assert listing.list(tmp_path) == [tmp_path / "c.png"]
+    assert listing.list_folders(tmp_path) == []

@@ -17,6 +17,7 @@ from lightspine.utils.printable import printable, printable_json
         ("\u202egpj.exe", "\\u202egpj.exe"),
         ("a\u2028b", "a\\u2028b"),
         ("\U000e0041", "\\U000e0041"),
+        ("\ud800", "\\ud800"),
     ],
 )
 def test_control_characters_become_escapes(text: str, expected: str) -> None:
@@ -33,7 +34,7 @@ def test_newlines_are_kept_if_asked() -> None:
 
 
 def test_json_keeps_its_values() -> None:
-    value = {"\x1b[2J": ["\u202e", "\x9b\x7f", "a\nb", "\U000e0041", "\udcff"]}
+    value = {"\x1b[2J": ["\u202e", "\x9b\x7f", "a\nb", "\U000e0041", "\udcff", "\ud800"]}
     text = printable_json(json.dumps(value, indent=2, ensure_ascii=False))
     assert json.loads(text) == value
     assert printable(text, keep_newlines=True) == text

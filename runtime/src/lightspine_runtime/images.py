@@ -4,7 +4,7 @@ import io
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -57,10 +57,13 @@ def decode_image(data: bytes | BinaryIO, name: str) -> Image.Image:
         # Pillow warns about damage that it can ignore, such as a broken EXIF block.
         with (
             warnings.catch_warnings(action="ignore", category=UserWarning),
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
             Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats()) as file,
         ):
+            _check_effort(file)
             # A conversion may drop the EXIF block, so apply the orientation first.
-            image = _to_rgb(ImageOps.exif_transpose(file))
+            ImageOps.exif_transpose(file, in_place=True)
+            image = _to_rgb(file)
     # On damaged data Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others.
     except Exception as error:
         reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
@@ -69,6 +72,25 @@ def decode_image(data: bytes | BinaryIO, name: str) -> Image.Image:
     if min(width, height) < MIN_SIDE:
         raise UsageError(f"image {name} is {width}x{height} px, at least {MIN_SIDE}x{MIN_SIDE} is needed")
     return image
+
+
+# Scans of a progressive JPEG that may cover so many pixels in all; encoders write up to fifteen scans.
+_USUAL_SCANS, _MOST_SCANNED = 16, 2**30
+
+
+def _check_effort(file: Any) -> None:
+    """Check the number of pixels, and that a small JPEG does not decode them thousands of times."""
+    width, height = file.size
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and width * height > most:
+        raise ValueError(f"it has {width}x{height} px, more than {most:,} in all")
+    if file.info.get("progressive") or file.info.get("progression"):
+        at = file.fp.tell()
+        file.fp.seek(0)
+        scans = file.fp.read().count(b"\xff\xda")
+        file.fp.seek(at)
+        if scans > _USUAL_SCANS and scans * width * height > _MOST_SCANNED:
+            raise ValueError(f"it decodes its {width}x{height} px {scans:,} times")
 
 
 @cache
@@ -81,10 +103,10 @@ def _formats() -> tuple[str, ...]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16-bit values at 255, which turns most pixels white.
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"expected integer pixels from 0 to 65535, got {values.min()} to {values.max()}")
-        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((values // values.dtype.type(257)).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("expected integer pixels, got floating-point ones")
     if image.mode == "P" and "transparency" in image.info:

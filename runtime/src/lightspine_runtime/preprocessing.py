@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightspine_runtime.errors import LightspineError
+from lightspine_runtime.errors import LightspineError, UsageError
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -20,7 +20,7 @@ _FILTERS = {
     "hamming": Image.Resampling.HAMMING,
 }
 # Largest height and width that the metadata of a file may ask for.
-_LARGEST_SIDE = 8192
+_LARGEST_SIDE = 4096
 _CROP_MODES = ("center", "squash", "border")
 
 
@@ -59,8 +59,8 @@ class Preprocessing:
         try:
             found = cls(
                 size=(int(values["input_size"][1]), int(values["input_size"][2])),
-                mean=tuple(map(float, values["mean"])),
-                std=tuple(map(float, values["std"])),
+                mean=_numbers(values["mean"]),
+                std=_numbers(values["std"]),
                 interpolation=str(values["interpolation"]),
                 crop_pct=float(values.get("crop_pct") or 0.875),
                 crop_mode=str(values.get("crop_mode") or "center"),
@@ -70,6 +70,8 @@ class Preprocessing:
         if (
             not all(1 <= side <= _LARGEST_SIDE for side in found.size)
             or not 0.05 <= found.crop_pct <= 10
+            # The image is resized to the size divided by this share before it is cropped.
+            or max(found.size) / found.crop_pct > 2 * _LARGEST_SIDE
             or not all(-1e3 <= value <= 1e3 for value in found.mean)
             or not all(1e-6 <= value <= 1e3 for value in found.std)
             or not len(found.mean) == len(found.std) == 3
@@ -86,11 +88,23 @@ class Preprocessing:
         return found
 
 
+def _numbers(values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"expected a list, got {values!r:.80}")
+    return tuple(map(float, values))
+
+
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """Resize and crop an RGB image; returns uint8 (H, W, 3)."""
     height, width = preprocessing.size
     scaled = math.floor(height / preprocessing.crop_pct), math.floor(width / preprocessing.crop_pct)
     size = _resized_size(image, scaled, preprocessing.crop_mode)
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and size[0] * size[1] > most:
+        raise UsageError(
+            f"expected an image of usual proportions, got {image.width}x{image.height} px, which resized to "
+            f"{size[1]}x{size[0]} px are more than {most:,} px"
+        )
     if size != (image.height, image.width):
         image = image.resize((size[1], size[0]), _FILTERS[preprocessing.interpolation])
     # An image smaller than the crop is padded: with the mean color in mode "border", else with black.

@@ -19,6 +19,7 @@ from lightspine.models import find_record
 from lightspine.models.factory import load_model
 from lightspine.training.fit import TrainingInterruptedError, TrainResult
 from lightspine.training.resume import prepare_folder
+from lightspine.utils.files import atomic_write
 from lightspine.utils.image_files import open_image
 
 _SHEET_IMAGES = 10
@@ -148,7 +149,8 @@ def _draw_figures(result: CompareResult, data: CompareData) -> None:
         x_label="latency of one image in ms (median)",
         y_label="accuracy on held-out images in %",
     )
-    figure.savefig(result.folder / "accuracy_latency.png", dpi=_PLOT_DPI)
+    with atomic_write(result.folder / "accuracy_latency.png") as file:
+        figure.savefig(file, format="png", dpi=_PLOT_DPI)
     images = data.held_out_images(result.folder / "images", count=_SHEET_IMAGES)
     predictions = {
         row.name: [

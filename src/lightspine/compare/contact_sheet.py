@@ -11,6 +11,7 @@ from PIL import Image
 
 from lightspine.errors import UsageError
 from lightspine.evaluation import ClassScore
+from lightspine.utils.files import atomic_write
 from lightspine.utils.printable import figure_text
 
 _CELL_INCHES = 1.25
@@ -58,7 +59,8 @@ def draw_contact_sheet(
         axes.set_axis_off()
     table = figure.add_axes((0, 0, 1, _ROW_INCHES * (len(predictions) + 1) / height))
     _draw_table(table, labels, predictions, width)
-    figure.savefig(path)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
     return figure
 
 

@@ -132,7 +132,9 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
     for pattern in patterns:
         for path in map(Path, _expand_braces(str(pattern))):
             if path.is_dir():
-                inside = sorted(file for file in path.glob("*.tar") if not file.name.startswith("."))
+                inside = sorted(
+                    file for file in path.glob("*.tar") if not file.name.startswith(".") and file.is_file()
+                )
                 if not inside:
                     raise UsageError(f"expected .tar files in {path}, which has none")
                 paths += inside

@@ -67,13 +67,23 @@ class SplitRecord:
         """Return a record from its fields.
 
         Raises:
-            LightspineError: a field is missing or unknown.
+            LightspineError: a field is missing or unknown, or has another type.
         """
         names = {field.name for field in fields(cls)}
         if values.keys() != names:
             raise LightspineError(
                 f"expected a record of the split with {', '.join(sorted(names))}, got {', '.join(values)}"
             )
+        types = {
+            "train_images": int,
+            "val_images": int,
+            "val_fraction": float | int | None,
+            "seed": int | None,
+        }
+        for name, value in values.items():
+            text = str if name in ("train_sha256", "val_sha256") else str | None
+            if not isinstance(value, types.get(name, text)):
+                raise LightspineError(f"the record of the split has the {name} {str(value)[:80]!r}")
         return cls(**values)
 
 

@@ -165,7 +165,33 @@ def create_eval_transform(
         preprocessing: input size and statistics of the model.
         normalize: `False` returns the pixels as uint8 (3, H, W).
     """
-    return create_transform(is_training=False, normalize=normalize, **_common_options(preprocessing))
+    transform = create_transform(is_training=False, normalize=normalize, **_common_options(preprocessing))
+    transform.transforms.insert(0, ResizeLimit(preprocessing))
+    return transform
+
+
+class ResizeLimit:
+    """Check of an image before its shorter side is resized: a long one would take gigabytes.
+
+    Raises:
+        UsageError: the resized image would have more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    """
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.mode = preprocessing.crop_mode
+        self.side = max(preprocessing.input_size[1:]) / preprocessing.crop_pct
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the image."""
+        most = Image.MAX_IMAGE_PIXELS
+        shorter, longer = sorted(image.size)
+        needed = self.side**2 * longer / shorter
+        if self.mode == "center" and most is not None and needed > most:
+            raise UsageError(
+                f"expected an image of usual proportions, got {image.width}x{image.height} px, which resized "
+                f"to {self.side:.0f} px on the shorter side have more than {most:,} px"
+            )
+        return image
 
 
 def create_train_transform(
@@ -187,7 +213,9 @@ def create_train_transform(
         UsageError: an unknown augmentation, or a setting out of range.
     """
     if augmentation == "none":
-        return create_transform(is_training=True, no_aug=True, **_common_options(preprocessing))
+        transform = create_transform(is_training=True, no_aug=True, **_common_options(preprocessing))
+        transform.transforms.insert(0, ResizeLimit(preprocessing))
+        return transform
     settings = resolve_augmentation(augmentation)
     options = _common_options(preprocessing) | settings.timm_options()
     if settings.erasing_after_mixing:

@@ -149,6 +149,7 @@ def read_network_metadata(source: str | Path | Checkpoint, *, model: str | None 
         raise LightspineError(f"{checkpoint.label} has damaged metadata: {error!r}") from error
     check_description(
         checkpoint.label,
+        name=found.model,
         class_names=found.class_names,
         preprocessing=found.preprocessing,
         run=found.run,

@@ -10,10 +10,12 @@ import json
 import pickle
 import re
 import struct
+import threading
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +26,12 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from lightspine._version import __version__
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.pickle_check import check_pickled_file
-from lightspine.utils.files import atomic_write, is_file_name, parse_json
+from lightspine.utils.files import atomic_write, is_file_name, is_text, parse_json
 
 Weights = Literal["auto", "model", "ema"]
 """Weights to load: "model" as trained, "ema" for their moving average, "auto" for the published ones."""
@@ -66,6 +69,14 @@ CROP_MODES = ("center", "squash", "border")
 PREPROCESSING_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+"""Values of `interpolation`, Pillow's filters."""
+
+# Bounds that no checkpoint reaches, so that a small file cannot keep the process busy for minutes.
+_MOST_TENSORS = 20_000
+_LONGEST_NAME = 500
+_LONGEST_METADATA = 2**24
+
 _OPENMMLAB_HEADS = ("rpn_head.", "roi_head.", "bbox_head.", "decode_head.")
 
 
@@ -89,6 +100,10 @@ class Checkpoint:
     ):
         self.path = path
         self.metadata = metadata or {}
+        if sum(map(len, self.metadata.values())) > _LONGEST_METADATA:
+            raise LightspineError(
+                f"{self.label} is refused: its metadata have more than {_LONGEST_METADATA:,} characters"
+            )
         self.left_out: dict[str, list[str]] = {}
         self._content = content
 
@@ -107,6 +122,12 @@ class Checkpoint:
 
     def _unwrap(self, entry: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Remove the prefixes of wrappers from the names of an entry."""
+        longest = max(map(len, tensors), default=0)
+        if len(tensors) > _MOST_TENSORS or longest > _LONGEST_NAME:
+            raise LightspineError(
+                f"{self.label} is refused: it holds {len(tensors):,} tensors with names of up to {longest:,} "
+                f"characters, expected up to {_MOST_TENSORS:,} with names of up to {_LONGEST_NAME}"
+            )
         unwrapped = _strip_prefixes(tensors, _OUTER_WRAPPERS)
         # The backbone of a detector or segmenter is one of its own parts.
         if NETWORK_KEY not in self.metadata and not self._has_openmmlab_names(unwrapped):
@@ -212,10 +233,12 @@ def read_checkpoint(source: CheckpointSource) -> Checkpoint:
             raise LightspineError(f"{path} is not a complete safetensors file: {error}") from error
     if path.name.endswith(".index.json"):
         return Checkpoint(path, {"": _read_shards(path)})
-    content = _unpickle(path)
+    content = load_pickled(path)
     if not isinstance(content, dict):
         raise LightspineError(f"{path} holds a {type(content).__name__}: expected a dict of tensors")
-    return Checkpoint(path, _find_entries(content, str(path)), _find_metadata(content))
+    entries = _find_entries(content, str(path))
+    _check_sizes(path, entries)
+    return Checkpoint(path, entries, find_metadata(content))
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -294,14 +317,31 @@ def _check_no_program(path: Path) -> None:
     raise LightspineError(f"{path} is {kind}: expected weights, the state dict of the model")
 
 
-def _unpickle(path: Path) -> Any:
+def load_pickled(path: Path, *, mmap: bool = False) -> Any:
+    """Load a file of `torch.save` to the CPU without running code: the only place that unpickles files.
+
+    Args:
+        path: the file.
+        mmap: read the tensors when they are used.
+
+    Returns:
+        The content; dictionaries are plain ones.
+
+    Raises:
+        LightspineError: the file is no complete checkpoint, would execute code, or holds values that no
+            checkpoint has.
+    """
     _check_no_program(path)
     check_pickled_file(path)
     try:
         with torch.serialization.safe_globals(_ALLOWED_GLOBALS), warnings.catch_warnings():
             # The user cannot change the pickle protocol; unreadable files raise below.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Only archives can be mapped.
+            loaded = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path)
+            )
+            return _as_plain(loaded, {})
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", str(error))
         if refused is None or "Unsupported operand" in str(error):
@@ -322,6 +362,8 @@ def _unpickle(path: Path) -> Any:
         AssertionError,
         AttributeError,
         TypeError,
+        ArithmeticError,
+        MemoryError,
         struct.error,
         # torch.load reads files named .safetensors as such.
         SafetensorError,
@@ -329,7 +371,47 @@ def _unpickle(path: Path) -> Any:
         raise LightspineError(f"{path} is not a PyTorch checkpoint, or it is damaged") from error
 
 
-def _find_metadata(content: dict[str, Any]) -> dict[str, str]:
+def _as_plain(value: Any, done: dict[int, Any]) -> Any:
+    """Return a value with plain dictionaries: an ordered one of a file may have any attributes.
+
+    Args:
+        value: the value, nested no deeper than `check_pickled_file` lets pass.
+        done: results by the identity of the value, which may refer to itself.
+    """
+    if id(value) in done:
+        return done[id(value)]
+    if isinstance(value, dict):
+        plain: dict[Any, Any] = {}
+        done[id(value)] = plain
+        plain.update((key, _as_plain(item, done)) for key, item in dict.items(value))
+        return plain
+    if type(value) is list:
+        done[id(value)] = value
+        value[:] = [_as_plain(item, done) for item in value]
+    elif isinstance(value, Tensor):
+        # Not the method of the value: a file may set attributes of a tensor.
+        return Tensor.detach(value)
+    return value
+
+
+def _check_sizes(path: Path, entries: dict[str, dict[str, Tensor]]) -> None:
+    """Check that tensors stand for numbers that the file has: a view may repeat one number any times."""
+    for name, tensor in ((name, tensor) for entry in entries.values() for name, tensor in entry.items()):
+        if tensor.device.type != "cpu":
+            raise LightspineError(f"{path} is refused: its tensor {name} has no values")
+    claimed = sum(
+        tensor.numel() * tensor.element_size() for entry in entries.values() for tensor in entry.values()
+    )
+    size = path.stat().st_size
+    # Tensors may be saved twice, such as tied weights.
+    if claimed > 4 * size + 2**20:
+        raise LightspineError(
+            f"{path} is refused: its tensors claim {claimed:,} bytes, the file has {size:,}"
+        )
+
+
+def find_metadata(content: dict[str, Any]) -> dict[str, str]:
+    """Return the metadata in the content of a pickled checkpoint, {} if it has none."""
     found = content.get(CKPT_METADATA)
     if not isinstance(found, dict):
         names = _find_openmmlab_classes(content.get("meta"))
@@ -439,17 +521,21 @@ def read_model_metadata(checkpoint: Checkpoint) -> ModelMetadata | None:
         run = parse_json(strings.pop(RUN_KEY, "{}"))
     except ValueError as error:
         raise LightspineError(f"{checkpoint.label} has damaged metadata: {error}") from error
-    check_description(checkpoint.label, class_names=class_names, preprocessing=preprocessing, run=run)
+    check_description(
+        checkpoint.label, name=name, class_names=class_names, preprocessing=preprocessing, run=run
+    )
     return ModelMetadata(name, kwargs, class_names, preprocessing, strings, run)
 
 
 # Largest height, width and other number in the image settings of a file; a flag may ask for more.
+_LARGEST_SIDE = 4096
 _LARGEST_SETTING = 8192
 
 
 def check_description(
     label: str,
     *,
+    name: Any,
     class_names: Any,
     preprocessing: Any,
     run: Any,
@@ -460,10 +546,13 @@ def check_description(
     Raises:
         LightspineError: a value has another type, or is out of the range that a model can have.
     """
+    check_architecture(label, name)
     if class_names is not None and not (
         isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)
     ):
         raise LightspineError(f"{label} has damaged metadata: expected a list of class names")
+    if any(not is_text(name) for name in class_names or ()):
+        raise LightspineError(f"{label} has damaged metadata: a class name is not valid Unicode")
     for name, value in (("preprocessing", preprocessing), ("run", run), ("settings", settings or {})):
         if not isinstance(value, dict):
             raise LightspineError(
@@ -471,32 +560,74 @@ def check_description(
                 f"received a {type(value).__name__}"
             )
     _check_preprocessing(label, preprocessing)
+    _check_run(label, run)
     for name, value in flatten_arguments(settings or {}):
         if isinstance(value, int | float) and not abs(value) <= _LARGEST_SETTING:
             raise LightspineError(f"{label} is refused: its setting {name} is beyond {_LARGEST_SETTING}")
 
 
+def check_architecture(label: str, name: Any) -> None:
+    """Check that the model that a file names is a registered one, not a repository or folder.
+
+    Raises:
+        LightspineError: it is not.
+    """
+    if not isinstance(name, str):
+        raise LightspineError(f"{label} has damaged metadata: expected the name of its model, got {name!r}")
+    if ":" in name:
+        raise LightspineError(f"{label} is refused: its architecture {name[:80]!r} stands for another model")
+
+
 def _check_preprocessing(label: str, values: dict[str, Any]) -> None:
+    size = values.get("input_size")
     checks = {
         "input_size": lambda found: (
-            len(found) == 3 and all(isinstance(size, int) and 1 <= size <= _LARGEST_SETTING for size in found)
+            len(found) == 3 and all(isinstance(size, int) and 1 <= size <= _LARGEST_SIDE for size in found)
         ),
-        "mean": lambda found: all(-1e3 <= float(value) <= 1e3 for value in found) and len(found) > 0,
-        "std": lambda found: all(1e-6 <= float(value) <= 1e3 for value in found) and len(found) > 0,
-        "crop_pct": lambda found: 0.05 <= found <= 10,
-        "interpolation": lambda found: isinstance(found, str),
+        "mean": lambda found: _are_numbers(found, size, -1e3, 1e3),
+        "std": lambda found: _are_numbers(found, size, 1e-6, 1e3),
+        # The image is resized to the size divided by this share before it is cropped.
+        "crop_pct": lambda found: (
+            0.05 <= found <= 10 and max((size or [1])[-2:]) / found <= 2 * _LARGEST_SIDE
+        ),
+        "interpolation": lambda found: found in INTERPOLATIONS,
         "crop_mode": lambda found: found in CROP_MODES,
     }
     for name, check in checks.items():
         value = values.get(name)
         try:
             valid = value is None or check(value)
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError, OverflowError, LookupError):
             valid = False
         if not valid:
             raise LightspineError(
                 f"{label} has damaged metadata: its preprocessing has the {name} {str(value)[:80]!r}"
             )
+
+
+def _are_numbers(values: Any, size: list[int] | None, low: float, high: float) -> bool:
+    """Return whether these are statistics of the channels of an image, one for all or one for each."""
+    channels = size[0] if size else 3
+    return (
+        isinstance(values, list | tuple)
+        and len(values) in (1, channels)
+        and all(isinstance(value, int | float) and low <= value <= high for value in values)
+    )
+
+
+def _check_run(label: str, run: dict[str, Any]) -> None:
+    data = {} if run.get("data") is None else run["data"]
+    fraction, seed = (data.get("val_fraction"), data.get("seed")) if isinstance(data, dict) else ("", "")
+    if (
+        not isinstance(run.get("recipe"), str | None)
+        or not isinstance(fraction, int | float | None)
+        or not isinstance(seed, int | None)
+        # A split that was drawn has both.
+        or (fraction is None) != (seed is None)
+        or not 0 <= (fraction or 0) <= 1
+        or not abs(seed or 0) < 2**63
+    ):
+        raise LightspineError(f"{label} has damaged metadata: its training run has a wrong recipe or split")
 
 
 FOREIGN_ARGUMENTS = (
@@ -541,26 +672,64 @@ def check_arguments(
                 f"{checkpoint.label} is refused: its model argument {name} names another file"
             )
         number = value if isinstance(value, int | float) else 0
-        if abs(number) > max(_BELIEVED, largest) or ("depth" in name and number > len(tensors)):
+        # A comparison with NaN is false.
+        if not abs(number) <= max(_BELIEVED, largest) or ("depth" in name and number > len(tensors)):
             raise LightspineError(
                 f"{checkpoint.label} is refused: its model argument {name} is {value}, which its "
                 f"{len(tensors)} tensors of sizes up to {largest} do not confirm"
             )
-    if arguments:
-        try:
-            with torch.device("meta"):
-                needed = sum(tensor.numel() for tensor in build(arguments).state_dict().values())
-        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise LightspineError(f"{checkpoint.label} stores wrong model arguments: {reason}") from error
-        received = sum(tensor.numel() for tensor in tensors)
-        # Raw and averaged weights may both be there; a position table may be resized.
-        if needed > 4 * received + 2**20:
-            raise LightspineError(
-                f"{checkpoint.label} is refused: its model arguments describe {needed:,} numbers, its "
-                f"tensors have {received:,}"
-            )
+    try:
+        # A module may have no tensors, such as an activation, or many small ones.
+        with torch.device("meta"), limit_modules(checkpoint.label, 10_000 + 20 * len(tensors)):
+            needed = sum(tensor.numel() for tensor in build(arguments).state_dict().values())
+    except BUILD_ERRORS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LightspineError(f"{checkpoint.label} stores wrong model arguments: {reason}") from error
+    received = sum(tensor.numel() for tensor in tensors)
+    # Raw and averaged weights may both be there; a position table may be resized.
+    if needed > 4 * received + 2**20:
+        raise LightspineError(
+            f"{checkpoint.label} is refused: its model arguments describe {needed:,} numbers, its "
+            f"tensors have {received:,}"
+        )
     return arguments
+
+
+BUILD_ERRORS = (
+    *(TypeError, ValueError, AttributeError, AssertionError, LookupError, ArithmeticError),
+    *(RuntimeError, NotImplementedError),
+)
+"""Exceptions of constructors of models with arguments of wrong types or values."""
+
+
+@contextmanager
+def limit_modules(label: str, most: int) -> Iterator[None]:
+    """Stop the construction of a model at a number of modules.
+
+    An argument of a few bytes can describe millions of layers, by many names: depths, layers, blocks.
+
+    Args:
+        label: name of the file, for the message.
+        most: number of modules that may be created by this thread inside the block.
+
+    Raises:
+        LightspineError: more are created.
+    """
+    count, thread = 0, threading.get_ident()
+
+    def register(*_: Any) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > most:
+            raise LightspineError(
+                f"{label} is refused: its model arguments describe more than {most:,} layers"
+            )
+
+    handle = register_module_module_registration_hook(register)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def flatten_arguments(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

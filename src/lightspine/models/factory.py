@@ -16,14 +16,17 @@ from torch import Tensor
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import (
+    BUILD_ERRORS,
     FOREIGN_ARGUMENTS,
     Checkpoint,
     CheckpointSource,
     ModelMetadata,
     Weights,
+    check_architecture,
     check_arguments,
     default_preprocessing,
     flatten_arguments,
+    limit_modules,
     read_checkpoint,
     read_model_metadata,
     save_checkpoint,
@@ -145,6 +148,9 @@ _FOREIGN_SOURCES = ("url", "state_dict", "hf_hub_filename", "custom_load")
 # Numbers in the configuration of a model, such as the number of classes or of blocks.
 _LARGEST_NUMBER = 2**16
 _MOST_BLOCKS = 1000
+_MOST_MODULES = 20_000
+# More than the largest model of timm has.
+_MOST_NUMBERS = 2**33
 
 
 def _check_timm_config(
@@ -157,8 +163,7 @@ def _check_timm_config(
     """
     if not isinstance(name, str) or not isinstance(arguments, dict) or not isinstance(cfg, dict):
         raise LightspineError(f"{label} holds no model in timm's layout: expected a name and arguments")
-    if ":" in name:
-        raise LightspineError(f"{label} is refused: its architecture {name[:80]!r} stands for another model")
+    check_architecture(label, name)
     for argument, value in flatten_arguments(arguments):
         if argument in FOREIGN_ARGUMENTS:
             raise LightspineError(f"{label} is refused: its model argument {argument} names another file")
@@ -185,13 +190,15 @@ def _build_from_config(label: str, name: str, kwargs: dict[str, Any]) -> Any:
     elif kwargs.get("pretrained"):
         check_hub_pickle(place, kwargs.get("cache_dir"))
     try:
+        # Without memory first: an argument may ask for any amount.
+        with torch.device("meta"), limit_modules(label, _MOST_MODULES):
+            planned = _build(name, kwargs | {"pretrained": False})
+        if (needed := sum(tensor.numel() for tensor in planned.state_dict().values())) > _MOST_NUMBERS:
+            raise LightspineError(f"{label} is refused: its model arguments describe {needed:,} numbers")
         return _build(name, kwargs)
     except LightspineError:
         raise
-    except (
-        *(TypeError, ValueError, AttributeError, AssertionError, LookupError),
-        *(ArithmeticError, RuntimeError, OSError, pickle.UnpicklingError, SafetensorError),
-    ) as error:
+    except (*BUILD_ERRORS, OSError, pickle.UnpicklingError, SafetensorError) as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise LightspineError(f"{label} describes a model that cannot be built: {reason}") from error
 

@@ -260,16 +260,18 @@ def _belongs_to(name: str, path: Path) -> bool:
 
 
 def _check_finite(report: LoadReport, fitted: dict[str, Tensor], model: nn.Module) -> None:
-    broken = [
-        name
-        for name, _ in model.named_parameters()
-        if name in fitted and fitted[name].is_floating_point() and not fitted[name].isfinite().all()
-    ]
+    broken = [name for name, _ in model.named_parameters() if name in fitted and not _is_finite(fitted[name])]
     if broken:
         raise LightspineError(
             f"{report.source} holds NaN or infinity in {len(broken)} weights, the first of which is "
             f"{broken[0]}: the training diverged, or the file is damaged"
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # PyTorch has no isfinite for numbers of 8 bits.
+    values = tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+    return not values.is_floating_point() or bool(values.isfinite().all())
 
 
 def _keep_layout(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -313,10 +315,10 @@ def _adapt_input_channels(report: LoadReport, fitted: dict[str, Tensor], model: 
     for name in names:
         key = f"{name}.weight"
         module = dict(model.named_modules()).get(name)
-        if key not in fitted or not isinstance(module, nn.Conv2d):
+        if key not in fitted or not isinstance(module, nn.Conv2d) or fitted[key].ndim != 4:
             continue
         received, expected = fitted[key].shape[1], module.weight.shape[1]
-        if received == 3 and expected != 3:
+        if received == 3 and expected not in (0, 3):
             fitted[key] = adapt_input_conv(expected, fitted[key])
             report.converted[key] = f"adapted from 3 to {expected} input channels"
 

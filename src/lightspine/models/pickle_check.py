@@ -1,12 +1,15 @@
 """Check of a pickled checkpoint before PyTorch reads it: nesting, shared parts, and sizes in the archive.
 
 PyTorch's restricted unpickler runs no code of a file, but it hashes the keys of dictionaries in C: a tuple
-that is nested a million times ends the process, and one whose parts are shared fifty times is never hashed to
-the end. The check follows the opcodes without building any object.
+that is nested a million times ends the process, one whose parts are shared fifty times is never hashed to the
+end, and thousands of keys can be chosen so that all have the same hash. The check follows the opcodes without
+building any object.
 """
 
 import io
 import pickletools
+import struct
+import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,13 +22,24 @@ _MOST_NESTED = 200
 _SMALL = 2**20
 # Objects of a value, those that it shares counted each time. A state dict has some ten per tensor.
 _MOST_OBJECTS = 20_000_000
+# Opcodes of a pickle; a tensor has some fifty.
+_MOST_OPCODES = 3_000_000
+# Keys of dictionaries and sets that are no strings or small integers: their hashes may be chosen to be equal.
+_MOST_ODD_KEYS = 1000
 # Pickles at the start of a file in the format before PyTorch 1.6: magic number, version, system, the content.
 _LEGACY_PICKLES = 4
 
-# (nesting, objects) of a value on the stack.
-_Value = tuple[int, int]
-_MARK: _Value = (-1, 0)
-_LEAF: _Value = (0, 1)
+# (nesting, objects, kind) of a value on the stack. The kind of a class or function is its name.
+_Value = tuple[int, int, str]
+_KEY, _OTHER = "key", "other"
+_MARK: _Value = (-1, 0, _OTHER)
+# Strings, and integers of 32 bits.
+_KEYS = (
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"),
+    *("BININT", "BININT1", "BININT2", "NONE", "NEWTRUE", "NEWFALSE"),
+)
+# Calls that hash all elements of their argument.
+_HASHING = ("builtins set", "__builtin__ set", "collections Counter", "collections OrderedDict")
 _MUTATORS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 
 
@@ -36,14 +50,27 @@ def check_pickled_file(path: Path) -> None:
         LightspineError: a value is nested or shared too deeply, or the archive claims more than the file has.
     """
     with path.open("rb") as file:
-        if zipfile.is_zipfile(file):
+        # As PyTorch decides: a pickle may have an archive appended.
+        if file.read(4) == b"PK\x03\x04":
             for content in _archived_pickles(path, file):
                 _follow(path, io.BytesIO(content))
             return
         file.seek(0)
+        if _is_tar(file.read(tarfile.BLOCKSIZE)):
+            raise LightspineError(f"{path} is refused: it is a tar archive, expected a file of torch.save")
+        file.seek(0)
         for _ in range(_LEGACY_PICKLES):
             if not _follow(path, file):
                 return
+
+
+def _is_tar(block: bytes) -> bool:
+    """Return whether PyTorch would read a file as a tar archive, whose headers may claim any size."""
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _archived_pickles(path: Path, file: BinaryIO) -> list[bytes]:
@@ -57,9 +84,17 @@ def _archived_pickles(path: Path, file: BinaryIO) -> list[bytes]:
                     f"{path} is refused: its archive claims more bytes than the {size} of the file"
                 )
             return [archive.read(member) for member in members if member.filename.endswith(".pkl")]
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError):
-        # PyTorch has its own reader of archives, which says what is wrong.
-        return []
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        struct.error,
+    ) as error:
+        # PyTorch has its own reader of archives, which may accept what this one does not.
+        raise LightspineError(f"{path} is not a complete PyTorch checkpoint: {error}") from error
 
 
 class _BoundedReader:
@@ -89,15 +124,21 @@ def _follow(path: Path, file: Any) -> bool:
     """Follow one pickle; return whether it was complete."""
     stack: list[_Value] = []
     memo: dict[int, _Value] = {}
+    odd_keys = 0
     try:
         # genops calls read, readline and tell.
         reader = cast(IO[bytes], _BoundedReader(path, file))
-        for opcode, argument, _ in pickletools.genops(reader):
-            _apply(opcode, argument, stack, memo)
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(reader)):
+            odd_keys += _apply(opcode, argument, stack, memo)
             if stack and (stack[-1][0] > _MOST_NESTED or stack[-1][1] > _MOST_OBJECTS):
                 raise LightspineError(
                     f"{path} is refused: it holds a value that is nested more than {_MOST_NESTED} times or "
                     f"has more than {_MOST_OBJECTS:,} parts, which no checkpoint has"
+                )
+            if number > _MOST_OPCODES or odd_keys > _MOST_ODD_KEYS:
+                raise LightspineError(
+                    f"{path} is refused: its pickle has more than {_MOST_OPCODES:,} steps or "
+                    f"{_MOST_ODD_KEYS:,} keys that are no strings, which no checkpoint has"
                 )
     except (ValueError, IndexError, KeyError):
         # No pickle, or a damaged one.
@@ -105,8 +146,12 @@ def _follow(path: Path, file: Any) -> bool:
     return True
 
 
-def _apply(opcode: Any, argument: Any, stack: list[_Value], memo: dict[int, _Value]) -> None:
-    """Apply an opcode to the stack of sizes, as `pickle` applies it to its stack of objects."""
+def _apply(opcode: Any, argument: Any, stack: list[_Value], memo: dict[int, _Value]) -> int:
+    """Apply an opcode to the stack of sizes, as `pickle` applies it to its stack of objects.
+
+    Returns:
+        The number of keys that it hashes and that are no strings or small integers.
+    """
     name = opcode.name
     if name == "MARK":
         stack.append(_MARK)
@@ -121,12 +166,20 @@ def _apply(opcode: Any, argument: Any, stack: list[_Value], memo: dict[int, _Val
     elif name in ("POP", "POP_MARK"):
         _pop(opcode, stack)
     elif name in _MUTATORS:
+        # In reverse order: value, key, value, key ...
         added = _pop(opcode, stack, kept=1)
-        stack[-1] = _join([stack[-1], *(_wrap(value) for value in added)])
+        stack[-1] = _join([stack[-1], *(_wrap(value) for value in added)], stack[-1][2])
+        hashed = added[1::2] if name in ("SETITEM", "SETITEMS") else added if name == "ADDITEMS" else []
+        return sum(value[2] != _KEY for value in hashed)
     else:
         popped = _pop(opcode, stack)
+        kind = _KEY if name in _KEYS else argument if name == "GLOBAL" else _OTHER
         for _ in opcode.stack_after:
-            stack.append(_wrap(_join(popped)) if popped else _LEAF)
+            stack.append((*_wrap(_join(popped, _OTHER))[:2], kind) if popped else (0, 1, kind))
+        if any(value[2] in _HASHING for value in popped):
+            # Below the number of a small set.
+            return sum(value[1] for value in popped if value[1] > _MOST_ODD_KEYS)
+    return 0
 
 
 def _pop(opcode: Any, stack: list[_Value], kept: int = 0) -> list[_Value]:
@@ -140,7 +193,7 @@ def _pop(opcode: Any, stack: list[_Value], kept: int = 0) -> list[_Value]:
         del stack[len(stack) - count :]
         return popped
     popped = []
-    while (value := stack.pop()) != _MARK:
+    while (value := stack.pop()) is not _MARK:
         popped.append(value)
     for _ in range(before.index("mark") - kept):
         popped.append(stack.pop())
@@ -148,8 +201,8 @@ def _pop(opcode: Any, stack: list[_Value], kept: int = 0) -> list[_Value]:
 
 
 def _wrap(value: _Value) -> _Value:
-    return value[0] + 1, value[1] + 1
+    return value[0] + 1, value[1] + 1, value[2]
 
 
-def _join(values: list[_Value]) -> _Value:
-    return max((value[0] for value in values), default=0), sum(value[1] for value in values)
+def _join(values: list[_Value], kind: str) -> _Value:
+    return max((value[0] for value in values), default=0), sum(value[1] for value in values), kind

@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lightspine.errors import UsageError
+from lightspine.errors import LightspineError, UsageError
 from lightspine.training.base import LightspineTask
 from lightspine.training.progress import EpochTable
 from lightspine.utils.devices import peak_memory_mib, synchronize
-from lightspine.utils.files import atomic_write_text
+from lightspine.utils.files import atomic_write, atomic_write_text
 from lightspine.utils.progress import print_line
 
 _log = logging.getLogger(__name__)
 
+_METRIC = re.compile(r"\w[\w./ -]{0,99}")
 _AXIS_LABELS = {"val_top1": "accuracy (%)", "lr": "learning rate"}
 
 
@@ -126,8 +128,22 @@ class RunLog(pl.Callback):
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the rows from a checkpoint."""
-        self.rows = list(state_dict["rows"])
+        """Restore the rows from a checkpoint.
+
+        Raises:
+            LightspineError: they are no names and numbers.
+        """
+        rows = state_dict["rows"]
+        if not all(
+            isinstance(row, dict) and "epoch" in row and all(map(_is_metric, row, row.values()))
+            for row in rows
+        ):
+            raise LightspineError("the metrics of the epochs in the checkpoint are damaged")
+        self.rows = list(rows)
+
+
+def _is_metric(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and _METRIC.fullmatch(name) is not None and isinstance(value, int | float)
 
 
 class DataTimer:
@@ -296,4 +312,5 @@ def plot_curves(
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend()
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -11,6 +11,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from lightspine.errors import LightspineError, UsageError
+from lightspine.models.checkpoint import load_pickled
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 
@@ -28,11 +29,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None:
             raise UsageError(f"expected no storage options, got {storage_options}")
         path = Path(path)
-        # A fixed name, so that the next checkpoint overwrites the partial file of a killed process.
+        # A fixed name, so that the next checkpoint replaces the partial file of a killed process.
         part = path.with_name(path.name + ".part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            # Not through a link, which somebody else's folder may have there.
+            part.unlink(missing_ok=True)
+            with part.open("xb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -53,11 +56,49 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self,
         path: Any,
-        map_location: Callable | None = lambda storage, loc: storage,  # noqa: ARG005  torch's signature
+        map_location: Callable | None = None,  # noqa: ARG002  always the CPU
         weights_only: bool | None = None,  # noqa: ARG002  always True
     ) -> dict[str, Any]:
-        """Load a checkpoint with `weights_only=True`, which rejects code in the file."""
-        return super().load_checkpoint(path, map_location=map_location, weights_only=True)
+        """Load a checkpoint without running code in it, as `load_pickled` does."""
+        content: dict[str, Any] = load_pickled(Path(path))
+        return content
+
+
+def load_training_state(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Load the checkpoint of a run, which may be that of somebody else.
+
+    Args:
+        path: the file.
+        mmap: read the tensors when they are used.
+
+    Raises:
+        LightspineError: the file is no complete checkpoint, would execute code, or is not that of a run.
+    """
+    try:
+        stored = load_pickled(path, mmap=mmap)
+    except LightspineError as error:
+        raise LightspineError(f"cannot resume from {path}: {error}") from error
+    entries = ("state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers")
+    if not isinstance(stored, dict) or not all(name in stored for name in entries):
+        raise LightspineError(f"cannot resume from {path}: it is not the checkpoint of a training run")
+    if not isinstance(stored["callbacks"], dict) or not _are_tensors(stored["state_dict"]):
+        raise LightspineError(
+            f"cannot resume from {path}: its weights or the states of its callbacks are damaged"
+        )
+    if not _are_counts(stored["loops"]):
+        raise LightspineError(f"cannot resume from {path}: its numbers of epochs and batches are damaged")
+    return stored
+
+
+def _are_tensors(state: Any) -> bool:
+    return isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+def _are_counts(state: Any) -> bool:
+    """Return whether nested dictionaries and lists hold nothing but integers that 64 bits can have."""
+    if isinstance(state, dict | list | tuple):
+        return all(map(_are_counts, state.values() if isinstance(state, dict) else state))
+    return state is None or (isinstance(state, int) and abs(state) < 2**63)
 
 
 class LastCheckpoint(Checkpoint):
@@ -70,6 +111,9 @@ class LastCheckpoint(Checkpoint):
         folder: folder of the file.
         every_n_steps: optimizer steps between checkpoints within an epoch.
 
+    Attributes:
+        has_trained: whether a batch has been trained on in this process.
+
     Raises:
         UsageError: `every_n_steps` is below 1.
     """
@@ -79,6 +123,7 @@ class LastCheckpoint(Checkpoint):
             raise UsageError(f"expected a checkpoint every 1 step or more, got {every_n_steps}")
         self.folder = folder
         self.every_n_steps = every_n_steps
+        self.has_trained = False
         self._seen_step = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
@@ -98,6 +143,7 @@ class LastCheckpoint(Checkpoint):
         batch_idx: int,
     ) -> None:
         """Save after every n-th complete step."""
+        self.has_trained = True
         # Within an accumulated step there are gradients, which checkpoints do not store.
         stepped = trainer.global_step != self._seen_step
         self._seen_step = trainer.global_step

@@ -40,6 +40,7 @@ from lightspine.training.lr_schedules import CosineSchedule, DecaySchedule, Mile
 from lightspine.training.resume import AUTO, prepare_folder
 from lightspine.training.segmentation import SegmentationTask
 from lightspine.training.short_flags import expand_short_flags, suggest_flag
+from lightspine.utils.files import atomic_write_text
 from lightspine.utils.rank_monitor import RANK_TIMEOUT_S
 from lightspine.utils.yaml_text import check_yaml_text
 
@@ -152,7 +153,7 @@ class _SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         path = Path(trainer.default_root_dir, self.config_filename)
-        self.parser.save(self.config, path, skip_none=False, overwrite=True)
+        atomic_write_text(path, self.parser.dump(self.config, skip_none=False))
 
 
 class TrainCLI(LightningCLI):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
@@ -23,7 +22,14 @@ from lightspine.training.callbacks import (
     RunLog,
     plot_curves,
 )
-from lightspine.training.checkpoint import BEST, LAST, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from lightspine.training.checkpoint import (
+    BEST,
+    LAST,
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    LastCheckpoint,
+    load_training_state,
+)
 from lightspine.training.finetuning import describe_start
 from lightspine.training.log_filters import filter_lightning_logs, has_terminal
 from lightspine.training.progress import LineProgress, RunProgressBar
@@ -300,7 +306,7 @@ def export_run(
     chosen = best if export == "best" else log.rows[-1]
     # Read the file, because a run resumed after its last epoch does no training.
     path = log.folder / (BEST if export == "best" else LAST)
-    stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    stored = load_training_state(path, mmap=True)
     epochs = int(chosen["epoch"]) + 1
     weights = log.folder / "model.safetensors"
     # Only the exported weights were validated.
@@ -364,6 +370,10 @@ def _fit(trainer: pl.Trainer, task: LightspineTask, data: ImageDataModule, check
     except Exception as error:
         lost = _find_callback(trainer, RankWatchdog).explain(timeout_s=5.0)
         if lost is None:
+            # The states of optimizer, schedule and callbacks are those of a file.
+            if checkpoint is not None and not _find_callback(trainer, LastCheckpoint).has_trained:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise LightspineError(f"cannot resume from {checkpoint}: {reason}") from error
             raise
         raise LightspineError(f"{lost}, so the run was stopped") from error
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightspine.data.loader import ResumableLoader
 from lightspine.errors import LightspineError, UsageError
-from lightspine.training.checkpoint import LAST
+from lightspine.training.checkpoint import LAST, load_training_state
 from lightspine.utils.folder_lock import LOCK_FILE
 
 _log = logging.getLogger(__name__)
@@ -198,14 +197,12 @@ def _add_sums(all_sums: list[dict[str, tuple[float, float]]]) -> dict[str, tuple
 
 
 def _finished_epochs(path: Path) -> int:
+    # mmap reads only the few bytes that are used.
+    loops = load_training_state(path, mmap=True)["loops"]
     try:
-        # mmap reads only the few bytes that are used.
-        loops = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loops"]
         return int(loops["fit_loop"]["epoch_progress"]["current"]["processed"])
-    # torch's unpickler raises nearly any exception on invalid data.
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LightspineError(f"cannot resume from {path}: {reason}") from error
+    except (LookupError, TypeError) as error:
+        raise LightspineError(f"cannot resume from {path}: it has no number of finished epochs") from error
 
 
 def _first_free_folder(folder: Path) -> Path:

@@ -10,9 +10,16 @@ from lightspine.data.modules import ImageDataModule
 from lightspine.data.split_record import SplitRecord
 from lightspine.dense import NetworkMetadata
 from lightspine.dense.checkpoint import read_network_metadata
-from lightspine.errors import UsageError
-from lightspine.models.checkpoint import CKPT_METADATA, Checkpoint, ModelMetadata, read_model_metadata
+from lightspine.errors import LightspineError, UsageError
+from lightspine.models.checkpoint import (
+    CKPT_METADATA,
+    Checkpoint,
+    ModelMetadata,
+    find_metadata,
+    read_model_metadata,
+)
 from lightspine.training.base import LightspineTask
+from lightspine.training.checkpoint import load_training_state
 
 _log = logging.getLogger(__name__)
 
@@ -30,10 +37,10 @@ def check_resumed(path: Path, task: LightspineTask, data: ImageDataModule) -> No
     Raises:
         UsageError: the checkpoint is of another model, other classes or another split of the same images.
     """
-    stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    stored = load_training_state(path, mmap=True)
     # Files of earlier versions have no metadata.
     if CKPT_METADATA in stored:
-        known = _describe(Checkpoint(path, {}, stored[CKPT_METADATA]))
+        known = _describe(Checkpoint(path, {}, find_metadata(stored)))
         own = _describe(Checkpoint(None, {}, task.run_metadata(data)))
         _check_model(path, known, own)
         _check_classes(path, known.class_names or [], data.class_names)
@@ -50,7 +57,8 @@ def _describe(checkpoint: Checkpoint) -> ModelMetadata | NetworkMetadata:
     if checkpoint.is_dense:
         return read_network_metadata(checkpoint)
     found = read_model_metadata(checkpoint)
-    assert found is not None  # the metadata of a run always have the model
+    if found is None:
+        raise LightspineError(f"{checkpoint.label} has damaged metadata: they have no model")
     return found
 
 

@@ -25,6 +25,15 @@ def is_file_name(name: str) -> bool:
     )
 
 
+def is_text(text: str) -> bool:
+    """Return whether a string can be written as UTF-8; surrogates may stand for the bytes of a file name."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parse a JSON document, as `json.loads` does.
 
@@ -75,14 +84,23 @@ def atomic_write_text(path: Path, content: str) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield the path of a temporary folder that replaces `path` on success; creates the parent folder.
 
-    The temporary folder has the same name as `path` and does not exist yet.
+    The temporary folder has the same name as `path` and does not exist yet. A link is replaced, not the
+    folder that it leads to.
+
+    Raises:
+        LightspineError: the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as parent:
         part = Path(parent) / path.name
         yield part
-        shutil.rmtree(path, ignore_errors=True)
-        part.rename(path)
+        try:
+            if path.is_symlink():
+                path.unlink()
+            shutil.rmtree(path, ignore_errors=True)
+            part.rename(path)
+        except OSError as error:
+            raise LightspineError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def path_from_text(name: str) -> str:

@@ -30,6 +30,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
     lock = FileLock(file)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Locking empties the file, and the folder may be that of somebody else.
+        if file.is_symlink():
+            raise LightspineError(
+                f"expected a lock file of its own in {folder}, but {file} is a link: remove it"
+            )
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -125,10 +125,10 @@ class ImageListing:
                 self.left_out.add("folder that cannot be read", path)
                 continue
             prefix = f"{inside}/" if inside else ""
-            folders = [entry for entry in entries if entry.is_dir()]
+            folders = [entry for entry in entries if is_folder(entry)]
             pending += [prefix + entry.name for entry in reversed(folders) if self._accepts_folder(entry)]
             yield from (
-                prefix + entry.name for entry in entries if not entry.is_dir() and self._accepts_file(entry)
+                prefix + entry.name for entry in entries if not is_folder(entry) and self._accepts_file(entry)
             )
 
     def list(self, folder: str | Path) -> list[Path]:
@@ -138,7 +138,7 @@ class ImageListing:
     def list_folders(self, folder: str | Path) -> Names:
         """Return the sorted names of the visible sub-folders of a folder."""
         with os.scandir(folder) as entries:
-            found = sorted((entry for entry in entries if entry.is_dir()), key=lambda entry: entry.name)
+            found = sorted((entry for entry in entries if is_folder(entry)), key=lambda entry: entry.name)
         return [entry.name for entry in found if self._is_visible(entry)]
 
     def report(self) -> None:
@@ -190,7 +190,7 @@ class ImageListing:
         if entry.name.startswith("."):
             self.left_out.add("hidden file", entry.path)
             return False
-        if not entry.is_file():
+        if not _is_regular(entry):
             self.left_out.add("link to a missing file" if entry.is_symlink() else "special file", entry.path)
             return False
         if entry.is_symlink() and not self.repeat_links:
@@ -209,6 +209,20 @@ class ImageListing:
             if inside is not None and all(map(is_visible_folder, inside)):
                 return True
         return False
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder or a link to one; links in a circle are not."""
+    # The operating system follows a circle of links to its end, which is an error.
+    with suppress(OSError):
+        return entry.is_dir()
+    return False
+
+
+def _is_regular(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):
+        return entry.is_file()
+    return False
 
 
 def list_image_files(folder: str | Path) -> list[Path]:
@@ -321,6 +335,31 @@ def _check_side(width: int, height: int, name: str) -> None:
         raise UsageError(f"image {name} is {width}x{height} px, at least {MIN_SIDE}x{MIN_SIDE} is needed")
 
 
+# Scans of a progressive JPEG that may cover so many pixels in all; encoders write up to fifteen scans.
+_USUAL_SCANS, _MOST_SCANNED = 16, 2**30
+
+
+def _check_pixels(file: Image.Image) -> None:
+    """Check the number of pixels; Pillow only warns up to twice its limit."""
+    width, height = file.size
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and width * height > most:
+        raise ValueError(f"it has {width}x{height} px, more than {most:,} in all")
+
+
+def _check_scans(file: Any) -> None:
+    """Check that a progressive JPEG of a few bytes does not decode its pixels thousands of times."""
+    if not (file.info.get("progressive") or file.info.get("progression")):
+        return
+    width, height = file.size
+    at = file.fp.tell()
+    file.fp.seek(0)
+    scans = file.fp.read().count(b"\xff\xda")
+    file.fp.seek(at)
+    if scans > _USUAL_SCANS and scans * width * height > _MOST_SCANNED:
+        raise ValueError(f"it decodes its {width}x{height} px {scans:,} times")
+
+
 @contextmanager
 def open_upright(data: bytes | BinaryIO, name: str) -> Iterator[Image.Image]:
     """Open an image of any mode and apply its EXIF orientation; label maps are turned like their images.
@@ -333,8 +372,10 @@ def open_upright(data: bytes | BinaryIO, name: str) -> Iterator[Image.Image]:
         LightspineError: it is not an image or is truncated, or a ValueError is raised inside the block.
     """
     with _open(data, name) as file:
+        _check_scans(file)
         # A conversion may drop the EXIF block that holds the orientation, so rotate first.
-        yield ImageOps.exif_transpose(file)
+        ImageOps.exif_transpose(file, in_place=True)
+        yield file
 
 
 @contextmanager
@@ -348,8 +389,10 @@ def _open(data: bytes | BinaryIO | str | Path, name: str) -> Iterator[Image.Imag
         # Pillow warns about harmless damage, such as an invalid EXIF block.
         with (
             warnings.catch_warnings(action="ignore", category=UserWarning),
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
             Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats()) as file,
         ):
+            _check_pixels(file)
             yield file
     # Pillow's decoders raise many types on damaged data: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
@@ -386,6 +429,7 @@ def find_nvjpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
         LightspineError: it is not an image, or has too many pixels.
     """
     with _open(data, f"image {name}") as file:
+        _check_scans(file)
         if file.format != "JPEG" or _END_OF_JPEG not in data[-_JPEG_TAIL:] or not _is_plain_jpeg(file):
             return None
         width, height = file.size
@@ -418,10 +462,10 @@ def _formats() -> tuple[str, ...]:
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16-bit values at 255, which turns most pixels white.
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"expected integer pixels from 0 to 65535, got {values.min()} to {values.max()}")
-        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((values // values.dtype.type(257)).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("expected integer pixels, got floating-point ones")
     if image.mode == "P" and "transparency" in image.info:

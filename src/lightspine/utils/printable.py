@@ -4,10 +4,11 @@ import re
 
 # Control characters, which a terminal executes (escape sequences, carriage return), line and paragraph
 # separators, and invisible characters that change the direction or the length of a line. The joiners U+200C
-# and U+200D are kept: Persian words and emoji need them. Surrogates are kept: they stand for the bytes of
-# file names that are not UTF-8.
+# and U+200D are kept: Persian words and emoji need them. The surrogates that stand for bytes of file names
+# (not UTF-8) are kept; others cannot be printed.
 _CLASS = (
     "\x00-{}\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udc7f\udd00-\udfff"
     "\U000e0000-\U000e007f"
 )
 _UNPRINTABLE = re.compile(f"[{_CLASS.format(chr(0x0A))}]")
@@ -51,5 +52,5 @@ def printable_json(text: str) -> str:
 
 def _json_escape(character: str) -> str:
     # JSON writes characters beyond U+FFFF as two surrogates.
-    units = character.encode("utf-16-be")
+    units = character.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))

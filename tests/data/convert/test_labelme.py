@@ -118,3 +118,12 @@ def test_folder_without_annotations_is_refused(tmp_path: Path) -> None:
         UsageError, match=r"expected LabelMe annotations \(.json with shapes\) in .*, found none$"
     ):
         convert_labelme(tmp_path / "in", tmp_path / "out")
+
+
+def test_text_that_is_no_unicode_is_left_out(tmp_path: Path) -> None:
+    root = _write(tmp_path / "in", _shape(), _shape("\ud800"), count=5)
+    content = json.loads((root / "0.json").read_text())
+    (root / "0.json").write_text(json.dumps(content | {"imagePath": "\ud800.jpg"}))
+    found = convert_labelme(root, tmp_path / "out")
+    assert found.class_names == ["cat"]
+    assert found.issues.counts["annotation file whose image path is not valid Unicode"] == 1

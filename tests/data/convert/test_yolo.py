@@ -207,3 +207,10 @@ def test_named_pipe_among_the_labels_is_counted(tmp_path: Path) -> None:
     os.mkfifo(source / "labels" / "0.txt")
     found = convert_yolo(source, tmp_path / "out")
     assert found.issues.counts["annotation file that is no ordinary file"] == 1
+
+
+def test_named_pipe_in_place_of_the_yaml_file_is_not_read(tmp_path: Path) -> None:
+    root = _write(tmp_path / "in", _four(BOX), yaml=None)
+    os.mkfifo(root / "data.yaml")
+    (root / "classes.txt").write_text("cat\ndog\n")
+    assert convert_yolo(root, tmp_path / "out").class_names == ["cat", "dog"]

@@ -18,7 +18,7 @@ from lightspine.data.convert.output import (
 from lightspine.data.convert.sources import SourceFiles, choose_split
 from lightspine.data.detection.coco_values import to_float
 from lightspine.errors import LightspineError, UsageError
-from lightspine.utils.files import parse_json, path_from_text
+from lightspine.utils.files import is_text, parse_json, path_from_text
 from lightspine.utils.image_files import read_image_size
 from lightspine.utils.issues import Issues
 from lightspine.utils.progress import progress_bar
@@ -93,7 +93,10 @@ def _read_annotation(file: Path, files: SourceFiles, issues: Issues) -> Converte
         raise LightspineError("annotation file that is not JSON") from error
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
         raise LightspineError("JSON file that is not a LabelMe annotation")
-    written = str(content.get("imagePath") or "").replace("\\", "/").rsplit("/", 1)[-1]
+    written = str(content.get("imagePath") or "")
+    if not is_text(written):
+        raise LightspineError("annotation file whose image path is not valid Unicode")
+    written = written.replace("\\", "/").rsplit("/", 1)[-1]
     path = files.find_image(file, path_from_text(written) if written else None)
     if path is None:
         raise LightspineError("annotation file without an image")
@@ -117,7 +120,7 @@ def _read_shape(shape: Any, size: tuple[int, int], where: str, issues: Issues) -
         issues.add("shape that is not a JSON object", where)
         return None
     name = " ".join(str(shape.get("label") or "").split())
-    if not name:
+    if not name or not is_text(name):
         issues.add("shape without a label", where)
         return None
     kind = shape.get("shape_type") or "polygon"

@@ -111,7 +111,8 @@ def _read_config(source: Path) -> dict[str, Any]:
         LightspineError: it cannot be read.
     """
     candidates = [source / name for name in ("data.yaml", "data.yml", "dataset.yaml")]
-    others = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
+    # Reading a named pipe or a device would never end.
+    others = sorted(path for path in [*source.glob("*.yaml"), *source.glob("*.yml")] if path.is_file())
     file = next((path for path in candidates if path.is_file()), others[0] if len(others) == 1 else None)
     if file is None:
         return {}

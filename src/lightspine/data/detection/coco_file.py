@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -152,10 +153,12 @@ def _read_categories(
     groups: dict[str, list[int]] = {}
     for number in sorted(found):
         groups.setdefault(found[number], []).append(number)
+    parents = Counter(value for value in supercategories.values() if isinstance(value, str))
     for name, ids in list(groups.items()):
-        others = {supercategories[number] for number in found if number not in ids}
+        others = len(found) - len(ids)
+        below = parents[name] - sum(supercategories[number] == name for number in ids)
         known = class_names is not None and bool(find_class(name, class_names))
-        if others == {name} and not known and not used.intersection(ids):
+        if others == below > 0 and not known and not used.intersection(ids):
             # Roboflow writes one, which is no class.
             issues.add("category without objects that is the supercategory of all others", repr(name))
             del groups[name]

@@ -29,17 +29,22 @@ def list_coco_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
     """
     root = Path(root)
     found = {}
-    for file in sorted(root.glob(f"annotations/{_PREFIX}*.json")):
+    for file in _list_files(root, f"annotations/{_PREFIX}*.json"):
         split = file.stem.removeprefix(_PREFIX)
         found[split] = file, _first_folder(root / split, root / "images" / split, root / "images")
-    for file in sorted(root.glob(f"*/{_BESIDE_IMAGES}")):
+    for file in _list_files(root, f"*/{_BESIDE_IMAGES}"):
         found.setdefault(file.parent.name, (file, file.parent))
     if not found:
-        files = [file for folder in (root, root / "annotations") for file in sorted(folder.glob("*.json"))]
+        files = [file for folder in (root, root / "annotations") for file in _list_files(folder, "*.json")]
         for file in filter(_has_coco_keys, files):
             folder = _first_folder(root / file.stem, root / "images" / file.stem, root / "images", root)
             found.setdefault(file.stem, (file, folder))
     return found
+
+
+def _list_files(folder: Path, pattern: str) -> list[Path]:
+    # Reading a named pipe or a device would never end.
+    return sorted(path for path in folder.glob(pattern) if path.is_file())
 
 
 def _first_folder(*folders: Path) -> Path:

@@ -15,7 +15,7 @@ from lightspine.data.loader import WatchedLoader
 from lightspine.data.shards import ShardSource
 from lightspine.errors import UsageError
 from lightspine.utils.files import atomic_write
-from lightspine.utils.image_files import ImageListing, is_image_file, is_visible_folder, open_image
+from lightspine.utils.image_files import ImageListing, is_folder, is_image_file, is_visible_folder, open_image
 from lightspine.utils.packed_strings import PackedStrings, encode_string
 
 _NAMES, _ENDS = "names.bin", "ends.bin"
@@ -103,7 +103,7 @@ def is_shards(data: str | Path) -> bool:
     with os.scandir(path) as entries:
         visible = [entry for entry in entries if is_visible_folder(entry.name)]
     has_tars = any(entry.name.endswith(".tar") for entry in visible)
-    return has_tars and not any(entry.is_dir() or is_image_file(entry.name) for entry in visible)
+    return has_tars and not any(is_folder(entry) or is_image_file(entry.name) for entry in visible)
 
 
 def create_loader(

@@ -189,6 +189,8 @@ class RunFolder:
         known: dict[str, Any] | None = self.settings if outcome is None else outcome["settings"]
         # Round trip through JSON, which turns tuples into lists.
         given: dict[str, Any] = json.loads(json.dumps(settings))
+        if self.parts.is_symlink():
+            raise UsageError(f"expected a folder {self.parts}, but it is a link: remove it")
         if known is None:
             atomic_write_text(self.parts / "settings.json", json.dumps(given, indent=2) + "\n")
             return
