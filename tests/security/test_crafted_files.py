@@ -1,6 +1,8 @@
 """Crafted files, each of which once ended in a raw error, read outside a file, or filled the memory."""
 
 import json
+import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from lightspine.evaluation.classifiers import class_names
 from lightspine.export.onnx_network import load_onnx
 from lightspine.models.checkpoint import ModelMetadata, read_checkpoint, read_model_metadata
 from lightspine.training.short_flags import expand_short_flags
+from lightspine_runtime.scan_session import CannotSplitError, ScanSession
 from support.checkpoints import save_small
 from support.fuzz_formats import onnx_classifier, shard_bytes
 from support.images import write_image
@@ -277,6 +280,62 @@ def test_weights_of_an_onnx_file_outside_its_folder_are_not_read(tmp_path: Path,
         load_onnx(tmp_path / "model.onnx")
 
 
+def test_empty_onnx_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").touch()
+    with pytest.raises(lightspine_runtime.LightspineError, match="is empty"):
+        lightspine_runtime.OnnxModel(tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize("side", ["1e999", "1000000000", "0", "-5"])
+def test_detection_settings_out_of_range_are_refused(tmp_path: Path, side: str) -> None:
+    text = (
+        f'{{"resize": [{side}, 800], "rounding": "down", "score_threshold": 0.5, "nms_threshold": 0.5, '
+        '"detections_per_image": 100}'
+    )
+    with pytest.raises(lightspine_runtime.LightspineError, match="detection metadata"):
+        lightspine_runtime.OnnxModel(_save_onnx(tmp_path, detection=text))
+
+
+def test_logits_of_another_shape_are_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", (10, 20, 30), size=(40, 40))
+    model = onnx.load_model_from_string(onnx_classifier())
+    model.graph.node[-1].output[0] = "one"
+    model.graph.node.append(onnx.helper.make_node("ReduceSum", ["one"], ["logits"], keepdims=0))
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(lightspine_runtime.LightspineError, match="expected logits with 2 dimensions"):
+        lightspine_runtime.OnnxModel(tmp_path / "model.onnx").predict([tmp_path / "a.png"])
+
+
+def test_scan_without_an_output_is_no_raw_error(tmp_path: Path) -> None:
+    model = onnx.load_model_from_string(onnx_classifier())
+    body, opset = [onnx.helper.make_node("Identity", ["x"], ["y"])], onnx.helper.make_opsetid("", 17)
+    function = onnx.helper.make_function("lightspine", "GroupedScan", ["x"], ["y"], body, [opset])
+    model.functions.append(function)
+    model.opset_import.add(domain="lightspine", version=1)
+    model.graph.node.insert(4, onnx.helper.make_node("GroupedScan", ["flat"], [], domain="lightspine"))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(CannotSplitError, match="its graph is damaged"):
+        ScanSession(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_extended_header_without_end_is_refused(tmp_path: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo("././@Header")
+    header.type, header.size = kind, 0
+    (tmp_path / "a.tar").write_bytes(5000 * header.tobuf(tarfile.GNU_FORMAT) + shard_bytes())
+    with pytest.raises(LightspineError, match="cannot read the shard"):
+        read_shard_index(tmp_path / "a.tar")
+
+
+def test_named_pipe_in_place_of_an_index_is_replaced(tmp_path: Path) -> None:
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(shard_bytes())
+    os.mkfifo(shard.with_name(shard.name + INDEX_SUFFIX))
+    assert len(read_shard_index(shard)) == 3
+    assert shard.with_name(shard.name + INDEX_SUFFIX).is_file()
+
+
 def test_operator_of_another_library_is_refused(tmp_path: Path) -> None:
     model = onnx.load_model_from_string(onnx_classifier())
     model.graph.node[0].domain, model.graph.node[0].op_type = "com.attack", "System"
@@ -289,6 +348,7 @@ def test_operator_of_another_library_is_refused(tmp_path: Path) -> None:
     "text",
     [
         "[" * 100_000,
+        "a: &a [*a]",
         "a: [",
         "\udcff",
         "2024-99-99",
@@ -298,7 +358,7 @@ def test_operator_of_another_library_is_refused(tmp_path: Path) -> None:
             for i in range(40)
         ),
     ],
-    ids=["deep", "no YAML", "no UTF-8", "no date", "aliases"],
+    ids=["deep", "contains itself", "no YAML", "no UTF-8", "no date", "aliases"],
 )
 def test_recipe_with_short_flags_is_checked_before_it_is_loaded(tmp_path: Path, text: str) -> None:
     recipe = tmp_path / "recipe.yaml"

@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from lightspine_runtime.errors import LightspineError, UsageError
 
 _SHORTEST_PICTURE = 640
+# Largest side and number of detections that the metadata of a file may ask for.
+_LARGEST_SIDE, _MOST_DETECTIONS = 8192, 100_000
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 _Extent = tuple[float, float, float, float]
@@ -51,15 +53,23 @@ class DetectionSettings:
         """
         try:
             resize = values["resize"]
-            return cls(
+            found = cls(
                 resize=None if resize is None else (int(resize[0]), int(resize[1])),
                 rounding=str(values["rounding"]),
                 score_threshold=float(values["score_threshold"]),
                 nms_threshold=float(values["nms_threshold"]),
                 detections_per_image=int(values["detections_per_image"]),
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise LightspineError(f"{source} has incomplete detection metadata: {error!r}") from error
+        if (
+            not all(1 <= side <= _LARGEST_SIDE for side in found.resize or ())
+            or not 0 <= found.score_threshold <= 1
+            or not 0 <= found.nms_threshold <= 1
+            or not 1 <= found.detections_per_image <= _MOST_DETECTIONS
+        ):
+            raise LightspineError(f"{source} has detection metadata out of range: {found}")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,6 +122,7 @@ class OnnxModel:
         self.detection = None if detection is None else DetectionSettings.from_mapping(detection, str(path))
         if len(inputs) != 1:
             raise UsageError(f"expected one input in {path}, found {len(inputs)}")
+
         self._input = inputs[0]
 
     def __repr__(self) -> str:
@@ -155,7 +156,7 @@ class OnnxModel:
             UsageError: the batch has a shape or dtype that the model does not take.
         """
         expected = self.session.get_inputs()[0]
-        if expected.shape[0] == 1 and batch.ndim == 4 and len(batch) != 1:
+        if expected.shape[:1] == [1] and batch.ndim == 4 and len(batch) != 1:
             raise UsageError(f"expected one image at a time for {self.path}, got a batch of {len(batch)}")
         try:
             found: list[NDArray[Any]] = self.session.run(None, {self._input: batch})
@@ -165,6 +166,30 @@ class OnnxModel:
                 f"expected a batch of shape {tuple(expected.shape)} and {expected.type}, got one of "
                 f"{batch.shape} and {batch.dtype}: {str(error).splitlines()[0]}"
             ) from error
+        return found
+
+    def _run_checked(self, batch: NDArray[Any], dimensions: dict[str, int]) -> dict[str, NDArray[Any]]:
+        """Run the model and return its outputs by name.
+
+        Args:
+            batch: one preprocessed image.
+            dimensions: number of dimensions of the outputs that the model must have. The first is 1 for one
+                image, or the number of objects, which all outputs share.
+
+        Raises:
+            LightspineError: an output is missing, is not of numbers or has another shape.
+        """
+        found = dict(zip(self.outputs, self.run(batch), strict=True))
+        expected = {len(found[name]) for name in dimensions if name in found and found[name].ndim}
+        if len(dimensions) == 1:
+            expected.add(1)
+        for name, count in dimensions.items():
+            array = found.get(name)
+            if array is None or array.ndim != count or array.dtype.kind not in "fiu" or len(expected) != 1:
+                shape = "none" if array is None else f"{array.dtype} {array.shape}"
+                raise LightspineError(
+                    f"expected {name} with {count} dimensions from {self.path}, got {shape}"
+                )
         return found
 
     def predict(self, images: Iterable[str | Path], *, topk: int = 5) -> list[Prediction]:
@@ -226,7 +251,7 @@ class OnnxModel:
             pixels = np.asarray(open_image(path))
             self._check_size(pixels.shape[:2], str(path))
             batch = pixels[None] if self.pixels else normalize(pixels[None], self.preprocessing)
-            found.append(self.run(batch)[0][0])
+            found.append(self._run_checked(batch, {"classes": 3})["classes"][0])
         return found
 
     def check_score_threshold(self, score_threshold: float | None) -> None:
@@ -267,7 +292,7 @@ class OnnxModel:
             batch: NDArray[Any] = pixels[None]
         else:
             batch = normalize(resize_pixels(pixels, self.detection)[None], self.preprocessing)
-        found = dict(zip(self.outputs, self.run(batch), strict=True))
+        found = self._run_checked(batch, {"boxes": 2, "scores": 1, "labels": 1})
         boxes, masks = found["boxes"], found.get("masks")
         if size != (height, width):
             ratios = np.array([width, height], np.float32) / np.array([size[1], size[0]], np.float32)
@@ -296,7 +321,8 @@ class OnnxModel:
             )
 
     def _predict_one(self, path: Path, topk: int) -> Prediction:
-        logits = self.run(self.preprocess(open_image(path))[None])[0][0].astype(np.float64)
+        batch = self.preprocess(open_image(path))[None]
+        logits = self._run_checked(batch, {"logits": 2})["logits"][0].astype(np.float64)
         exponentials = np.exp(logits - logits.max())
         probabilities = exponentials / exponentials.sum()
         names = [str(i) for i in range(len(probabilities))] if self.class_names is None else self.class_names
@@ -338,10 +364,19 @@ def _describe_session(
 
 def _check_types(path: str, class_names: Any, pixels: Any) -> None:
     is_list = isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)
-    if not (class_names is None or is_list) or not isinstance(pixels, bool):
+    is_printable = not is_list or all(map(_is_text, class_names))
+    if not (class_names is None or is_list) or not isinstance(pixels, bool) or not is_printable:
         raise LightspineError(
             f"{path} has damaged metadata: expected a list of class names and whether it takes pixels"
         )
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _create_session(
@@ -349,6 +384,8 @@ def _create_session(
 ) -> "onnxruntime.InferenceSession | ScanSession":
     if not path.is_file():
         raise UsageError(f"expected an exported .onnx file, but {path} does not exist")
+    if not path.stat().st_size:
+        raise LightspineError(f"{path} is empty: expected an exported .onnx file")
     if compiled_scans is not False:
         session = _compiled_session(path, threads, required=compiled_scans is True)
         if session is not None:

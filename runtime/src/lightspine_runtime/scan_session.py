@@ -69,7 +69,14 @@ class ScanSession:
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         self.threads = threads or min(_count_cores(), _MAX_DEFAULT_THREADS)
-        model = _read(path)
+        try:
+            self._open(_read(path))
+        # What a graph that no exporter writes leads to: calls without outputs, names twice, wrong constants.
+        except (LookupError, ValueError, TypeError, RecursionError, MemoryError) as error:
+            raise CannotSplitError(f"its graph is damaged: {error!r}") from error
+        self._pool = ThreadPoolExecutor(max(self.threads - 1, 1), thread_name_prefix="lightspine-scan")
+
+    def _open(self, model: onnx.ModelProto) -> None:
         constants = {value.name: value for value in model.graph.initializer}
         plan = _plan(model.graph, constants)
         read_by_scans = {name for _, scans in plan for scan in scans for name in scan.inputs}
@@ -78,7 +85,6 @@ class ScanSession:
         }
         self._outputs = [value.name for value in model.graph.output]
         self._parts = _build_parts(model, plan, constants, self.threads)
-        self._pool = ThreadPoolExecutor(max(self.threads - 1, 1), thread_name_prefix="lightspine-scan")
 
     def run(
         self, output_names: Sequence[str] | None, inputs: Mapping[str, NDArray[Any]]

@@ -226,8 +226,10 @@ def _build_index(shard: Path, label_key: str) -> ShardIndex:
                 # tarfile accepts a file that ends inside a header, so check for the end-of-archive block.
                 file.seek(archive.offset)
                 complete = file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
-        except (tarfile.TarError, OSError) as error:
-            raise LightspineError(f"cannot read the shard {shard}: {error}") from error
+        # tarfile raises the last three for extended headers of wrong, huge or endless content.
+        except (tarfile.TarError, OSError, ValueError, RecursionError, MemoryError) as error:
+            reason = str(error) or "a header is damaged"
+            raise LightspineError(f"cannot read the shard {shard}: {reason}") from error
     if not complete:
         raise LightspineError(f"cannot read the shard {shard}: it is truncated")
     return ShardIndex(
@@ -283,6 +285,9 @@ def _read_label(file: BinaryIO, member: tarfile.TarInfo, shard: Path, kind: str,
 
 def _load_index(path: Path, stamp: str, shard_size: int) -> ShardIndex | None:
     """Load a saved index; `None` if there is none for this version of the shard."""
+    if path.exists() and not path.is_file():
+        _log.warning("replacing the index %s, which is no ordinary file", path)
+        return None
     try:
         _check_archive(path)
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:

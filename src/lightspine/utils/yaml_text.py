@@ -19,7 +19,7 @@ def check_yaml_text(text: str, what: str) -> None:
         what: kind of file, for the message.
 
     Raises:
-        UsageError: it is too large or too deep.
+        UsageError: it is too large or too deep, or a value contains itself.
     """
     if len(text) > _LONGEST:
         raise UsageError(f"expected a {what} of up to {_LONGEST:,} characters, received {len(text):,}")
@@ -36,6 +36,8 @@ def check_yaml_text(text: str, what: str) -> None:
                     sizes[anchor] = size
                 _add(open_nodes, size)
             elif isinstance(event, yaml.AliasEvent):
+                if any(anchor == event.anchor for _, anchor in open_nodes):
+                    raise UsageError(f"expected a {what} whose values do not contain themselves")
                 _add(open_nodes, sizes.get(event.anchor, 1))
             elif isinstance(event, yaml.ScalarEvent):
                 _add(open_nodes, 1)
