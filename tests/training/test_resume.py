@@ -11,7 +11,12 @@ import torch
 
 from lightspine.errors import LightspineError, UsageError
 from lightspine.training.checkpoint import LastCheckpoint
-from lightspine.training.resume import TrainingInterruptedError, find_checkpoint, prepare_folder
+from lightspine.training.resume import (
+    TrainingInterruptedError,
+    check_optimizer_state,
+    find_checkpoint,
+    prepare_folder,
+)
 from lightspine.utils import folder_lock
 from lightspine.utils.folder_lock import lock_folder
 from support.interruption import KillAtStep
@@ -149,3 +154,19 @@ def test_folder_with_only_a_lock_file_counts_as_empty(tmp_path: Path) -> None:
     with lock_folder(tmp_path):
         pass
     assert prepare_folder(tmp_path) == tmp_path
+
+
+def test_optimizer_state_of_another_shape_is_refused() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    optimizer.state[weight] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2)}
+    with pytest.raises(LightspineError, match=r"has exp_avg of shape \(2,\) .* of shape \(4, 3\)"):
+        check_optimizer_state(optimizer)
+
+
+def test_optimizer_state_without_memory_of_its_own_is_copied() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    optimizer.state[weight] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1).expand(4, 3)}
+    check_optimizer_state(optimizer)
+    assert optimizer.state[weight]["exp_avg"].untyped_storage().nbytes() == 48

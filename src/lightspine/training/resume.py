@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -125,7 +126,9 @@ class EpochState(pl.Callback):
         self._trainer = trainer
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Move the data loader to the restored position, before its first batch."""
+        """Check the restored optimizer, and move the data loader to its position before its first batch."""
+        for optimizer in trainer.optimizers:
+            check_optimizer_state(optimizer)
         position, self._position = self._position, None
         if position is not None and isinstance(trainer.train_dataloader, ResumableLoader):
             trainer.train_dataloader.load_state_dict(position)
@@ -173,6 +176,29 @@ class EpochState(pl.Callback):
             self._restored = all_sums[self._trainer.global_rank]
         elif self._trainer.is_global_zero:
             self._restored = _add_sums(all_sums)
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Check that the state of a fused optimizer fits its parameters: its kernels do not check bounds.
+
+    A tensor of other strides than its parameter, which may have fewer values in memory, is copied.
+
+    Raises:
+        LightspineError: a tensor has neither the shape of its parameter nor a single value.
+    """
+    fused = [group for group in optimizer.param_groups if group.get("fused")]
+    for parameter in (parameter for group in fused for parameter in group["params"]):
+        state = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor) or value.ndim == 0:
+                continue
+            if value.shape != parameter.shape:
+                raise LightspineError(
+                    f"the checkpoint has {name} of shape {tuple(value.shape)} in the state of the optimizer "
+                    f"for a parameter of shape {tuple(parameter.shape)}"
+                )
+            if value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _running_means(trainer: pl.Trainer) -> dict[str, Any]:
