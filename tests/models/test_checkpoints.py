@@ -15,6 +15,7 @@ import torch
 import lightspine
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import read_checkpoint
+from support.exporting import small_model
 from support.reference import fill_checkpoint, read_figure, write_official_file
 
 
@@ -132,6 +133,35 @@ def test_another_variant_is_named(official):
 def test_another_family_is_named(official):
     with pytest.raises(LightspineError, match="is a checkpoint of shvit_s1, expected efficientvim_m1"):
         lightspine.load_checkpoint(lightspine.create_model("efficientvim_m1"), official)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "shape"),
+    [
+        ("shvit", "stem.0.conv.weight", (7,)),
+        ("shvit", "head.fc.weight", ()),
+        ("efficientvim", "stages.0.blocks.0.mixer.D", (0,)),
+        ("vim", "pos_embed", (3,)),
+        ("vmamba", "stem.conv1.weight", ()),
+    ],
+)
+def test_tensor_of_another_rank_is_named(family, key, shape):
+    model = small_model(family)
+    tensors = model.state_dict()
+    assert key in tensors
+    found = "x".join(map(str, shape)) or "a scalar"
+    with pytest.raises(LightspineError, match=f"{key} is {found} in the file"):
+        lightspine.load_checkpoint(model, tensors | {key: torch.ones(shape)})
+
+
+@pytest.mark.parametrize("key", ["layers.0.blocks.0.op.dt_projs_weight", "layers.0.blocks.0.op.A_logs"])
+def test_official_tensor_that_cannot_be_converted_is_refused(key):
+    tensors = fill_checkpoint(read_figure("vmamba/vmambav2v_tiny")["checkpoint"])
+    assert key in tensors
+    with pytest.raises(LightspineError, match="does not fit vmamba_tiny: its tensors have unexpected shapes"):
+        lightspine.load_checkpoint(
+            lightspine.create_model("vmamba_tiny"), tensors | {key: torch.ones(3, 5, 7)[0]}
+        )
 
 
 def test_refused_checkpoint_leaves_the_model_unchanged(official):

@@ -27,7 +27,13 @@ from lightspine.data.published_classes import ade20k_class_names, coco_class_nam
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.checkpoint import OPENMMLAB_CLASSES_KEY, Checkpoint, Weights, read_checkpoint
 from lightspine.models.factory import create_model
-from lightspine.models.loading import LoadReport, build_on_meta, identify_tensors, shapes_of
+from lightspine.models.loading import (
+    LoadReport,
+    build_on_meta,
+    identify_tensors,
+    shape_errors,
+    shapes_of,
+)
 from lightspine.models.registry import find_record, get_record, list_models
 
 _RETINANET_ANCHORS = 9
@@ -75,6 +81,11 @@ def describe_official(checkpoint: Checkpoint, model: str | None = None) -> Offic
     Raises:
         LightspineError: the head or the backbone is none of this library's, or their tensors do not fit.
     """
+    with shape_errors(f"{checkpoint.label} fits no detector or segmenter"):
+        return _recognize(checkpoint, model)
+
+
+def _recognize(checkpoint: Checkpoint, model: str | None) -> OfficialNetwork:
     tensors = checkpoint.entries[checkpoint.select("auto")]
     kind, head, num_classes = _recognize_head(checkpoint.label, tensors)
     name, model_args = _recognize_backbone(checkpoint.label, head, _backbone_tensors(tensors), model)
@@ -132,7 +143,8 @@ def load_official(network: Any, source: str | Path | Checkpoint, *, weights: Wei
             f"{checkpoint.label} is an OpenMMLab checkpoint of {found}, expected {init_args['name']}"
         )
     expected = network.state_dict()
-    converted, sources = _convert(tensors, network)
+    with shape_errors(f"{checkpoint.label} does not fit {init_args['name']}"):
+        converted, sources = _convert(tensors, network)
     report = LoadReport(source=checkpoint.label, entry=entry, is_ema=False)
     same_classes = found.num_classes == init_args["num_classes"]
     fitting: dict[str, Tensor] = {}
@@ -173,7 +185,7 @@ def differs_by_classes(found: Tensor, expected: Tensor, in_file: int, in_network
         in_file: number of classes of the file.
         in_network: number of classes of the network.
     """
-    if in_file == in_network or found.shape[1:] != expected.shape[1:]:
+    if in_file == in_network or found.ndim != expected.ndim or found.shape[1:] != expected.shape[1:]:
         return False
     return any(
         len(found) * (in_network + background) == len(expected) * (in_file + background)

@@ -650,7 +650,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: EfficientViM) -> StateDic
             continue
         shape = shapes.get(name, value.shape)
         # The layouts differ in axes of length one; the loader reports any other difference.
-        same = [side for side in shape if side > 1] == [side for side in value.shape if side > 1]
+        same = [side for side in shape if side != 1] == [side for side in value.shape if side != 1]
         out[name] = value.reshape(shape) if same and shape != value.shape else value
     return out
 

@@ -39,6 +39,7 @@ from lightspine.models.loading import (
     copy_tensors,
     identify_tensors,
     load_checkpoint,
+    shape_errors,
     shapes_of,
 )
 from lightspine.models.pickle_check import check_pickled_file
@@ -359,13 +360,14 @@ def _infer_kwargs(name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Infer `num_classes`, `in_chans` and the family's own arguments from the shapes of the tensors."""
     record, model = get_record(name), build_on_meta(name)
     cfg: Any = model.default_cfg
-    fitted = record.checkpoint_filter_fn(shapes_of(tensors), model)
-    kwargs: dict[str, Any] = dict(record.infer_kwargs(tensors)) if record.infer_kwargs else {}
+    with shape_errors(f"the checkpoint does not fit {name}"):
+        fitted = record.checkpoint_filter_fn(shapes_of(tensors), model)
+        kwargs: dict[str, Any] = dict(record.infer_kwargs(tensors)) if record.infer_kwargs else {}
     first_conv, classifier = cfg["first_conv"], cfg["classifier"]
     head = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
-    if head in fitted and fitted[head].shape[0] != cfg["num_classes"]:
+    if head in fitted and fitted[head].ndim == 2 and fitted[head].shape[0] != cfg["num_classes"]:
         kwargs["num_classes"] = fitted[head].shape[0]
     stem = f"{first_conv}.weight"
-    if stem in fitted and fitted[stem].shape[1] != cfg["input_size"][0]:
+    if stem in fitted and fitted[stem].ndim == 4 and fitted[stem].shape[1] != cfg["input_size"][0]:
         kwargs["in_chans"] = fitted[stem].shape[1]
     return kwargs

@@ -1,7 +1,8 @@
 """Load a checkpoint of any known layout into a model: identification, strict loading, report."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -143,7 +144,8 @@ def load_checkpoint(
     report = LoadReport(source=checkpoint.label, entry=entry, is_ema=entry in EMA_ENTRIES)
 
     filter_fn: FilterFn = record.checkpoint_filter_fn if record else _keep_layout
-    fitted = dict(filter_fn(dict(found), model))
+    with shape_errors(f"{checkpoint.label} does not fit {name}"):
+        fitted = dict(filter_fn(dict(found), model))
     _record_conversions(report, found, fitted, filter_fn, model)
     _adapt_input_channels(report, fitted, model)
     _drop_mismatched_head(report, fitted, model, drop_head)
@@ -303,8 +305,10 @@ def _record_conversions(
             report.converted[key] = "reshaped"
     for key in found.keys() - used:
         # Not identified by its storage: it was used if the filter's result lacks a key without it.
-        without = filter_fn({k: v for k, v in found.items() if k != key}, model)
-        if without.keys() == fitted.keys():
+        without = {k: v for k, v in found.items() if k != key}
+        with shape_errors(f"{report.source} cannot be converted without {key}"):
+            remaining = filter_fn(without, model).keys()
+        if remaining == fitted.keys():
             report.dropped.append(key)
     report.dropped.sort(key=list(found).index)
 
@@ -357,9 +361,10 @@ def _record_mismatches(report: LoadReport, fitted: dict[str, Tensor], expected: 
 
 
 def _mismatch_message(report: LoadReport, name: str, model: nn.Module, found: dict[str, Tensor]) -> str:
-    heads = set(_classifier_tensors(model))
-    if report.mismatched and not (report.mismatched.keys() - heads or report.missing or report.unexpected):
-        (received, *_), (expected, *_) = next(iter(report.mismatched.values()))
+    heads, pairs = set(_classifier_tensors(model)), list(report.mismatched.values())
+    is_other_head = not (report.mismatched.keys() - heads or report.missing or report.unexpected)
+    if pairs and is_other_head and all(theirs and theirs[1:] == ours[1:] for theirs, ours in pairs):
+        (received, *_), (expected, *_) = pairs[0]
         return (
             f"{report.source} has a head of {received} classes and the model one of {expected}: "
             f"pass num_classes={received} to keep it, or drop_head=True to leave it out"
@@ -398,6 +403,21 @@ class Identification:
         """The name, and for a partial fit the share of fitting tensors."""
         most = max(self.expected, self.received)
         return self.name if self.exact else f"{self.name} ({self.fitting} of {most} tensors fit)"
+
+
+@contextmanager
+def shape_errors(failure: str) -> Iterator[None]:
+    """Raise a LightspineError if the tensors of a file have shapes that a conversion cannot handle.
+
+    Args:
+        failure: start of the message, such as "weights.pth does not fit shvit_s1".
+    """
+    try:
+        yield
+    except LightspineError:
+        raise
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise LightspineError(f"{failure}: its tensors have unexpected shapes ({error})") from error
 
 
 @cache
@@ -458,13 +478,21 @@ def _likely_models(shapes: dict[str, Tensor]) -> list[str]:
 
 
 def _count_known_names(name: str, shapes: dict[str, Tensor]) -> int:
-    fitted = get_record(name).checkpoint_filter_fn(dict(shapes), build_on_meta(name))
-    return len(fitted.keys() & _tensors_on_meta(name).keys())
+    return len(_convert_shapes(name, shapes, build_on_meta(name)).keys() & _tensors_on_meta(name).keys())
+
+
+def _convert_shapes(name: str, shapes: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors under the names of a model; unchanged if their shapes cannot be converted."""
+    try:
+        with shape_errors("the state dict cannot be converted"):
+            return get_record(name).checkpoint_filter_fn(dict(shapes), model)
+    except LightspineError:
+        return shapes
 
 
 def _compare(name: str, shapes: dict[str, Tensor], model: nn.Module | None = None) -> Identification:
     record = get_record(name)
-    fitted = record.checkpoint_filter_fn(dict(shapes), build_on_meta(name) if model is None else model)
+    fitted = _convert_shapes(name, shapes, build_on_meta(name) if model is None else model)
     report = LoadReport(source="", entry="", is_ema=False)
     _record_mismatches(report, fitted, _tensors_on_meta(name) if model is None else model.state_dict())
     fitting = len(fitted) - len(report.unexpected) - len(report.mismatched)

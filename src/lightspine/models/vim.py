@@ -1021,6 +1021,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: Vim) -> StateDict:
     if (
         table is not None
         and model.pos_embed is not None
+        and table.ndim == 3
         and table.shape[1] != model.pos_embed.shape[1]
         and same_tokens
     ):
