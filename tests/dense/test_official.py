@@ -2,7 +2,7 @@
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +27,24 @@ def layout_of(figure: str) -> Layout:
 
 
 def ones(layout: Layout) -> dict[str, Tensor]:
-    """Return a state dict of expanded ones, whose file is small."""
+    """Return a state dict of ones."""
     return {
-        key: torch.ones(shape, dtype=torch.int64)
-        if key.endswith("num_batches_tracked")
-        else torch.ones(1).expand(shape)
+        key: torch.ones(shape, dtype=torch.int64 if key.endswith("num_batches_tracked") else torch.float32)
         for key, shape in layout.items()
     }
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Write:
+def write(tmp_path: Path) -> Iterator[Write]:
+    path = tmp_path / "published.pth"
+
     def write_layout(layout: Layout, meta: dict[str, Any] | None = None, **more: Any) -> Path:
-        path = tmp_path / "published.pth"
         torch.save({"meta": meta or {}, "state_dict": ones(layout)} | more, path)
         return path
 
-    return write_layout
+    yield write_layout
+    # Up to 160 MB.
+    path.unlink(missing_ok=True)
 
 
 def part(figure: str, *prefixes: str) -> Layout:
