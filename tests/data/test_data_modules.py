@@ -21,6 +21,7 @@ from lightspine.data.modules import (
 )
 from lightspine.errors import LightspineError, UsageError
 from support.images import COLOURS, shared_archive, truncate, write_folder, write_image
+from support.training import make_trainer
 
 # Warnings between Lightning and torch, and about num_workers.
 quiet = pytest.mark.filterwarnings(
@@ -48,20 +49,6 @@ class _Counting(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def _trainer(tmp_path: Path) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-    )
 
 
 def _epoch(data: ImageDataModule, epoch: int = 0) -> tuple[Tensor, list[int]]:
@@ -200,7 +187,7 @@ def test_cifar_images_of_32_px_train_end_to_end(tmp_path: Path) -> None:
     )
     assert data.num_classes == 10
     task = _Counting()
-    _trainer(tmp_path).fit(task, datamodule=data)
+    make_trainer(tmp_path).fit(task, datamodule=data)
     assert len(task.labels) == 5000 + 1000
 
 
@@ -211,7 +198,7 @@ def test_too_many_bad_images_stop_the_training(tmp_path: Path) -> None:
         truncate(path)
     data = ImageFolderDataModule(root, batch_size=4, **FAST)
     with pytest.raises(LightspineError, match=r"10 of 60 images \(16\.7%\) cannot be used.*\.jpg"):
-        _trainer(tmp_path).fit(_Counting(), datamodule=data)
+        make_trainer(tmp_path).fit(_Counting(), datamodule=data)
 
 
 @quiet
@@ -221,7 +208,7 @@ def test_bad_images_within_the_allowed_share_do_not_stop(tmp_path: Path) -> None
         truncate(path)
     data = ImageFolderDataModule(root, batch_size=4, max_bad_share=0.2, **FAST)
     task = _Counting()
-    _trainer(tmp_path).fit(task, datamodule=data)
+    make_trainer(tmp_path).fit(task, datamodule=data)
     assert len(task.labels) == 120
 
 

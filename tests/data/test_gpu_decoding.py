@@ -31,6 +31,7 @@ from lightspine.data.modules import ImageFolderDataModule
 from lightspine.data.transforms import create_train_transform
 from lightspine.errors import LightspineError, UsageError
 from support.images import truncate, write_folder
+from support.training import make_trainer
 
 SMALL = Preprocessing(input_size=(3, 48, 48))
 CROP = Augmentation(auto_augment=None, color_jitter=0.0, erasing=0.0)
@@ -326,18 +327,7 @@ def _module(folder: Path, **options: Any) -> ImageFolderDataModule:
 
 def _fit(folder: Path, data: ImageFolderDataModule, **options: Any) -> _Recording:
     module = _Recording()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=folder,
-        **options,
-    )
+    trainer = make_trainer(folder, **options)
     trainer.fit(module, datamodule=data)
     return module
 

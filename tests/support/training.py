@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -14,6 +15,22 @@ from lightspine.training.fit import TrainResult, train
 
 # A small timm ResNet of 470 thousand parameters: these tests are about training, not the model.
 SMALL_MODEL = "test_resnet"
+
+
+def make_trainer(folder: Path, **options: Any) -> pl.Trainer:
+    """Return a plain Lightning trainer for one epoch on the CPU that writes and prints nothing."""
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        **options,
+    )
 
 
 def make_task(**options: Any) -> ClassificationTask:

@@ -57,7 +57,7 @@ def mamba_fwd(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> list[Tensor]:
-    """Compute the selective scan; the counterpart of mamba_ssm's `selective_scan_cuda.fwd`.
+    """Selective scan, with the signature of mamba_ssm's `selective_scan_cuda.fwd`.
 
     Returns the output before the gate, the states, and with `z` the gated output.
 
@@ -93,7 +93,7 @@ def mamba_bwd(
     delta_softplus: bool,
     recompute_out_z: bool,
 ) -> list[Tensor | None]:
-    """Compute the gradients of the selective scan; the counterpart of mamba_ssm's `selective_scan_cuda.bwd`.
+    """Gradients of the selective scan, with the signature of mamba_ssm's `selective_scan_cuda.bwd`.
 
     Returns the gradients of all tensors, that of z last, then the gated output with
     `recompute_out_z`. The states are recomputed: `x` is not read.
@@ -142,7 +142,7 @@ def core_fwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor]:
-    """Compute the selective scan; the counterpart of VMamba's `selective_scan_cuda_core.fwd` and `_nrow`.
+    """Selective scan, with the signature of VMamba's `selective_scan_cuda_core.fwd` and `_nrow`.
 
     Returns the output, in the dtype of u, and the states of `mamba_fwd`.
 
@@ -164,7 +164,7 @@ def oflex_fwd(
     nrows: int = 1,
     out_float: bool = True,
 ) -> list[Tensor]:
-    """Compute the selective scan; the counterpart of VMamba's `selective_scan_cuda_oflex.fwd`.
+    """Selective scan, with the signature of VMamba's `selective_scan_cuda_oflex.fwd`.
 
     Returns the same as `core_fwd`, with `out_float` in at least float32.
 
@@ -191,7 +191,7 @@ def core_bwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor | None]:
-    """Compute the gradients of the selective scan; the counterpart of `bwd` of VMamba's three modules.
+    """Gradients of the selective scan, with the signature of `bwd` of VMamba's three modules.
 
     Returns the gradients of u, delta, A, B, C, D and delta_bias. The states are recomputed: `x` is not read.
 
@@ -214,7 +214,7 @@ def ndstate_fwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor]:
-    """Compute the selective scan with one state; the counterpart of `selective_scan_cuda_ndstate.fwd`.
+    """Selective scan with one state, with the signature of `selective_scan_cuda_ndstate.fwd`.
 
     The state has no axis: A is (D,), B and C are (B, G, L).
 
@@ -239,7 +239,7 @@ def ndstate_bwd(
     delta_softplus: bool,
     nrows: int = 1,
 ) -> list[Tensor | None]:
-    """Compute its gradients; the counterpart of `selective_scan_cuda_ndstate.bwd`.
+    """Gradients of the scan with one state, with the signature of `selective_scan_cuda_ndstate.bwd`.
 
     Returns the gradients in the shapes of the arguments.
 

@@ -15,7 +15,7 @@ from lightspine.compat.modules import MODULES, is_package, packages
 
 
 class Replacement(NamedTuple):
-    """Package that `install` replaced by `lightspine.compat`, with the reason.
+    """Installed package that `lightspine.compat` stands in for.
 
     Attributes:
         name: top-level name, such as "mamba_ssm".

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightspine.data.bad_images import BadImage, BadImageTolerantDataset
+from lightspine.data.bad_images import BadImage, BadImageTolerantDataset, ItemT
 
 
 class Item(NamedTuple):
@@ -67,14 +67,34 @@ class EncodedImageSource(ImageSource, Protocol):
     """Random access to labeled images and to the content of their files."""
 
     def read(self, position: int) -> bytes:
-        """Read the content of an image file.
+        """Read the encoded bytes of an image.
 
         Raises:
             LightspineError: it cannot be read.
         """
 
 
-class ImageDataset(BadImageTolerantDataset[Item]):
+class SourceDataset(BadImageTolerantDataset[ItemT]):
+    """Map-style dataset over an image source.
+
+    Args:
+        source: the images.
+        replace_bad: see `BadImageTolerantDataset`.
+    """
+
+    def __init__(self, source: ImageSource, *, replace_bad: bool) -> None:
+        super().__init__(replace_bad=replace_bad)
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def image_name(self, position: int) -> str:
+        """Return the name that the source gives an image."""
+        return self.source.name(position)
+
+
+class ImageDataset(SourceDataset[Item]):
     """Map-style dataset of transformed images and class indices.
 
     Args:
@@ -86,16 +106,8 @@ class ImageDataset(BadImageTolerantDataset[Item]):
     def __init__(
         self, source: ImageSource, transform: Callable[[Image.Image], Tensor], *, replace_bad: bool = False
     ) -> None:
-        super().__init__(replace_bad=replace_bad)
-        self.source = source
+        super().__init__(source, replace_bad=replace_bad)
         self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def image_name(self, position: int) -> str:
-        """Return the name that the source gives an image."""
-        return self.source.name(position)
 
     def read(self, position: int) -> Image.Image:
         """Read an image; see `ImageSource.open`."""

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import ColorJitter, RandomHorizontalFlip
 
-from lightspine.data.bad_images import BadImage, BadImageTolerantDataset
-from lightspine.data.dataset import Batch, EncodedImageSource
+from lightspine.data.bad_images import BadImage
+from lightspine.data.dataset import Batch, EncodedImageSource, SourceDataset
 from lightspine.data.transforms import (
     Augmentation,
     AugmentationName,
@@ -103,7 +103,7 @@ class EncodedBatch(NamedTuple):
         )
 
 
-class EncodedImageDataset(BadImageTolerantDataset[EncodedItem]):
+class EncodedImageDataset(SourceDataset[EncodedItem]):
     """Map-style training dataset whose JPEGs are not decoded.
 
     A bad image is replaced by the next readable one.
@@ -113,26 +113,20 @@ class EncodedImageDataset(BadImageTolerantDataset[EncodedItem]):
         transform: the `transform` of a `JpegDecoder`.
     """
 
+    source: EncodedImageSource
+
     def __init__(self, source: EncodedImageSource, transform: Any) -> None:
-        super().__init__(replace_bad=True)
-        self.source = source
+        super().__init__(source, replace_bad=True)
         self.transform = transform
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def image_name(self, position: int) -> str:
-        """Return the name that the source gives an image."""
-        return self.source.name(position)
-
     def read(self, position: int) -> tuple[bytes, tuple[int, int]] | Image.Image:
-        """Return the content and the size of a JPEG for the device, or any other image decoded."""
+        """Return the encoded bytes and the size of a JPEG for the device, or any other image decoded."""
         data, name = self.source.read(position), self.source.name(position)
         size = find_nvjpeg_size(data, name)
         return decode_image(data, name) if size is None else (data, size)
 
     def make_item(self, position: int, content: Any, bad: tuple[BadImage, ...]) -> EncodedItem:
-        """Draw the augmentation of a JPEG, or transform another image."""
+        """Return a JPEG with random augmentation parameters, or another image augmented."""
         if content is None:
             return EncodedItem(None, None, -1, bad)
         label = int(self.source.labels[position])
@@ -258,7 +252,7 @@ class JpegDecoder:
         self._refused = False
 
     def __call__(self, batch: EncodedBatch, device: torch.device) -> Batch:
-        """Return the batch decoded, augmented and on the device: float32, or uint8 if it is normalized later.
+        """Decode and augment a batch on the device; float32, or uint8 if it is normalized later.
 
         Raises:
             UsageError: the device is not of the expected type, or torchvision cannot decode on it.
@@ -306,7 +300,7 @@ class JpegDecoder:
     def _decode(
         self, files: Sequence[Tensor], jpegs: Sequence[Jpeg], device: torch.device, bad: list[BadImage]
     ) -> list[Tensor | None]:
-        """Decode JPEGs to uint8 (3, H, W) on the device; `None` for those that Pillow refuses too."""
+        """Decode JPEGs to uint8 tensors (3, H, W) on the device; `None` for corrupt files."""
         decoded: Sequence[Tensor | None]
         try:
             decoded = self._decode_together(files, device)
@@ -338,7 +332,7 @@ class JpegDecoder:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
 
     def _decode_together(self, files: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-        """Decode JPEGs in one call.
+        """Decode several JPEGs with one call of torchvision's `decode_jpeg`.
 
         Raises:
             RuntimeError: a JPEG is refused.
@@ -357,7 +351,7 @@ class JpegDecoder:
             raise
 
     def _report_refused(self, name: str, device: torch.device, error: RuntimeError) -> None:
-        """Log a warning about the first refused JPEG.
+        """Warn once about a JPEG that the device cannot decode.
 
         Raises:
             UsageError: the device does not even decode a valid JPEG.
@@ -384,7 +378,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _groups(batch: EncodedBatch) -> Iterator[tuple[int, Sequence[Tensor]]]:
-    """Yield the JPEGs to decode in one call, as the position of the first and the files."""
+    """Split a batch by number of pixels; yield the position of the first JPEG and the files of a group."""
     files = batch.data.split([jpeg.length for jpeg in batch.jpegs])
     start = pixels = 0
     for row, jpeg in enumerate(batch.jpegs):

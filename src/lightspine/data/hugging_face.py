@@ -113,7 +113,7 @@ class HuggingFaceSource:
         return stored if isinstance(stored, bytes) else read_image_file(stored)
 
     def _stored(self, position: int) -> bytes | str:
-        """Return the content or the path of an image."""
+        """Return the encoded bytes of an image, or the path of its file."""
         stored = self._rows[position][self._column] or {}
         if found := stored.get("bytes") or stored.get("path"):
             return found

@@ -248,11 +248,11 @@ class FileSource:
         return self.paths[position]
 
     def open(self, position: int) -> Image.Image:
-        """Read an image as 8-bit RGB; raises the errors of `open_image`."""
+        """Decode an image to 8-bit RGB, as `open_image` does."""
         return open_image(self.paths[position])
 
     def read(self, position: int) -> bytes:
-        """Read the content of an image file; raises the errors of `read_image_file`."""
+        """Read the encoded bytes of an image, as `read_image_file` does."""
         return read_image_file(self.paths[position])
 
 

@@ -88,11 +88,11 @@ class ShardSource:
         return f"{self.shards[shard]}/{self._indices[shard].names[member]}"
 
     def open(self, position: int) -> Image.Image:
-        """Read an image as 8-bit RGB; raises the errors of `read` and `decode_image`."""
+        """Decode an image to 8-bit RGB, as `decode_image` does."""
         return decode_image(self.read(position), self.name(position))
 
     def read(self, position: int) -> bytes:
-        """Read the content of an image file.
+        """Read the encoded bytes of an image.
 
         Raises:
             LightspineError: it cannot be read or is larger than 256 MiB.

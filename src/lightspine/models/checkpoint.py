@@ -70,7 +70,7 @@ PREPROCESSING_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", 
 
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-"""Values of `interpolation`, Pillow's filters."""
+"""Interpolation modes of the resize in the preprocessing, by the names of Pillow's resampling filters."""
 
 # Bounds that no checkpoint reaches, so that a small file cannot keep the process busy for minutes.
 _MOST_TENSORS = 20_000
@@ -372,7 +372,7 @@ def load_pickled(path: Path, *, mmap: bool = False) -> Any:
 
 
 def _as_plain(value: Any, done: dict[int, Any]) -> Any:
-    """Return a value with plain dictionaries: an ordered one of a file may have any attributes.
+    """Convert ordered dictionaries to plain ones, recursively: a file may set their attributes.
 
     Args:
         value: the value, nested no deeper than `check_pickled_file` lets pass.
@@ -567,7 +567,7 @@ def check_description(
 
 
 def check_architecture(label: str, name: Any) -> None:
-    """Check that the model that a file names is a registered one, not a repository or folder.
+    """Check the architecture name in a file: it may not stand for a repository or folder.
 
     Raises:
         LightspineError: it is not.
@@ -696,8 +696,13 @@ def check_arguments(
 
 
 BUILD_ERRORS = (
-    *(TypeError, ValueError, AttributeError, AssertionError, LookupError, ArithmeticError),
-    *(RuntimeError, NotImplementedError),
+    TypeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
 )
 """Exceptions of constructors of models with arguments of wrong types or values."""
 

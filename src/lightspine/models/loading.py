@@ -405,6 +405,10 @@ class Identification:
         return self.name if self.exact else f"{self.name} ({self.fitting} of {most} tensors fit)"
 
 
+# What indexing and reshaping a tensor of unexpected shape raises.
+_SHAPE_ERRORS = (LookupError, RuntimeError, TypeError, ValueError)
+
+
 @contextmanager
 def shape_errors(failure: str) -> Iterator[None]:
     """Raise a LightspineError if the tensors of a file have shapes that a conversion cannot handle.
@@ -416,7 +420,7 @@ def shape_errors(failure: str) -> Iterator[None]:
         yield
     except LightspineError:
         raise
-    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except _SHAPE_ERRORS as error:
         raise LightspineError(f"{failure}: its tensors have unexpected shapes ({error})") from error
 
 
@@ -484,9 +488,8 @@ def _count_known_names(name: str, shapes: dict[str, Tensor]) -> int:
 def _convert_shapes(name: str, shapes: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors under the names of a model; unchanged if their shapes cannot be converted."""
     try:
-        with shape_errors("the state dict cannot be converted"):
-            return get_record(name).checkpoint_filter_fn(dict(shapes), model)
-    except LightspineError:
+        return get_record(name).checkpoint_filter_fn(dict(shapes), model)
+    except (LightspineError, *_SHAPE_ERRORS):
         return shapes
 
 

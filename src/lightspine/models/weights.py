@@ -408,7 +408,7 @@ def hub_reached_or_cached(what: str) -> Iterator[None]:
 
 
 def _connection_problem(url: str) -> OSError | None:
-    """Return the error message of a TCP connection to the host of a URL, or None if it can be opened."""
+    """Open a TCP connection to the host of a URL; return the error message, or `None` on success."""
     parts = urllib.parse.urlsplit(url)
     host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
     if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):

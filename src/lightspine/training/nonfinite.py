@@ -226,7 +226,7 @@ class NonFiniteGuard:
         self._watched = self._read_every
 
     def _check_all_ranks(self, parameters: Iterable[Tensor]) -> Tensor:
-        """Return two flags (uint8): non-finite loss and non-finite gradients, on any rank."""
+        """Combine over all ranks whether loss and gradients are non-finite; return two flags (uint8)."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         device = norm.device if self._bad_loss is None else self._bad_loss.device

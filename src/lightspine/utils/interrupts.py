@@ -1,4 +1,4 @@
-"""Block SIGINT (Ctrl-C) in child processes: a terminal sends it to all, and the main process handles it."""
+"""SIGINT (Ctrl-C) with child processes: blocked in the children, handled by the main process alone."""
 
 import signal
 from collections.abc import Iterator

@@ -56,7 +56,7 @@ class Rank:
             self.monitor.begin_step()
 
     def wait_is_allowed(self) -> None:
-        """Exempt this rank from the rank timeout until the next barrier; its work may take any time."""
+        """Suspend the timeout of this rank until the next barrier, for work of unknown duration."""
         if self.monitor is not None:
             self.monitor.finish_step()
 
