@@ -9,7 +9,7 @@ from torchvision.transforms import ColorJitter
 from lightspine.data import AUGMENTATIONS, Augmentation, Preprocessing, create_train_transform
 from lightspine.data.transforms import create_batch_transform, posterize
 from lightspine.errors import UsageError
-from lightspine.utils.seeding import seeded_generators
+from lightspine.utils.seeding import seed_generators
 
 PLAIN = Augmentation(
     scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0, auto_augment=None, color_jitter=0, erasing=0
@@ -82,8 +82,8 @@ def test_padded_crop_shifts_by_at_most_an_eighth() -> None:
     transform = create_train_transform(SMALL, Augmentation(**vars(PLAIN) | {"crop": "padded"}))
     shifts = set()
     for seed in range(40):
-        with seeded_generators(seed):
-            image = transform(RAMP)
+        seed_generators(seed)
+        image = transform(RAMP)
         assert image.shape == (3, 64, 64)
         # A row outside the black border shows the shift of the ramp.
         shifts.add(round(float(image[0, 32, 32]) * 255 / 3) - 32)
@@ -96,8 +96,8 @@ def test_augmented_image_repeats_with_the_generators() -> None:
     transform = create_train_transform(SMALL, Augmentation())
     images = []
     for seed in (1, 1, 2):
-        with seeded_generators(seed):
-            images.append(transform(RAMP))
+        seed_generators(seed)
+        images.append(transform(RAMP))
     assert torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])
 
@@ -119,8 +119,8 @@ def test_posterising_keeps_the_highest_bits(bits: int) -> None:
 def test_policy_survives_many_draws(policy: str) -> None:
     transform = create_train_transform(SMALL, Augmentation(auto_augment=policy))
     for seed in range(300):
-        with seeded_generators(seed):
-            assert transform(RAMP).isfinite().all()
+        seed_generators(seed)
+        assert transform(RAMP).isfinite().all()
 
 
 def test_names_of_presets_stay() -> None:
@@ -149,10 +149,10 @@ def test_value_out_of_range_is_refused(fields: dict, message: str) -> None:
 def test_images_are_normalized_and_erased_after_mixing_if_set() -> None:
     augmentation = Augmentation(erasing=0.0, erasing_after_mixing=True)
     preprocessing = Preprocessing(input_size=(3, 64, 64))
-    with seeded_generators(1):
-        image = create_train_transform(preprocessing, augmentation)(RAMP)
-    with seeded_generators(1):
-        usual = create_train_transform(preprocessing, Augmentation(erasing=0.0))(RAMP)
+    seed_generators(1)
+    image = create_train_transform(preprocessing, augmentation)(RAMP)
+    seed_generators(1)
+    usual = create_train_transform(preprocessing, Augmentation(erasing=0.0))(RAMP)
     finish = create_batch_transform(preprocessing, augmentation)
     assert image.dtype == torch.uint8
     torch.testing.assert_close(finish(image[None])[0], usual)

@@ -1,7 +1,7 @@
 """Data loader that resumes in the middle of an epoch, with reproducible augmentation."""
 
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any, cast
@@ -12,7 +12,7 @@ from lightspine.data.samplers import EpochSampler
 from lightspine.errors import UsageError
 from lightspine.utils.interrupts import interrupts_blocked
 from lightspine.utils.resource_errors import WorkerDiedError, resource_errors, watch_workers, worker_message
-from lightspine.utils.seeding import seeded_generators
+from lightspine.utils.seeding import preserved_generators, seed_generators
 
 
 class SeededDataset(Dataset[Any]):
@@ -45,9 +45,19 @@ class SeededDataset(Dataset[Any]):
 
     def __getitem__(self, index: int | tuple[int, int]) -> Any:
         """Return the item of an index, or of a pair (index, repeat) with repeated augmentation."""
-        position, repeat = index if isinstance(index, tuple) else (index, 0)
-        with seeded_generators(self.seed, self.epoch, position, repeat):
-            return self.dataset[position]
+        (item,) = self.__getitems__([index])
+        return item
+
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[Any]:
+        """Return the items of a batch; PyTorch's loader calls this method instead of `__getitem__`."""
+        items = []
+        # Once per batch, because saving and restoring the states takes several times as long as seeding.
+        with preserved_generators():
+            for index in indices:
+                position, repeat = index if isinstance(index, tuple) else (index, 0)
+                seed_generators(self.seed, self.epoch, position, repeat, cpu_only=True)
+                items.append(self.dataset[position])
+        return items
 
 
 class WatchedLoader(DataLoader):

@@ -29,11 +29,10 @@ def seed_generators(*key: int, cpu_only: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def seeded_generators(*key: int) -> Iterator[None]:
-    """Seed the CPU generators within a block, see `seed_generators`; their states are restored afterwards."""
+def preserved_generators() -> Iterator[None]:
+    """Restore the states of the CPU generators at the end of a block."""
     generator = torch.default_generator
     states = random.getstate(), np.random.get_state(), generator.get_state()
-    seed_generators(*key, cpu_only=True)
     try:
         yield
     finally:
