@@ -1,5 +1,6 @@
 """Distributed training (DDP): two ranks match one, and the run ends if a rank dies."""
 
+import csv
 import signal
 from pathlib import Path
 
@@ -20,6 +21,11 @@ PLAIN = [
 ]
 
 
+def _train_losses(folder: Path) -> list[float]:
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        return [float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]]
+
+
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -35,7 +41,19 @@ def test_two_processes_train_like_one_with_the_whole_batch(tmp_path: Path, launc
     expected, actual = _weights(tmp_path / "one"), _weights(tmp_path / "two")
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert _train_losses(tmp_path / "two") == pytest.approx(_train_losses(tmp_path / "one"), rel=1e-4)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("two")] == ["two"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_without_warnings(tmp_path: Path) -> None:
+    # PyTorch and Lightning warned about the strides of 1x1 convolutions and about losses of one rank only.
+    small = "{stem_stride: 4, embed_dims: [16, 24, 32], depths: [1, 1, 1], partial_dims: [null, 8, 8]}"
+    flags = ["--model.model=shvit_s1", f"--model.model_args={small}"]
+    run = train_command(tmp_path / "run", *flags, *TWO)
+    assert run.returncode == 0, run.stderr
+    assert "Warning" not in run.stderr
+    assert "recommended" not in run.stderr
 
 
 @pytest.mark.slow

@@ -348,7 +348,16 @@ class LightspineTask(pl.LightningModule):
         for name, value in losses.items():
             kept = torch.where(finite, value.detach(), 0.0)
             shown = name == "train_loss"
-            self.log(name, kept, on_step=False, on_epoch=True, prog_bar=shown, batch_size=weight)
+            # Ranks exchange the sums at the end of the epoch, not in a step.
+            self.log(
+                name,
+                kept,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=shown,
+                batch_size=weight,
+                sync_dist=True,
+            )
         # A tensor in the memory of the host: Lightning would copy a number to the device and wait for it,
         # and the progress bar would wait again to read it.
         self.log("lr", torch.tensor(self.current_lr()), prog_bar=True)

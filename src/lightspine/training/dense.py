@@ -131,7 +131,7 @@ class DenseTask(LightspineTask):
         """Log validation metrics; None marks a metric without data."""
         for name, value in scores.items():
             if value is not None:
-                self.log(f"val_{name}", value, prog_bar=f"val_{name}" == self.score)
+                self.log(f"val_{name}", value, prog_bar=f"val_{name}" == self.score, sync_dist=True)
 
     def check_validated(self, images: int) -> None:
         """Raise LightspineError if none of the validation images could be used."""
