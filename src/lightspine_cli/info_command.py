@@ -130,7 +130,7 @@ def _file_details(path: Path) -> dict[str, Any]:
 def _saved_details(file: Any) -> dict[str, Any]:
     """Return what a file says about its model and its training run."""
     from lightspine.dense.checkpoint import read_network_metadata
-    from lightspine.models.checkpoint import read_model_metadata
+    from lightspine.models.metadata import read_model_metadata
 
     about: Any
     if file.is_dense:

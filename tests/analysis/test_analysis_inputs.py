@@ -12,7 +12,7 @@ from lightspine.analysis import expand_image_paths, open_model, read_image
 from lightspine.analysis.image_input import MAX_PIXELS, bounded_size
 from lightspine.data import Preprocessing, create_eval_transform, open_image
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models.checkpoint import save_checkpoint
+from lightspine.models.saving import save_checkpoint
 from support.images import truncate, write_image
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import lightspine
-from lightspine.models.checkpoint import save_checkpoint
+from lightspine.models.saving import save_checkpoint
 from lightspine_cli.main import main
 from support.images import write_folder, write_image
 

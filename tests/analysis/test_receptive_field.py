@@ -17,7 +17,7 @@ from lightspine.analysis.receptive_field import (
 )
 from lightspine.analysis.stages import Stage
 from lightspine.errors import UsageError
-from lightspine.models.checkpoint import save_checkpoint
+from lightspine.models.saving import save_checkpoint
 from support.images import write_image
 
 

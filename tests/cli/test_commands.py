@@ -9,7 +9,7 @@ import torch
 
 import lightspine
 from lightspine.models import get_record
-from lightspine.models.checkpoint import save_checkpoint
+from lightspine.models.saving import save_checkpoint
 from lightspine_cli.main import main
 
 

@@ -10,8 +10,8 @@ import lightspine
 from lightspine.data import DigitsDataset, Preprocessing, scan_image_folder
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation import evaluate, write_report
-from lightspine.models.checkpoint import save_checkpoint
 from lightspine.models.factory import load_model
+from lightspine.models.saving import save_checkpoint
 from support.images import COLOURS, truncate, write_folder, write_image
 from support.training import SMALL_MODEL
 

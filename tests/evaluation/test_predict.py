@@ -11,7 +11,7 @@ import lightspine
 from lightspine.data import Preprocessing
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation import predict
-from lightspine.models.checkpoint import save_checkpoint
+from lightspine.models.saving import save_checkpoint
 from support.images import COLOURS, truncate, write_image
 
 

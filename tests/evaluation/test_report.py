@@ -16,7 +16,7 @@ from lightspine.evaluation import evaluate, write_report
 from lightspine.evaluation.draw import draw_confusion_matrix
 from lightspine.evaluation.metrics import ClassificationMetrics
 from lightspine.evaluation.report import to_csv
-from lightspine.models.checkpoint import save_checkpoint
+from lightspine.models.saving import save_checkpoint
 from support.checkpoints import save_small
 from support.images import COLOURS, write_folder
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import lightspine
 from lightspine.errors import UsageError
 from lightspine.layers.arguments import stem_strides
-from lightspine.models.checkpoint import save_checkpoint
 from lightspine.models.factory import load_model
+from lightspine.models.saving import save_checkpoint
 
 # One model of each family, with options for images of 32 px.
 SMALL: dict[str, dict[str, Any]] = {

@@ -11,7 +11,8 @@ import lightspine
 from lightspine.dense import create_detector, load_network
 from lightspine.dense.checkpoint import save_network
 from lightspine.errors import LightspineError
-from lightspine.models.checkpoint import NETWORK_KEY, read_checkpoint, write_safetensors
+from lightspine.models.checkpoint import NETWORK_KEY, read_checkpoint
+from lightspine.models.saving import write_safetensors
 
 SMALL: dict[str, Any] = {"embed_dims": (8, 16, 24), "depths": (1, 1, 1), "partial_dims": (4, 8, 8)}
 

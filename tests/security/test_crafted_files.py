@@ -21,7 +21,8 @@ from lightspine.data.shards import INDEX_SUFFIX, ShardSource, read_shard_index
 from lightspine.errors import LightspineError, UsageError
 from lightspine.evaluation.classifiers import class_names
 from lightspine.export.onnx_network import load_onnx
-from lightspine.models.checkpoint import ModelMetadata, read_checkpoint, read_model_metadata
+from lightspine.models.checkpoint import read_checkpoint
+from lightspine.models.metadata import ModelMetadata, read_model_metadata
 from lightspine.training.short_flags import expand_short_flags
 from lightspine_runtime.scan_session import CannotSplitError, ScanSession
 from support.checkpoints import save_small

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import lightspine
 from lightspine.data import Preprocessing
-from lightspine.models.checkpoint import save_checkpoint
+from lightspine.models.saving import save_checkpoint
 from support.reference import fill_checkpoint, read_figure
 from support.training import SMALL_MODEL
 

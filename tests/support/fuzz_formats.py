@@ -36,8 +36,9 @@ from lightspine.data.shards import INDEX_SUFFIX, ShardSource, read_shard_index
 from lightspine.errors import LightspineError
 from lightspine.export.metadata import ExportMetadata
 from lightspine.export.onnx_network import load_onnx
-from lightspine.models.checkpoint import read_checkpoint, read_model_metadata
+from lightspine.models.checkpoint import read_checkpoint
 from lightspine.models.factory import identify_entry, load_model
+from lightspine.models.metadata import read_model_metadata
 from lightspine.training import cli
 from lightspine.utils.image_files import find_nvjpeg_size, open_image, read_image_size
 from support.bench_results import a_result, a_row

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lightspine
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models.checkpoint import save_checkpoint
+from lightspine.models.saving import save_checkpoint
 from lightspine.training.distillation import Distiller, Mesa
 
 # A small ResNet and a small ViT of timm; both take images normalised by 0.5 throughout.

@@ -10,9 +10,9 @@ from torch import nn
 from lightspine.data.imagenet_classes import imagenet_synsets, synset_descriptions
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import UsageError
-from lightspine.models.checkpoint import ModelMetadata, default_preprocessing
 from lightspine.models.factory import create_model, load_model
 from lightspine.models.loading import is_checkpoint
+from lightspine.models.metadata import ModelMetadata, default_preprocessing
 from lightspine.models.registry import TIMM_PREFIX, find_record
 from lightspine.utils.devices import check_device
 from lightspine.utils.image_files import MIN_SIDE

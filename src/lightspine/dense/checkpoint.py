@@ -13,17 +13,10 @@ from lightspine.heads.detectors import DetectorName
 from lightspine.heads.mask_rcnn import MaskRCNN
 from lightspine.heads.retinanet import RetinaNet
 from lightspine.heads.segmenters import Segmenter
-from lightspine.models.checkpoint import (
-    EMA_ENTRIES,
-    NETWORK_KEY,
-    RUN_KEY,
-    Checkpoint,
-    Weights,
-    check_description,
-    read_checkpoint,
-    write_safetensors,
-)
+from lightspine.models.checkpoint import EMA_ENTRIES, NETWORK_KEY, Checkpoint, Weights, read_checkpoint
 from lightspine.models.loading import LoadReport
+from lightspine.models.metadata import RUN_KEY, check_description
+from lightspine.models.saving import write_safetensors
 from lightspine.utils.files import parse_json
 
 DenseNetwork = RetinaNet | MaskRCNN | Segmenter

@@ -21,10 +21,11 @@ from lightspine.heads.features import MapNorm
 from lightspine.heads.mask_rcnn import MaskRCNN
 from lightspine.heads.retinanet import RetinaNet
 from lightspine.heads.segmenters import Segmenter, SegmenterName
-from lightspine.models.checkpoint import RUN_KEY, Checkpoint, Weights, check_arguments, read_checkpoint
+from lightspine.models.checkpoint import Checkpoint, Weights, read_checkpoint
 from lightspine.models.dense_weights import DENSE_WEIGHTS
 from lightspine.models.factory import create_model
 from lightspine.models.loading import frozen_without_weights
+from lightspine.models.metadata import RUN_KEY, check_arguments
 from lightspine.models.registry import list_models
 
 _BACKBONE_OPTIONS = ("model_args", "norm", "freeze_batch_norm")

@@ -9,9 +9,10 @@ from lightspine.data.imagenet_classes import imagenet_synsets, synset_descriptio
 from lightspine.data.transforms import Preprocessing
 from lightspine.errors import LightspineError, UsageError
 from lightspine.export.onnx_network import is_onnx_file, load_onnx
-from lightspine.models.checkpoint import CROP_MODES, Checkpoint, ModelMetadata, Weights, default_preprocessing
+from lightspine.models.checkpoint import Checkpoint, Weights
 from lightspine.models.factory import create_model, load_model
 from lightspine.models.loading import is_checkpoint
+from lightspine.models.metadata import CROP_MODES, ModelMetadata, default_preprocessing
 from lightspine.models.registry import TIMM_PREFIX, find_record
 from lightspine.utils.image_files import MIN_SIDE
 

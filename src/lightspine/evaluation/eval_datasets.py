@@ -28,7 +28,7 @@ from lightspine.errors import UsageError
 from lightspine.evaluation.batch_inference.sources import is_shards
 from lightspine.evaluation.classifiers import class_names
 from lightspine.evaluation.common import describe_split, find_held_out, find_part
-from lightspine.models.checkpoint import ModelMetadata
+from lightspine.models.metadata import ModelMetadata
 from lightspine.utils.image_files import list_folders
 
 DIGITS = "digits"

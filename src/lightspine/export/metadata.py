@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from lightspine._version import __version__
-from lightspine.models.checkpoint import WEIGHTS_KEY, default_preprocessing
+from lightspine.models.checkpoint import WEIGHTS_KEY
+from lightspine.models.metadata import default_preprocessing
 from lightspine.models.registry import own_name
 
 METADATA_PREFIX = "lightspine."

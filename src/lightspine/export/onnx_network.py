@@ -15,7 +15,8 @@ from lightspine.dense import NetworkMetadata
 from lightspine.dense.checkpoint import read_network_metadata
 from lightspine.errors import LightspineError, UsageError
 from lightspine.export.metadata import METADATA_PREFIX
-from lightspine.models.checkpoint import Checkpoint, ModelMetadata, read_model_metadata
+from lightspine.models.checkpoint import Checkpoint
+from lightspine.models.metadata import ModelMetadata, read_model_metadata
 
 if TYPE_CHECKING:
     from lightspine_runtime import OnnxModel

@@ -1,37 +1,24 @@
-"""Checkpoint files: safe reading of any known format, and writing of lightspine's own.
-
-lightspine writes safetensors files whose metadata name the model, its constructor arguments, its classes and
-its image preprocessing, so that the file alone is enough to rebuild the model. The checkpoints of a training
-run (`.ckpt`) and exported files have the same metadata.
-"""
+"""Checkpoint files: safe reading of any known format, whoever wrote it."""
 
 import argparse
 import json
 import pickle
 import re
 import struct
-import threading
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
 import torch
-import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
-from torch.nn.modules.module import register_module_module_registration_hook
 
-from lightspine._version import __version__
 from lightspine.errors import LightspineError, UsageError
 from lightspine.models.pickle_check import check_pickled_file
-from lightspine.utils.files import atomic_write, is_file_name, is_text, parse_json
+from lightspine.utils.files import is_file_name, parse_json
 
 Weights = Literal["auto", "model", "ema"]
 """Weights to load: "model" as trained, "ema" for their moving average, "auto" for the published ones."""
@@ -42,7 +29,7 @@ EMA_ENTRIES = ("model_ema", "state_dict_ema", "ema_state_dict", "params_ema")
 _WRAPPERS = ("module", "_orig_mod", "model", "net", "student", "backbone", "encoder", "ema_model", "teacher")
 _OUTER_WRAPPERS = ("module", "_orig_mod", "model")
 # Wrappers of single layers.
-_LAYER_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+LAYER_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 _EXPORTED_SUFFIXES = (".onnx", ".pt2", ".mlpackage")
 
@@ -50,6 +37,7 @@ NETWORK_KEY = "lightspine.network"
 """Metadata key of a detector's or segmenter's file, which holds a backbone without classifier and a head."""
 
 VERSION_KEY = "lightspine.version"
+"""Metadata key of every file that lightspine writes."""
 
 CKPT_METADATA = "lightspine_metadata"
 """Entry of a training checkpoint (`.ckpt`) with the metadata that a safetensors file has in its header."""
@@ -57,20 +45,8 @@ CKPT_METADATA = "lightspine_metadata"
 WEIGHTS_KEY = "lightspine.weights"
 """Metadata key of a file with raw and averaged weights: those that "auto" selects, "model" or "ema"."""
 
-RUN_KEY = "lightspine.run"
-"""Metadata key of the training run, as JSON; see `ModelMetadata.run`."""
-
 OPENMMLAB_CLASSES_KEY = "openmmlab.classes"
 """Metadata key of the class names in an OpenMMLab checkpoint, a JSON list; OpenMMLab saves them in `meta`."""
-
-CROP_MODES = ("center", "squash", "border")
-"""Values of `crop_mode`, timm's names."""
-
-PREPROCESSING_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-
-
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-"""Interpolation modes of the resize in the preprocessing, by the names of Pillow's resampling filters."""
 
 # Bounds that no checkpoint reaches, so that a small file cannot keep the process busy for minutes.
 _MOST_TENSORS = 20_000
@@ -291,6 +267,7 @@ _SKIPPED_GLOBALS = (
     "numpy.dtypes.Int64DType",
     "_codecs.encode",
 )
+
 _ALLOWED_GLOBALS: list[Any] = [
     argparse.Namespace,
     (_CfgNode, "yacs.config.CfgNode"),
@@ -474,406 +451,5 @@ def _strip_prefixes(tensors: dict[str, Tensor], wrappers: tuple[str, ...]) -> di
         beside = len(tensors) - sum(map(len, below.values()))
         found = next((name for name in wrappers if len(below[name]) > beside), None)
         if found is None:
-            return {_LAYER_WRAPPERS.sub("", key): value for key, value in tensors.items()}
+            return {LAYER_WRAPPERS.sub("", key): value for key, value in tensors.items()}
         tensors = {key.removeprefix(f"{found}."): tensors[key] for key in below[found]}
-
-
-@dataclass
-class ModelMetadata:
-    """Description of a model in a lightspine file.
-
-    Attributes:
-        name: registered name.
-        kwargs: arguments of `create_model`.
-        class_names: one name per class, or `None`.
-        preprocessing: `input_size` (channels, height, width), `interpolation`, `mean`, `std`, `crop_pct`,
-            `crop_mode`.
-        metadata: further strings, such as the score.
-        run: the training run: `recipe` (name), `config` (its settings), `seed` and `data` (fields of a
-            `lightspine.data.split_record.SplitRecord`); empty if unknown.
-    """
-
-    name: str
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    class_names: list[str] | None = None
-    preprocessing: dict[str, Any] = field(default_factory=dict)
-    metadata: dict[str, str] = field(default_factory=dict)
-    run: dict[str, Any] = field(default_factory=dict)
-
-
-def read_model_metadata(checkpoint: Checkpoint) -> ModelMetadata | None:
-    """Return the description of a classifier or backbone, or `None` for a file that lightspine did not write.
-
-    Raises:
-        UsageError: the file holds a detector or segmenter.
-        LightspineError: the metadata are damaged.
-    """
-    strings = dict(checkpoint.metadata)
-    if checkpoint.is_dense:
-        raise UsageError(f"{checkpoint.label} holds a detector or segmenter, expected a classifier's weights")
-    name = strings.pop("lightspine.model", None)
-    if name is None:
-        return None
-    try:
-        kwargs = parse_json(strings.pop("lightspine.kwargs", "{}"))
-        preprocessing = parse_json(strings.pop("lightspine.preprocessing", "{}"))
-        class_names = parse_json(strings.pop("lightspine.class_names", "null"))
-        run = parse_json(strings.pop(RUN_KEY, "{}"))
-    except ValueError as error:
-        raise LightspineError(f"{checkpoint.label} has damaged metadata: {error}") from error
-    check_description(
-        checkpoint.label, name=name, class_names=class_names, preprocessing=preprocessing, run=run
-    )
-    return ModelMetadata(name, kwargs, class_names, preprocessing, strings, run)
-
-
-# Largest height, width and other number in the image settings of a file; a flag may ask for more.
-_LARGEST_SIDE = 4096
-_LARGEST_SETTING = 8192
-
-
-def check_description(
-    label: str,
-    *,
-    name: Any,
-    class_names: Any,
-    preprocessing: Any,
-    run: Any,
-    settings: Any = None,
-) -> None:
-    """Check the types and ranges of what a file says beside the arguments of its model.
-
-    Raises:
-        LightspineError: a value has another type, or is out of the range that a model can have.
-    """
-    check_architecture(label, name)
-    if class_names is not None and not (
-        isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)
-    ):
-        raise LightspineError(f"{label} has damaged metadata: expected a list of class names")
-    if any(not is_text(name) for name in class_names or ()):
-        raise LightspineError(f"{label} has damaged metadata: a class name is not valid Unicode")
-    for name, value in (("preprocessing", preprocessing), ("run", run), ("settings", settings or {})):
-        if not isinstance(value, dict):
-            raise LightspineError(
-                f"{label} has damaged metadata: expected an object as its {name}, "
-                f"received a {type(value).__name__}"
-            )
-    _check_preprocessing(label, preprocessing)
-    _check_run(label, run)
-    for name, value in flatten_arguments(settings or {}):
-        if isinstance(value, int | float) and not abs(value) <= _LARGEST_SETTING:
-            raise LightspineError(f"{label} is refused: its setting {name} is beyond {_LARGEST_SETTING}")
-
-
-def check_architecture(label: str, name: Any) -> None:
-    """Check the architecture name in a file: it may not stand for a repository or folder.
-
-    Raises:
-        LightspineError: it is not.
-    """
-    if not isinstance(name, str):
-        raise LightspineError(f"{label} has damaged metadata: expected the name of its model, got {name!r}")
-    if ":" in name:
-        raise LightspineError(f"{label} is refused: its architecture {name[:80]!r} stands for another model")
-
-
-def _check_preprocessing(label: str, values: dict[str, Any]) -> None:
-    size = values.get("input_size")
-    checks = {
-        "input_size": lambda found: (
-            len(found) == 3 and all(isinstance(size, int) and 1 <= size <= _LARGEST_SIDE for size in found)
-        ),
-        "mean": lambda found: _are_numbers(found, size, -1e3, 1e3),
-        "std": lambda found: _are_numbers(found, size, 1e-6, 1e3),
-        # The image is resized to the size divided by this share before it is cropped.
-        "crop_pct": lambda found: (
-            0.05 <= found <= 10 and max((size or [1])[-2:]) / found <= 2 * _LARGEST_SIDE
-        ),
-        "interpolation": lambda found: found in INTERPOLATIONS,
-        "crop_mode": lambda found: found in CROP_MODES,
-    }
-    for name, check in checks.items():
-        value = values.get(name)
-        try:
-            valid = value is None or check(value)
-        except (TypeError, ValueError, OverflowError, LookupError):
-            valid = False
-        if not valid:
-            raise LightspineError(
-                f"{label} has damaged metadata: its preprocessing has the {name} {str(value)[:80]!r}"
-            )
-
-
-def _are_numbers(values: Any, size: list[int] | None, low: float, high: float) -> bool:
-    """Return whether these are statistics of the channels of an image, one for all or one for each."""
-    channels = size[0] if size else 3
-    return (
-        isinstance(values, list | tuple)
-        and len(values) in (1, channels)
-        and all(isinstance(value, int | float) and low <= value <= high for value in values)
-    )
-
-
-def _check_run(label: str, run: dict[str, Any]) -> None:
-    data = {} if run.get("data") is None else run["data"]
-    fraction, seed = (data.get("val_fraction"), data.get("seed")) if isinstance(data, dict) else ("", "")
-    if (
-        not isinstance(run.get("recipe"), str | None)
-        or not isinstance(fraction, int | float | None)
-        or not isinstance(seed, int | None)
-        # A split that was drawn has both.
-        or (fraction is None) != (seed is None)
-        or not 0 <= (fraction or 0) <= 1
-        or not abs(seed or 0) < 2**63
-    ):
-        raise LightspineError(f"{label} has damaged metadata: its training run has a wrong recipe or split")
-
-
-FOREIGN_ARGUMENTS = (
-    "checkpoint",
-    "checkpoint_path",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "cache_dir",
-)
-"""Arguments that name other files or addresses. `pretrained` is ignored: the weights are in the file."""
-
-# Numbers up to this one are believed, such as the sizes of images.
-_BELIEVED = 4096
-
-
-def check_arguments(
-    checkpoint: Checkpoint, arguments: Any, build: Callable[[dict[str, Any]], nn.Module]
-) -> dict[str, Any]:
-    """Check the arguments of a model that a file stores, before the model is built.
-
-    A file could name other files and addresses, or sizes that fill the memory; its tensors must confirm them.
-
-    Args:
-        checkpoint: the file.
-        arguments: the arguments as read from it.
-        build: builds the model from the arguments; called on the meta device, where tensors take no memory.
-
-    Returns:
-        The arguments, without `pretrained`.
-
-    Raises:
-        LightspineError: the arguments are no plain values, name other files, or do not fit the tensors.
-    """
-    if not isinstance(arguments, dict):
-        raise LightspineError(f"{checkpoint.label} has damaged metadata: its model arguments are no object")
-    arguments = {name: value for name, value in arguments.items() if name != "pretrained"}
-    tensors = [tensor for entry in checkpoint.entries.values() for tensor in entry.values()]
-    largest = max((size for tensor in tensors for size in tensor.shape), default=0)
-    for name, value in flatten_arguments(arguments):
-        if name in FOREIGN_ARGUMENTS:
-            raise LightspineError(
-                f"{checkpoint.label} is refused: its model argument {name} names another file"
-            )
-        number = value if isinstance(value, int | float) else 0
-        # A comparison with NaN is false.
-        if not abs(number) <= max(_BELIEVED, largest) or ("depth" in name and number > len(tensors)):
-            raise LightspineError(
-                f"{checkpoint.label} is refused: its model argument {name} is {value}, which its "
-                f"{len(tensors)} tensors of sizes up to {largest} do not confirm"
-            )
-    try:
-        # A module may have no tensors, such as an activation, or many small ones.
-        with torch.device("meta"), limit_modules(checkpoint.label, 10_000 + 20 * len(tensors)):
-            needed = sum(tensor.numel() for tensor in build(arguments).state_dict().values())
-    except BUILD_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LightspineError(f"{checkpoint.label} stores wrong model arguments: {reason}") from error
-    received = sum(tensor.numel() for tensor in tensors)
-    # Raw and averaged weights may both be there; a position table may be resized.
-    if needed > 4 * received + 2**20:
-        raise LightspineError(
-            f"{checkpoint.label} is refused: its model arguments describe {needed:,} numbers, its "
-            f"tensors have {received:,}"
-        )
-    return arguments
-
-
-BUILD_ERRORS = (
-    TypeError,
-    ValueError,
-    AttributeError,
-    AssertionError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-)
-"""Exceptions of constructors of models with arguments of wrong types or values."""
-
-
-@contextmanager
-def limit_modules(label: str, most: int) -> Iterator[None]:
-    """Stop the construction of a model at a number of modules.
-
-    An argument of a few bytes can describe millions of layers, by many names: depths, layers, blocks.
-
-    Args:
-        label: name of the file, for the message.
-        most: number of modules that may be created by this thread inside the block.
-
-    Raises:
-        LightspineError: more are created.
-    """
-    count, thread = 0, threading.get_ident()
-
-    def register(*_: Any) -> None:
-        nonlocal count
-        count += threading.get_ident() == thread
-        if count > most:
-            raise LightspineError(
-                f"{label} is refused: its model arguments describe more than {most:,} layers"
-            )
-
-    handle = register_module_module_registration_hook(register)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def flatten_arguments(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of arguments that a file stores, also those in nested lists and objects.
-
-    A list yields the sum of its numbers too if it has depths.
-    """
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield str(key), None
-            yield from flatten_arguments(inner, str(key))
-    elif isinstance(value, list | tuple):
-        yield name, sum(item for item in value if isinstance(item, int) and "depth" in name)
-        for inner in value:
-            yield from flatten_arguments(inner, name)
-    else:
-        yield name, value
-
-
-def default_preprocessing(model: nn.Module) -> dict[str, Any]:
-    """Return the image preprocessing of a model's published evaluation; see `ModelMetadata`."""
-    cfg = getattr(model, "pretrained_cfg", {})
-    return {key: cfg[key] for key in PREPROCESSING_KEYS if key in cfg}
-
-
-def save_checkpoint(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    class_names: list[str] | None = None,
-    preprocessing: dict[str, Any] | None = None,
-    metadata: dict[str, str] | None = None,
-    run: dict[str, Any] | None = None,
-) -> Path:
-    """Save a model made by `lightspine.create_model` as a safetensors file that rebuilds it.
-
-    Args:
-        model: the model; its name and arguments are saved with its weights. `reset_classifier` may have
-            changed its classes.
-        path: file to write; an existing file is replaced atomically.
-        class_names: one name per class.
-        preprocessing: image preprocessing (see `ModelMetadata`); by default the published one.
-        metadata: further strings, such as the score.
-        run: see `ModelMetadata`.
-
-    Returns:
-        The path.
-
-    Raises:
-        UsageError: the file name does not end in .safetensors, `create_model` did not make the model, or its
-            layers have been replaced since, as by `lightspine.optimize`.
-        LightspineError: the file cannot be written.
-    """
-    described = model_metadata(model, class_names=class_names, preprocessing=preprocessing)
-    described["lightspine.kwargs"] = json.dumps(_rebuilding_arguments(model))
-    if run:
-        described[RUN_KEY] = json.dumps(run)
-    return write_safetensors(model, path, described | (metadata or {}))
-
-
-def _rebuilding_arguments(model: Any) -> dict[str, Any]:
-    """Return the arguments by which `create_model` rebuilds a model as it is now.
-
-    Raises:
-        UsageError: no arguments do, because other layers have been replaced than the classifier.
-    """
-    from lightspine.models.factory import create_model
-
-    name, kwargs = model.init_args["name"], dict(model.init_args["kwargs"])
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        rebuilt: Any = create_model(name, **kwargs)
-        changed = {
-            key: value
-            for key, value in _classifier_arguments(model).items()
-            if value != _classifier_arguments(rebuilt).get(key)
-        }
-        if changed:
-            kwargs |= changed
-            rebuilt = create_model(name, **kwargs)
-    expected = {key: tensor.shape for key, tensor in rebuilt.state_dict().items()}
-    # A reader strips the names of compiled layers, too.
-    received = {_LAYER_WRAPPERS.sub("", key): tensor.shape for key, tensor in model.state_dict().items()}
-    if expected != received:
-        differing = [key for key in expected | received if expected.get(key) != received.get(key)]
-        raise UsageError(
-            f"expected {name} with the tensors that lightspine.create_model gives it, but {len(differing)} "
-            f"differ, such as {differing[0]}: save the model before lightspine.optimize, quantization or "
-            "adapters change its layers"
-        )
-    return kwargs
-
-
-def _classifier_arguments(model: Any) -> dict[str, Any]:
-    """Return what `reset_classifier` may have changed, as arguments of the constructor."""
-    pool = getattr(model, "global_pool", None)
-    pool = getattr(pool, "pool_type", pool)
-    found = {"num_classes": getattr(model, "num_classes", None), "global_pool": pool}
-    return {key: value for key, value in found.items() if isinstance(value, int | str)}
-
-
-def model_metadata(
-    model: nn.Module,
-    *,
-    class_names: list[str] | None = None,
-    preprocessing: dict[str, Any] | None = None,
-) -> dict[str, str]:
-    """Return the metadata that rebuild a model made by `lightspine.create_model`; see `save_checkpoint`.
-
-    Raises:
-        UsageError: `create_model` did not make the model.
-    """
-    init_args = getattr(model, "init_args", None)
-    if init_args is None:
-        raise UsageError(
-            "expected a model made by lightspine.create_model: the file stores the arguments that rebuild it"
-        )
-    strings = {
-        "lightspine.model": init_args["name"],
-        "lightspine.kwargs": json.dumps(init_args["kwargs"]),
-        "lightspine.preprocessing": json.dumps(preprocessing or default_preprocessing(model)),
-    }
-    if class_names is not None:
-        strings["lightspine.class_names"] = json.dumps(class_names)
-    return strings
-
-
-def write_safetensors(module: nn.Module, path: str | Path, metadata: dict[str, str]) -> Path:
-    """Write the state dict of a module with string metadata, atomically.
-
-    Raises:
-        UsageError: the file name does not end in .safetensors.
-        LightspineError: the file cannot be written.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise UsageError(f"expected a file name that ends in .safetensors, received {path.name!r}")
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
-    header = {"format": "pt", VERSION_KEY: __version__} | metadata
-    # safetensors' own save_file creates files that only their owner may read.
-    with atomic_write(path) as file:
-        file.write(save(tensors, metadata=header))
-    return path

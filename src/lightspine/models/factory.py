@@ -15,22 +15,7 @@ from timm.models._hub import load_model_config_from_hf, load_model_config_from_p
 from torch import Tensor
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models.checkpoint import (
-    BUILD_ERRORS,
-    FOREIGN_ARGUMENTS,
-    Checkpoint,
-    CheckpointSource,
-    ModelMetadata,
-    Weights,
-    check_architecture,
-    check_arguments,
-    default_preprocessing,
-    flatten_arguments,
-    limit_modules,
-    read_checkpoint,
-    read_model_metadata,
-    save_checkpoint,
-)
+from lightspine.models.checkpoint import Checkpoint, CheckpointSource, Weights, read_checkpoint
 from lightspine.models.loading import (
     FEATURE_OPTIONS,
     Identification,
@@ -42,8 +27,20 @@ from lightspine.models.loading import (
     shape_errors,
     shapes_of,
 )
+from lightspine.models.metadata import (
+    BUILD_ERRORS,
+    FOREIGN_ARGUMENTS,
+    ModelMetadata,
+    check_architecture,
+    check_arguments,
+    default_preprocessing,
+    flatten_arguments,
+    limit_modules,
+    read_model_metadata,
+)
 from lightspine.models.pickle_check import check_pickled_file
 from lightspine.models.registry import find_record, get_record, own_name, timm_name
+from lightspine.models.saving import save_checkpoint
 from lightspine.models.weights import check_hub_pickle, hub_errors, hub_reached_or_cached
 
 # Arguments that name the initial weights, not the model.

@@ -20,14 +20,10 @@ from lightspine._version import __version__
 from lightspine.data.bad_images import BadImage, BadImageLog
 from lightspine.data.modules import ImageDataModule
 from lightspine.errors import UsageError
-from lightspine.models.checkpoint import (
-    CKPT_METADATA,
-    RUN_KEY,
-    VERSION_KEY,
-    WEIGHTS_KEY,
-    write_safetensors,
-)
+from lightspine.models.checkpoint import CKPT_METADATA, VERSION_KEY, WEIGHTS_KEY
 from lightspine.models.factory import create_model
+from lightspine.models.metadata import RUN_KEY
+from lightspine.models.saving import write_safetensors
 from lightspine.training.checkpoint import forget_foreign_files
 from lightspine.training.ema import ExportedWeights, averaged_model, ema_callback
 from lightspine.training.finetuning import freeze_stages, hold_frozen

@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightspine.data.dataset import Batch
 from lightspine.data.modules import ImageDataModule
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models.checkpoint import model_metadata
+from lightspine.models.saving import model_metadata
 from lightspine.training.base import LightspineTask
 from lightspine.training.distillation import Distiller, Mesa
 from lightspine.training.lr_schedules import CosineSchedule

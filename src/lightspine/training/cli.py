@@ -22,7 +22,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightspine.data import modules
 from lightspine.data.modules import ClassificationDataModule, ImageDataModule, SegmentationDataModule
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models.checkpoint import PREPROCESSING_KEYS, default_preprocessing
+from lightspine.models.metadata import PREPROCESSING_KEYS, default_preprocessing
 from lightspine.models.registry import find_record, find_timm_cfg
 from lightspine.recipes import find_recipe, recipe_name
 from lightspine.recipes.deprecated import upgrade_flags, upgrade_recipe

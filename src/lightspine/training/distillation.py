@@ -17,9 +17,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models.checkpoint import Checkpoint, read_checkpoint, read_model_metadata
+from lightspine.models.checkpoint import Checkpoint, read_checkpoint
 from lightspine.models.factory import create_model, load_model
 from lightspine.models.loading import load_checkpoint
+from lightspine.models.metadata import read_model_metadata
 from lightspine.models.registry import find_record, find_timm_cfg, timm_name
 
 Kind = Literal["hard", "soft"]

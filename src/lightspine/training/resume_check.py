@@ -11,13 +11,8 @@ from lightspine.data.split_record import SplitRecord
 from lightspine.dense import NetworkMetadata
 from lightspine.dense.checkpoint import read_network_metadata
 from lightspine.errors import LightspineError, UsageError
-from lightspine.models.checkpoint import (
-    CKPT_METADATA,
-    Checkpoint,
-    ModelMetadata,
-    find_metadata,
-    read_model_metadata,
-)
+from lightspine.models.checkpoint import CKPT_METADATA, Checkpoint, find_metadata
+from lightspine.models.metadata import ModelMetadata, read_model_metadata
 from lightspine.training.base import LightspineTask
 from lightspine.training.checkpoint import load_training_state
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightspine.errors import UsageError
 from lightspine.evaluation.classifiers import class_names
-from lightspine.models.checkpoint import ModelMetadata
+from lightspine.models.metadata import ModelMetadata
 
 Table = dict[str, np.ndarray]
 """Column name -> one number, text or array per image."""
