@@ -2,12 +2,16 @@
 
 import functools
 import hashlib
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.core import event as numba_event
+
+_log = logging.getLogger(__name__)
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -15,7 +19,8 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
     The machine code is cached beside the package or in the user's cache folder, and compiled again when any
     file of this folder changes. Where neither can be written, as for a user without a home directory in a
-    container, a warning is issued and every process compiles the kernels.
+    container, a warning is issued and every process compiles the kernels. Each compilation is logged, because
+    it takes seconds.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
@@ -33,6 +38,7 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     # numba discards cached code whose stamp differs. Its own stamp, date and size of the file of the kernel,
     # does not notice a change in the functions that the kernel calls.
     compiled._cache._cache_file._source_stamp = _source_digest()
+    _COMPILATION_LOG.kernels.add(function)
     return compiled
 
 
@@ -43,3 +49,35 @@ def _source_digest() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+class _CompilationLog(numba_event.Listener):
+    """Logs when numba starts to compile a kernel; it does not for one that it finds on disk.
+
+    Attributes:
+        kernels: functions of the kernels; other functions of a process are not logged.
+    """
+
+    def __init__(self) -> None:
+        self.kernels: set[Callable[..., Any]] = set()
+        self._outer: Any = None
+
+    def on_start(self, event: numba_event.Event) -> None:
+        """Log a kernel, unless it is compiled as a part of another one."""
+        dispatcher = event.data["dispatcher"]
+        if self._outer is None and dispatcher.py_func in self.kernels:
+            self._outer = dispatcher
+            _log.info(
+                "compiling the CPU kernel %s, which takes about ten seconds; it is kept on disk",
+                dispatcher.py_func.__name__,
+            )
+
+    def on_end(self, event: numba_event.Event) -> None:
+        """Note the end of a compilation."""
+        if event.data["dispatcher"] is self._outer:
+            self._outer = None
+
+
+# numba holds one lock for all threads while it compiles.
+_COMPILATION_LOG = _CompilationLog()
+numba_event.register("numba:compile", _COMPILATION_LOG)
