@@ -15,6 +15,7 @@ _MODEL_COLUMNS = (
     ">p90 ms",
     ">p99 ms",
     ">images/s",
+    ">first s",
     ">MiB",
     ">params",
     ">MMACs",
@@ -24,7 +25,7 @@ _MODEL_COLUMNS = (
     ">published top-1",
     ">published images/s",
 )
-_TRAIN_COLUMNS = (">train ms", ">train images/s", ">train MiB")
+_TRAIN_COLUMNS = (">train ms", ">train images/s", ">train first s", ">train MiB")
 _TIME_COLUMNS = (
     "shape",
     ">batch",
@@ -247,6 +248,7 @@ def _model_cells(row: Any) -> tuple[str, ...]:
         _format_number(forward and forward.p90_ms, 1),
         _format_number(forward and forward.p99_ms, 1),
         _format_number(forward and forward.images_per_s, 1),
+        _format_number(forward and forward.first_call_s, 1),
         _format_number(row.peak_memory_mib, 0),
         with_thousands(row.parameters),
         _format_number(None if row.macs is None else row.macs / 1e6, 0),
@@ -257,6 +259,7 @@ def _model_cells(row: Any) -> tuple[str, ...]:
         _format_number(published and published.throughput, 0),
         _format_number(row.train_step and row.train_step.median_ms, 1),
         _format_number(row.train_step and row.train_step.images_per_s, 1),
+        _format_number(row.train_step and row.train_step.first_call_s, 1),
         _format_number(row.train_memory_mib, 0),
     )
 

@@ -58,6 +58,7 @@ def test_times_come_from_the_timed_calls_only() -> None:
     [row] = result.rows
     assert row.forward is not None
     assert (row.forward.median_ms, row.forward.p90_ms, row.forward.repeats) == pytest.approx((20, 20, 3))
+    assert row.forward.first_call_s == pytest.approx(0.02)
     assert row.forward.images_per_s == pytest.approx(50)
 
 
@@ -117,8 +118,9 @@ def test_training_step_is_timed_beside_the_forward_pass() -> None:
         sizes=((64, 64),), batches=(2,), threads=1, repeats=1, warmup=1, train=True,
         modes=("eager", "optimized"), dtypes=("bfloat16",),
     )  # fmt: skip
-    eager, optimized = bench_models(_specs("shvit_s1"), settings).rows
+    eager, optimized = bench_models(_specs("shvit_s1"), settings, clock=_ticking()).rows
     assert eager.train_step is not None
+    assert eager.train_step.first_call_s == pytest.approx(0.02)
     assert eager.forward is not None
     # Optimized models have no gradients.
     assert (optimized.train_step, optimized.status) == (None, "ok")

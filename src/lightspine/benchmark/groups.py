@@ -53,10 +53,34 @@ class GroupResult:
     matmul_gflops: dict[str, float]
 
 
+class _FirstCallTimer:
+    """Runs a function, and records the duration of its first call until the device has finished.
+
+    Args:
+        call: the function.
+        device: device that the function runs on.
+        clock: returns seconds.
+    """
+
+    def __init__(self, call: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> None:
+        self._call, self._device, self._clock = call, device, clock
+        self.seconds: float | None = None
+
+    def __call__(self) -> None:
+        if self.seconds is not None:
+            self._call()
+            return
+        start = self._clock()
+        self._call()
+        synchronize(self._device)
+        self.seconds = self._clock() - start
+
+
 @dataclass
 class _RowInProgress:
     row: Row
-    prepared: PreparedRow | None = None
+    forward: _FirstCallTimer | None = None
+    train_step: _FirstCallTimer | None = None
 
     def fail(self, error: BaseException, prefix: str = "") -> None:
         """Record the first failure of the row."""
@@ -64,14 +88,12 @@ class _RowInProgress:
             status, reason = describe_failure(error)
             self.row = replace(self.row, status=status, error=prefix + reason)
 
-    def timed_calls(self) -> dict[str, Callable[[], object]]:
-        if self.prepared is None:
-            return {}
-        step = self.prepared.train_step
-        return {_FORWARD: self.prepared.forward} | ({} if step is None else {_TRAIN: step})
+    def timed_calls(self) -> dict[str, _FirstCallTimer]:
+        calls = {_FORWARD: self.forward, _TRAIN: self.train_step}
+        return {kind: call for kind, call in calls.items() if call is not None}
 
     def record_times(self, kind: str, seconds: list[float]) -> None:
-        timing = summarize(seconds, batch=self.row.batch)
+        timing = summarize(seconds, batch=self.row.batch, first_call_s=self.timed_calls()[kind].seconds)
         if kind == _FORWARD:
             self.row = replace(self.row, forward=timing)
         else:
@@ -135,9 +157,13 @@ def _prepare(
         # A row that crashed or ran out of memory in its own process would also end this one.
         if entry.row.status == "ok" or entry.row.peak_memory_mib is not None:
             train = tools.settings.train and entry.row.status == "ok"
-            entry.prepared = prepare_row(job, onnx_file, train=train)
-            if tools.settings.device == "cuda":
-                _measure_cuda_memory(entry, entry.prepared)
+            prepared = prepare_row(job, onnx_file, train=train)
+            device = torch.device(tools.settings.device)
+            entry.forward = _FirstCallTimer(prepared.forward, device, tools.clock)
+            if prepared.train_step is not None:
+                entry.train_step = _FirstCallTimer(prepared.train_step, device, tools.clock)
+            if device.type == "cuda":
+                _measure_cuda_memory(entry, prepared)
     except MemoryServerError:
         raise
     except Exception as error:
@@ -202,17 +228,19 @@ def _with_memory(row: Row, reading: MemoryReading) -> Row:
 
 
 def _measure_cuda_memory(entry: _RowInProgress, prepared: PreparedRow) -> None:
-    forward = prepared.held_bytes + _peak_cuda_bytes(prepared.forward)
+    assert entry.forward is not None
+    forward = prepared.held_bytes + _peak_cuda_bytes(entry.forward)
     entry.row = replace(entry.row, peak_memory_mib=forward / 2**20)
-    if prepared.train_step is None:
+    if prepared.train_step is None or entry.train_step is None:
         return
     try:
-        prepared.train_step()
-        train = prepared.train_step.held_bytes + _peak_cuda_bytes(prepared.train_step)
+        peak = _peak_cuda_bytes(entry.train_step)
+        # Only after the first step does the optimizer hold its state.
+        train = prepared.train_step.held_bytes + peak
     except Exception as error:
         entry.fail(error, f"{_TRAIN}: ")
         # The forward pass is still timed.
-        entry.prepared = replace(prepared, train_step=None)
+        entry.train_step = None
     else:
         entry.row = replace(entry.row, train_memory_mib=train / 2**20)
 

@@ -26,6 +26,7 @@ class Timing:
         repeats: number of timed calls.
         images_per_s: batch size divided by the median; `None` if the call does not process a batch.
         p99_ms: 99th percentile (nearest rank), the slowest call of fewer than 100; `None` in older results.
+        first_call_s: seconds of the first call, which is not among the timed ones; `None` if not measured.
     """
 
     median_ms: float
@@ -33,14 +34,16 @@ class Timing:
     repeats: int
     images_per_s: float | None = None
     p99_ms: float | None = None
+    first_call_s: float | None = None
 
 
-def summarize(seconds: list[float], *, batch: int | None = None) -> Timing:
+def summarize(seconds: list[float], *, batch: int | None = None, first_call_s: float | None = None) -> Timing:
     """Return median, 90th and 99th percentile of one or more durations.
 
     Args:
         seconds: duration of each call.
         batch: images per call, to compute `images_per_s`.
+        first_call_s: duration of the first call, which is not in `seconds`.
     """
     ordered = sorted(seconds)
     median_ms = 1000 * statistics.median(ordered)
@@ -50,6 +53,7 @@ def summarize(seconds: list[float], *, batch: int | None = None) -> Timing:
         p99_ms=1000 * _percentile(ordered, 99),
         repeats=len(ordered),
         images_per_s=None if batch is None else 1000 * batch / median_ms,
+        first_call_s=first_call_s,
     )
 
 
