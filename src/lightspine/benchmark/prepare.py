@@ -145,9 +145,10 @@ def prepare_row(job: Job, onnx_file: Path | None, *, train: bool) -> PreparedRow
     if train and row.mode in TRAINABLE_MODES:
         trained = copy.deepcopy(model)
         step = TrainingStep(trained, _compile_if_requested(trained, row), images.to(device), dtype)
+    # Before `optimize`, as the documentation advises: it keeps the parameters of scans in float32.
+    model = model.to(dtype)
     if row.mode == "optimized":
         model, images = _optimize_for_inference(model, row, images)
-    model = model.to(dtype)
     return PreparedRow(
         forward=partial(_forward, _compile_if_requested(model, row), images.to(device, dtype)),
         train_step=step,
