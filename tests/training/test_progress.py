@@ -29,11 +29,19 @@ def test_row_has_percentages_with_two_decimals_below_a_header() -> None:
     assert len(header) == len(line)
 
 
-def test_header_is_printed_again_only_for_other_columns() -> None:
+def test_header_is_printed_again_only_for_new_columns() -> None:
     table = EpochTable(METRICS)
     without = {name: value for name, value in ROW.items() if not name.startswith("val_")}
-    lengths = [len(table.lines(row, 30)) for row in (ROW, ROW, without, without, ROW)]
-    assert lengths == [2, 1, 2, 1, 2]
+    lengths = [len(table.lines(row, 30)) for row in (without, without, ROW, without, ROW)]
+    assert lengths == [2, 1, 2, 1, 1]
+
+
+def test_epoch_without_validation_has_dashes_below_the_scores() -> None:
+    table = EpochTable(METRICS)
+    header, _ = table.lines(ROW, 30)
+    [line] = table.lines({name: ROW[name] for name in ROW if not name.startswith("val_")}, 30)
+    assert line.split() == ["1/30", "2.3121", "-", "-", "1.00e-03", "1:23", "5", "%"]
+    assert len(header) == len(line)
 
 
 def test_lines_tell_the_position_the_loss_and_the_remaining_time(

@@ -19,22 +19,26 @@ class EpochTable:
     The last column is the fraction of the step time spent waiting for data.
 
     Args:
-        metrics: names of the metrics to show, if an epoch has them. Names that end in "loss" are losses, "lr"
-            is the learning rate, and all others are scores in percent.
+        metrics: names of the metrics to show, from the first epoch that has them. Names that end in "loss"
+            are losses, "lr" is the learning rate, and all others are scores in percent.
     """
 
     def __init__(self, metrics: Sequence[str]) -> None:
         self.metrics = metrics
+        self._known: set[str] = set()
         self._header = ""
 
     def lines(self, row: dict[str, float], epochs: int | None) -> list[str]:
-        """Return the line of an epoch, after a header if the columns have changed.
+        """Return the line of an epoch, after a header if there are new columns.
+
+        A dash stands for a metric that this epoch does not have, as without validation.
 
         Args:
             row: row of `RunLog`.
             epochs: length of the run, or None if it is not known.
         """
-        names = [name for name in self.metrics if name in row]
+        self._known |= row.keys()
+        names = [name for name in self.metrics if name in self._known]
         total = "" if epochs is None or epochs < 0 else f"/{epochs}"
         width = 2 * len(total.lstrip("/")) + 1
         width = max(width, len("epoch"))
@@ -43,7 +47,7 @@ class EpochTable:
             title = name if _is_number(name) else f"{name} %"
             column = max(_WIDTH, len(title) + 2)
             header += title.rjust(column)
-            line += _format(name, row[name]).rjust(column)
+            line += (_format(name, row[name]) if name in row else "-").rjust(column)
         header += "time".rjust(9)
         line += format_seconds(row["seconds"]).rjust(9)
         if "data_share" in row:
