@@ -141,7 +141,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, help="threads of torch and ONNX Runtime (default: OMP_NUM_THREADS, or 2)"
     )
-    parser.add_argument("--train", action="store_true", default=None, help="also measure a training step")
+    parser.add_argument(
+        "--train", action=argparse.BooleanOptionalAction, help="also measure a training step (default: no)"
+    )
     parser.add_argument("--repeats", type=int, help="timed calls of each row (default: 15)")
     parser.add_argument("--warmup", type=int, help="untimed calls of each row (default: 2)")
     parser.add_argument(

@@ -26,7 +26,13 @@ from lightspine.data import (
     gpu_decoding,
 )
 from lightspine.data.dataset import collate_images
-from lightspine.data.gpu_decoding import EncodedBatch, EncodedImageDataset, JpegDecoder, collate_encoded
+from lightspine.data.gpu_decoding import (
+    EncodedBatch,
+    EncodedImageDataset,
+    Jpeg,
+    JpegDecoder,
+    collate_encoded,
+)
 from lightspine.data.modules import ImageFolderDataModule
 from lightspine.data.transforms import create_train_transform
 from lightspine.errors import LightspineError, UsageError
@@ -377,6 +383,34 @@ def test_gpu_decodes_like_the_workers(source: FileSource, augmentation: Any) -> 
     assert batch.labels.tolist() == expected.labels.tolist()
     # nvJPEG does not smooth the colors of 4:2:0 images between pixels, as libjpeg does.
     assert _differences(batch.images, expected.images).mean((1, 2, 3)).max() < 4
+
+
+def _shrunk(side: int, interpolation: str, size: int = 32) -> tuple[Jpeg, tuple[int, int]]:
+    box = (0, 0, side, side)
+    return Jpeg("", 0, (side, side), box, interpolation, flip=False, jitter=()), (size, size)
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "factor"), [("bilinear", 94), ("bicubic", 47)], ids=["bilinear", "bicubic"]
+)
+def test_resize_on_cuda_is_asked_for_what_its_shared_memory_holds(interpolation: str, factor: int) -> None:
+    assert gpu_decoding._fits_resize_on_cuda(*_shrunk(32 * factor, interpolation))
+    assert not gpu_decoding._fits_resize_on_cuda(*_shrunk(32 * factor + 32, interpolation))
+    assert gpu_decoding._fits_resize_on_cuda(*_shrunk(8, interpolation, 224))
+
+
+@pytest.mark.gpu
+@on_device
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("side", [1500, 1540, 3000, 3050])
+def test_gpu_shrinks_by_every_factor(interpolation: str, side: int) -> None:
+    image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
+    on_cpu, on_gpu = (
+        gpu_decoding._resized_crop(image.to(device), *_shrunk(side, interpolation))
+        for device in ("cpu", "cuda")
+    )
+    assert on_gpu.is_cuda
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.gpu

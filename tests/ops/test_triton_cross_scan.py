@@ -175,7 +175,8 @@ def test_scan_and_its_backward_are_captured_in_a_cuda_graph() -> None:
 
     def step() -> tuple[torch.Tensor, ...]:
         out = projected_cross_scan(*leaves)
-        return out, *torch.autograd.grad(out.square().sum(), tuple(leaves))
+        # Detached, because an autograd graph that is still alive would tie the capture to the default stream.
+        return out.detach(), *torch.autograd.grad(out.square().sum(), tuple(leaves))
 
     # The first call compiles the kernels and copies the scan order; it cannot be captured.
     expected = step()

@@ -266,7 +266,8 @@ def test_mixer_of_vim_is_captured_in_a_cuda_graph() -> None:
 
     def step() -> tuple[torch.Tensor, ...]:
         out = mixer(x)
-        return out, *torch.autograd.grad(out.square().sum(), (x, *mixer.parameters()))
+        # Detached, because an autograd graph that is still alive would tie the capture to the default stream.
+        return out.detach(), *torch.autograd.grad(out.square().sum(), (x, *mixer.parameters()))
 
     expected = step()
     graph = torch.cuda.CUDAGraph()

@@ -54,6 +54,36 @@ def test_forms_pass_the_same_gradient_to_the_images(family: str) -> None:
     assert relative_l2(gradients[1], gradients[0]) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_forms_take_an_empty_batch(family: str, dtype: torch.dtype) -> None:
+    optimized = lightspine.optimize(small_model(family).to(dtype))
+    assert optimized(torch.zeros(0, 3, 64, 96, dtype=dtype)).shape == (0, 1000)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_forms_give_the_same_logits_under_autocast(family: str) -> None:
+    model, images = small_model(family), torch.randn(2, 3, 64, 96)
+    expected = model(images)
+    optimized = lightspine.optimize(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_l2(optimized(images).float(), expected) < 0.02
+
+
+@pytest.mark.parametrize("family", ["vmamba", "vim"])
+def test_parameters_of_the_scans_are_stored_in_the_dtype_of_the_state(family: str) -> None:
+    optimized = lightspine.optimize(small_model(family).bfloat16())
+    scanned = {
+        name: tensor.dtype
+        for name, tensor in (*optimized.named_parameters(), *optimized.named_buffers())
+        if name.rpartition(".")[2] in ("A", "D", "dt_bias")
+    }
+    assert len(scanned) >= 6
+    assert set(scanned.values()) == {torch.float32}
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize(
     "options", [{"directions": "v1"}, {"directions": "one-way"}, {"layer_scale": 0.3}, {}]

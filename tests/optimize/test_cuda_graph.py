@@ -130,6 +130,16 @@ def test_threads_share_a_graph(device: str) -> None:
 
 
 @gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@torch.inference_mode()
+def test_graphs_are_captured_on_the_device_of_their_model() -> None:
+    for device in ("cuda:0", "cuda:1"):
+        images = torch.randn(1, 3, 64, 64, device=device)
+        captured = lightspine.optimize(small_model("shvit").to(device), images, cuda_graph=True)
+        torch.testing.assert_close(captured(images + 1), captured.model(images + 1))
+
+
+@gpu
 def test_loaded_weights_take_effect_in_the_graph(device: str) -> None:
     images = torch.randn(1, 3, 64, 64, device=device)
     captured = lightspine.optimize(small_model("shvit").to(device), images, cuda_graph=True)

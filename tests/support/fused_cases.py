@@ -204,6 +204,7 @@ def vmamba_model() -> Report:
 FAST_CASES: dict[str, Callable[[], Report]] = {
     "one pixel, one channel": lambda: compare(make_inputs(1, 1, 1, 1, 1)),
     "L2": lambda: compare(make_inputs(1, 1, 2, 3)),
+    "empty batch": lambda: compare(make_inputs(0)),
     "L15, 40 channels": lambda: compare(make_inputs(1, 3, 5, 40, 6)),
     "L31, two images": lambda: compare(make_inputs(2, 1, 31, 1)),
     "L33, chunks": lambda: compare_cut(make_inputs(1, 3, 11, 1)),

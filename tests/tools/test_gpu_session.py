@@ -41,6 +41,24 @@ def test_step_that_fails_or_hangs_does_not_stop_the_others(session: ModuleType, 
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
 
+def test_step_that_is_out_of_time_keeps_what_it_writes_when_interrupted(
+    session: ModuleType, tmp_path: Path
+) -> None:
+    code = """
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    print("started", flush=True)
+    time.sleep(600)
+finally:
+    print("written")
+"""
+    step = session.Step("interrupted", (sys.executable, "-S", "-c", code), 1.0, "out.txt")
+    [entry] = session.run_steps([step], tmp_path, 1000, os.environ)
+    assert entry["status"] == "out of time"
+    assert (tmp_path / "out.txt").read_text() == "started\nwritten\n"
+
+
 def test_no_step_starts_after_the_limit(session: ModuleType, tmp_path: Path) -> None:
     steps = [session.Step("late", (sys.executable, "-c", ""), 10, "late.txt")]
     [entry] = session.run_steps(steps, tmp_path, 0, os.environ)

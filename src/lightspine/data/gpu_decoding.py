@@ -7,6 +7,7 @@ augmented in the workers.
 
 import io
 import logging
+import math
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,10 @@ MAX_PIXELS_PER_CALL = 1 << 26
 """Largest number of pixels that are decoded together, so that photographs do not fill the device: 200 MB."""
 
 _FILTERS = ("bilinear", "bicubic")
+# Pixels of the input on both sides of a pixel of the output that a filter reads where nothing shrinks.
+_FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
+# PyTorch's resize on CUDA keeps the weights of a block of 32 pixels in shared memory: 48 KiB of float32.
+_SHARED_NUMBERS, _BLOCK_PIXELS = 48 * 1024 // 4, 32
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 # ITU-R 601-2, as in Pillow's conversion to gray.
 _GRAY = (0.299, 0.587, 0.114)
@@ -394,8 +399,24 @@ def _groups(batch: EncodedBatch) -> Iterator[tuple[int, Sequence[Tensor]]]:
 def _resized_crop(image: Tensor, jpeg: Jpeg, size: Sequence[int]) -> Tensor:
     """Crop and resize an image (3, H, W); the filter is Pillow's, which widens when it shrinks an image."""
     top, left, height, width = jpeg.box
-    crop = image[None, :, top : top + height, left : left + width].to(torch.float32)
-    return F.interpolate(crop, tuple(size), mode=jpeg.interpolation, antialias=True)[0]
+    crop = image[None, :, top : top + height, left : left + width]
+    if image.is_cuda and not _fits_resize_on_cuda(jpeg, size):
+        crop = crop.cpu()
+    resized = F.interpolate(crop.to(torch.float32), tuple(size), mode=jpeg.interpolation, antialias=True)[0]
+    return resized.to(image.device)
+
+
+def _fits_resize_on_cuda(jpeg: Jpeg, size: Sequence[int]) -> bool:
+    """Return whether PyTorch's resize on CUDA shrinks the crop of an image by so much.
+
+    It fails beyond a factor of about 94 (bilinear) or 47 (bicubic), such as for a photograph of 4,000 pixels
+    that becomes one of 32 pixels.
+    """
+    rows, columns = (
+        2 * math.ceil(_FILTER_RADIUS[jpeg.interpolation] * max(given / wanted, 1.0)) + 1
+        for given, wanted in zip(jpeg.box[2:], size, strict=True)
+    )
+    return columns * _BLOCK_PIXELS + rows * (_BLOCK_PIXELS + 1) <= _SHARED_NUMBERS
 
 
 def _augment(images: Tensor, jpegs: Sequence[Jpeg]) -> Tensor:

@@ -43,20 +43,24 @@ class CudaGraphModel(nn.Module):
         # The buffers may be written outside of inference mode.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
             self._input = example.clone(memory_format=torch.preserve_format)
+            # A stream of this device. That of `torch.cuda.graph` is on the device of the first graph of the
+            # process.
+            stream = torch.cuda.Stream()
             with collect_constants() as self._constants:
-                self._warm_up()
-                with torch.cuda.graph(self._graph):
+                self._warm_up(stream)
+                # Other threads may allocate memory meanwhile, as those of a data loader do.
+                with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                     self._outputs = self.model(self._input)
             self._finished = torch.cuda.Event()
             self._finished.record()
 
-    def _warm_up(self) -> None:
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
+    def _warm_up(self, stream: torch.cuda.Stream) -> None:
+        current = torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_PASSES):
                 self.model(self._input)
-        current.wait_stream(side)
+        current.wait_stream(stream)
 
     def forward(self, x: Tensor) -> Any:
         """Return the output of the model for images of the captured shape, dtype and device.

@@ -70,10 +70,13 @@ class FoldedHSMSSD(_FoldedMixer):
         h, z = self.hz_proj(write.transpose(1, 2) @ tokens).chunk(2, dim=2)
         state = self.out_proj(h * (F.silu(z) + self.skip))  # B N C
         # The gate is applied to N states instead of L positions.
+        gated = state * self.gate
         x = x.permute(0, 2, 3, 1) * kept
-        # In place on a CUDA device: otherwise PyTorch copies x before it adds the product.
-        add_product = Tensor.baddbmm_ if self.on_cuda and not in_transform() else torch.baddbmm
-        y = add_product(x.flatten(1, 2), read, state * self.gate)
+        # In place on a CUDA device: otherwise PyTorch copies x before it adds the product. Autocast gives
+        # operands of several dtypes, and does not convert those of an operation in place.
+        in_place = self.on_cuda and x.dtype == read.dtype == gated.dtype and not in_transform()
+        add_product = Tensor.baddbmm_ if in_place else torch.baddbmm
+        y = add_product(x.flatten(1, 2), read, gated)
         return y.view(x.shape).permute(0, 3, 1, 2), state.transpose(1, 2)
 
 

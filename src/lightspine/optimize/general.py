@@ -16,7 +16,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, DropPath
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 

@@ -134,7 +134,8 @@ class _PackedLayer(nn.Module):
             return self.activation(F.linear(x, matrix, self._bias))
         rows = x.reshape(-1, x.shape[-1])
         y = torch._addmm_activation(self._bias, rows, matrix.t(), use_gelu=self.attribute == "gelu")
-        return y.view(*x.shape[:-1], -1)
+        # Not -1 for the last size, which an empty batch would leave open.
+        return y.view(*x.shape[:-1], matrix.shape[0])
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed tensors can be neither copied nor pickled; __setstate__ makes them again.

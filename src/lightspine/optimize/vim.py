@@ -42,14 +42,17 @@ class FoldedScanDirection(nn.Module):
         conv.bias = module.conv1d.bias
         self.conv = PackedConv2d(conv, nn.SiLU())
         self.x_proj = PackedLinear(module.x_proj)
-        # The scan adds the bias in float32.
+        # The scan adds the bias in float32. It would convert its parameters at every call.
         dt_proj: Any = module.dt_proj
-        self.dt_bias, dt_proj.bias = dt_proj.bias, None
+        bias, dt_proj.bias = dt_proj.bias, None
+        self.register_buffer("dt_bias", at_least_float32(bias.detach()))
         self.dt_proj = PackedLinear(dt_proj)
         self.register_buffer("A", -torch.exp(at_least_float32(module.A_log)))
-        self.D = module.D
+        self.register_buffer("D", at_least_float32(module.D.detach()))
 
     A: Tensor
+    D: Tensor
+    dt_bias: Tensor
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Map tokens x (B, L, D) to the scan's u and delta, (B, D, L), and B and C, (B, 1, N, L)."""

@@ -39,13 +39,15 @@ class FoldedSS2D(nn.Module):
             self.out_norm = FusedNorm(norm)
         self.out_norm_takes_nchw = module.out_norm_takes_nchw
         self.out_proj = PackedLinear(module.out_proj)
-        self.dt_bias = module.dt_bias
         self.register_buffer("dt_weight", module.dt_weight.transpose(1, 2).contiguous())
+        # In the dtype of the scan's state, to which the kernels would convert them at every call.
         dtype = torch.promote_types(module.A_log.dtype, torch.float32)
         self.register_buffer("A", -torch.exp(module.A_log.to(dtype)))
-        self.register_buffer("D", module.D.view(module.directions, -1))
+        self.register_buffer("D", module.D.detach().to(dtype).view(module.directions, -1))
+        self.register_buffer("dt_bias", module.dt_bias.detach().to(dtype))
 
     dt_weight: Tensor
+    dt_bias: Tensor
     A: Tensor
     D: Tensor
 

@@ -235,7 +235,8 @@ def cross_scan_backward(
     backward_vector = 1
     blocks = -(-scan.dim // (32 * backward_vector))
     weights = scan.directions * scan.rank * scan.dim
-    images = min(scan.batch, max(1, scan.batch * scan.chunks * weights // _PARTIAL_NUMBERS))
+    # At least one, also for an empty batch.
+    images = max(1, min(scan.batch, scan.batch * scan.chunks * weights // _PARTIAL_NUMBERS))
     rows = (scan.length, scan.directions, scan.rank + 2)
     per_image = blocks * math.prod(rows) * scan.dtype.itemsize
     slice_size = max(1, -(-scan.batch // max(1, -(-scan.batch * per_image // _SLICE_BYTES))))
