@@ -1,14 +1,17 @@
 """Backend dispatch by device and requested backend."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.fx
+from torch import Tensor, nn
 
+from lightspine.blocks import VimMixer
 from lightspine.errors import UsageError
 from lightspine.ops import dispatch
 from lightspine.ops.cross_scan import cross_scan
-from lightspine.ops.dispatch import BACKENDS, available_backends, choose_backend
+from lightspine.ops.dispatch import BACKENDS, available_backends, choose_backend, is_exporting
 from lightspine.ops.selective_scan import selective_scan
 from support.scans import cross_inputs, scan_inputs
 
@@ -105,3 +108,38 @@ def test_automatic_backend_runs_on_meta_tensors() -> None:
     assert selective_scan(u, delta, A, B, C).shape == u.shape
     x, delta, A, B, C, *_ = (t.to("meta") for t in cross_inputs())
     assert cross_scan(x, delta, A, B, C).shape == x.shape
+
+
+class _Probe(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if is_exporting() else x - 1
+
+
+def test_compiler_takes_the_branch_of_eager_mode_and_not_that_of_an_export() -> None:
+    zero = torch.zeros(())
+    assert torch.compile(_Probe(), backend="eager", fullgraph=True)(zero) == _Probe()(zero) == -1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_takes_its_own_branch(strict: bool) -> None:
+    zero = torch.zeros(())
+    assert torch.export.export(_Probe(), (zero,), strict=strict).module()(zero) == 1
+
+
+def test_compiled_mixer_of_vim_scans_both_directions_at_once_where_kernels_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(dispatch._KERNELS_BY_DEVICE, "cpu", "triton")
+    operators: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        operators.extend(str(node.target) for node in graph.graph.nodes)
+        # The kernels do not run on a CPU.
+        return lambda *_: (torch.zeros(1, 16, 2, 2),)
+
+    with torch.no_grad():
+        torch.compile(VimMixer(16), backend=record, fullgraph=True)(torch.zeros(1, 16, 2, 2))
+    assert [name for name in operators if "lightspine" in name] == [
+        "lightspine.causal_conv1d",
+        "lightspine.bidirectional_scan",
+    ]

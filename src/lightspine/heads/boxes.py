@@ -8,6 +8,8 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import clip_boxes_to_image, nms
 
+from lightspine.ops.dispatch import is_exporting
+
 ImageSize = tuple[int | Tensor, int | Tensor]
 """Height and width of an image in pixels; tensors without a dimension in `torch.export`."""
 
@@ -72,7 +74,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
         Indices of the kept boxes, sorted by score.
     """
     # torch.export knows the number of boxes only as a symbol.
-    if torch.compiler.is_exporting() or len(boxes) < _MOST_SHIFTED:
+    if is_exporting() or len(boxes) < _MOST_SHIFTED:
         # The 0 is the largest coordinate of no boxes.
         largest = F.pad(boxes.flatten(), (0, 1)).max()
         kept: Tensor = nms(boxes + (groups * (largest + 1))[:, None].to(boxes), scores, iou_threshold)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightspine.ops.derivatives import differentiable_gradients, in_transform
+from lightspine.ops.dispatch import is_exporting
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pass
     elif in_transform():
         return _attend(q, k, v)
-    elif torch.compiler.is_exporting() and q.dim() == 3:
+    elif is_exporting() and q.dim() == 3:
         # PyTorch's ONNX exporter knows only attention with an axis for heads.
         return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
     out = F.scaled_dot_product_attention(q, k, v)

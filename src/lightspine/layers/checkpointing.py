@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightspine.ops.derivatives import in_transform
+from lightspine.ops.dispatch import is_exporting
 
 
 class _SkipScans(TorchDispatchMode):
@@ -59,7 +60,7 @@ def checkpoint_scan(function: Callable[..., Tensor], *tensors: Tensor | None) ->
         *tensors: arguments of the function; `None` is passed on.
     """
     traced = (
-        torch.compiler.is_exporting()
+        is_exporting()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or any(isinstance(t, torch.fx.Proxy) for t in tensors)
     )

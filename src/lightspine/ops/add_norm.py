@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightspine.ops.derivatives import in_transform
-from lightspine.ops.dispatch import choose_backend
+from lightspine.ops.dispatch import choose_backend, is_exporting
 
 
 def add_norm(
@@ -63,7 +63,7 @@ def _runs_kernel(x: Any, tensors: tuple[Tensor | None, ...], backend: str) -> bo
     tracing = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()  # type: ignore[attr-defined]
     if tracing or torch.compiler.is_compiling() or in_transform():
         return False
-    if choose_backend(x.device.type, x.dtype, torch.compiler.is_exporting(), backend) != "triton":
+    if choose_backend(x.device.type, x.dtype, is_exporting(), backend) != "triton":
         return False
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return not recorded and not torch.is_autocast_enabled(x.device.type)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lightspine.errors import UsageError
 from lightspine.ops.derivatives import differentiable_gradients, in_transform, refuse_forward_mode
-from lightspine.ops.dispatch import choose_backend, load_backend
+from lightspine.ops.dispatch import choose_backend, is_exporting, load_backend
 from lightspine.ops.flops import counted_backward, counted_forward, scan_flops
 from lightspine.ops.inputs import SelectiveScanInputs, check_selective_scan, check_tensor
 from lightspine.ops.selective_scan import empty_gradients, or_empty, scan
@@ -57,7 +57,7 @@ def bidirectional_scan(
             here.
     """
     inputs = SelectiveScanInputs(u, delta, A, B, C, D, z, delta_bias)
-    name = choose_backend(u.device.type, u.dtype, torch.compiler.is_exporting(), backend)
+    name = choose_backend(u.device.type, u.dtype, is_exporting(), backend)
     if name == "triton" and not in_transform():
         out: Tensor = torch.ops.lightspine.bidirectional_scan(*inputs, delta_softplus)
         return out

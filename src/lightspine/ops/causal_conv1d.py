@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lightspine.errors import UsageError
 from lightspine.ops.derivatives import differentiable_gradients, in_transform, refuse_forward_mode
-from lightspine.ops.dispatch import choose_backend
+from lightspine.ops.dispatch import choose_backend, is_exporting
 from lightspine.ops.inputs import check_tensor
 from lightspine.ops.memory_format import channels_last
 
@@ -66,7 +66,7 @@ def causal_conv1d(
     check_tensor("causal_conv1d", "weight", weight, weight.shape, x.device)
     if bias is not None:
         check_tensor("causal_conv1d", "bias", bias, weight.shape[:2], x.device)
-    name = choose_backend(x.device.type, x.dtype, torch.compiler.is_exporting(), backend)
+    name = choose_backend(x.device.type, x.dtype, is_exporting(), backend)
     if name == "triton" and not in_transform():
         reversed_groups = sum(1 << group for group, backward in enumerate(reverse) if backward)
         out: Tensor = torch.ops.lightspine.causal_conv1d(x, weight, bias, reversed_groups, silu)

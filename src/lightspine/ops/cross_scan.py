@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from lightspine.ops import scan_orders, torch_scan
 from lightspine.ops.cpu.config import saved_states_shape
 from lightspine.ops.derivatives import differentiable_gradients, in_transform, refuse_forward_mode
-from lightspine.ops.dispatch import choose_backend, load_backend, runs_on_cpu_kernels
+from lightspine.ops.dispatch import choose_backend, is_exporting, load_backend, runs_on_cpu_kernels
 from lightspine.ops.flops import counted_backward, counted_forward, scan_flops
 from lightspine.ops.inputs import (
     CrossScanInputs,
@@ -193,7 +193,7 @@ def fuses_projection(x: Tensor, state_dim: int, backend: str = "auto") -> bool:
         return False
     if x.device.type != "cuda" and backend != "triton":
         return False
-    exporting = torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
+    exporting = torch.onnx.is_in_onnx_export() or is_exporting()
     if exporting or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     return _has_fused_kernels(x.device, x.dtype, backend)

@@ -72,12 +72,19 @@ def _choose_backend(device_type: str, dtype: torch.dtype, exporting: bool, reque
     return requested
 
 
+# Called while tracing, because torch.compile of PyTorch 2.11 takes the result of PyTorch's function as true.
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Return whether `torch.export` traces the caller; `torch.compile` does not count."""
+    return torch.compiler.is_exporting()
+
+
 def runs_on_triton(x: Any) -> bool:
     """Return whether a scan of a tensor runs on the Triton kernels by default.
 
     `False` while exporting and under transforms (`lightspine.ops.derivatives.in_transform`).
     """
-    if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+    if isinstance(x, torch.fx.Proxy) or is_exporting() or torch.onnx.is_in_onnx_export():
         return False
     if in_transform():
         return False

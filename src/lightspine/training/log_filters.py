@@ -31,6 +31,8 @@ def filter_lightning_logs() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="(GPU|TPU|MPS) available but not used.*")
         # Every epoch is logged, however short.
         warnings.filterwarnings("ignore", message=".* is smaller than the logging interval")
+        # The gradient scaler of 16-mixed precision skips steps until its scale fits, perhaps the first one.
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")
         # Frozen stages are in evaluation mode on purpose.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         # The gradient of a 1x1 convolution has other strides than its weights along the axes of length one.
