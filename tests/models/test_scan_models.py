@@ -75,6 +75,8 @@ def results(model: nn.Module, images: Tensor) -> list[Tensor]:
     return [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
 
 
+# PyTorch 2.11 uses what it has deprecated itself.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @every_model
 def test_model_compiled_in_one_graph_equals_eager(name: str) -> None:
     model, images = build(name), torch.randn(2, 3, 32, 32)
