@@ -16,7 +16,7 @@ from support.tiny_models import SMALLEST, tiny_images, tiny_model
 
 # PyTorch's forward mode itself scripts a few formulas.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
     # Slow, not wrong: the pooling of VMamba's head, which is timm's.
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
 ]

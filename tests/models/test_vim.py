@@ -151,7 +151,7 @@ def test_every_combination_trains_every_parameter(directions: str, class_token: 
     ] == []
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize(
     "options",
     [

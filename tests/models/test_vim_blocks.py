@@ -134,7 +134,7 @@ def test_half_precision_weights_keep_a_float32_stream(directions: str) -> None:
     assert_close("bfloat16 block", out, block.float()(x).detach().tolist(), 2e-2)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("options", [*MIXERS.values(), {"norm": "layer"}], ids=str)
 def test_block_scripts_to_the_same_numbers(options: dict[str, Any]) -> None:
     block: nn.Module = VimBlock(16, **options).eval()

@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 import lightspine
 from lightspine.blocks import VimMixer
@@ -369,8 +370,20 @@ SLOW_CASES: dict[str, Callable[[], Report]] = {
 }
 
 
+def convert_scalars_of_newer_numpy() -> None:
+    """Let the interpreter of Triton 3.6 count with NumPy 2.5, which converts no array to a number."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
 def main() -> None:
     """Run one table of cases, "fast" or "slow", and print the report."""
+    convert_scalars_of_newer_numpy()
     # Uninitialized memory is NaN, as in the tests of the other backends.
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
