@@ -26,7 +26,7 @@ class Timing:
         repeats: number of timed calls.
         images_per_s: batch size divided by the median; `None` if the call does not process a batch.
         p99_ms: 99th percentile (nearest rank), the slowest call of fewer than 100; `None` in older results.
-        first_call_s: seconds of the first call, which is not among the timed ones; `None` if not measured.
+        first_call_s: seconds of the first call, a warm-up call if there are any; `None` if not measured.
     """
 
     median_ms: float
@@ -43,7 +43,7 @@ def summarize(seconds: list[float], *, batch: int | None = None, first_call_s: f
     Args:
         seconds: duration of each call.
         batch: images per call, to compute `images_per_s`.
-        first_call_s: duration of the first call, which is not in `seconds`.
+        first_call_s: duration of the first call.
     """
     ordered = sorted(seconds)
     median_ms = 1000 * statistics.median(ordered)

@@ -15,7 +15,7 @@ from lightspine.compat.modules import MODULES, is_package, packages
 
 
 class Replacement(NamedTuple):
-    """Installed package that `lightspine.compat` stands in for.
+    """Installed package that `lightspine.compat.install` replaces.
 
     Attributes:
         name: top-level name, such as "mamba_ssm".

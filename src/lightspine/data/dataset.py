@@ -95,7 +95,7 @@ class SourceDataset(BadImageTolerantDataset[ItemT]):
 
 
 class ImageDataset(SourceDataset[Item]):
-    """Map-style dataset of transformed images and class indices.
+    """Image classification dataset: transformed images and class indices from an image source.
 
     Args:
         source: the images.

@@ -125,7 +125,7 @@ class EncodedImageDataset(SourceDataset[EncodedItem]):
         self.transform = transform
 
     def read(self, position: int) -> tuple[bytes, tuple[int, int]] | Image.Image:
-        """Return the encoded bytes and the size of a JPEG for the device, or any other image decoded."""
+        """Read the encoded bytes and the size of a JPEG that the GPU decodes, or decode another image."""
         data, name = self.source.read(position), self.source.name(position)
         size = find_nvjpeg_size(data, name)
         return decode_image(data, name) if size is None else (data, size)
@@ -337,7 +337,7 @@ class JpegDecoder:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
 
     def _decode_together(self, files: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-        """Decode several JPEGs with one call of torchvision's `decode_jpeg`.
+        """Decode a batch of JPEGs with torchvision's `decode_jpeg`.
 
         Raises:
             RuntimeError: a JPEG is refused.
@@ -407,7 +407,7 @@ def _resized_crop(image: Tensor, jpeg: Jpeg, size: Sequence[int]) -> Tensor:
 
 
 def _fits_resize_on_cuda(jpeg: Jpeg, size: Sequence[int]) -> bool:
-    """Return whether PyTorch's resize on CUDA shrinks the crop of an image by so much.
+    """Return whether PyTorch's antialiased resize on CUDA supports the scale of a crop.
 
     It fails beyond a factor of about 94 (bilinear) or 47 (bicubic), such as for a photograph of 4,000 pixels
     that becomes one of 32 pixels.

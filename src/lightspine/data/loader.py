@@ -49,7 +49,7 @@ class SeededDataset(Dataset[Any]):
         return item
 
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[Any]:
-        """Return the items of a batch; PyTorch's loader calls this method instead of `__getitem__`."""
+        """Return the items of a batch of indices; PyTorch's data loader prefers it to `__getitem__`."""
         items = []
         # Once per batch, because saving and restoring the states takes several times as long as seeding.
         with preserved_generators():

@@ -349,7 +349,7 @@ def load_pickled(path: Path, *, mmap: bool = False) -> Any:
 
 
 def _as_plain(value: Any, done: dict[int, Any]) -> Any:
-    """Convert ordered dictionaries to plain ones, recursively: a file may set their attributes.
+    """Convert OrderedDicts to dicts recursively, because a pickle may set attributes of an OrderedDict.
 
     Args:
         value: the value, nested no deeper than `check_pickled_file` lets pass.

@@ -1,7 +1,6 @@
-"""Metadata of lightspine's files: the model, its arguments, classes and image preprocessing.
+"""Model metadata of checkpoint files: architecture, constructor arguments, class names and preprocessing.
 
-The metadata are enough to rebuild the model. They are checked before a model is built from them, because a
-file of another person may say anything.
+The metadata are enough to rebuild the model. They are validated first, because a file may come from anyone.
 """
 
 import threading
@@ -158,7 +157,7 @@ def _check_preprocessing(label: str, values: dict[str, Any]) -> None:
 
 
 def _are_numbers(values: Any, size: list[int] | None, low: float, high: float) -> bool:
-    """Return whether these are statistics of the channels of an image, one for all or one for each."""
+    """Return whether values are a mean or std of image channels: one number, or one per channel."""
     channels = size[0] if size else 3
     return (
         isinstance(values, list | tuple)
@@ -189,7 +188,10 @@ FOREIGN_ARGUMENTS = (
     "pretrained_cfg_overlay",
     "cache_dir",
 )
-"""Arguments that name other files or addresses. `pretrained` is ignored: the weights are in the file."""
+"""Constructor arguments that refer to other files or URLs, which a checkpoint may not store.
+
+`pretrained` is not among them: it is ignored, because the weights are in the file.
+"""
 
 # Numbers up to this one are believed, such as the sizes of images.
 _BELIEVED = 4096
@@ -261,7 +263,7 @@ BUILD_ERRORS = (
 
 @contextmanager
 def limit_modules(label: str, most: int) -> Iterator[None]:
-    """Stop the construction of a model at a number of modules.
+    """Limit the number of modules that the construction of a model may create.
 
     An argument of a few bytes can describe millions of layers, by many names: depths, layers, blocks.
 

@@ -226,7 +226,7 @@ class NonFiniteGuard:
         self._watched = self._read_every
 
     def _check_all_ranks(self, parameters: Iterable[Tensor]) -> Tensor:
-        """Combine over all ranks whether loss and gradients are non-finite; return two flags (uint8)."""
+        """All-reduce the non-finite flags of loss and gradients over all ranks; return two uint8 values."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         device = norm.device if self._bad_loss is None else self._bad_loss.device

@@ -29,7 +29,7 @@ class EpochTable:
         self._header = ""
 
     def lines(self, row: dict[str, float], epochs: int | None) -> list[str]:
-        """Return the line of an epoch, after a header if there are new columns.
+        """Format the metrics of an epoch as a table row, with a header above it if there are new columns.
 
         A dash stands for a metric that this epoch does not have, as without validation.
 

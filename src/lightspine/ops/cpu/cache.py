@@ -52,7 +52,7 @@ def _source_digest() -> str:
 
 
 class _CompilationLog(numba_event.Listener):
-    """Logs when numba starts to compile a kernel; it does not for one that it finds on disk.
+    """Event listener that logs when numba compiles a kernel, not when it loads one from its disk cache.
 
     Attributes:
         kernels: functions of the kernels; other functions of a process are not logged.
@@ -63,7 +63,7 @@ class _CompilationLog(numba_event.Listener):
         self._outer: Any = None
 
     def on_start(self, event: numba_event.Event) -> None:
-        """Log a kernel, unless it is compiled as a part of another one."""
+        """Log the start of a compilation; one message for a kernel and the kernels inside it."""
         dispatcher = event.data["dispatcher"]
         if self._outer is None and dispatcher.py_func in self.kernels:
             self._outer = dispatcher
@@ -73,7 +73,7 @@ class _CompilationLog(numba_event.Listener):
             )
 
     def on_end(self, event: numba_event.Event) -> None:
-        """Note the end of a compilation."""
+        """Allow the next message when the outermost compilation ends."""
         if event.data["dispatcher"] is self._outer:
             self._outer = None
 
